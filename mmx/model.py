@@ -1,0 +1,112 @@
+"""The decoder: embedding, the pattern's layers scanned over its repeats, final norm (model.md section 2).
+
+    u = RMSNorm(x);   y  = alpha u + beta Mixer(u)          the residual is the normed value,
+    v = RMSNorm(y);   x' = alpha v + beta MoE(v)            with DeepNorm's alpha
+
+A letter of the pattern is a layer kind: two dicts below map it to its mixer and to its cache.
+"""
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmx import config
+from mmx.layers.common import Context, param, rms_norm
+from mmx.layers.lightning import Lightning
+from mmx.layers.moe import MoE
+from mmx.layers.softmax import Softmax
+
+MIXERS = {"L": Lightning, "S": Softmax}
+
+
+class Layer(nn.Module):
+    config: config.Model
+    kind: str
+
+    @nn.compact
+    def __call__(self, x_BTD, context: Context, cache, log_decay_H):
+        c = self.config
+        alpha, beta = {"L": (c.alpha_lightning, c.beta_lightning), "S": (c.alpha_softmax, c.beta_softmax)}[self.kind]
+        u_BTD = rms_norm(x_BTD, param(self, "norm_mixer_D"), c.norm_eps)
+        mixed_BTD, cache = MIXERS[self.kind](c, name="mixer")(u_BTD, context, cache, log_decay_H)
+        y_BTD = alpha * u_BTD + beta * mixed_BTD
+        v_BTD = rms_norm(y_BTD, param(self, "norm_moe_D"), c.norm_eps)
+        expert_BTD, logits_BTE, stats = MoE(c, name="moe")(v_BTD, context)
+        return c.alpha_moe * v_BTD + c.beta_moe * expert_BTD, cache, logits_BTE, stats
+
+
+class Group(nn.Module):
+    """One repeat of the pattern, unrolled: the body of the scan."""
+    config: config.Model
+    trace: bool
+
+    @nn.compact
+    def __call__(self, x_BTD, context: Context, cache, log_decay_PH):
+        caches, stats = {}, []
+        for i, kind in enumerate(self.config.pattern):
+            name, before_BTD = f"layer_{i}", x_BTD
+            x_BTD, caches[name], logits_BTE, layer_stats = Layer(self.config, kind, name=name)(
+                x_BTD, context, cache and cache[name], log_decay_PH[i])
+            traced = {"hidden_BTD": before_BTD, "router_logits_BTE": logits_BTE} if self.trace else {}
+            stats.append(layer_stats._asdict() | traced)
+        return x_BTD, (cache and caches, jax.tree.map(lambda *x: jnp.stack(x), *stats))
+
+
+class Model(nn.Module):
+    """MiniMax-Text-01's decoder. Only the `params` collection; caches and statistics come out as results."""
+    config: config.Model
+
+    @nn.compact
+    def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, cache=None, trace=False):
+        """Hidden states after the final norm; `logits` makes logits of them.
+
+        Args:
+          tokens_BT: token ids.
+          segments_BT: documents from 1, 0 for padding; None: one document a row. With a cache: 1, or 0 for padding on
+            the right, which is not written.
+          positions_BT: positions for RoPE; None: by place (behind the cache's tokens).
+          cache: of `empty_cache`; the tokens continue it.
+          trace: also return every layer's input and router logits in the statistics.
+
+        Returns:
+          x_BTD, the cache with these tokens in (or None), and a dict of statistics, [layers, ...] each: load_E, prob_E,
+          z, dropped (`parallel.expert.Stats`), with `trace` hidden_BTD and router_logits_BTE.
+        """
+        c = self.config
+        T = tokens_BT.shape[1]
+        start_B = None if cache is None else cache["length_B"]
+        if positions_BT is None:
+            positions_BT = jnp.arange(T)[None] + (0 if start_B is None else start_B[:, None])
+        context = Context(segments_BT, positions_BT, start_B)
+        embed_WD = self.param("embed_WD", nn.initializers.normal(c.embed_std), (c.vocab, c.dim))
+        x_BTD = embed_WD[tokens_BT].astype(c.dtype)
+        log_decay_LPH = jnp.array(c.log_decay, jnp.promote_types(c.dtype, jnp.float32)).reshape(
+            c.groups, len(c.pattern), c.heads)
+
+        group = nn.remat(Group, prevent_cse=False) if c.remat else Group
+        groups = nn.scan(group, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.groups,
+                         in_axes=(nn.broadcast, 0, 0))(c, trace, name="groups")
+        layers = None if cache is None else cache["layers"]
+        x_BTD, (layers, stats) = groups(x_BTD, context, layers, log_decay_LPH)
+        if cache is not None:
+            new_B = T if segments_BT is None else jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
+            cache = {"length_B": start_B + new_B, "layers": layers}
+        self.param("head_WD", nn.initializers.normal(c.dim ** -0.5), (c.vocab, c.dim))
+        x_BTD = rms_norm(x_BTD, param(self, "norm_D"), c.norm_eps)
+        return x_BTD, cache, {k: v.reshape(c.layers, *v.shape[2:]) for k, v in stats.items()}
+
+
+def logits(params, x_BTD):
+    """logits_BTW of the model's hidden states, float32."""
+    return jnp.einsum("BTD,WD->BTW", x_BTD, params["head_WD"].astype(x_BTD.dtype),
+                      preferred_element_type=jnp.promote_types(x_BTD.dtype, jnp.float32))
+
+
+def empty_cache(c: config.Model, batch: int, capacity: int):
+    """A cache of no tokens with room for `capacity`: constant float32 states for L, keys and values for S."""
+    L, B, H, G, K = c.groups, batch, c.heads, c.kv_heads, c.head_dim
+    state_dtype = jnp.promote_types(c.dtype, jnp.float32)
+    kinds = {"L": lambda: {"state_BHKV": jnp.zeros((L, B, H, K, K), state_dtype)},
+             "S": lambda: {"k_BGSK": jnp.zeros((L, B, G, capacity, K), c.dtype),
+                           "v_BGSV": jnp.zeros((L, B, G, capacity, K), c.dtype)}}
+    return {"length_B": jnp.zeros(batch, jnp.int32),
+            "layers": {f"layer_{i}": kinds[kind]() for i, kind in enumerate(c.pattern)}}
