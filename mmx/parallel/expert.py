@@ -5,6 +5,7 @@ the capacity are dropped: who is dropped, and the load-balancing statistics, are
 `shard_map` every letter is a local extent; experts are whole on every device of the `edp` axis.
 """
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -32,7 +33,8 @@ def moe(x_MD, live_M, router_DE, w1_EDF, w3_EDF, w2_EFD, *, top_k: int, capacity
     """
     local = functools.partial(_local, top_k=top_k, capacity=capacity)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or all(mesh.shape[a] == 1 for a in TOKEN_AXES):
+    devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
+    if devices == 1 or len(x_MD) % devices:     # a few tokens (a sample's decode) are computed whole on every device
         return local(x_MD, live_M, router_DE, w1_EDF, w3_EDF, w2_EFD, axes=())
     # 'M/edp D, D E, E D F -> M/edp D': no bytes but two all-gathers and a psum of [J, E] and [E] counts
     sharded = jax.shard_map(functools.partial(local, axes=TOKEN_AXES),

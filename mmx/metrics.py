@@ -1,0 +1,84 @@
+"""What a run tells: metrics.jsonl (one object a step), TensorBoard, the progress bar."""
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm.auto import tqdm
+
+SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate")
+
+
+class Log:
+    """Writes the metrics of a run in WORKDIR; lines past `step`, which a restored run makes again, are cut."""
+
+    def __init__(self, workdir: Path, step: int, tokens: int, total: int | None, tensorboard: bool):
+        path = workdir / "metrics.jsonl"
+        _cut(path, step)
+        self.file = path.open("a")
+        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1) if tensorboard else None
+        self.bar = tqdm(total=total, initial=step, unit="step", desc="train",
+                        mininterval=0.5 if os.isatty(2) else 30)
+
+        self.last = tokens, time.monotonic()
+
+    def tokens_per_s(self, tokens: int) -> float:
+        """Since the last call, or since the log was opened."""
+        before, self.last = self.last, (tokens, time.monotonic())
+        return (tokens - before[0]) / (self.last[1] - before[1])
+
+    def step(self, record: dict, load_LE, dropped_L, board: bool):
+        """One step's figures; `board` says whether TensorBoard gets them too."""
+        self.file.write(json.dumps(record) + "\n")
+        self.bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
+                                 f"{record['tokens_per_s']:,.0f} tokens/s", refresh=False)
+        if self.board and board:
+            step = record["step"]
+            for name in SCALARS:
+                self.board.add_scalar(f"train/{name}", record[name], step)
+            for layer, (load_E, dropped) in enumerate(zip(load_LE, dropped_L)):
+                self.board.add_scalar(f"load_max_over_mean/layer_{layer:02}", load_E.max() * len(load_E), step)
+                self.board.add_scalar(f"drop_rate/layer_{layer:02}", dropped, step)
+            heat_LE = np.clip(load_LE * load_LE.shape[1] / 2, 0, 1)       # mid-grey is balanced
+            self.board.add_image("expert_load (layer, expert)", heat_LE.repeat(8, 0).repeat(8, 1), step, dataformats="HW")
+
+    def scalar(self, name: str, value: float, step: int):
+        self.bar.write(f"step {step}: {name} {value:.4f}")
+        if self.board:
+            self.board.add_scalar(name, value, step)
+
+    def text(self, name: str, value: str, step: int):
+        if self.board:
+            self.board.add_text(name, value, step)
+
+    def flush(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self):
+        self.flush()
+        self.file.close()
+        self.bar.close()
+        if self.board:
+            self.board.close()
+
+
+def read(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl; a half-written last one is left out."""
+    records = []
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _cut(path: Path, step: int):
+    if path.exists():
+        kept = [json.dumps(r) + "\n" for r in read(path.parent) if r["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        partial.replace(path)

@@ -1,0 +1,157 @@
+"""The training loop: mesh, data, state, restore, steps (paper section 4.2).
+
+A step takes the ramp's number of micro-batches, adds their gradients, and applies one AdamW update at the rate that
+`optim` gives for the step. Metrics are fetched a step late, so that the device never waits for the host.
+"""
+import functools
+import math
+import signal
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mmx import optim
+from mmx.checkpoint import Checkpoints, check_config
+from mmx.config import ConfigError, Experiment
+from mmx.data import pipeline, tokens
+from mmx.evals.compression import make_evaluator
+from mmx.loss import loss
+from mmx.metrics import Log
+from mmx.model import Model
+from mmx.parallel import mesh as meshes
+
+
+def train_step(params, opt, batch, lr, *, model: Model, optimizer, loss_chunk: int):
+    """One update by the mean of the micro-batches' gradients. `batch` is [micro-batches, B, T] by name."""
+    grad = jax.value_and_grad(lambda p, b: loss(model, p, b, loss_chunk), has_aux=True)
+
+    def micro(total, micro_batch):
+        (_, metrics), grads = grad(params, micro_batch)
+        return jax.tree.map(jnp.add, total, grads), metrics
+
+    count = len(batch["tokens"])
+    if count == 1:
+        grads, metrics = micro(jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda x: x[0], batch))
+    else:
+        grads, metrics = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, params), batch)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        metrics = jax.tree.map(lambda m: m.mean(0), metrics)
+    updates, opt = optimizer.update(grads, opt, params)
+    params = optax.apply_updates(params, jax.tree.map(lambda u: lr * u, updates))
+    return params, opt, metrics | {"grad_norm": optax.global_norm(grads)}
+
+
+def init(model: Model, optimizer, seed: int):
+    """Parameters and optimizer state of step 0."""
+    params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    return params, optimizer.init(params)
+
+
+def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
+    """Trains to the end, from where WORKDIR stands; returns {"step", "seconds", "stopped"}.
+
+    `sample(model, params, prompt) -> text` writes the samples for TensorBoard. SIGTERM saves and ends the run.
+    """
+    t, workdir = experiment.train, Path(workdir)
+    tokenizer = tokens.tokenizer(experiment.data.tokenizer)
+    tokens.check_vocab(tokenizer, experiment.model.vocab)
+    mesh = meshes.make(experiment.mesh, t.batch)
+    stream = pipeline.stream(experiment.data, t, host=jax.process_index(), hosts=jax.process_count())
+    held_out = pipeline.validation(experiment.data)
+    check_config(workdir, experiment)
+
+    model, optimizer = Model(experiment.model), optim.adamw(t)
+    whole, rows = meshes.replicated(mesh), meshes.rows(mesh, leading=1)
+    checkpoints = Checkpoints(workdir, experiment.checkpoint.every, experiment.checkpoint.keep)
+    with jax.set_mesh(mesh), _Stop() as stop:
+        make = jax.jit(functools.partial(init, model, optimizer, t.seed), out_shardings=whole)
+        step, before, state = 0, 0.0, checkpoints.restore(*_abstract(make, whole))
+        if state is None:
+            params, opt = make()
+        else:
+            step, params, opt, data = state
+            if opt is None:         # a converted checkpoint: its parameters, a new run
+                opt = jax.jit(optimizer.init, out_shardings=whole)(params)
+            else:
+                stream.restore(data["stream"])
+                before = data["seconds"]
+        update = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, loss_chunk=t.loss_chunk),
+                         donate_argnums=(0, 1))
+        evaluate = make_evaluator(model, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
+                                  sharding=meshes.rows(mesh))
+        log = Log(workdir, step, optim.tokens_seen(t, step), None if t.seconds else t.steps, t.tensorboard)
+        report = functools.partial(_report, log, experiment, _bytes_per_token(tokenizer, held_out))
+        total, pending, begin = optim.tokens_seen(t, t.steps), None, time.monotonic()
+        try:
+            while True:
+                seen, seconds = optim.tokens_seen(t, step), before + time.monotonic() - begin
+                progress = seconds / t.seconds if t.seconds else seen / total
+                done = progress >= 1 or stop.asked or checkpoints.preempted(step)
+                if pending and (done or step % experiment.checkpoint.every == 0):
+                    pending = report(*pending)
+                    log.flush()
+                    position = {"stream": stream.state(), "seconds": seconds}
+                    checkpoints.save(step, params, opt, position, force=done)
+                if done:
+                    break
+                lr = optim.learning_rate(t, step, progress)
+                batch = [stream.next() for _ in range(optim.micro_batches(t, seen))]
+                batch = {k: jax.make_array_from_process_local_data(rows, np.stack([b[k] for b in batch])) for k in batch[0]}
+                params, opt, metrics = update(params, opt, batch, jax.device_put(np.float32(lr), whole))
+                step += 1
+                if pending:
+                    report(*pending)
+                pending = step, optim.tokens_seen(t, step), lr, metrics
+                log.bar.update()
+                if t.eval_every and step % t.eval_every == 0:
+                    log.scalar("validation/bits_per_byte", evaluate(params, held_out, t.eval_bytes)["all"], step)
+                if sample and t.sample_every and step % t.sample_every == 0:
+                    log.text("sample", sample(model, params, t.sample_prompt), step)
+        finally:
+            log.close()
+            checkpoints.close()
+    return {"step": step, "seconds": before + time.monotonic() - begin, "stopped": stop.asked}
+
+
+def _report(log, experiment, bytes_per_token, step, seen, lr, metrics):
+    """Fetches a step's metrics and writes them; a loss that is no number ends the run."""
+    m = jax.device_get(metrics)
+    if not math.isfinite(m["loss"]):
+        raise ConfigError(f"the loss is {m['loss']} at step {step}: lower train.lr={experiment.train.lr} or train.clip, "
+                          "and run again: it goes on from the last checkpoint")
+    rate = log.tokens_per_s(seen)
+    record = {"step": step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / bytes_per_token,
+              "tokens": seen, "lr": lr, "grad_norm": float(m["grad_norm"]), "aux_loss": float(m["aux_loss"]),
+              "z_loss": float(m["z_loss"]), "drop_rate": float(m["dropped"].mean()), "tokens_per_s": rate,
+              "flops_per_s": rate * experiment.model.flops_training(experiment.train.length)}
+    log.step(record, m["load_E"], m["dropped"], step % experiment.train.log_every == 0)
+
+
+def _abstract(make, sharding):
+    """Shapes, types and shardings of the state, for restoring it."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(make))
+
+
+def _bytes_per_token(tokenizer, documents) -> float:
+    """Of the held-out text (1 for bytes but for the special tokens, which count for nothing)."""
+    raw = documents[0][1][:65_536]
+    return len(raw) / len(tokenizer.encode(raw))
+
+
+class _Stop:
+    """SIGTERM asks; the loop answers between two steps."""
+    asked = False
+
+    def __enter__(self):
+        self.old = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self.old)
