@@ -22,8 +22,8 @@ def segments(kind, B, T):
             rows[b] = 1 + np.searchsorted(np.cumsum(np.arange(1, T + 1)), np.arange(T) + b, side="right")
         elif kind == "left":
             rows[b, :T * (b + 1) // 5] = 0
-        elif kind == "right":
-            rows[b, T - T * (b + 1) // 5:] = 0
+        elif kind == "right":           # row 2 is all padding
+            rows[b, 0 if b == 2 else T - T * (b + 1) // 5:] = 0
         elif kind == "holes":           # padding inside documents and between them
             rows[b] = (1 + np.arange(T) // 23) * (np.arange(T) % (5 + b) != 2)
     return jnp.asarray(rows)

@@ -19,7 +19,8 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
       q_BHTK, k_BHTK, v_BHTV: queries, keys, values, float32 or bfloat16 (float64 under x64); any T >= 1.
       log_decay_H: minus the slope, in nats per token; never positive. A constant: its gradient is zero.
       segments_BT: ints. Documents count upwards from 1 along T, and a token sees its own document alone; 0 is
-        padding: skipped, neither read nor written nor decaying the state, its output zero. None: one document.
+        padding, which brings nothing and reads zero. Padding between real tokens decays the state as they do, padding
+        at either end is skipped. None: one document, no padding.
       state_BHKV: the state before the first token, whose document it continues; None: zeros.
       impl: "xla", or None to pick by platform.
       chunk: tokens per chunk, any positive number: it moves the speed alone. None picks.

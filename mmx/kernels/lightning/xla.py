@@ -1,11 +1,12 @@
 """Lightning attention in chunks, as plain XLA: differentiable, memory linear in T, any T, segments, states in and out.
 
-Within a chunk of Q tokens let c_i count its real tokens up to i, c_Q all of them, g = log_decay, S the state before it:
+Within a chunk of Q tokens let c_i count the time up to and with token i, c the chunk's time, g = log_decay, S the state
+before it. (A token takes one unit of time; padding before the first and after the last real token takes none.)
 
-    o_i = a_i q_i S + sum_{j <= i} D_ij (q_i . k_j) v_j        a_i  = exp(g c_i)          where i's document goes on from S
-    S'  = r S + sum_j b_j k_j^T v_j                            b_j  = exp(g (c_Q - c_j))  where j's document goes on after
-                                                               D_ij = exp(g (c_i - c_j))  where i and j share a document
-                                                               r    = exp(g c_Q)          where S itself goes on after
+    o_i = a_i q_i S + sum_{j <= i} D_ij (q_i . k_j) v_j        a_i  = exp(g c_i)        where i's document goes on from S
+    S'  = r S + sum_j b_j k_j^T v_j                            b_j  = exp(g (c - c_j))  where j's document goes on after
+                                                               D_ij = exp(g (i - j))    where i and j share a document
+                                                               r    = exp(g c)          where S itself goes on after
 
 No exponent is positive. Products over a chunk's pairs cost 4 Q K per token and head, those with the state 4 K V.
 The backward pass keeps only the inputs: it recomputes the chunks' states, then walks the chunks in reverse with
@@ -23,8 +24,7 @@ class Chunks(NamedTuple):
     a_NBHQ: jax.Array
     b_NBHQ: jax.Array
     r_NBH: jax.Array
-    count_NBQ: jax.Array        # real tokens of the chunk up to and with this one
-    segments_NBQ: jax.Array     # 0 is padding
+    segments_NBQ: jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -32,7 +32,7 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_
     """See `api.lightning_attention`; `segments_BT` may be None, `state_BHKV` is given."""
     T = q_BHTK.shape[2]
     chunks = _chunks(log_decay_H, segments_BT, T, chunk)
-    pair_decay = _pair_decay(log_decay_H, chunks, segments_BT is None)
+    pair_decay = _pair_decay(log_decay_H, chunk, segments_BT is not None)
 
     def step(state_BHKV, xs):
         q_BHQK, k_BHQK, v_BHQV, c = xs
@@ -56,7 +56,7 @@ def _backward(chunk, inputs, cotangents):
     do_BHTV, dstate_BHKV = cotangents
     T = q_BHTK.shape[2]
     chunks = _chunks(log_decay_H, segments_BT, T, chunk)
-    pair_decay = _pair_decay(log_decay_H, chunks, segments_BT is None)
+    pair_decay = _pair_decay(log_decay_H, chunk, segments_BT is not None)
     q_NBHQK, k_NBHQK, v_NBHQV, do_NBHQV = (_split(x, chunk) for x in (q_BHTK, k_BHTK, v_BHTV, do_BHTV))
 
     def state_step(state_BHKV, xs):
@@ -111,9 +111,14 @@ def _chunks(log_decay_H, segments_BT, T, chunk):
     segments_BT = jnp.ones((1, T), jnp.int32) if segments_BT is None else segments_BT
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, -T % chunk)))
     segments_NBQ = jnp.moveaxis(segments_BT.reshape(len(segments_BT), -1, chunk), 1, 0)
-    live_NBQ = segments_NBQ > 0
-    count_NBQ = jnp.cumsum(live_NBQ, axis=2).astype(log_decay_H.dtype)
-    total_NB1 = count_NBQ[:, :, -1:]
+    real_BT = segments_BT > 0
+    begin_B1 = jnp.argmax(real_BT, axis=1, keepdims=True)
+    end_B1 = jnp.max(jnp.where(real_BT, jnp.arange(1, real_BT.shape[1] + 1), 0), axis=1, keepdims=True)
+    place_NB1 = jnp.arange(len(segments_NBQ))[:, None, None] * chunk
+    before_NB1, time_NBQ = (jnp.clip(place_NB1 + offset, begin_B1, jnp.maximum(begin_B1, end_B1))
+                            for offset in (0, jnp.arange(1, chunk + 1)))
+    time_NBQ = (time_NBQ - before_NB1).astype(log_decay_H.dtype)
+    total_NB1 = time_NBQ[:, :, -1:]
 
     # Documents only rise, so the document that a chunk leaves behind is the largest so far; the given state belongs
     # to the first real one.
@@ -122,27 +127,20 @@ def _chunks(log_decay_H, segments_BT, T, chunk):
     before_NB = jnp.concatenate([first_B[None], after_NB[:-1]])
 
     g_H1 = log_decay_H[:, None]
-    from_state_NBQ = live_NBQ & (segments_NBQ == before_NB[..., None])
-    to_state_NBQ = live_NBQ & (segments_NBQ == after_NB[..., None])
-    a_NBHQ = jnp.where(from_state_NBQ[:, :, None], jnp.exp(g_H1 * count_NBQ[:, :, None]), 0)
-    b_NBHQ = jnp.where(to_state_NBQ[:, :, None], jnp.exp(g_H1 * (total_NB1 - count_NBQ)[:, :, None]), 0)
+    from_state_NBQ = (segments_NBQ > 0) & (segments_NBQ == before_NB[..., None])
+    to_state_NBQ = (segments_NBQ > 0) & (segments_NBQ == after_NB[..., None])
+    a_NBHQ = jnp.where(from_state_NBQ[:, :, None], jnp.exp(g_H1 * time_NBQ[:, :, None]), 0)
+    b_NBHQ = jnp.where(to_state_NBQ[:, :, None], jnp.exp(g_H1 * (total_NB1 - time_NBQ)[:, :, None]), 0)
     r_NBH = jnp.where((before_NB == after_NB)[..., None], jnp.exp(log_decay_H * total_NB1), 0)
-    return Chunks(a_NBHQ, b_NBHQ, r_NBH, count_NBQ, segments_NBQ)
+    return Chunks(a_NBHQ, b_NBHQ, r_NBH, segments_NBQ)
 
 
-def _pair_decay(log_decay_H, chunks, constant):
-    """A function from one chunk to its D_BHQQ; without segments all chunks share one, computed here.
+def _pair_decay(log_decay_H, chunk, segmented):
+    """A function from one chunk to its D_BHQQ: a constant, cut by documents where there are segments."""
+    distance_QQ = jnp.arange(chunk)[:, None] - jnp.arange(chunk)
+    d_HQQ = jnp.where(distance_QQ >= 0, jnp.exp(log_decay_H[:, None, None] * jnp.maximum(distance_QQ, 0)), 0)
 
-    (The last chunk's padding then reads outputs that are cut away and brings keys that are zero.)
-    """
-    def decay(count_BQ, segments_BQ):
-        Q = count_BQ.shape[-1]
-        live_BQQ = (segments_BQ[:, :, None] == segments_BQ[:, None, :]) & (segments_BQ > 0)[:, None, :]
-        distance_BQQ = jnp.maximum(count_BQ[:, :, None] - count_BQ[:, None, :], 0)
-        pairs_B1QQ = (live_BQQ & jnp.tri(Q, dtype=bool))[:, None]
-        return jnp.where(pairs_B1QQ, jnp.exp(log_decay_H[:, None, None] * distance_BQQ[:, None]), 0)
-
-    if not constant:
-        return lambda c: decay(c.count_NBQ, c.segments_NBQ)
-    d_1HQQ = decay(chunks.count_NBQ[0], chunks.segments_NBQ[0])
-    return lambda c: d_1HQQ
+    def cut(c):
+        same_BQQ = (c.segments_NBQ[:, :, None] == c.segments_NBQ[:, None, :]) & (c.segments_NBQ > 0)[:, None, :]
+        return jnp.where(same_BQQ[:, None], d_HQQ, 0)
+    return cut if segmented else lambda c: d_HQQ

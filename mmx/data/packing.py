@@ -1,0 +1,107 @@
+"""Documents to rows of T tokens.
+
+A document is bos + tokens + eos. The target of a token is the next one of the same document, weight 1; eos has none,
+weight 0. In a row, segments count documents from 1 (0 is padding) and positions count from 0 inside a segment. A
+document cut by the end of a row goes on in another row as a new segment, and the token at the cut keeps its target:
+every (token, target) pair stands in exactly one row, once.
+"""
+import itertools
+
+import numpy as np
+
+
+class Packed:
+    """Training rows of some documents: a random-access sequence, all full, without padding.
+
+    A document of n tokens gives n // T rows of its own, so that those have one unbroken context of T tokens each; what
+    is left of the documents is laid end to end and cut every T tokens. The last row is filled up by reading documents
+    again from the first: fewer than T tokens are seen twice.
+    """
+
+    def __init__(self, documents, length: int):
+        self.documents, self.length = documents, length
+        self._spans, self._first = _plan(np.array([len(d) for d in documents], np.int64), length)
+
+    def __len__(self) -> int:
+        return len(self._first) - 1
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        spans = self._spans[self._first[row]:self._first[row + 1]]
+        return _lay(((self.documents[d], start, stop) for d, start, stop in spans), self.length)
+
+
+def rows(document, length: int, context: int = 0):
+    """Evaluation rows of one document, every target once, the last row padded.
+
+    Rows overlap by `context` tokens, which only serve as context (weight 0) in the later of the two.
+    """
+    for start in range(0, max(len(document) - 1 - context, 1), length - context):
+        row = _lay([(document, start, min(start + length, len(document)))], length)
+        if start:
+            row["weights"][:context] = 0
+        yield row
+
+
+def batches(documents, length: int, batch: int, context: int = 0):
+    """(document_B, {name: array_BT}): the rows of several documents, and the number of the document each is of.
+
+    The last batch is filled up with padding (segment 0, weight 0) under document 0.
+    """
+    stream = ((d, row) for d, document in enumerate(documents) for row in rows(document, length, context))
+    while group := list(itertools.islice(stream, batch)):
+        group += [(0, _lay([], length))] * (batch - len(group))
+        yield np.array([d for d, _ in group]), stack(row for _, row in group)
+
+
+def stack(rows) -> dict[str, np.ndarray]:
+    """Rows [T] to a batch [B, T], name by name."""
+    rows = list(rows)
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _lay(spans, length: int) -> dict[str, np.ndarray]:
+    """One row from (document, start, stop) spans; what they leave free is padding."""
+    row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segments", "positions")}
+    row["weights"] = np.zeros(length, np.float32)
+    at = 0
+    for segment, (document, start, stop) in enumerate(spans, 1):
+        here, targets = slice(at, at + stop - start), document[start + 1:stop + 1]
+        row["tokens"][here] = document[start:stop]
+        row["targets"][at:at + len(targets)] = targets
+        row["weights"][at:at + len(targets)] = 1
+        row["segments"][here] = segment
+        row["positions"][here] = np.arange(stop - start)
+        at = here.stop
+    return row
+
+
+def _plan(lengths, length: int):
+    """Every row's spans, [(document, start, stop)] in one table, and the place of each row's first span in it."""
+    whole = lengths // length
+    document = np.repeat(np.arange(len(lengths)), whole)
+    start = (np.arange(len(document)) - np.repeat(np.cumsum(whole) - whole, whole)) * length
+    own = np.stack([document, start, start + length], 1)
+
+    rest = [(d, whole[d] * length, lengths[d]) for d in np.flatnonzero(lengths % length)]
+    missing = -int(np.sum(lengths % length)) % length
+    for d in itertools.cycle(range(len(lengths))):
+        if not missing:
+            break
+        rest.append((d, 0, min(missing, lengths[d])))
+        missing -= rest[-1][2]
+    shared, first = _cut(np.array(rest, np.int64).reshape(-1, 3), length)
+    return np.concatenate([own, shared]), np.concatenate([np.arange(len(own)), len(own) + first])
+
+
+def _cut(spans, length: int):
+    """Spans laid end to end and cut every `length` tokens; the place of each row's first span, and the end."""
+    document, start, stop = spans.T
+    ends = np.cumsum(stop - start)
+    begins, rows = ends - (stop - start), np.arange(0, np.sum(stop - start), length)
+    cuts = np.union1d(begins, rows)
+    span = np.searchsorted(ends, cuts, side="right")
+    start = start[span] + cuts - begins[span]
+    sizes = np.diff(cuts, append=ends[-1:])
+    return np.stack([document[span], start, start + sizes], 1), np.append(np.searchsorted(cuts, rows), len(cuts))

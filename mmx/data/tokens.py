@@ -1,0 +1,81 @@
+"""Text to token ids and back: bytes (no files, exact bits per byte) or a Hugging Face tokenizer.json.
+
+A tokenizer has `vocab` (ids are below it), `bos`, `eos`, `pad`, `encode(raw bytes) -> int32 ids` without specials, and
+`decode(ids) -> str`, which leaves specials out.
+"""
+import numpy as np
+
+from mmx.config import ConfigError
+
+BOS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<beginning_of_sentence>", "<|startoftext|>", "<|bos|>")
+EOS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<end_of_sentence>", "<|endoftext|>", "<|eos|>", "<|im_end|>")
+PAD = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
+
+
+class Bytes:
+    """A byte is its own id; bos, eos and pad follow, then five spare ids."""
+    vocab, bos, eos, pad = 264, 256, 257, 258
+
+    def encode(self, raw: bytes, name: str = "text") -> np.ndarray:
+        return np.frombuffer(raw, np.uint8).astype(np.int32)
+
+    def decode(self, ids) -> str:
+        return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", "replace")
+
+
+class File:
+    """A tokenizer.json. Without a bos or a pad among its special tokens, eos serves as either."""
+
+    def __init__(self, path: str):
+        try:
+            import tokenizers
+        except ImportError:
+            raise ConfigError(f"data.tokenizer={path!r} needs the package tokenizers: pip install tokenizers") from None
+        try:
+            self._model = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # noqa: BLE001 (the package raises no other)
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"data.tokenizer: {path!r} is neither 'bytes' nor a tokenizer.json ({reason})") from None
+        self._model.no_truncation()
+        self._model.no_padding()
+        self._model.encode_special_tokens = True        # "</s>" written in a text is text, not the end of a document
+        self.vocab = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
+        specials = {t.content: i for i, t in self._model.get_added_tokens_decoder().items() if t.special}
+        eos = _first(specials, EOS)
+        if eos is None:
+            raise ConfigError(f"data.tokenizer: {path!r} has no end-of-text token; its special tokens need one of "
+                              + ", ".join(EOS))
+        self.eos = eos
+        self.bos = _first(specials, BOS, eos)
+        self.pad = _first(specials, PAD, eos)
+
+    def encode(self, raw: bytes, name: str = "text") -> np.ndarray:
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{name}: not UTF-8 at byte {error.start}; data.tokenizer=bytes takes any text") from None
+        return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids) -> str:
+        return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab], skip_special_tokens=True)
+
+
+def tokenizer(name: str) -> Bytes | File:
+    """"bytes", or the path of a tokenizer.json."""
+    return Bytes() if name == "bytes" else File(name)
+
+
+def document(tokenizer, raw: bytes, name: str = "text") -> np.ndarray:
+    """bos + tokens + eos."""
+    return np.concatenate([[tokenizer.bos], tokenizer.encode(raw, name), [tokenizer.eos]], dtype=np.int32)
+
+
+def check_vocab(tokenizer, vocab: int) -> None:
+    """Refuses a tokenizer whose ids do not fit a model's embedding."""
+    if tokenizer.vocab > vocab:
+        raise ConfigError(f"the tokenizer's ids reach {tokenizer.vocab - 1}, out of range of model.vocab={vocab}; "
+                          f"set model.vocab={tokenizer.vocab} or more")
+
+
+def _first(specials: dict, names: tuple, default: int | None = None) -> int | None:
+    return next((specials[name] for name in names if name in specials), default)

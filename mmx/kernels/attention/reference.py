@@ -1,0 +1,25 @@
+"""Softmax attention over the whole score matrix, in float32: what the other implementations are tested against.
+
+    o_t = sum_s p_ts v_s,   p_t = softmax over the keys s that t sees of q_t . k_s / sqrt(K)
+
+Query t of row b stands at start_b + t on the key axis and sees the keys s <= start_b + t of its own segment; segment 0
+is padding, which sees and is seen by nothing. A query that sees nothing gives 0. Memory B H T S.
+"""
+import jax.numpy as jnp
+
+
+def attention(q_BHTK, k_BGSK, v_BGSV, segments_BT=None, segments_BS=None, start_B=None):
+    (B, H, T, K), (_, G, S, V) = q_BHTK.shape, v_BGSV.shape
+    q_BGRTK = q_BHTK.astype(jnp.float32).reshape(B, G, H // G, T, K)
+    k_BGSK, v_BGSV = k_BGSK.astype(jnp.float32), v_BGSV.astype(jnp.float32)
+
+    sees_BTS = jnp.arange(S) <= (jnp.zeros(B, int) if start_B is None else start_B)[:, None, None] + jnp.arange(T)[:, None]
+    if segments_BT is not None:
+        sees_BTS &= (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BT > 0)[:, :, None]
+    sees_BGRTS = sees_BTS[:, None, None]
+
+    s_BGRTS = jnp.einsum("BGRTK,BGSK->BGRTS", q_BGRTK, k_BGSK) / K ** 0.5
+    s_BGRTS = jnp.where(sees_BGRTS, s_BGRTS, -1e30)
+    p_BGRTS = jnp.where(sees_BGRTS, jnp.exp(s_BGRTS - s_BGRTS.max(-1, keepdims=True)), 0)
+    p_BGRTS /= jnp.maximum(p_BGRTS.sum(-1, keepdims=True), 1e-30)
+    return jnp.einsum("BGRTS,BGSV->BGRTV", p_BGRTS, v_BGSV).reshape(B, H, T, V).astype(q_BHTK.dtype)

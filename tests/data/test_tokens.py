@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+
+from mmx.config import ConfigError
+from mmx.data import tokens
+
+
+def save(path, specials):
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    model.train_from_iterator(["the state of the union, the union of the states"], trainer)
+    model.enable_truncation(4)
+    model.save(str(path))
+    return str(path)
+
+
+def test_bytes_round_trip_and_leave_specials_out():
+    t = tokens.tokenizer("bytes")
+    ids = t.encode("Fellow citizens — é\0".encode())
+    assert ids.dtype == np.int32 and ids.tolist() == list("Fellow citizens — é\0".encode())
+    assert t.decode([t.bos, *ids, t.eos, t.pad, 263]) == "Fellow citizens — é\0"
+    assert t.decode([0xC3]) == "\ufffd"
+    assert sorted({t.bos, t.eos, t.pad}) == [256, 257, 258] and t.vocab == 264
+    assert t.encode(bytes(range(256))).tolist() == list(range(256))
+
+
+def test_document_stands_between_bos_and_eos():
+    t = tokens.tokenizer("bytes")
+    assert tokens.document(t, b"ab").tolist() == [256, 97, 98, 257]
+
+
+def test_file_round_trips_whole_texts_and_finds_its_specials(tmp_path):
+    t = tokens.tokenizer(save(tmp_path / "t.json", ["<s>", "</s>", "<pad>"]))
+    text = "the union — é of the states, and more words than four"
+    ids = t.encode(text.encode())
+    assert ids.dtype == np.int32 and t.decode([t.bos, *ids, t.eos]) == text
+    assert (t.bos, t.eos, t.pad) == (0, 1, 2) and ids.max() < t.vocab
+
+
+def test_special_tokens_written_in_a_text_stay_text(tmp_path):
+    t = tokens.tokenizer(save(tmp_path / "t.json", ["<s>", "</s>", "<pad>"]))
+    ids = t.encode(b"the </s> union")
+    assert t.eos not in ids and t.decode(ids) == "the </s> union"
+
+
+def test_eos_serves_as_bos_and_pad_where_there_is_none(tmp_path):
+    t = tokens.tokenizer(save(tmp_path / "t.json", ["<|endoftext|>"]))
+    assert t.bos == t.eos == t.pad == 0
+
+
+def test_bytes_train_on_what_is_not_utf8_and_a_file_names_the_offset(tmp_path):
+    assert tokens.tokenizer("bytes").encode(b"ab\xff").tolist() == [97, 98, 255]
+    with pytest.raises(ConfigError, match="speech.txt: not UTF-8 at byte 2"):
+        tokens.tokenizer(save(tmp_path / "t.json", ["</s>"])).encode(b"ab\xff", "speech.txt")
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="has no end-of-text token"):
+        tokens.tokenizer(save(tmp_path / "t.json", ["<s>"]))
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"model": 1}'])
+def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path, content):
+    if content:
+        (tmp_path / "t.json").write_text(content)
+    with pytest.raises(ConfigError, match="neither 'bytes' nor a tokenizer.json") as error:
+        tokens.tokenizer(str(tmp_path / "t.json"))
+    assert "\n" not in str(error.value)
+
+
+def test_vocabulary_must_fit_the_model():
+    tokens.check_vocab(tokens.tokenizer("bytes"), 264)
+    with pytest.raises(ConfigError, match="reach 263, out of range of model.vocab=200; set model.vocab=264"):
+        tokens.check_vocab(tokens.tokenizer("bytes"), 200)
