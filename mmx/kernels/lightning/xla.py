@@ -33,17 +33,20 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_
     T = q_BHTK.shape[2]
     chunks = _chunks(log_decay_H, segments_BT, T, chunk)
     pair_decay = _pair_decay(log_decay_H, chunk, segments_BT is not None)
+    q_BHTK, k_BHTK, v_BHTV = (_pad(x, chunk) for x in (q_BHTK, k_BHTK, v_BHTV))
 
-    def step(state_BHKV, xs):
-        q_BHQK, k_BHQK, v_BHQV, c = xs
+    def step(n, carry):
+        state_BHKV, o_BHTV = carry
+        q_BHQK, k_BHQK, v_BHQV = (_take(x, n, chunk) for x in (q_BHTK, k_BHTK, v_BHTV))
+        c = jax.tree.map(lambda x: x[n], chunks)
         scores_BHQQ = _dot("BHQK,BHPK->BHQP", q_BHQK, k_BHQK) * pair_decay(c)
         o_BHQV = _dot("BHQP,BHPV->BHQV", scores_BHQQ.astype(v_BHQV.dtype), v_BHQV)
         o_BHQV += _dot("BHQK,BHKV->BHQV", q_BHQK * c.a_NBHQ[..., None], state_BHKV)
-        return _advance(state_BHKV, k_BHQK, v_BHQV, c), o_BHQV.astype(v_BHQV.dtype)
+        return _advance(state_BHKV, k_BHQK, v_BHQV, c), _put(o_BHTV, o_BHQV, n)
 
-    xs = [_split(x, chunk) for x in (q_BHTK, k_BHTK, v_BHTV)]
-    state_BHKV, o_NBHQV = jax.lax.scan(step, state_BHKV, (*xs, chunks))
-    return _join(o_NBHQV, T), state_BHKV
+    start = state_BHKV, jnp.zeros_like(v_BHTV)
+    state_BHKV, o_BHTV = jax.lax.fori_loop(0, len(chunks.r_NBH), step, start)
+    return o_BHTV[:, :, :T], state_BHKV
 
 
 def _forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk):
@@ -56,29 +59,33 @@ def _backward(chunk, inputs, cotangents):
     do_BHTV, dstate_BHKV = cotangents
     T = q_BHTK.shape[2]
     chunks = _chunks(log_decay_H, segments_BT, T, chunk)
+    N = len(chunks.r_NBH)
     pair_decay = _pair_decay(log_decay_H, chunk, segments_BT is not None)
-    q_NBHQK, k_NBHQK, v_NBHQV, do_NBHQV = (_split(x, chunk) for x in (q_BHTK, k_BHTK, v_BHTV, do_BHTV))
+    q_BHTK, k_BHTK, v_BHTV, do_BHTV = (_pad(x, chunk) for x in (q_BHTK, k_BHTK, v_BHTV, do_BHTV))
 
-    def state_step(state_BHKV, xs):
-        return _advance(state_BHKV, *xs), state_BHKV
+    def state_step(state_BHKV, n):
+        c = jax.tree.map(lambda x: x[n], chunks)
+        return _advance(state_BHKV, _take(k_BHTK, n, chunk), _take(v_BHTV, n, chunk), c), state_BHKV
 
-    _, state_NBHKV = jax.lax.scan(state_step, state_BHKV, (k_NBHQK, v_NBHQV, chunks))
+    _, state_NBHKV = jax.lax.scan(state_step, state_BHKV, jnp.arange(N))
 
-    def step(dstate_BHKV, xs):
-        q_BHQK, k_BHQK, v_BHQV, do_BHQV, state_BHKV, c = xs
-        decay_BHQQ = pair_decay(c)
-        a_BHQ1, b_BHQ1 = c.a_NBHQ[..., None], c.b_NBHQ[..., None]
+    def step(i, carry):
+        dstate_BHKV, dq_BHTK, dk_BHTK, dv_BHTV = carry
+        n = N - 1 - i
+        q_BHQK, k_BHQK, v_BHQV, do_BHQV = (_take(x, n, chunk) for x in (q_BHTK, k_BHTK, v_BHTV, do_BHTV))
+        c, state_BHKV = jax.tree.map(lambda x: x[n], (chunks, state_NBHKV))
+        a_BHQ1, b_BHQ1, decay_BHQQ = c.a_NBHQ[..., None], c.b_NBHQ[..., None], pair_decay(c)
         scores_BHQQ = (_dot("BHQK,BHPK->BHQP", q_BHQK, k_BHQK) * decay_BHQQ).astype(do_BHQV.dtype)
         dscores_BHQQ = (_dot("BHQV,BHPV->BHQP", do_BHQV, v_BHQV) * decay_BHQQ).astype(k_BHQK.dtype)
         dq_BHQK = _dot("BHQP,BHPK->BHQK", dscores_BHQQ, k_BHQK) + _dot("BHQV,BHKV->BHQK", do_BHQV * a_BHQ1, state_BHKV)
         dk_BHQK = _dot("BHQP,BHQK->BHPK", dscores_BHQQ, q_BHQK) + _dot("BHQV,BHKV->BHQK", v_BHQV * b_BHQ1, dstate_BHKV)
         dv_BHQV = _dot("BHQP,BHQV->BHPV", scores_BHQQ, do_BHQV) + _dot("BHQK,BHKV->BHQV", k_BHQK * b_BHQ1, dstate_BHKV)
         dstate_BHKV = c.r_NBH[..., None, None] * dstate_BHKV + _dot("BHQK,BHQV->BHKV", q_BHQK * a_BHQ1, do_BHQV)
-        return dstate_BHKV, (dq_BHQK.astype(q_BHQK.dtype), dk_BHQK.astype(k_BHQK.dtype), dv_BHQV.astype(v_BHQV.dtype))
+        return dstate_BHKV, _put(dq_BHTK, dq_BHQK, n), _put(dk_BHTK, dk_BHQK, n), _put(dv_BHTV, dv_BHQV, n)
 
-    xs = (q_NBHQK, k_NBHQK, v_NBHQV, do_NBHQV, state_NBHKV, chunks)
-    dstate_BHKV, grads = jax.lax.scan(step, dstate_BHKV, xs, reverse=True)
-    return (*(_join(g, T) for g in grads), jnp.zeros_like(log_decay_H), None, dstate_BHKV)
+    start = dstate_BHKV, jnp.zeros_like(q_BHTK), jnp.zeros_like(k_BHTK), jnp.zeros_like(v_BHTV)
+    dstate_BHKV, *grads = jax.lax.fori_loop(0, N, step, start)
+    return (*(g[:, :, :T] for g in grads), jnp.zeros_like(log_decay_H), None, dstate_BHKV)
 
 
 lightning_attention.defvjp(_forward, _backward)
@@ -96,15 +103,16 @@ def _advance(state_BHKV, k_BHQK, v_BHQV, c):
     return c.r_NBH[..., None, None] * state_BHKV + _dot("BHQK,BHQV->BHKV", k_BHQK * c.b_NBHQ[..., None], v_BHQV)
 
 
-def _split(x_BHTK, chunk):
-    B, H, T, K = x_BHTK.shape
-    x_BHTK = jnp.pad(x_BHTK, ((0, 0), (0, 0), (0, -T % chunk), (0, 0)))
-    return jnp.moveaxis(x_BHTK.reshape(B, H, -1, chunk, K), 2, 0)
+def _pad(x_BHTK, chunk):
+    return jnp.pad(x_BHTK, ((0, 0), (0, 0), (0, -x_BHTK.shape[2] % chunk), (0, 0)))
 
 
-def _join(x_NBHQK, T):
-    N, B, H, Q, K = x_NBHQK.shape
-    return jnp.moveaxis(x_NBHQK, 0, 2).reshape(B, H, N * Q, K)[:, :, :T]
+def _take(x_BHTK, n, chunk):
+    return jax.lax.dynamic_slice_in_dim(x_BHTK, n * chunk, chunk, axis=2)
+
+
+def _put(x_BHTK, x_BHQK, n):
+    return jax.lax.dynamic_update_slice_in_dim(x_BHTK, x_BHQK.astype(x_BHTK.dtype), n * x_BHQK.shape[2], axis=2)
 
 
 def _chunks(log_decay_H, segments_BT, T, chunk):
