@@ -10,8 +10,8 @@ IMPLS = ("xla",)
 def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=None, start_B=None, impl=None):
     """Causal attention with grouped KV heads (model.md section 4): KV head g serves query heads g R .. (g + 1) R - 1.
 
-    o_t = sum_s p_ts v_s with p_t the softmax over the keys s that t sees of q_t . k_s / sqrt(K). Query t of row b stands
-    at start_b + t on the key axis, sees itself and what is before it, and of that its own segment alone.
+    o_t = sum_s p_ts v_s with p_t the softmax over the keys s that t sees of q_t . k_s / sqrt(K). Query t of row b
+    stands at start_b + t on the key axis, sees itself and what is before it, and of that its own segment alone.
 
     Args:
       q_BHTK, k_BGSK, v_BGSV: queries, keys, values, float32 or bfloat16 (float64 under x64); any T, S >= 1.
@@ -46,4 +46,4 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
         check(segments_BS, "BS", "segments_BS", B=B, S=S)
     if impl not in (None, *IMPLS):
         raise NotImplementedError(f"impl={impl!r}: softmax attention has {', '.join(IMPLS)}")
-    return xla.attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, *xla.block_sizes(T, S, H // G))
+    return xla.attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, *xla.block_sizes(T, S))

@@ -13,7 +13,8 @@ def attention(q_BHTK, k_BGSK, v_BGSV, segments_BT=None, segments_BS=None, start_
     q_BGRTK = q_BHTK.astype(jnp.float32).reshape(B, G, H // G, T, K)
     k_BGSK, v_BGSV = k_BGSK.astype(jnp.float32), v_BGSV.astype(jnp.float32)
 
-    sees_BTS = jnp.arange(S) <= (jnp.zeros(B, int) if start_B is None else start_B)[:, None, None] + jnp.arange(T)[:, None]
+    start_B = jnp.zeros(B, int) if start_B is None else start_B
+    sees_BTS = jnp.arange(S) <= start_B[:, None, None] + jnp.arange(T)[:, None]
     if segments_BT is not None:
         sees_BTS &= (segments_BT[:, :, None] == segments_BS[:, None, :]) & (segments_BT > 0)[:, :, None]
     sees_BGRTS = sees_BTS[:, None, None]

@@ -1,4 +1,4 @@
-"""Softmax attention in blocks, as plain XLA: differentiable, memory linear in T, pairs of blocks that see nothing skipped.
+"""Softmax attention in blocks, as plain XLA: differentiable, memory linear in T, blocks that see nothing skipped.
 
 A block of queries meets the key blocks it sees one by one, with a running maximum m, sum l and output o:
 
@@ -7,7 +7,7 @@ A block of queries meets the key blocks it sees one by one, with a running maxim
 
 and ends with o / l. The backward pass keeps q, k, v, o and lse = m + log l, and meets the same pairs once more:
 
-    p = exp(z - lse)       dz = p (do . v - o . do)       dv = p^T do       dk = dz^T q / sqrt(K)       dq = dz k / sqrt(K)
+    p = exp(z - lse)    dz = p (do . v - o . do)    dv = p^T do    dk = dz^T q / sqrt(K)    dq = dz k / sqrt(K)
 
 A pair of tokens costs each head 2 (K + V) FLOPs forward and 6 K + 4 V backward. The R query heads of a KV head are rows
 of one product. Scores, statistics and sums are float32. Letters beyond `dims`: N query blocks, J key blocks, Q rows of
@@ -21,7 +21,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-LOWEST = -1e30      # below any score, yet finite: exp(-inf - LOWEST) = 0 while a row has seen nothing
+# Tokens a block, of queries and of keys: of 64 to 512 the fastest with 8 heads of 32 on 2 CPU cores, 2026-11-22.
+BLOCK = 256
+# Slicing copies, so one query reads a cache up to this length whole (2112 keys: 68 us, 130 us by blocks; same day).
+WHOLE = 4096
+# Below any score, yet finite: exp(-inf - LOWEST) = 0 while a row has seen nothing.
+LOWEST = -1e30
+
+
+def block_sizes(T: int, S: int) -> tuple[int, int]:
+    """Tokens of a query block and of a key block."""
+    if T == 1:
+        return 1, S if S <= WHOLE else 2 * BLOCK
+    return min(T, BLOCK), min(S, BLOCK)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -75,7 +87,7 @@ def _forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries,
 
 def _backward(queries, keys, residuals, do_BHTV):
     q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, o_BHTV, lse_BGRT = residuals
-    (B, H, T, K), (_, G, S, V) = q_BHTK.shape, v_BGSV.shape
+    (B, _, T, K), (_, G, S, V) = q_BHTK.shape, v_BGSV.shape
     sight = Sight(T, S, queries, keys, segments_BT, segments_BS, start_B)
     acc, scale = lse_BGRT.dtype, K ** -0.5
     q_BGRTK, do_BGRTV = q_BHTK.reshape(B, G, -1, T, K), do_BHTV.reshape(B, G, -1, T, V)
@@ -88,7 +100,8 @@ def _backward(queries, keys, residuals, do_BHTV):
 
         def query_block(n, carry):
             dq_BGRTK, dk_BGKP, dv_BGVP = carry
-            q_BGQK, do_BGQV, lse_BGQ, delta_BGQ = (_rows(x, n, queries) for x in (q_BGRTK, do_BGRTV, lse_BGRT, delta_BGRT))
+            q_BGQK, do_BGQV = _rows(q_BGRTK, n, queries), _rows(do_BGRTV, n, queries)
+            lse_BGQ, delta_BGQ = _rows(lse_BGRT, n, queries), _rows(delta_BGRT, n, queries)
             z_BGQP = sight.hide(_dot("BGQK,BGPK->BGQP", q_BGQK, k_BGPK), n, j, once=True)
             p_BGQP = jnp.exp(z_BGQP * scale - lse_BGQ[..., None])
             dp_BGQP = _dot("BGQV,BGPV->BGQP", do_BGQV, v_BGPV)
@@ -173,19 +186,12 @@ class Sight:
         return jnp.zeros(1, jnp.int32) if self.start_B is None else self.start_B
 
 
-def block_sizes(T: int, S: int, R: int) -> tuple[int, int]:
-    """Tokens of a query and of a key block. Measured with 8 heads of 32 on 2 CPU cores, 2026-11-22."""
-    if T == 1:      # slicing copies: a short cache is read whole (2112 keys: 68 us, 130 us in blocks of 512)
-        return 1, S if S <= 4096 else 512
-    return min(T, max(64, 1024 // R)), min(S, 256)
-
-
 def _documents(segments_BT, size: int):
     """Of every block the least and the greatest document, the least above the greatest where all is padding, and the
     only one, 0 where there are several or padding."""
     T = segments_BT.shape[1]
     first_N1 = jnp.minimum(jnp.arange(0, T, size), T - size)[:, None]
-    segments_BNQ = segments_BT[:, first_N1 + jnp.arange(size)]
+    segments_BNQ = jnp.take(segments_BT, first_N1 + jnp.arange(size), axis=1)
     low_BN = jnp.where(segments_BNQ > 0, segments_BNQ, jnp.iinfo(segments_BT.dtype).max).min(2)
     high_BN = segments_BNQ.max(2)
     return low_BN, high_BN, jnp.where(segments_BNQ.min(2) == high_BN, high_BN, 0)

@@ -1,0 +1,113 @@
+"""Tokens/s and peak memory of one attention layer, forward and backward, over the sequence's length.
+
+    python benchmarks/length.py                 # about 6 minutes on 2 cores; writes length.png
+
+Hidden 256, 8 heads x 32 (softmax: 2 KV heads), float32, one sequence. Each point is a process of its own: the median
+of several runs after a warm-up, and the process's peak memory less that of the process before the first call. Softmax
+attention's time grows with the square of the length: it stops at the first length that takes over --limit seconds.
+"""
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import matplotlib
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from mmx import config
+
+LENGTHS = [2 ** n for n in range(10, 18)]
+NAMES = {"L": "lightning", "S": "softmax"}
+
+
+def main():
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--limit", type=float, default=20, help="longest pass of a layer, in seconds (default 20)")
+    flags.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default=LENGTHS)
+    flags.add_argument("--out", default="length.png", help="the plot (default length.png)")
+    flags.add_argument("--point", help=argparse.SUPPRESS)
+    args = flags.parse_args()
+    if args.point:
+        kind, length = args.point.split(",")
+        print(json.dumps(measure(kind, int(length))))
+        return
+    points = {kind: {} for kind in NAMES}
+    for length in tqdm(args.lengths, "lengths"):
+        for kind, done in points.items():
+            if kind == "S" and done and 4 * list(done.values())[-1]["seconds"] > args.limit:
+                continue
+            out = subprocess.run([sys.executable, __file__, "--point", f"{kind},{length}"], capture_output=True, text=True)
+            if out.returncode:
+                sys.exit(out.stderr)
+            done[length] = json.loads(out.stdout.splitlines()[-1])
+    show(points, args.lengths)
+    plot(points, args.out)
+    print(f"plot: {args.out}")
+
+
+def measure(kind: str, length: int) -> dict:
+    import jax
+    import jax.numpy as jnp
+
+    from mmx.layers.common import Context
+    from mmx.model import MIXERS
+
+    c = config.Model(pattern=kind)
+    mixer = MIXERS[kind](c)
+    u_BTD = jax.random.normal(jax.random.key(0), (1, length, c.dim))
+    context = Context(None, jnp.arange(length)[None], None)
+    log_decay_H = jnp.array(c.log_decay[3])
+    params = jax.jit(mixer.init)(jax.random.key(1), u_BTD[:, :8], Context(None, jnp.arange(8)[None], None), None, log_decay_H)
+    step = jax.jit(jax.grad(lambda p, u: jnp.mean(mixer.apply(p, u, context, None, log_decay_H)[0] ** 2), (0, 1)))
+    compiled = step.lower(params, u_BTD).compile()
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = []
+    begin = time.perf_counter()
+    while len(seconds) < 3 or (len(seconds) < 30 and time.perf_counter() - begin < 6):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(params, u_BTD))
+        seconds.append(time.perf_counter() - start)
+        if seconds[0] > 10:
+            break
+    median = statistics.median(seconds[1:] or seconds)
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024
+    return {"seconds": median, "rate": length / median, "peak_mib": peak}
+
+
+def show(points, lengths):
+    table = Table("tokens", *(f"{name} {what}" for name in NAMES.values() for what in ("tokens/s", "peak MiB")),
+                  title="one layer, forward and backward")
+    for length in lengths:
+        cells = [(f"{p['rate']:,.0f}", f"{p['peak_mib']:,.0f}") if (p := points[kind].get(length)) else ("-", "-")
+                 for kind in NAMES]
+        table.add_row(f"{length:,}", *(cell for pair in cells for cell in pair))
+    Console().print(table)
+    rates = [p["rate"] for p in points["L"].values()]
+    print(f"lightning: slowest length at {min(rates) / max(rates):.0%} of the fastest, "
+          f"{min(rates) / statistics.median(rates):.0%} to {max(rates) / statistics.median(rates):.0%} of the median")
+
+
+def plot(points, path):
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (speed, memory) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for kind, name in NAMES.items():
+        lengths = list(points[kind])
+        speed.loglog(lengths, [p["rate"] for p in points[kind].values()], "o-", label=name)
+        memory.loglog(lengths, [p["peak_mib"] for p in points[kind].values()], "o-", label=name)
+    speed.set(title="one layer, forward and backward", xlabel="tokens", ylabel="tokens/s")
+    memory.set(title="peak memory beyond the inputs", xlabel="tokens", ylabel="MiB")
+    for axes in (speed, memory):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Conversion between mmx checkpoints and the released form, both ways and in slices; loading and comparing of either.
+
+A source gives slices of leaves, a conversion writes them: both walk `released.leaves`. Memory is a few slices of
+`released.SLICE_BYTES`, whatever the size of the model. What is written stands beside its destination until it is whole.
+"""
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from mmx import checkpoint, config, released
+from mmx.config import ConfigError
+from mmx.data import tokens
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+DIALECTS = ("transformers", "released")
+BYTE_IDS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}      # the byte tokenizer's
+SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+
+class Loaded(NamedTuple):
+    model: object           # the Flax module
+    params: dict            # plain nested dict
+    config: config.Model
+    tokenizer: str          # "bytes", the path of a tokenizer.json, or empty where the checkpoint has none
+
+
+class ReleasedSource:
+    """A Hugging Face directory, checked whole before the first slice is read."""
+
+    def __init__(self, directory: Path):
+        where = directory / "config.json"
+        self.beside, self.json = directory, released.read_json(where)
+        self.arguments = released.read_model(self.json, where)
+        self.model = config.Model(**self.arguments)
+        self.tensors = released.find_tensors(directory)
+        released.check_tensors(self.tensors, self.model, directory)
+        self.tokenizer = _tokenizer(directory, self.ids())
+
+    def ids(self) -> dict:
+        generation = self.beside / "generation_config.json"
+        return _ids(self.json | (released.read_json(generation) if generation.exists() else {}))
+
+    def dtype(self, leaf) -> np.dtype:
+        found = {self.tensors[name].dtype for _, name in leaf.tensors()}
+        return found.pop() if len(found) == 1 else DTYPES["float32"]
+
+    def read(self, files, leaf, piece) -> np.ndarray:
+        return leaf.ours(released.read_piece(files, self.tensors[piece.name], leaf, piece))
+
+    def read_leaf(self, files, leaf) -> np.ndarray:
+        dtype = self.dtype(leaf)
+        array = np.empty(leaf.shape, dtype)
+        for piece in leaf.pieces(dtype.itemsize):
+            array[piece.index] = self.read(files, leaf, piece)
+        return array
+
+
+class WorkdirSource:
+    """The params of a committed step of a workdir; one that nobody has trained yet has the side files of its origin."""
+
+    def __init__(self, workdir: Path, step: Path):
+        text = released.read_json(workdir / "config.json")
+        experiment = config.build(text)
+        self.model, self.arguments = experiment.model, text["model"]
+        self.arrays = checkpoint.open_params(step)
+        released.check_shapes({"/".join(path): array.shape for path, array in self.arrays.items()},
+                              {"/".join(leaf.path): leaf.shape for leaf in released.leaves(self.model)}, step)
+        if "data" in text:
+            self.beside, self.tokenizer = None, experiment.data.tokenizer
+        else:
+            self.beside = workdir
+            self.tokenizer = _tokenizer(workdir, self.ids())
+
+    def ids(self) -> dict:
+        """bos, eos and pad."""
+        if self.beside:
+            return _ids(released.read_json(self.beside / "generation_config.json"))
+        known = tokens.tokenizer(self.tokenizer)
+        values = (known.bos, known.eos, known.pad) if known.vocab <= self.model.vocab else (None,) * 3
+        return dict(zip(BYTE_IDS, values))
+
+    def dtype(self, leaf) -> np.dtype:
+        return self.arrays[leaf.path].dtype.numpy_dtype
+
+    def read(self, files, leaf, piece) -> np.ndarray:
+        return self.arrays[leaf.path][piece.index].read().result()
+
+    def read_leaf(self, files, leaf) -> np.ndarray:
+        return self.arrays[leaf.path].read().result()
+
+
+def open_source(path: str | Path) -> ReleasedSource | WorkdirSource:
+    """A workdir (its latest step), one of its checkpoints/STEP, or a Hugging Face directory."""
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise ConfigError(f"checkpoint {path} is no directory")
+    found = checkpoint.find_step(path)
+    if found:
+        return WorkdirSource(*found)
+    if (path / "checkpoints").is_dir() or path.parent.name == "checkpoints":
+        raise ConfigError(f"{path} holds no committed step: train longer than checkpoint.every")
+    if (path / "config.json").exists():
+        return ReleasedSource(path)
+    raise ConfigError(f"{path} is neither a workdir (checkpoints/STEP) nor a Hugging Face directory (config.json)")
+
+
+def from_hf(path: str | Path, out: str | Path, dtype: str | None = None, progress: bool = True) -> Path:
+    """Writes a workdir whose step 0 has the parameters of a checkpoint in released form; returns it."""
+    source = open_source(path)
+    with _destination(out) as partial:
+        leaves = released.leaves(source.model)
+        dtypes = {leaf.path: _dtype(dtype) or source.dtype(leaf) for leaf in leaves}
+        arrays = checkpoint.create_params(partial / "checkpoints" / "0", {
+            leaf.path: (leaf.shape, dtypes[leaf.path], leaf.chunks(source.dtype(leaf).itemsize)) for leaf in leaves})
+
+        def write(leaf, piece, slice_):
+            arrays[leaf.path][piece.index].write(slice_.astype(dtypes[leaf.path], copy=False)).result()
+
+        _stream(source, leaves, write, progress)
+        (partial / "config.json").write_text(json.dumps({"model": source.arguments}, indent=1))
+        _side_files(source, partial)
+    return Path(out)
+
+
+def to_hf(path: str | Path, out: str | Path, dialect: str = "transformers", dtype: str | None = None,
+          shard_bytes: int = 4_000_000_000, progress: bool = True) -> Path:
+    """Writes a directory in released form: tensors under their released names, config.json in the dialect given.
+
+    "transformers" (the default, for it loads anywhere) also holds the released keys, and the decay buffers where stock
+    transformers would build other ones: where the number of heads is no power of two.
+    """
+    if dialect not in DIALECTS:
+        raise ConfigError(f"dialect {dialect!r} is none of {', '.join(DIALECTS)}")
+    if shard_bytes <= 0:
+        raise ConfigError(f"shard-bytes {shard_bytes} must be positive")
+    source = open_source(path)
+    model, leaves = source.model, released.leaves(source.model)
+    dtypes = {leaf.path: _dtype(dtype) or source.dtype(leaf) for leaf in leaves}
+    tensors = {name: (dtypes[leaf.path], leaf.tensor_shape) for leaf in leaves for _, name in leaf.tensors()}
+    buffers = {}
+    if dialect == "transformers" and model.heads & (model.heads - 1):
+        buffers = {f"model.layers.{l}.self_attn.{name}": (l, name) for l, kind in enumerate(model.layer_kinds)
+                   if kind == "L" for name in released.DECAY_BUFFERS}
+        shapes = {name: value.shape for name, value in released.decay_buffers(model, 0).items()}
+        tensors |= {name: (DTYPES["float32"], shapes[kind]) for name, (_, kind) in buffers.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: _layer(item[0])))
+    text = released.write_model(model, dialect, dtypes[("embed_WD",)].name, source.ids())
+    with _destination(out) as partial, released.Files(os.O_WRONLY) as files:
+        places = released.plan_files(partial, tensors, shard_bytes)
+
+        def write(leaf, piece, slice_):
+            block = leaf.theirs(slice_.astype(dtypes[leaf.path], copy=False))
+            released.write_piece(files, places[piece.name], leaf, piece, block)
+
+        _stream(source, leaves, write, progress)
+        for name, (layer, kind) in buffers.items():
+            values = released.decay_buffers(model, layer)[kind]
+            files.write(places[name].file, memoryview(values.reshape(-1).view(np.uint8)), places[name].offset)
+        (partial / "config.json").write_text(json.dumps(text, indent=1))
+        _side_files(source, partial)
+    return Path(out)
+
+
+def _layer(name: str) -> float:
+    """Released order: embedding, layers, final norm and head."""
+    parts = name.split(".")
+    return int(parts[2]) if parts[1] == "layers" else -1 if parts[1] == "embed_tokens" else float("inf")
+
+
+def _dtype(name: str | None) -> np.dtype | None:
+    if name is not None and name not in DTYPES:
+        raise ConfigError(f"dtype {name!r} is none of {', '.join(DTYPES)}")
+    return DTYPES.get(name)
+
+
+def _stream(source, leaves, write, progress: bool):
+    total = sum(np.prod(leaf.shape, dtype=np.int64) * source.dtype(leaf).itemsize for leaf in leaves)
+    bar = tqdm(total=int(total), unit="B", unit_scale=True, disable=not progress)
+    with released.Files(os.O_RDONLY) as files, bar:
+        for leaf in leaves:
+            for piece in leaf.pieces(source.dtype(leaf).itemsize):
+                bar.set_postfix_str(piece.name, refresh=False)
+                slice_ = source.read(files, leaf, piece)
+                write(leaf, piece, slice_)
+                bar.update(slice_.nbytes)
+
+
+@contextlib.contextmanager
+def _destination(out: str | Path):
+    """A new directory beside `out`, renamed to it at the end and removed if anything fails."""
+    out = Path(out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not empty; give another --out, or remove it")
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _ids(config_json: dict) -> dict:
+    return {key: config_json.get(key) for key in BYTE_IDS}
+
+
+def _tokenizer(directory: Path, ids: dict) -> str:
+    file = directory / "tokenizer.json"
+    return str(file) if file.exists() else "bytes" if ids == BYTE_IDS else ""
+
+
+def _side_files(source, out: Path):
+    for name in SIDE_FILES:
+        if source.beside and (source.beside / name).exists():
+            shutil.copyfile(source.beside / name, out / name)
+    if not (out / "tokenizer.json").exists() and source.tokenizer not in ("bytes", ""):
+        shutil.copyfile(source.tokenizer, out / "tokenizer.json")
+    if not (out / "generation_config.json").exists():
+        (out / "generation_config.json").write_text(json.dumps(source.ids(), indent=1))
+
+
+def abstract_params(model: config.Model, dtype=jnp.float32) -> dict:
+    """The parameter tree of shapes, without Flax."""
+    return _nest({leaf.path: jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf in released.leaves(model)})
+
+
+def _nest(flat: dict[tuple[str, ...], object]) -> dict:
+    tree = {}
+    for path, value in flat.items():
+        at = tree
+        for key in path[:-1]:
+            at = at.setdefault(key, {})
+        at[path[-1]] = value
+    return tree
+
+
+def load(path: str | Path, dtype: str | None = None) -> Loaded:
+    """A checkpoint in either form, ready to run: no tokens are dropped; parameters in `dtype`, or as stored."""
+    from mmx.model import Model  # here, for a conversion needs no Flax
+
+    source = open_source(path)
+    kind = _dtype(dtype)
+    with released.Files(os.O_RDONLY) as files:
+        params = {leaf.path: jnp.asarray(source.read_leaf(files, leaf), kind) for leaf in released.leaves(source.model)}
+    half = params[("embed_WD",)].dtype == jnp.bfloat16
+    compute = "bfloat16" if half else source.model.dtype if dtype is None else "float32"
+    model = dataclasses.replace(source.model, capacity=0.0, dtype=compute)
+    return Loaded(Model(model), _nest(params), model, source.tokenizer)
+
+
+def verify(a: str | Path, b: str | Path, torch: bool = False, batch: int = 2, length: int = 64, seed: int = 0) -> float:
+    """The largest difference between the logits of two checkpoints on random tokens, in float32; `torch` has `b` run by
+    transformers, as `mmx.torch.load` makes it."""
+    from mmx.generate import forward
+
+    first, vocab = load(a, "float32"), open_source(b).model.vocab
+    if first.config.vocab != vocab:
+        raise ConfigError(f"{a} has a vocabulary of {first.config.vocab}, {b} of {vocab}: there is nothing to compare")
+    tokens_BT = np.random.default_rng(seed).integers(vocab, size=(batch, length))
+    with jax.default_matmul_precision("highest"):
+        logits_BTW = forward(first, tokens_BT)
+        if torch:
+            from mmx import torch as transformers
+
+            others_BTW = transformers.logits(transformers.load(b), tokens_BT)
+        else:
+            others_BTW = forward(load(b, "float32"), tokens_BT)
+    return float(np.abs(logits_BTW - others_BTW).max())

@@ -1,0 +1,463 @@
+"""The released checkpoint form (model.md section 6): config.json, tensor names and layouts, safetensors files.
+
+One set of tables says for each leaf of the parameter tree which released tensors hold it, and with which axes; reading
+and writing walk the same slices. A slice is a run of the released layout's leading axis (one contiguous run of bytes,
+or one a head where q, k and v are interleaved): memory is bounded by SLICE_BYTES and not by a tensor.
+"""
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from mmx.config import ConfigError, Model
+
+SLICE_BYTES = 64 << 20
+BLOCK = 256                                             # transformers' block_size: the extent of its decay buffers
+DECAY_BUFFERS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+          "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Layout(NamedTuple):
+    name: str           # below model.layers.{l}. for a layer's tensor; {e} is the expert
+    axes: str           # a space parts the tensor's own axes
+    part: int = 0       # of `parts` that the leading letter interleaves: qkv_proj's rows are [q|k|v] head by head
+    parts: int = 1
+
+
+TOP = {"embed_WD": Layout("model.embed_tokens.weight", "W D"), "head_WD": Layout("lm_head.weight", "W D"),
+       "norm_D": Layout("model.norm.weight", "D")}
+MIXERS = {
+    "L": {"q_DHK": Layout("self_attn.qkv_proj.weight", "HK D", 0, 3),
+          "k_DHK": Layout("self_attn.qkv_proj.weight", "HK D", 1, 3),
+          "v_DHV": Layout("self_attn.qkv_proj.weight", "HV D", 2, 3),
+          "gate_DHV": Layout("self_attn.output_gate.weight", "HV D"),
+          "norm_HV": Layout("self_attn.norm.weight", "HV"), "out_HVD": Layout("self_attn.out_proj.weight", "D HV")},
+    "S": {"q_DHK": Layout("self_attn.q_proj.weight", "HK D"), "k_DGK": Layout("self_attn.k_proj.weight", "GK D"),
+          "v_DGV": Layout("self_attn.v_proj.weight", "GV D"), "out_HVD": Layout("self_attn.o_proj.weight", "D HV")},
+}
+MOE = {"router_DE": Layout("block_sparse_moe.gate.weight", "E D"),
+       "w1_EDF": Layout("block_sparse_moe.experts.{e}.w1.weight", "F D"),
+       "w3_EDF": Layout("block_sparse_moe.experts.{e}.w3.weight", "F D"),
+       "w2_EFD": Layout("block_sparse_moe.experts.{e}.w2.weight", "D F")}
+NORMS = {"norm_mixer_D": Layout("input_layernorm.weight", "D"),
+         "norm_moe_D": Layout("post_attention_layernorm.weight", "D")}
+
+
+class Piece(NamedTuple):
+    """A run of the leading axis of one released tensor, and where it lies in the leaf."""
+    name: str
+    start: int
+    stop: int
+    index: tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """An array of the parameter tree and the released tensors that it stacks."""
+    path: tuple[str, ...]
+    axes: str                   # of the array, L in front where it is stacked over groups
+    layout: Layout
+    extents: tuple              # ((letter, extent), ...)
+    first: int = 0              # layer of group 0
+    period: int = 1             # layers from group to group
+
+    def sizes(self, letters: str) -> tuple[int, ...]:
+        extents = dict(self.extents)
+        return tuple(extents[c] for c in letters)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.sizes(self.axes)
+
+    @property
+    def released(self) -> str:
+        """The released tensor's axes, one letter each."""
+        return self.layout.axes.replace(" ", "")
+
+    @property
+    def stacked(self) -> str:
+        """The leaf's axes over which released tensors are stacked."""
+        return "".join(c for c in self.axes if c not in self.released)
+
+    @property
+    def own(self) -> str:
+        """The leaf's axes within one released tensor: `stacked` stands in front of them."""
+        return self.axes[len(self.stacked):]
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """Of one released tensor."""
+        lead, *rest = (math.prod(self.sizes(group)) for group in self.layout.axes.split())
+        return (lead * self.layout.parts, *rest)
+
+    def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
+        """(index along the stacked axes, released name) of each tensor."""
+        for index in np.ndindex(self.sizes(self.stacked)):
+            place = dict(zip(self.stacked, index))
+            prefix = f"model.layers.{self.first + self.period * place['L']}." if "L" in place else ""
+            yield index, prefix + self.layout.name.format(e=place.get("E"))
+
+    def run(self, itemsize: int) -> int:
+        """How much of the leading axis a slice takes: at most SLICE_BYTES, all slices but the last alike."""
+        lead, *rest = self.sizes(self.released)
+        count = max(1, SLICE_BYTES // (math.prod(rest) * itemsize))
+        return -(-lead // -(-lead // count))
+
+    def chunks(self, itemsize: int) -> tuple[int, ...]:
+        """The shape of a slice in the leaf."""
+        special = dict.fromkeys(self.stacked, 1) | {self.released[0]: self.run(itemsize)}
+        return tuple(special.get(c, n) for c, n in zip(self.axes, self.shape))
+
+    def pieces(self, itemsize: int) -> Iterator[Piece]:
+        lead, run = self.released[0], self.run(itemsize)
+        end, = self.sizes(lead)
+        for index, name in self.tensors():
+            for start in range(0, end, run):
+                piece = slice(start, min(start + run, end))
+                inside = tuple(piece if c == lead else slice(None) for c in self.own)
+                yield Piece(name, piece.start, piece.stop, index + inside)
+
+    def ours(self, block: np.ndarray) -> np.ndarray:
+        """A slice in the released layout, with the leaf's axes."""
+        return block.transpose([self.released.index(c) for c in self.own])
+
+    def theirs(self, block: np.ndarray) -> np.ndarray:
+        """The inverse of `ours`."""
+        return np.ascontiguousarray(block.transpose([self.own.index(c) for c in self.released]))
+
+
+def leaves(model: Model) -> list[Leaf]:
+    """Every array of the model's parameter tree."""
+    extents = (("W", model.vocab), ("D", model.dim), ("H", model.heads), ("G", model.kv_heads), ("K", model.head_dim),
+               ("V", model.head_dim), ("F", model.expert_dim), ("E", model.experts), ("L", model.groups))
+
+    def leaf(path, layout, **place):
+        axes = ("L" if place else "") + path[-1].rpartition("_")[2]
+        return Leaf(path, axes, layout, extents, **place)
+
+    found = [leaf((name,), layout) for name, layout in TOP.items()]
+    for i, kind in enumerate(model.pattern):
+        above = ("groups", f"layer_{i}")
+        for folder, table in (((), NORMS), (("mixer",), MIXERS[kind]), (("moe",), MOE)):
+            found += [leaf((*above, *folder, name), layout, first=i, period=len(model.pattern))
+                      for name, layout in table.items()]
+    return found
+
+
+def decay_buffers(model: Model, layer: int) -> dict[str, np.ndarray]:
+    """The derived buffers that transformers has in a lightning layer, with the released decay (model.md section 3)."""
+    rate = -np.array(model.log_decay[layer], np.float64)[:, None, None]
+    steps = np.arange(1, BLOCK + 1, dtype=np.float64)
+    apart = steps[:, None] - steps
+    buffers = {"slope_rate": rate, "query_decay": np.exp(-rate * steps[:, None]),
+               "key_decay": np.exp(-rate * (BLOCK - steps[:, None])),
+               "diagonal_decay": np.exp(np.where(apart >= 0, -rate * apart, -np.inf))[None]}
+    return {name: value.astype(np.float32) for name, value in buffers.items()}
+
+
+# ---- config.json ----
+
+REQUIRED = {"vocab": "vocab_size", "dim": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+            "expert_dim": "intermediate_size", "experts": "num_local_experts"}
+FACTORS = {     # ours: (released, transformers)
+    f"{ratio}_{ours}": (f"layernorm_{released}_{ratio}", f"{stock}_{ratio}_factor")
+    for ours, released, stock in (("lightning", "linear_attention", "linear_attn"),
+                                  ("softmax", "full_attention", "full_attn"), ("moe", "mlp", "mlp"))
+    for ratio in ("alpha", "beta")}
+
+
+def read_model(config: dict, where) -> dict:
+    """What a config.json in either dialect says of the function, as arguments of config.Model.
+
+    Where one holds both, the released keys win: stock transformers' rotary_dim is always the whole head. Keys that are
+    absent have the released code's defaults, except that postnorm is true, as in every released config.
+    """
+    def refuse(text):
+        raise ConfigError(f"{where}: {text}")
+
+    missing = [key for key in REQUIRED.values() if not isinstance(config.get(key), (int, list))]
+    if missing:
+        refuse(f"needs numbers for {', '.join(missing)}")
+    model = {ours: config[theirs] for ours, theirs in REQUIRED.items()}
+    experts = set(_listed(model["experts"]))
+    if len(experts) != 1:
+        refuse(f"num_local_experts={sorted(experts)}: layers with different numbers of experts are not supported")
+    model["experts"] = experts.pop()
+    if not config.get("postnorm", True):
+        refuse("postnorm=false (the residual is the un-normed input) is not supported; the released models have true")
+    if any(_listed(config.get("shared_intermediate_size") or 0)):
+        refuse(f"shared_intermediate_size={config['shared_intermediate_size']}: a shared MLP is not supported")
+    rope = config.get("rope_parameters") or {}
+    for key, value, only in (("hidden_act", config.get("hidden_act", "silu"), "silu"),
+                             ("tie_word_embeddings", config.get("tie_word_embeddings", False), False),
+                             ("sliding_window", config.get("sliding_window"), None),
+                             ("rope_scaling", config.get("rope_scaling"), None),
+                             ("rope_parameters.rope_type", rope.get("rope_type", "default"), "default"),
+                             ("quantization_config", config.get("quantization_config"), None)):
+        if value != only:
+            refuse(f"{key}={value!r} is not supported, only {only!r}")
+    kinds = {0: "L", 1: "S", "linear_attention": "L", "full_attention": "S"}
+    listed = config.get("attn_type_list") or config.get("layer_types")
+    if not isinstance(listed, list) or len(listed) != model["layers"] or not set(listed) <= kinds.keys():
+        refuse(f"needs attn_type_list (0 lightning, 1 softmax) or layer_types (linear_attention, full_attention) for "
+               f"{model['layers']} layers, got {listed!r}")
+    letters = "".join(kinds[kind] for kind in listed)
+    model["pattern"] = next(letters[:p] for p in range(1, len(letters) + 1)
+                            if letters[:p] * (len(letters) // p) == letters)
+    model["kv_heads"] = config.get("num_key_value_heads") or model["heads"]
+    model["head_dim"] = config.get("head_dim") or model["dim"] // model["heads"]
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    model["rotary_dim"] = config.get("rotary_dim") or round(share * model["head_dim"])
+    model["rope_theta"] = float(config.get("rope_theta") or rope.get("rope_theta", 10_000.0))
+    model["top_k"] = config.get("num_experts_per_tok", 2)
+    model["norm_eps"] = float(config.get("rms_norm_eps", 1e-5))
+    model["context"] = config.get("max_position_embeddings", Model.context)
+    for ours, names in FACTORS.items():
+        model[ours] = float(next((config[name] for name in names if name in config), 1.0))
+    try:
+        Model(**model).validate()
+    except (ConfigError, TypeError) as error:
+        refuse(error)
+    return model
+
+
+def _listed(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def write_model(model: Model, dialect: str, dtype: str, ids: dict) -> dict:
+    """config.json of a model. The transformers dialect holds the released keys too, which stock transformers keeps and
+    ignores: its own have no place for partial RoPE that it would honour."""
+    if model.head_norm_eps != 1e-6:
+        raise ConfigError(f"model.head_norm_eps={model.head_norm_eps} has no place in the released form: 1e-6 is fixed")
+    released = {
+        "attn_type_list": ["LS".index(kind) for kind in model.layer_kinds], "rotary_dim": model.rotary_dim,
+        "rope_theta": model.rope_theta, "postnorm": True, "shared_intermediate_size": 0, "shared_moe_mode": "sigmoid",
+    } | {names[0]: getattr(model, ours) for ours, names in FACTORS.items()}
+    stock = {
+        "layer_types": [{"L": "linear_attention", "S": "full_attention"}[kind] for kind in model.layer_kinds],
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta,
+                            "partial_rotary_factor": model.rotary_dim / model.head_dim}, "block_size": BLOCK,
+    } | {names[1]: getattr(model, ours) for ours, names in FACTORS.items()}
+    both = {theirs: getattr(model, ours) for ours, theirs in REQUIRED.items()} | {
+        "num_key_value_heads": model.kv_heads, "head_dim": model.head_dim, "num_experts_per_tok": model.top_k,
+        "rms_norm_eps": model.norm_eps, "hidden_act": "silu", "max_position_embeddings": model.context,
+        "router_aux_loss_coef": model.aux_weight, "router_jitter_noise": 0.0, "tie_word_embeddings": False,
+        "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True, **ids}
+    if dialect == "released":
+        return {"architectures": ["MiniMaxText01ForCausalLM"], "model_type": "minimax_text_01", "torch_dtype": dtype,
+                **both, **released}
+    return {"architectures": ["MiniMaxForCausalLM"], "model_type": "minimax", "dtype": dtype,
+            **both, **released, **stock}
+
+
+# ---- safetensors ----
+
+class Tensor(NamedTuple):
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file: an 8-byte length, a JSON header of that length, then the data."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if size < 8 or start > size:
+            raise ConfigError(f"{path} is truncated or no safetensors file: its header ends at byte {start} of {size}")
+        try:
+            header = json.loads(file.read(start - 8))
+            header.pop("__metadata__", None)
+            entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{path} is no safetensors file: its header is not a JSON table of tensors") from None
+    tensors = {}
+    for name, (code, shape, begin, end) in entries.items():
+        if start + end > size:
+            raise ConfigError(f"{path} is truncated: {name} ends at byte {start + end} of {size}; fetch the file again")
+        if name.rpartition(".")[2] in DECAY_BUFFERS:
+            continue
+        if code not in DTYPES:
+            raise ConfigError(f"{path}: tensor {name} has dtype {code}; only {', '.join(DTYPES)} are supported")
+        if begin < 0 or end - begin != math.prod(shape) * DTYPES[code].itemsize:
+            raise ConfigError(f"{path} is damaged: tensor {name} of {code} {list(shape)} has {end - begin} bytes")
+        tensors |= _released_names(name, Tensor(path, DTYPES[code], shape, start + begin))
+    return tensors
+
+
+def _released_names(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor under its released name; transformers' in-memory expert stacks become views of each expert's matrix."""
+    head, kind, tail = name.partition(".mlp.")
+    if not kind:
+        return {name: tensor}
+    stacks = {"experts.gate_up_proj": ("w1", "w3"), "experts.down_proj": ("w2",)}
+    if tail not in stacks or len(tensor.shape) != 3:
+        return {f"{head}.block_sparse_moe.{tail}": tensor}
+    names, (experts, rows, columns) = stacks[tail], tensor.shape
+    rows //= len(names)
+    size = rows * columns * tensor.dtype.itemsize
+    return {f"{head}.block_sparse_moe.experts.{e}.{w}.weight": Tensor(
+        tensor.file, tensor.dtype, (rows, columns), tensor.offset + (e * len(names) + i) * size)
+        for e in range(experts) for i, w in enumerate(names)}
+
+
+def find_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a directory with model.safetensors, or with an index of shards."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists():
+        return read_header(single)
+    if not index.exists():
+        raise ConfigError(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ConfigError(f"{index} has no weight_map from tensor to file")
+    tensors = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file or file in ("..", "."):
+            raise ConfigError(f"{index} names the file {file!r}; only files in the same directory are read")
+        if not (directory / file).is_file():
+            raise ConfigError(f"{index} names the file {file!r}, which is not there")
+        tensors |= read_header(directory / file)
+    listed = {new for name in places for new in _stem(name, tensors)}
+    absent = sorted(listed - tensors.keys())
+    if absent:
+        raise ConfigError(f"{index} lists tensors that its files do not hold: {few(absent)}")
+    return tensors
+
+
+def _stem(name: str, tensors) -> list[str]:
+    """A listed name as `find_tensors` has it; stacks and derived buffers were seen to by their file's header."""
+    if name.rpartition(".")[2] in DECAY_BUFFERS or name.partition(".mlp.experts.")[1]:
+        return []
+    return [name.replace(".mlp.", ".block_sparse_moe.")]
+
+
+def few(names) -> str:
+    """Up to five names, and how many more."""
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def check_tensors(tensors: dict[str, Tensor], model: Model, where) -> None:
+    """Raises ConfigError unless `tensors` are those of `model`."""
+    check_shapes({name: tensor.shape for name, tensor in tensors.items()},
+                 {name: leaf.tensor_shape for leaf in leaves(model) for _, name in leaf.tensors()}, where)
+
+
+def check_shapes(shapes: dict[str, tuple], wanted: dict[str, tuple], where) -> None:
+    """Raises ConfigError unless no array is missing, none extra, and all have the shape that the config wants."""
+    problems = (("misses", [name for name in wanted if name not in shapes]),
+                ("has unknown", sorted(shapes.keys() - wanted.keys())),
+                ("has misshapen", [f"{name} {list(shapes[name])} instead of {list(shape)}"
+                                   for name, shape in wanted.items() if shapes.get(name, shape) != shape]))
+    found = [f"{label} {few(names)}" for label, names in problems if names]
+    if found:
+        raise ConfigError(f"{where} does not hold the tensors of its config.json: it {'; it '.join(found)}")
+
+
+class Files:
+    """Files open by path, read and written at offsets: no mapped page counts as memory."""
+
+    def __init__(self, flags: int):
+        self.flags, self.open = flags, {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for handle in self.open.values():
+            os.close(handle)
+
+    def handle(self, path: Path) -> int:
+        if path not in self.open:
+            self.open[path] = os.open(path, self.flags, 0o666)
+        return self.open[path]
+
+    def read(self, path: Path, buffer: memoryview, offset: int):
+        while buffer:
+            count = os.preadv(self.handle(path), [buffer], offset)
+            if not count:
+                raise ConfigError(f"{path} ended at byte {offset} while it was read")
+            buffer, offset = buffer[count:], offset + count
+
+    def write(self, path: Path, buffer: memoryview, offset: int):
+        while buffer:
+            count = os.pwrite(self.handle(path), buffer, offset)
+            buffer, offset = buffer[count:], offset + count
+
+
+def runs(leaf: Leaf, piece: Piece, itemsize: int) -> Iterator[tuple[int, int, int]]:
+    """(first byte in the tensor, first, last entry of the piece): one run, or one an entry where parts interleave."""
+    row = math.prod(leaf.sizes(leaf.released[1:])) * itemsize
+    _, _, part, parts = leaf.layout
+    step = 1 if parts > 1 else piece.stop - piece.start
+    for start in range(piece.start, piece.stop, step):
+        yield (start * parts + part) * row, start - piece.start, start - piece.start + step
+
+
+def read_piece(files: Files, tensor: Tensor, leaf: Leaf, piece: Piece) -> np.ndarray:
+    """A slice of a released tensor, in its layout."""
+    block = np.empty((piece.stop - piece.start, *leaf.sizes(leaf.released[1:])), tensor.dtype)
+    for offset, first, last in runs(leaf, piece, tensor.dtype.itemsize):
+        files.read(tensor.file, memoryview(block[first:last].reshape(-1).view(np.uint8)), tensor.offset + offset)
+    return block
+
+
+def write_piece(files: Files, tensor: Tensor, leaf: Leaf, piece: Piece, block: np.ndarray):
+    for offset, first, last in runs(leaf, piece, tensor.dtype.itemsize):
+        files.write(tensor.file, memoryview(block[first:last].reshape(-1).view(np.uint8)), tensor.offset + offset)
+
+
+def plan_files(directory: Path, tensors: dict[str, tuple[np.dtype, tuple]], shard_bytes: int) -> dict[str, Tensor]:
+    """Lays tensors out in safetensors files of at most `shard_bytes` of data (a larger tensor has one of its own).
+
+    Writes headers and index, and says where each tensor goes; the data is still a hole.
+    """
+    shards, room = [], 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
+        if size > room or not shards:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append((name, dtype, shape, size))
+        room -= size
+    placed = {}
+    for i, shard in enumerate(shards):
+        place = f"-{i + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = directory / f"model{place}.safetensors"
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name, dtype, shape, size in sorted(shard, key=lambda entry: -entry[1].itemsize):     # keeps data aligned
+            header[name] = {"dtype": DTYPE_CODES[dtype], "shape": shape, "data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with file.open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + end)
+        for name, dtype, shape, _ in shard:
+            placed[name] = Tensor(file, dtype, shape, 8 + len(text) + header[name]["data_offsets"][0])
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(size for shard in shards for *_, size in shard)},
+                 "weight_map": {name: tensor.file.name for name, tensor in placed.items()}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return placed

@@ -1,0 +1,85 @@
+"""Oracles out of transformers' MiniMax: random models, and the released function made of the stock classes.
+
+Written apart from mmx.torch, and by another way (rotation inside the rotary slice, slopes from the published rule), so
+that the two check each other.
+"""
+import math
+
+import torch
+import transformers
+from transformers.models.minimax import modeling_minimax
+
+torch.set_num_threads(1)
+
+
+def random_model(pattern="LLLS", hidden=32, heads=4, kv=2, head_dim=8, rotary=4, ffn=24, experts=4, top_k=2, vocab=61,
+                 theta=1e4, alpha=2.0, beta=0.75, block=16, seed=0):
+    """A stock MiniMaxForCausalLM with random weights, far from the initialisation so that every part matters."""
+    config = transformers.MiniMaxConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=len(pattern),
+        num_attention_heads=heads, num_key_value_heads=kv, head_dim=head_dim, max_position_embeddings=512,
+        bos_token_id=None, eos_token_id=None, num_experts_per_tok=top_k, num_local_experts=experts, block_size=block,
+        layer_types=["linear_attention" if letter == "L" else "full_attention" for letter in pattern],
+        rope_parameters={"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": rotary / head_dim},
+        full_attn_alpha_factor=alpha + 0.5, full_attn_beta_factor=beta, linear_attn_alpha_factor=alpha,
+        linear_attn_beta_factor=1.0, mlp_alpha_factor=alpha - 0.5, mlp_beta_factor=beta + 0.5,
+        attn_implementation="eager")
+    torch.manual_seed(seed)
+    model = transformers.MiniMaxForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_()
+            if "norm" in name:
+                weight.mul_(0.25).add_(1)
+            elif "embed" not in name:
+                weight.mul_(1.2 / math.sqrt(weight.shape[-1]))
+    return model
+
+
+def make_released(model):
+    """Turns a stock model, in place, into the released function: partial RoPE and the released decay."""
+    config = model.config
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
+    slopes += [2 ** (-8 * (2 * i + 1) / (2 * power)) for i in range(heads - power)]
+    rotary = round(config.rope_parameters["partial_rotary_factor"] * config.head_dim)
+    model.model.rotary_emb.inv_freq = torch.tensor(
+        [config.rope_parameters["rope_theta"] ** (-2 * i / rotary) for i in range(rotary // 2)])
+    for i, layer in enumerate(model.model.layers):
+        attention = layer.self_attn
+        if config.layer_types[i] == "full_attention":
+            attention.forward = _partial(attention)
+            continue
+        rate = torch.tensor([s * (1 - i / (layers - 1) + 1e-5) for s in slopes]).reshape(-1, 1, 1)
+        attention.slope_rate = rate
+        attention.query_decay, attention.key_decay, attention.diagonal_decay = attention.decay_factors(rate)
+    return model
+
+
+def _partial(attention):
+    """`attention`'s eager forward with the rotation on the first dimensions of each head."""
+    def forward(hidden_states, position_embeddings, attention_mask, past_key_values=None, **_):
+        cos, sin = (part.unsqueeze(1) for part in position_embeddings)
+
+        def heads(projection):
+            return projection(hidden_states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+        def turn(x):
+            width = cos.shape[-1]
+            low, high = x[..., :width // 2], x[..., width // 2:width]
+            half_cos, half_sin = cos[..., :width // 2], sin[..., :width // 2]
+            return torch.cat([low * half_cos - high * half_sin, high * half_cos + low * half_sin, x[..., width:]], -1)
+
+        q, k, v = turn(heads(attention.q_proj)), turn(heads(attention.k_proj)), heads(attention.v_proj)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, attention.layer_idx)
+        o, weights = modeling_minimax.eager_attention_forward(attention, q, k, v, attention_mask, attention.scaling)
+        return attention.o_proj(o.flatten(-2)), weights
+
+    return forward
+
+
+@torch.no_grad()
+def logits(model, tokens_BT):
+    return model(torch.as_tensor(tokens_BT), use_cache=False).logits.numpy()

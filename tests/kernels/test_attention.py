@@ -1,0 +1,198 @@
+"""Blockwise softmax attention against the full score matrix: values, every gradient, what is skipped, memory."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmx.kernels.attention import reference, softmax_attention, xla
+
+TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3}
+NAMES = ("o", "dq", "dk", "dv")
+
+
+def segments(kind, B, T):
+    """Documents, or padding, by kind; every row differs."""
+    rows = np.ones((B, T), np.int32)
+    for b in range(B):
+        if kind == "edges":             # documents that begin on block edges
+            rows[b] = 1 + np.arange(T) // 16
+        elif kind == "many":            # documents of 1, 2, 3, ... tokens
+            rows[b] = 1 + np.searchsorted(np.cumsum(np.arange(1, T + 1)), np.arange(T) + b, side="right")
+        elif kind == "left":
+            rows[b, :T * (b + 1) // 5] = 0
+        elif kind == "right":           # the last row is all padding
+            rows[b, 0 if b == B - 1 else T - T * (b + 1) // 5:] = 0
+        elif kind == "holes":           # padding inside documents and between them
+            rows[b] = (1 + np.arange(T) // 23) * (np.arange(T) % (5 + b) != 2)
+    return None if kind is None else rows
+
+
+def inputs(H, G, T, S=None, dtype="float32", B=3, K=8, V=12):
+    rng = np.random.default_rng(T)
+    shapes = (B, H, T, K), (B, G, S or T, K), (B, G, S or T, V), (B, H, T, V)
+    *args, do = (rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype)) for shape in shapes)
+    return args, do
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def values_and_gradients(attention, blocks, args, do, *who):
+    o, pull = jax.vjp(lambda *args: attention(*args, *who, *blocks), *args)
+    return o, *pull(do)
+
+
+def blockwise(args, do, segments_BT=None, segments_BS=None, start_B=None, blocks=(16, 8)):
+    blocks = min(blocks[0], args[0].shape[2]), blocks[1]
+    got = values_and_gradients(xla.attention, blocks, args, do, segments_BT, segments_BS, start_B)
+    return [np.array(x, np.float64) for x in got]
+
+
+def oracle(args, do, segments_BT=None, segments_BS=None, start_B=None):
+    args, do = jax.tree.map(lambda x: x.astype(np.float32), (args, do))
+    return values_and_gradients(reference.attention, (), args, do, segments_BT, segments_BS, start_B)
+
+
+def assert_close(got, want, dtype="float32"):
+    for name, x, y in zip(NAMES, got, want):
+        y = np.asarray(y, np.float64)
+        error = np.linalg.norm(x - y) / np.linalg.norm(y)
+        assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("H, G, T, kind, dtype", [
+    (1, 1, 37, None, "float32"), (4, 4, 10, "many", "float32"), (3, 1, 64, "edges", "float32"),
+    (4, 2, 50, "one", "float32"), (4, 2, 50, "many", "float32"), (4, 2, 50, "edges", "float32"),
+    (4, 2, 50, "left", "float32"), (4, 2, 50, "right", "float32"), (4, 2, 50, "holes", "float32"),
+    (4, 2, 50, "one", "bfloat16"), (4, 2, 50, "holes", "bfloat16")])
+def test_against_full_matrix(H, G, T, kind, dtype):
+    args, do = inputs(H, G, T, dtype=dtype)
+    seg = segments(kind, 3, T)
+    assert_close(blockwise(args, do, seg, seg), oracle(args, do, seg, seg), dtype)
+
+
+def test_block_sizes_change_nothing():
+    args, do = inputs(4, 2, 50)
+    seg = segments("holes", 3, 50)
+    assert_close(blockwise(args, do, seg, seg, blocks=(8, 32)), blockwise(args, do, seg, seg))
+
+
+@pytest.mark.parametrize("T", [1, 20])
+def test_cache(T):
+    """A token or a chunk at ragged places of a cache, a row left-padded, with and without segments."""
+    args, do = inputs(4, 2, T, 45)
+    start = np.array([0, 25, 9])
+    keys_seg = (np.arange(45) >= np.array([0, 13, 0])[:, None]).astype(np.int32)
+    for who in ((None, None, start), (np.ones((3, T), np.int32), keys_seg, start)):
+        assert_close(blockwise(args, do, *who), oracle(args, do, *who))
+
+
+def test_public_function():
+    """The defaults of segments, starts and blocks: 300 tokens are more than a block."""
+    (q, k, v), _ = inputs(4, 2, 300, B=2)
+    attention, full = jax.jit(softmax_attention, static_argnames="impl"), jax.jit(reference.attention)
+    seg = segments("many", 2, 300)
+    np.testing.assert_allclose(attention(q, k, v, segments_BT=seg, impl="xla"), full(q, k, v, seg, seg), atol=1e-5)
+
+    chunk, start, live = q[:, :, :9], np.array([7, 250]), np.arange(9) < np.array([[9], [5]])
+    got = attention(chunk.astype(jnp.bfloat16), k, v, segments_BT=3 * live, start_B=start)
+    want = np.where(live[:, None, :, None], full(chunk, k, v, None, None, start), 0)
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got.astype(np.float32), want, atol=3e-2)
+
+
+def test_packed_equals_separate():
+    args, do = inputs(4, 2, 50)
+    both = np.repeat([[1, 2]], 25, axis=1).repeat(3, 0)
+    packed = blockwise(args, do, both, both)
+    for document in (1, 2):
+        alone = blockwise(args, do, both * (both == document), both * (both == document))
+        inside = both[0] == document
+        assert_close([x[:, :, inside] for x in packed], [x[:, :, inside] for x in alone])
+        assert all(not x[:, :, ~inside].any() for x in alone)
+
+
+def test_causality_by_gradient():
+    args, do = inputs(4, 2, 50)
+    one = segments("one", 3, 50)
+    for t in (0, 15, 16, 49):
+        _, dq, dk, dv = blockwise(args, do * (np.arange(50) == t)[:, None], one, one)
+        assert not dk[:, :, t + 1:].any() and not dv[:, :, t + 1:].any() and dv[:, :, :t + 1].any((0, 1, 3)).all()
+        assert not np.delete(dq, t, 2).any()
+
+
+def test_large_scores():
+    """Scores of thousands, the largest of them hidden from most: nothing overflows, nobody's sum vanishes."""
+    (q, k, v), do = inputs(4, 2, 50)
+    k = k * np.where(np.arange(50) < 25, 100, 10000)[:, None].astype(np.float32)
+    one = segments("one", 3, 50)
+    assert_close(blockwise((q, k, v), do, one, one)[:1], oracle((q, k, v), do, one, one)[:1])
+
+
+def test_skipped_blocks_are_not_read():
+    """NaN in the keys of other documents, or above the diagonal, reaches no output and no gradient."""
+    (q, k, v), do = inputs(3, 1, 64)
+    documents = np.repeat([[1, 2, 3, 3]], 16, axis=1).repeat(3, 0)
+    for seg, lost, seen in ((documents, slice(32, 64), slice(0, 32)), (documents, slice(0, 32), slice(32, 64)),
+                            (documents * 0 + 1, slice(32, 64), slice(0, 32))):
+        k_lost, v_lost, do_seen = k.copy(), v.copy(), do * 0
+        k_lost[:, :, lost] = v_lost[:, :, lost] = np.nan
+        do_seen[:, :, seen] = do[:, :, seen]
+        o, dq, dk, dv = blockwise((q, k_lost, v_lost), do_seen, seg, seg)
+        own = (o, dq, dk, dv) if seg is documents else (o, dq)      # later queries of a document reach all its keys
+        assert all(np.isfinite(x[:, :, seen]).all() for x in own), lost
+        assert np.isnan(o[:, :, lost]).any()
+
+
+def pairs(T, document, start=None, S=None, axis=1):
+    """How many pairs of blocks of 64 the loops visit, with documents of so many tokens."""
+    seg = None if document is None else (1 + np.arange(T, dtype=np.int32) // document)[None]
+    sight = xla.Sight(T, S or T, min(T, 64), 64, seg, seg, None if start is None else np.array(start))
+    first, end = jax.jit(lambda: sight.spans(axis))()
+    return np.maximum(np.subtract(end, first), 0).sum()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_visited_pairs(axis):
+    assert pairs(1024, None, axis=axis) == 16 * 17 // 2                     # the causal half
+    assert pairs(1024, 128, axis=axis) == 8 * 3                             # documents of two blocks
+    assert pairs(4096, 96, axis=axis) < 2 * 64                              # at most one block back, off the edges too
+    assert pairs(1, None, [70, 130], 4096, axis=axis) == 3                  # a token meets the live part of the cache
+
+
+def test_memory_is_linear():
+    def temporary(T):
+        shape = jax.ShapeDtypeStruct((1, 4, T, 16), jnp.float32)
+        grad = jax.grad(lambda q, k, v: softmax_attention(q, k, v).sum(), (0, 1, 2))
+        return jax.jit(grad).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+    assert temporary(4096) <= 4 * temporary(1024)
+
+
+def test_remat_and_scan_change_nothing():
+    (q, k, v), do = inputs(4, 4, 10, V=8)
+    seg = segments("many", 3, 10)
+
+    def layer(q, _):
+        return softmax_attention(q, k, v, segments_BT=seg), None
+
+    twice = jax.jit(jax.grad(lambda q: (layer(layer(q, None)[0], None)[0] * do).sum()))
+    scanned = jax.jit(jax.grad(lambda q: (jax.lax.scan(jax.checkpoint(layer), q, None, 2)[0] * do).sum()))
+    np.testing.assert_allclose(scanned(q), twice(q), atol=1e-6)
+
+
+@pytest.mark.parametrize("change, error, message", [
+    (dict(q_BHTK=(2, 4, 9)), ValueError, "q_BHTK needs 4 axes"),
+    (dict(k_BGSK=(2, 2, 9, 6)), ValueError, "k_BGSK has K=6"),
+    (dict(k_BGSK=(2, 3, 9, 8), v_BGSV=(2, 3, 9, 8)), ValueError, "G=3 heads, which does not divide the H=4"),
+    (dict(v_BGSV=(2, 2, 8, 8)), ValueError, "v_BGSV has S=8"),
+    (dict(segments_BT=(2, 8)), ValueError, "segments_BT has T=8"),
+    (dict(segments_BT=(2, 9), segments_BS=(1, 9)), ValueError, "segments_BS has B=1"),
+    (dict(segments_BS=(2, 9)), ValueError, "segments_BS needs segments_BT"),
+    (dict(start_B=(3,)), ValueError, "start_B has B=3"),
+    (dict(impl="tpu"), NotImplementedError, "impl='tpu': softmax attention has xla")])
+def test_errors(change, error, message):
+    args = dict(q_BHTK=(2, 4, 9, 8), k_BGSK=(2, 2, 9, 8), v_BGSV=(2, 2, 9, 8)) | change
+    args = {name: x if name == "impl" else np.zeros(x, np.int32) for name, x in args.items()}
+    with pytest.raises(error, match=message) as caught:
+        softmax_attention(args.pop("q_BHTK"), args.pop("k_BGSK"), args.pop("v_BGSV"), **args)
+    assert "\n" not in str(caught.value)

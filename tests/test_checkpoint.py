@@ -1,0 +1,171 @@
+"""Checkpoints: what is saved comes back bit by bit, half-written steps are ignored, another config is refused."""
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mmx import checkpoint, config, convert
+from mmx.checkpoint import Checkpoints, check_config
+from mmx.config import ConfigError
+
+MODEL = config.Model(vocab=19, dim=12, layers=4, pattern="LS", heads=4, kv_heads=2, head_dim=8, rotary_dim=4, experts=3,
+                     expert_dim=10)
+
+
+def random_params(seed=0):
+    leaves, tree = jax.tree.flatten(convert.abstract_params(MODEL))
+    rng = np.random.default_rng(seed)
+    return tree.unflatten([jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves])
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """Steps 0 to 5, due every second, the last forced."""
+    path = tmp_path_factory.mktemp("run")
+    check_config(path, config.Experiment(model=MODEL))
+    checkpoints = Checkpoints(path, every=2, keep=2)
+    optimizer, params = optax.adamw(1e-3), random_params()
+    opt = optimizer.init(params)
+    empty = checkpoints.restore(abstract(params), abstract(opt))
+    saved = [checkpoints.save(0, params, opt, {"at": 0})]
+
+    @jax.jit
+    def step(params, opt):
+        updates, opt = optimizer.update(jax.tree.map(jnp.sin, params), opt, params)
+        return optax.apply_updates(params, updates), opt
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    for at in range(1, 6):
+        params, opt = step(params, opt)
+        saved.append(checkpoints.save(at, params, opt, {"at": at, "shards": [1, 2]}, force=at == 5))
+        saved_again = checkpoints.save(at, params, opt, {"at": at}, force=at == 5)
+        kept = jax.tree.map(np.array, (params, opt))
+    params, opt = step(params, opt)         # donates what is being saved
+    checkpoints.close()
+    return path, kept, saved, saved_again, empty
+
+
+def test_no_step_is_none_and_saves_fall_due(workdir):
+    path, _, saved, saved_again, empty = workdir
+    assert empty is None
+    assert saved == [True, False, True, False, True, True] and not saved_again
+    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["4", "5"]
+
+
+def test_restores_bit_by_bit(workdir):
+    path, (params, opt), *_ = workdir
+    checkpoints = Checkpoints(path, every=2, keep=2)
+    step, params_back, opt_back, data = checkpoints.restore(abstract(params), abstract(opt))
+    checkpoints.close()
+    assert step == 5 and data == {"at": 5, "shards": [1, 2]}
+    equal(params_back, params)
+    equal(opt_back, opt)
+
+
+def test_half_written_steps_are_ignored(workdir, tmp_path):
+    path, (params, opt), *_ = workdir
+    shutil.copytree(path, tmp_path / "run")
+    steps = tmp_path / "run" / "checkpoints"
+    shutil.copytree(steps / "5", steps / "6.orbax-checkpoint-tmp")
+    (steps / "7").mkdir()
+    assert checkpoint.find_step(tmp_path / "run") == (tmp_path / "run", steps / "5")
+    (steps / "7").rmdir()
+    checkpoints = Checkpoints(tmp_path / "run", every=2, keep=2)
+    assert checkpoints.restore(abstract(params), abstract(opt))[0] == 5
+    checkpoints.close()
+
+
+def test_params_are_read_by_slices(workdir):
+    path, (params, _), *_ = workdir
+    arrays = checkpoint.open_params(checkpoint.find_step(path)[1])
+    flat = {tuple(k.key for k in keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    assert arrays.keys() == flat.keys()
+    for keys, leaf in flat.items():
+        assert arrays[keys].shape == leaf.shape and arrays[keys].dtype.numpy_dtype == leaf.dtype
+        np.testing.assert_array_equal(arrays[keys][0].read().result(), leaf[0])
+
+
+def test_large_leaves_are_saved_in_chunks(tmp_path, monkeypatch):
+    """So that a conversion of a trained checkpoint decodes a chunk, not a tensor."""
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 256)
+    params = random_params()
+    checkpoints = Checkpoints(tmp_path, every=1, keep=1)
+    checkpoints.save(0, params, {"step": jnp.zeros(())}, {})
+    checkpoints.close()
+    arrays = checkpoint.open_params(checkpoint.find_step(tmp_path)[1])
+    assert all(np.prod(a.chunk_layout.read_chunk.shape) * 4 <= 256 for a in arrays.values())
+    assert arrays[("groups", "layer_0", "moe", "w1_EDF")].chunk_layout.read_chunk.shape[:2] == (1, 1)
+
+
+def test_a_converted_checkpoint_restores_parameters_alone(workdir, tmp_path):
+    path, (params, opt), *_ = workdir
+    run = convert.from_hf(path, tmp_path / "run", progress=False)
+    check_config(run, config.Experiment(model=MODEL))
+    checkpoints = Checkpoints(run, every=2, keep=2)
+    step, params_back, opt_back, data = checkpoints.restore(abstract(params), abstract(opt))
+    assert (step, opt_back, data) == (0, None, None)
+    equal(params_back, params)
+    checkpoints.save(3, params, opt, {"at": 3}, force=True)
+    checkpoints.close()
+    assert checkpoint.find_step(run)[1].name == "3"
+
+
+def test_restoring_on_other_devices_gives_the_same(workdir):
+    path, (params, opt), *_ = workdir
+    sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("edp",)), jax.sharding.PartitionSpec("edp"))
+    checkpoints = Checkpoints(path, every=2, keep=2)
+    sharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), params)
+    params_back = checkpoints.restore(sharded, abstract(opt))[1]
+    checkpoints.close()
+    equal(params_back, params)
+    assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(params_back))
+
+
+def test_config_is_written_and_guarded(tmp_path):
+    first = config.Experiment(model=MODEL)
+    check_config(tmp_path, first)
+    assert config.from_json((tmp_path / "config.json").read_text()) == first
+
+    def changed(section, **changes):
+        return dataclasses.replace(first, **{section: dataclasses.replace(getattr(first, section), **changes)})
+
+    for other in (changed("train", steps=7, log_every=3), changed("mesh", ep=2), changed("checkpoint", every=9),
+                  changed("model", remat=True)):
+        check_config(tmp_path, other)
+        assert config.from_json((tmp_path / "config.json").read_text()) == other
+    check_config(tmp_path, first)
+    for other, message in ((changed("model", dim=16), r"model.dim \(there 12, now 16\)"),
+                           (changed("train", lr=0.1, batch=2), r"train.batch \(there 8, now 2\), train.lr"),
+                           (changed("data", sources=("a",)), r"data.sources \(there \['sotu'\], now \['a'\]\)")):
+        with pytest.raises(ConfigError, match=message) as caught:
+            check_config(tmp_path, other)
+        assert "\n" not in str(caught.value) and "another --workdir" in str(caught.value)
+        assert config.from_json((tmp_path / "config.json").read_text()) == first
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        check_config(tmp_path, first)
+
+
+def test_a_converted_config_says_the_function_only(tmp_path):
+    text = {"model": {k: v for k, v in dataclasses.asdict(MODEL).items() if k in ("vocab", "dim", "layers", "pattern")}}
+    (tmp_path / "config.json").write_text(json.dumps(text))
+    with pytest.raises(ConfigError, match="model.vocab"):
+        check_config(tmp_path, config.Experiment(model=dataclasses.replace(MODEL, vocab=20)))
+    check_config(tmp_path, config.Experiment(model=dataclasses.replace(MODEL, capacity=1.5)))

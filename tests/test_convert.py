@@ -1,0 +1,357 @@
+"""Conversion: the table, both directions bit by bit, both dialects, bounded memory, and every mistake in one line."""
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mmx import checkpoint, config, convert, released
+from mmx.config import ConfigError
+
+ORACLES = Path(__file__).parent / "oracles"
+CKPT = ORACLES / "c_partial_orig" / "ckpt"
+SMALL = config.Model(vocab=19, dim=12, layers=8, heads=4, kv_heads=2, head_dim=8, rotary_dim=4, experts=3,
+                     expert_dim=10, alpha_softmax=3.0, beta_moe=0.5, norm_eps=2e-5, rope_theta=5e5)
+SHAPES = {
+    "seven_to_one": SMALL,
+    "odd_heads": dataclasses.replace(SMALL, pattern="LLS", layers=6, heads=6, kv_heads=1, rotary_dim=2),
+    "all_softmax": dataclasses.replace(SMALL, pattern="S", layers=3, heads=5, kv_heads=5),
+    "all_lightning": dataclasses.replace(SMALL, pattern="L", layers=2),
+}
+
+
+def write_released(directory, model, dtype="F32", dialect="released", seed=0):
+    """A released directory of random tensors."""
+    directory.mkdir(parents=True)
+    rng, kind = np.random.default_rng(seed), released.DTYPES[dtype]
+    tensors = {name: rng.standard_normal(leaf.tensor_shape).astype(kind)
+               for leaf in released.leaves(model) for _, name in leaf.tensors()}
+    save_file(tensors, directory / "model.safetensors")
+    text = released.write_model(model, dialect, kind.name, dict.fromkeys(convert.BYTE_IDS))
+    (directory / "config.json").write_text(json.dumps(text))
+    return tensors
+
+
+def all_tensors(directory):
+    return {name: array for file in directory.glob("*.safetensors") for name, array in load_file(file).items()}
+
+
+def test_text_01_has_the_released_names_and_shapes():
+    model = config.Model(vocab=200064, dim=6144, layers=80, heads=64, kv_heads=8, head_dim=128, rotary_dim=64,
+                         experts=32, expert_dim=9216)
+    shapes = {name: leaf.tensor_shape for leaf in released.leaves(model) for _, name in leaf.tensors()}
+    assert len(shapes) == 8243 == model.checkpoint_tensors
+    assert shapes["model.layers.78.self_attn.qkv_proj.weight"] == (3 * 8192, 6144)
+    assert shapes["model.layers.79.self_attn.k_proj.weight"] == (1024, 6144)
+    assert shapes["model.layers.79.self_attn.o_proj.weight"] == (6144, 8192)
+    assert shapes["model.layers.0.block_sparse_moe.experts.31.w2.weight"] == (6144, 9216)
+    assert max(np.prod(leaf.chunks(2)) * 2 for leaf in released.leaves(model)) <= released.SLICE_BYTES
+
+
+def test_layouts_by_hand(tmp_path):
+    """Every kind of leaf against the released layout, written out."""
+    model = dataclasses.replace(SMALL, pattern="LS", layers=4)
+    tensors = write_released(tmp_path / "hf", model)
+    source = convert.open_source(tmp_path / "hf")
+    with released.Files(0) as files:
+        params = {leaf.path: source.read_leaf(files, leaf) for leaf in released.leaves(model)}
+    H, K, D, G = model.heads, model.head_dim, model.dim, model.kv_heads
+    for group in range(2):
+        lightning, softmax = (f"model.layers.{2 * group + i}." for i in range(2))
+        qkv_HPKD = tensors[lightning + "self_attn.qkv_proj.weight"].reshape(H, 3, K, D)
+        at = ("groups", "layer_0", "mixer")
+        for part, name in enumerate(("q_DHK", "k_DHK", "v_DHV")):
+            np.testing.assert_array_equal(params[(*at, name)][group], np.moveaxis(qkv_HPKD[:, part], -1, 0))
+        np.testing.assert_array_equal(params[(*at, "gate_DHV")][group].reshape(D, -1).T,
+                                      tensors[lightning + "self_attn.output_gate.weight"])
+        np.testing.assert_array_equal(params[(*at, "norm_HV")][group].ravel(),
+                                      tensors[lightning + "self_attn.norm.weight"])
+        np.testing.assert_array_equal(params[(*at, "out_HVD")][group].reshape(-1, D).T,
+                                      tensors[lightning + "self_attn.out_proj.weight"])
+        at = ("groups", "layer_1", "mixer")
+        for name, rows, theirs in (("q_DHK", H, "q"), ("k_DGK", G, "k"), ("v_DGV", G, "v")):
+            np.testing.assert_array_equal(np.moveaxis(params[(*at, name)][group], 0, -1),
+                                          tensors[softmax + f"self_attn.{theirs}_proj.weight"].reshape(rows, K, D))
+        at = ("groups", "layer_1", "moe")
+        np.testing.assert_array_equal(params[(*at, "router_DE")][group].T,
+                                      tensors[softmax + "block_sparse_moe.gate.weight"])
+        for expert in range(model.experts):
+            for name in ("w1_EDF", "w3_EDF", "w2_EFD"):
+                np.testing.assert_array_equal(params[(*at, name)][group, expert].T, tensors[
+                    softmax + f"block_sparse_moe.experts.{expert}.{name[:2]}.weight"])
+    np.testing.assert_array_equal(params[("head_WD",)], tensors["lm_head.weight"])
+
+
+@pytest.mark.parametrize("dialect", convert.DIALECTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_round_trip_is_bit_exact(tmp_path, monkeypatch, shape, dialect):
+    monkeypatch.setattr(released, "SLICE_BYTES", 500)       # every matrix in several slices, the last one short
+    dtype = "BF16" if shape == "odd_heads" else "F32"
+    tensors = write_released(tmp_path / "hf", SHAPES[shape], dtype)
+    convert.from_hf(tmp_path / "hf", tmp_path / "run", progress=False)
+    convert.to_hf(tmp_path / "run", tmp_path / "back", dialect, shard_bytes=9000, progress=False)
+    back = all_tensors(tmp_path / "back")
+    extra = {name for name in back if name.endswith(released.DECAY_BUFFERS)}
+    assert back.keys() - extra == tensors.keys()
+    assert bool(extra) == (dialect == "transformers" and shape == "odd_heads")
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype and back[name].tobytes() == tensor.tobytes(), name
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == back.keys()
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in back.values())
+    assert all(sum(a.nbytes for a in load_file(f).values()) <= 9000 or len(load_file(f)) == 1
+               for f in (tmp_path / "back").glob("*.safetensors"))
+    assert released.read_model(json.loads((tmp_path / "back" / "config.json").read_text()), "x") == released.read_model(
+        json.loads((tmp_path / "hf" / "config.json").read_text()), "x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "run"]
+
+
+def test_orbax_restores_what_from_hf_wrote(tmp_path):
+    convert.from_hf(CKPT, tmp_path / "run", progress=False)
+    loaded = convert.open_source(CKPT)
+    with released.Files(0) as files:
+        wanted = {leaf.path: loaded.read_leaf(files, leaf) for leaf in released.leaves(loaded.model)}
+    wish = ocp.args.Composite(params=ocp.args.StandardRestore(convert.abstract_params(loaded.model)))
+    with ocp.CheckpointManager(tmp_path / "run" / "checkpoints") as manager:
+        params = manager.restore(manager.latest_step(), args=wish)["params"]
+    flat = {tuple(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    assert flat.keys() == wanted.keys()
+    for path, leaf in flat.items():
+        np.testing.assert_array_equal(leaf, wanted[path])
+
+
+def test_sharded_equals_unsharded(tmp_path):
+    one = convert.from_hf(CKPT, tmp_path / "one", progress=False)
+    many = convert.from_hf(CKPT.with_name("ckpt_sharded"), tmp_path / "many", progress=False)
+    first, second = (checkpoint.open_params(run / "checkpoints" / "0") for run in (one, many))
+    assert first.keys() == second.keys()
+    for path in first:
+        np.testing.assert_array_equal(first[path].read().result(), second[path].read().result())
+
+
+def test_a_stacked_source_and_a_released_one_are_the_same(tmp_path):
+    """transformers' in-memory names, experts stacked as [w1; w3]."""
+    model = SMALL
+    tensors = write_released(tmp_path / "hf", model)
+    (tmp_path / "stacked").mkdir()
+    shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "stacked")
+    stacked = {name.replace("block_sparse_moe", "mlp"): t for name, t in tensors.items() if "experts" not in name}
+    for layer in range(model.layers):
+        w1, w2, w3 = (np.stack([tensors[f"model.layers.{layer}.block_sparse_moe.experts.{e}.{w}.weight"]
+                                for e in range(model.experts)]) for w in ("w1", "w2", "w3"))
+        stacked[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = np.concatenate([w1, w3], axis=1)
+        stacked[f"model.layers.{layer}.mlp.experts.down_proj"] = w2
+    save_file(stacked, tmp_path / "stacked" / "model.safetensors")
+    convert.to_hf(tmp_path / "stacked", tmp_path / "back", progress=False)
+    for name, tensor in all_tensors(tmp_path / "back").items():
+        np.testing.assert_array_equal(tensor, tensors[name], err_msg=name)
+
+
+def test_dtype_is_cast_on_request(tmp_path):
+    tensors = write_released(tmp_path / "hf", SMALL)
+    convert.from_hf(tmp_path / "hf", tmp_path / "run", dtype="bfloat16", progress=False)
+    convert.to_hf(tmp_path / "run", tmp_path / "back", progress=False)
+    for name, tensor in all_tensors(tmp_path / "back").items():
+        np.testing.assert_array_equal(tensor, tensors[name].astype(ml_dtypes.bfloat16), err_msg=name)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_decay_buffers_are_the_oracles():
+    found = load_file(CKPT / "model.safetensors")
+    model = convert.open_source(CKPT).model
+    for layer in (0, 4):
+        for name, ours in released.decay_buffers(model, layer).items():
+            theirs = found[f"model.layers.{layer}.self_attn.{name}"]
+            block = 32                                      # the oracle's; ours are longer
+            if name == "key_decay":                         # counted from the block's end
+                ours = ours[:, -block:]
+            elif name != "slope_rate":
+                ours = ours[..., :block, :block] if name == "diagonal_decay" else ours[:, :block]
+            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7, err_msg=name)
+
+
+def test_both_dialects_say_the_same():
+    stock = json.loads((CKPT / "config.json").read_text())
+    model = config.Model(**released.read_model(stock, "x"))
+    assert (model.pattern, model.rotary_dim, model.rope_theta, model.heads) == ("LLS", 8, 1e7, 5)
+    assert model.alpha_lightning == stock["linear_attn_alpha_factor"] and model.norm_eps == 1e-5
+    ids = dict.fromkeys(convert.BYTE_IDS)
+    for dialect in convert.DIALECTS:
+        assert config.Model(**released.read_model(released.write_model(model, dialect, "float32", ids), "x")) == model
+    text = released.write_model(model, "released", "float32", ids)
+    assert not text.keys() & {"layer_types", "rope_parameters", "linear_attn_alpha_factor"}
+    full = stock | {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
+    assert released.read_model(full, "x")["rotary_dim"] == 16
+    m1 = text | {"model_type": "minimax_m1", "num_local_experts": [8] * 6, "shared_intermediate_size": [0]}
+    assert config.Model(**released.read_model(m1, "x")) == model
+
+
+def test_tokenizer_ids_are_written(tmp_path):
+    model = dataclasses.replace(SMALL, vocab=264)
+    write_released(tmp_path / "hf", model)
+    convert.from_hf(tmp_path / "hf", tmp_path / "run", progress=False)
+    text = json.loads((tmp_path / "run" / "config.json").read_text())
+    as_trained = json.dumps(text | {"data": {"tokenizer": "bytes"}})
+    (tmp_path / "run" / "config.json").write_text(as_trained)
+    convert.to_hf(tmp_path / "run", tmp_path / "back", progress=False)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "back" / name).read_text()).items() >= convert.BYTE_IDS.items()
+    assert convert.open_source(tmp_path / "back").tokenizer == "bytes"
+    assert convert.open_source(tmp_path / "hf").tokenizer == ""
+
+
+def test_memory_is_bounded_by_slices(tmp_path):
+    """0.5 GB, nearly all of it in three stacked tensors, both ways under 120 MB above what the imports take."""
+    model = dataclasses.replace(SMALL, pattern="S", layers=2, dim=1024, expert_dim=4096, experts=5)
+    directory = tmp_path / "hf"
+    directory.mkdir()
+    tensors = {name: (released.DTYPES["F32"], leaf.tensor_shape)
+               for leaf in released.leaves(model) for _, name in leaf.tensors()}
+    released.plan_files(directory, tensors, 100_000_000)            # holes: zeros
+    (directory / "config.json").write_text(json.dumps(released.write_model(model, "released", "float32", {})))
+    code = """
+import sys
+from mmx import convert, released
+released.SLICE_BYTES = 4 << 20
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+convert.from_hf(sys.argv[1] + "/hf", sys.argv[1] + "/run", progress=False)
+convert.to_hf(sys.argv[1] + "/run", sys.argv[1] + "/back", progress=False)
+print(peak() - before)
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs /proc")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 120_000
+
+
+# ---- mistakes ----
+
+def edit_config(**changes):
+    def edit(directory):
+        path = directory / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return edit
+
+
+def edit_tensors(change):
+    def edit(directory):
+        tensors = load_file(directory / "model.safetensors")
+        change(tensors)
+        save_file(tensors, directory / "model.safetensors")
+    return edit
+
+
+def cut(size):
+    def edit(directory):
+        path = directory / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:size])
+    return edit
+
+
+def index(place):
+    def edit(directory):
+        path = directory / "model.safetensors"
+        names = list(load_file(path))
+        path.rename(directory / "model-1.safetensors")
+        places = dict.fromkeys(names, "model-1.safetensors") | place(names)
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return edit
+
+
+def drop_w1(tensors):
+    for name in [n for n in tensors if n.endswith("w1.weight")]:
+        del tensors[name]
+
+
+MISTAKES = {
+    "missing": (edit_tensors(lambda t: t.pop("model.norm.weight")), "misses model.norm.weight"),
+    "many missing": (edit_tensors(drop_w1), r"misses (model\S+, ){4}model\S+ and 19 more"),
+    "extra": (edit_tensors(lambda t: t.update({"model.layers.0.shared_mlp.up_proj.weight": np.zeros(2)})),
+              "unknown model.layers.0.shared_mlp.up_proj.weight"),
+    "misshapen": (edit_tensors(lambda t: t.update({"lm_head.weight": np.zeros((19, 11))})),
+                  r"misshapen lm_head.weight \[19, 11\] instead of \[19, 12\]"),
+    "truncated": (cut(-100), "is truncated: .* fetch the file again"),
+    "truncated header": (cut(300), "is truncated or no safetensors file: its header ends at byte"),
+    "empty file": (cut(0), "is truncated or no safetensors file"),
+    "no tensors": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
+    "not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read as JSON"),
+    "postnorm": (edit_config(postnorm=False), "postnorm=false .* is not supported"),
+    "shared MLP": (edit_config(shared_intermediate_size=[0, 16]), "shared_intermediate_size=.* not supported"),
+    "tied": (edit_config(tie_word_embeddings=True), "tie_word_embeddings=True is not supported"),
+    "activation": (edit_config(hidden_act="gelu"), "hidden_act='gelu' is not supported, only 'silu'"),
+    "uneven experts": (edit_config(num_local_experts=[1, 3]), "different numbers of experts"),
+    "no layer list": (edit_config(attn_type_list=None), "needs attn_type_list"),
+    "short layer list": (edit_config(attn_type_list=[0, 1]), "for 8 layers, got"),
+    "no width": (edit_config(hidden_size=None), "needs numbers for hidden_size"),
+    "heads": (edit_config(num_key_value_heads=3), "kv_heads=3 does not divide"),
+    "index outside": (index(lambda names: {names[0]: "../model.safetensors"}), "only files in the same directory"),
+    "index absolute": (index(lambda names: {names[0]: "/etc/passwd"}), "only files in the same directory"),
+    "index of no file": (index(lambda names: {names[0]: "model-2.safetensors"}), "2.safetensors', which is not there"),
+    "index of no tensor": (index(lambda names: {"model.phantom": "model-1.safetensors"}), "do not hold: model.phantom"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path, mistake):
+    spoil, message = MISTAKES[mistake]
+    write_released(tmp_path / "hf", SMALL)
+    spoil(tmp_path / "hf")
+    with pytest.raises(ConfigError, match=message) as caught:
+        convert.from_hf(tmp_path / "hf", tmp_path / "run", progress=False)
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_bad_places_and_options(tmp_path):
+    write_released(tmp_path / "hf", SMALL)
+    hf, new = tmp_path / "hf", tmp_path / "new"
+    for call, message in ((lambda: convert.from_hf(tmp_path / "none", new), "is no directory"),
+                          (lambda: convert.from_hf(tmp_path, new), "neither a workdir .* nor a Hugging Face"),
+                          (lambda: convert.from_hf(hf, hf), "exists and is not empty"),
+                          (lambda: convert.to_hf(hf, new, "stock"), "dialect 'stock' is none of"),
+                          (lambda: convert.to_hf(hf, new, shard_bytes=0), "shard-bytes 0 must be positive"),
+                          (lambda: convert.to_hf(hf, new, dtype="int8"), "dtype 'int8' is none of")):
+        with pytest.raises(ConfigError, match=message):
+            call()
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="no committed step"):
+        convert.open_source(tmp_path / "empty")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "hf"]
+
+
+def test_a_workdir_of_another_model_is_named(tmp_path):
+    write_released(tmp_path / "hf", SMALL)
+    run = convert.from_hf(tmp_path / "hf", tmp_path / "run", progress=False)
+    arguments = json.loads((run / "config.json").read_text())["model"]
+    (run / "config.json").write_text(json.dumps({"model": arguments | {"vocab": 20}}))
+    with pytest.raises(ConfigError, match="misshapen embed_WD .*, head_WD"):
+        convert.to_hf(run, tmp_path / "x", progress=False)
+
+
+def test_interruption_leaves_nothing(tmp_path, monkeypatch):
+    write_released(tmp_path / "hf", SMALL)
+    monkeypatch.setattr(convert.ReleasedSource, "read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    for call in (convert.from_hf, convert.to_hf):
+        with pytest.raises(KeyboardInterrupt):
+            call(tmp_path / "hf", tmp_path / "out", progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_head_norm_eps_has_no_released_place(tmp_path):
+    write_released(tmp_path / "hf", SMALL)
+    run = convert.from_hf(tmp_path / "hf", tmp_path / "run", progress=False)
+    other = dataclasses.replace(convert.open_source(run).model, head_norm_eps=1e-5)
+    (run / "config.json").write_text(json.dumps({"model": dataclasses.asdict(other)}))
+    with pytest.raises(ConfigError, match="head_norm_eps=1e-05 has no place"):
+        convert.to_hf(run, tmp_path / "x", progress=False)
+    assert not (tmp_path / "x").exists()

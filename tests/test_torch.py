@@ -1,0 +1,182 @@
+"""Parity with transformers on random models of several shapes, both directions, and mmx.torch.
+
+`faithful` is the oracle: stock transformers made to compute the released function, written apart from mmx.torch.
+"""
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import faithful
+
+import mmx.torch
+from mmx import checkpoint, config, convert
+from mmx.config import ConfigError
+from mmx.generate import forward
+
+ORACLES = Path(__file__).parent / "oracles"
+SHAPES = {      # name: (faithful.random_model's arguments, length)
+    "quarter_rotary": ({"pattern": "LLLS", "heads": 4, "kv": 2, "head_dim": 16, "rotary": 4}, 37),
+    "five_heads_one_kv": ({"pattern": "LSLS", "heads": 5, "kv": 1, "head_dim": 8, "rotary": 4, "hidden": 28}, 21),
+    "six_heads_all_kv_full_rotary": ({"pattern": "LLS", "heads": 6, "kv": 6, "rotary": 8, "theta": 1e7}, 33),
+    "softmax_first": ({"pattern": "SLLL", "heads": 8, "kv": 4, "head_dim": 4, "rotary": 2, "top_k": 3}, 17),
+    "softmax_alone": ({"pattern": "SS", "heads": 4, "kv": 4, "rotary": 2, "experts": 2, "top_k": 1}, 5),
+}
+EXPORTS = {     # name: changes of EXPORT
+    "power_of_two": {},
+    "six_heads": {"heads": 6, "kv_heads": 1, "rotary_dim": 4},
+    "six_heads_full_rotary": {"heads": 6, "kv_heads": 6, "rotary_dim": 16},
+}
+EXPORT = config.Model(vocab=61, dim=32, layers=2, pattern="LS", heads=4, kv_heads=2, head_dim=16, rotary_dim=8,
+                      experts=4, expert_dim=24, beta_moe=0.75)
+ATOL = 2e-5
+
+
+def tokens(vocab, length, batch=2, seed=7):
+    return np.random.default_rng(seed).integers(vocab, size=(batch, length))
+
+
+def ours(path, tokens_BT):
+    return forward(convert.load(path, "float32"), tokens_BT)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def theirs(request, tmp_path_factory):
+    """(directory that transformers saved, tokens, logits) of a faithful random model."""
+    shape, length = SHAPES[request.param]
+    model = faithful.make_released(faithful.random_model(**shape))
+    directory = tmp_path_factory.mktemp(request.param) / "hf"
+    model.save_pretrained(directory)
+    tokens_BT = tokens(model.config.vocab_size, length)
+    return directory, tokens_BT, faithful.logits(model, tokens_BT)
+
+
+def test_theirs_loaded_by_us(theirs):
+    directory, tokens_BT, logits_BTW = theirs
+    np.testing.assert_allclose(ours(directory, tokens_BT), logits_BTW, atol=ATOL, rtol=0)
+
+
+def test_theirs_loaded_by_mmx_torch(theirs):
+    directory, tokens_BT, logits_BTW = theirs
+    np.testing.assert_allclose(mmx.torch.logits(mmx.torch.load(directory), tokens_BT), logits_BTW, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("dialect", convert.DIALECTS)
+def test_theirs_through_us_and_back(theirs, tmp_path, dialect):
+    directory, tokens_BT, logits_BTW = theirs
+    convert.from_hf(directory, tmp_path / "run", progress=False)
+    back = convert.to_hf(tmp_path / "run", tmp_path / "back", dialect, progress=False)
+    np.testing.assert_allclose(mmx.torch.logits(mmx.torch.load(back), tokens_BT), logits_BTW, atol=ATOL, rtol=0)
+
+
+def random_params(model, seed=0):
+    """Parameters of ours at the scale of `faithful.random_model`."""
+    rng = np.random.default_rng(seed)
+
+    def values(path, leaf):
+        name = path[-1].key
+        if "norm" in name:
+            return jnp.asarray(1 + 0.25 * rng.standard_normal(leaf.shape), jnp.float32)
+        other = {"embed_WD": 1, "w2_EFD": model.expert_dim, "out_HVD": model.heads * model.head_dim}
+        fan_in = other.get(name, model.dim)
+        return jnp.asarray(rng.standard_normal(leaf.shape) * 1.2 / np.sqrt(fan_in), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(values, convert.abstract_params(model))
+
+
+@pytest.fixture(scope="module", params=EXPORTS)
+def export(request, tmp_path_factory):
+    """(our model, workdir, its export, tokens)."""
+    model, folder = dataclasses.replace(EXPORT, **EXPORTS[request.param]), tmp_path_factory.mktemp(request.param)
+    checkpoint.check_config(folder / "run", config.Experiment(model=model))
+    checkpoints = checkpoint.Checkpoints(folder / "run", every=1, keep=1)
+    checkpoints.save(0, random_params(model), {"step": jnp.zeros(())}, {})
+    checkpoints.close()
+    return model, folder / "run", convert.to_hf(folder / "run", folder / "hf", progress=False), tokens(61, 43)
+
+
+def test_ours_loaded_by_them(export):
+    _, run, directory, tokens_BT = export
+    logits_BTW = ours(run, tokens_BT)
+    np.testing.assert_allclose(mmx.torch.logits(mmx.torch.load(directory), tokens_BT), logits_BTW, atol=ATOL, rtol=0)
+    stock = transformers.MiniMaxForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    np.testing.assert_allclose(faithful.logits(faithful.make_released(stock), tokens_BT), logits_BTW, atol=ATOL, rtol=0)
+
+
+def test_stock_transformers_loads_our_export(export):
+    """And differs by what it leaves out: partial RoPE. The decay buffers it takes from the file."""
+    model, run, directory, tokens_BT = export
+    stock = transformers.MiniMaxForCausalLM.from_pretrained(directory)
+    difference = np.abs(faithful.logits(stock, tokens_BT) - ours(run, tokens_BT)).max()
+    print(f"{model.heads} heads, rotary {model.rotary_dim} of {model.head_dim}: stock differs by {difference:.2g}")
+    if model.rotary_dim == model.head_dim:
+        assert difference < ATOL
+    else:
+        assert difference > 0.01
+
+
+def test_export_holds_the_decay_where_stock_would_build_another(export):
+    model, _, directory, _ = export
+    names = convert.released.read_header(directory / "model.safetensors").keys()
+    assert not any(name.endswith("slope_rate") for name in names)       # never read as a parameter
+    raw = (directory / "model.safetensors").read_bytes()
+    assert (b"slope_rate" in raw) == (model.heads == 6)
+
+
+def test_verify_is_the_largest_difference(export, tmp_path):
+    _, run, directory, _ = export
+    assert convert.verify(run, directory) == 0
+    assert 0 < convert.verify(run, directory, torch=True) < ATOL
+    convert.to_hf(run, tmp_path / "half", dtype="bfloat16", progress=False)
+    assert 1e-3 < convert.verify(run, tmp_path / "half") < 2
+
+
+@pytest.mark.parametrize("name", ["c_partial_orig", "a_7to1_hf"])
+def test_mmx_torch_on_the_oracles(name):
+    oracle = np.load(ORACLES / name / "oracle.npz")
+    model = mmx.torch.load(ORACLES / name / "ckpt")
+    np.testing.assert_allclose(mmx.torch.logits(model, oracle["input_ids"]), oracle["logits"], atol=ATOL, rtol=0)
+    prompt = torch.as_tensor(oracle["prompt"])
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False)
+    np.testing.assert_array_equal(out[:, prompt.shape[1]:], oracle["greedy_nocache"])
+
+
+def test_stock_models_stay_stock():
+    directory = ORACLES / "c_partial_orig" / "ckpt"
+    tokens_BT = tokens(113, 20)
+    before = transformers.MiniMaxForCausalLM.from_pretrained(directory)
+    logits_BTW = faithful.logits(before, tokens_BT)
+    assert np.abs(mmx.torch.logits(mmx.torch.load(directory), tokens_BT) - logits_BTW).max() > 0.1
+    np.testing.assert_array_equal(faithful.logits(before, tokens_BT), logits_BTW)
+    after = transformers.MiniMaxForCausalLM.from_pretrained(directory)
+    np.testing.assert_array_equal(faithful.logits(after, tokens_BT), logits_BTW)
+
+
+def test_mmx_torch_saves_what_it_loads(export, tmp_path):
+    _, _, directory, tokens_BT = export
+    model = mmx.torch.load(directory)
+    model.save_pretrained(tmp_path / "again")
+    np.testing.assert_array_equal(mmx.torch.logits(mmx.torch.load(tmp_path / "again"), tokens_BT),
+                                  mmx.torch.logits(model, tokens_BT))
+
+
+def test_a_workdir_is_pointed_to_the_export(export):
+    _, run, *_ = export
+    with pytest.raises(ConfigError, match="mmx convert to-hf --checkpoint"):
+        mmx.torch.load(run)
+
+
+def test_without_torch_the_error_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "mmx.torch")
+    with pytest.raises(ImportError, match=r"needs torch and transformers .*pip install") as caught:
+        importlib.import_module("mmx.torch")
+    assert "\n" not in str(caught.value)
