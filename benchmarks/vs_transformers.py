@@ -125,7 +125,7 @@ def training(loaded, stock):
     optimizer = optim.adamw(TRAIN)
     step = jax.jit(functools.partial(train_step, model=loaded.model, optimizer=optimizer, loss_chunk=TRAIN.loss_chunk),
                    donate_argnums=(0, 1))
-    state = [*jax.jit(functools.partial(init, loaded.model, optimizer, TRAIN))()]
+    state = [*jax.jit(functools.partial(init, loaded.model, optimizer, TRAIN.seed))()]
 
     def ours():
         state[:] = jax.block_until_ready(step(*state, batch, np.float32(1e-4))[:2])

@@ -1,9 +1,9 @@
 """The released function in transformers: MiniMaxForCausalLM with partial RoPE and the released decay.
 
 Stock transformers (5.23.0, model.md section 7) turns whole heads, and has other slopes where the number of heads is no
-power of two. `load` mends one model and leaves the library as it is. Stock RoPE pairs dimension i with i + K/2; the released
-one pairs i with i + r/2 inside the first r = rotary_dim. Scores do not change when q and k are permuted alike, so hooks
-on q_proj and k_proj bring the released pairs into stock places, and the frequencies of the other places are zero.
+power of two. `load` mends one model and leaves the library as it is. Stock RoPE pairs dimension i with i + K/2; the
+released one pairs i with i + r/2 inside the first r = rotary_dim. Scores do not change when q and k are permuted alike,
+so hooks on q_proj and k_proj bring the released pairs into stock places; the frequencies of the other places are zero.
 """
 from pathlib import Path
 

@@ -107,8 +107,10 @@ def test_round_trip_is_bit_exact(tmp_path, monkeypatch, shape, dialect):
     index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == back.keys()
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in back.values())
-    assert all(sum(a.nbytes for a in load_file(f).values()) <= 9000 or len(load_file(f)) == 1
-               for f in (tmp_path / "back").glob("*.safetensors"))
+    for file in (tmp_path / "back").glob("*.safetensors"):
+        held = load_file(file).values()
+        assert sum(array.nbytes for array in held) <= 9000 or len(held) == 1
+        assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0      # the data is aligned
     assert released.read_model(json.loads((tmp_path / "back" / "config.json").read_text()), "x") == released.read_model(
         json.loads((tmp_path / "hf" / "config.json").read_text()), "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "run"]
@@ -209,8 +211,8 @@ def test_tokenizer_ids_are_written(tmp_path):
 
 
 def test_memory_is_bounded_by_slices(tmp_path):
-    """0.5 GB, nearly all of it in three stacked tensors, both ways under 120 MB above what the imports take."""
-    model = dataclasses.replace(SMALL, pattern="S", layers=2, dim=1024, expert_dim=4096, experts=5)
+    """0.4 GB, nearly all of it in three matrices, both ways under 80 MB above what the imports take."""
+    model = dataclasses.replace(SMALL, pattern="S", layers=1, dim=1024, expert_dim=32768, experts=1, top_k=1)
     directory = tmp_path / "hf"
     directory.mkdir()
     tensors = {name: (released.DTYPES["F32"], leaf.tensor_shape)
@@ -231,7 +233,7 @@ print(peak() - before)
     if not Path("/proc/self/status").exists():
         pytest.skip("needs /proc")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 120_000
+    assert int(done.stdout) < 80_000
 
 
 # ---- mistakes ----

@@ -47,6 +47,22 @@ def expert_ffn(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan: Plan, *, block: in
     return {"blocks": _blocks, "ragged": _ragged}[impl](x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, block)
 
 
+def expert_ffn_few(x_MD, weight_MJ, expert_MJ, w1_EDF, w3_EDF, w2_EFD):
+    """The same for a handful of tokens, one assignment at a time, unrolled: each reads its expert's weights once.
+
+    (Products and sums, not dots: XLA's CPU dot would copy an expert's weights out of the stack first.)
+    """
+    def matvec(x_D, w_EDF, e):
+        return x_D @ w_EDF[e]
+
+    def assignment(x_D, e):
+        return matvec(jax.nn.silu(matvec(x_D, w1_EDF, e)) * matvec(x_D, w3_EDF, e), w2_EFD, e)
+
+    M, J = expert_MJ.shape
+    return jnp.stack([sum(weight_MJ[m, j].astype(x_MD.dtype) * assignment(x_MD[m], expert_MJ[m, j]) for j in range(J))
+                      for m in range(M)])
+
+
 def _take(x_MD, index):
     """Rows by index, zeros where it points past the end."""
     return x_MD.at[index].get(mode="fill", fill_value=0)

@@ -46,3 +46,10 @@ def rms_norm(x_BTD, scale_D, eps: float):
     wide_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
     rms_BT1 = jax.lax.rsqrt(jnp.mean(wide_BTD ** 2, axis=-1, keepdims=True) + eps)
     return (wide_BTD * rms_BT1).astype(x_BTD.dtype) * scale_D
+
+
+def heads(x_BTD, w_DHK):
+    """x W, heads before time. (A plain matrix product first: XLA's CPU dot would copy the weights to transpose them.)"""
+    D, H, K = w_DHK.shape
+    x_BTX = jnp.einsum("BTD,DX->BTX", x_BTD, w_DHK.reshape(D, H * K))
+    return jnp.einsum("BTHK->BHTK", x_BTX.reshape(*x_BTX.shape[:2], H, K))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from mmx import config
 from mmx.kernels.lightning import lightning_attention
-from mmx.layers.common import Context, param, rms_norm
+from mmx.layers.common import Context, heads, param, rms_norm
 
 
 class Lightning(nn.Module):
@@ -18,7 +18,7 @@ class Lightning(nn.Module):
     def __call__(self, u_BTD, context: Context, cache, log_decay_H):
         """Returns y_BTD and the cache {"state_BHKV"} after the last token (None without one)."""
         c = self.config
-        q_BHTK, k_BHTK, v_BHTV = (jax.nn.silu(jnp.einsum("BTD,DHK->BHTK", u_BTD, w)) for w in (
+        q_BHTK, k_BHTK, v_BHTV = (jax.nn.silu(heads(u_BTD, w)) for w in (
             param(self, "q_DHK", "D", "HK"), param(self, "k_DHK", "D", "HK"), param(self, "v_DHV", "D", "HV", True)))
         o_BHTV, state_BHKV = lightning_attention(
             q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT=context.segments_BT,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from mmx import config
 from mmx.kernels.attention import softmax_attention
 from mmx.kernels.rope import rope
-from mmx.layers.common import Context, param
+from mmx.layers.common import Context, heads, param
 
 
 class Softmax(nn.Module):
@@ -16,9 +16,9 @@ class Softmax(nn.Module):
     def __call__(self, u_BTD, context: Context, cache, log_decay_H):
         """Returns y_BTD and the cache {"k_BGSK", "v_BGSV"} with these tokens in (None without one)."""
         c = self.config
-        q_BHTK = jnp.einsum("BTD,DHK->BHTK", u_BTD, param(self, "q_DHK", "D", "HK"))
-        k_BGTK = jnp.einsum("BTD,DGK->BGTK", u_BTD, param(self, "k_DGK", "D", "GK"))
-        v_BGTV = jnp.einsum("BTD,DGV->BGTV", u_BTD, param(self, "v_DGV", "D", "GV", True))
+        q_BHTK = heads(u_BTD, param(self, "q_DHK", "D", "HK"))
+        k_BGTK = heads(u_BTD, param(self, "k_DGK", "D", "GK"))
+        v_BGTV = heads(u_BTD, param(self, "v_DGV", "D", "GV", True))
         q_BHTK, k_BGTK = (rope(x, context.positions_BT, rotary_dim=c.rotary_dim, theta=c.rope_theta)
                           for x in (q_BHTK, k_BGTK))
         if cache is None:
@@ -29,7 +29,9 @@ class Softmax(nn.Module):
                      "v_BGSV": _write(cache["v_BGSV"], v_BGTV, context.start_B)}
             o_BHTV = softmax_attention(q_BHTK, cache["k_BGSK"], cache["v_BGSV"], start_B=context.start_B,
                                        impl=c.impl or None)
-        return jnp.einsum("BHTV,HVD->BTD", o_BHTV, param(self, "out_HVD", "HV", "D", True)), cache
+        B, H, T, V = o_BHTV.shape
+        o_BTX = jnp.einsum("BHTV->BTHV", o_BHTV).reshape(B, T, H * V)
+        return jnp.einsum("BTX,XD->BTD", o_BTX, param(self, "out_HVD", "HV", "D", True).reshape(H * V, -1)), cache
 
 
 def _write(cache_BGSK, new_BGTK, start_B):

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from mmx.kernels import grouped
 
 TOKEN_AXES = ("edp",)
+FEW = 8     # assignments that are computed one by one (decode of a few rows)
 
 
 class Stats(NamedTuple):
@@ -65,12 +66,14 @@ def _local(x_MD, live_M, router_DE, w1_EDF, w3_EDF, w2_EFD, *, top_k, capacity, 
         kept_JE = kept_MJE.sum(0)
         rank_MJE = jnp.cumsum(kept_MJE, axis=0) - 1 + jnp.cumsum(kept_JE, axis=0) - kept_JE
         rank_MJ = jnp.take_along_axis(rank_MJE, expert_MJ[..., None], axis=2)[..., 0]
-        block = _block_size(M * top_k, E)
-        plan = grouped.plan(expert_MJ, rank_MJ, keep_MJ, kept_JE.sum(0), block)
-
     with jax.named_scope("experts"):
         weights = [_vary(w, axes) for w in (w1_EDF, w3_EDF, w2_EFD)]
-        y_MD = grouped.expert_ffn(x_MD, weight_MJ, *weights, plan, block=block)
+        if M * top_k <= FEW:
+            y_MD = grouped.expert_ffn_few(x_MD, weight_MJ * keep_MJ, expert_MJ, *weights)
+        else:
+            block = _block_size(M * top_k, E)
+            plan = grouped.plan(expert_MJ, rank_MJ, keep_MJ, kept_JE.sum(0), block)
+            y_MD = grouped.expert_ffn(x_MD, weight_MJ, *weights, plan, block=block)
 
     count_E = total_JE.sum(0)
     assigned = jnp.maximum(count_E.sum(), 1)

@@ -144,9 +144,10 @@ def test_skipped_blocks_are_not_read():
         assert np.isnan(o[:, :, lost]).any()
 
 
-def pairs(T, document, start=None, S=None, axis=1):
-    """How many pairs of blocks of 64 the loops visit, with documents of so many tokens."""
-    seg = None if document is None else (1 + np.arange(T, dtype=np.int32) // document)[None]
+def pairs(T, document, start=None, S=None, axis=1, padding=0):
+    """How many pairs of blocks of 64 the loops visit, with documents of so many tokens that end in padding."""
+    place = np.arange(T, dtype=np.int32)
+    seg = None if document is None else ((1 + place // document) * (place % document < document - padding))[None]
     sight = xla.Sight(T, S or T, min(T, 64), 64, seg, seg, None if start is None else np.array(start))
     first, end = jax.jit(lambda: sight.spans(axis))()
     return np.maximum(np.subtract(end, first), 0).sum()
@@ -157,6 +158,7 @@ def test_visited_pairs(axis):
     assert pairs(1024, None, axis=axis) == 16 * 17 // 2                     # the causal half
     assert pairs(1024, 128, axis=axis) == 8 * 3                             # documents of two blocks
     assert pairs(4096, 96, axis=axis) < 2 * 64                              # at most one block back, off the edges too
+    assert pairs(4096, 96, axis=axis, padding=9) < 2 * 64                   # padding is no document
     assert pairs(1, None, [70, 130], 4096, axis=axis) == 3                  # a token meets the live part of the cache
 
 
