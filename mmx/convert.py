@@ -262,7 +262,7 @@ def load(path: str | Path, dtype: str | None = None) -> Loaded:
 def verify(a: str | Path, b: str | Path, torch: bool = False, batch: int = 2, length: int = 64, seed: int = 0) -> float:
     """The largest difference between the logits of two checkpoints on random tokens, in float32; `torch` has `b` run by
     transformers, as `mmx.torch.load` makes it."""
-    from mmx.generate import forward
+    from mmx.inference import forward
 
     first, vocab = load(a, "float32"), open_source(b).model.vocab
     if first.config.vocab != vocab:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mmx import convert, released
-from mmx.generate import forward, generate
+from mmx.inference import forward, generate
 from mmx.loss import loss, router_losses
 from mmx.model import Model, empty_cache, logits
 

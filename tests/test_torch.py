@@ -20,7 +20,7 @@ import faithful
 import mmx.torch
 from mmx import checkpoint, config, convert
 from mmx.config import ConfigError
-from mmx.generate import forward
+from mmx.inference import forward
 
 ORACLES = Path(__file__).parent / "oracles"
 SHAPES = {      # name: (faithful.random_model's arguments, length)
