@@ -49,7 +49,7 @@ def generate(loaded, prompts, *, steps: int, temperature: float = 0.0, top_k: in
             "top_p": np.float32(top_p)} if temperature else None
     if not isinstance(prompts, (str, list, tuple)) or not isinstance(prompts[0], str):
         ids_BT = _ids(loaded.config, np.asarray(prompts))
-        return np.concatenate(list(_continue(loaded, list(ids_BT), steps, steps, draw, seed)), axis=1)
+        return np.concatenate(list(_continue(loaded.model, loaded.params, list(ids_BT), steps, steps, draw, seed)), axis=1)
 
     if not loaded.tokenizer:
         raise ConfigError("this checkpoint has no tokenizer: give token ids, or put its tokenizer.json beside config.json")
@@ -58,12 +58,20 @@ def generate(loaded, prompts, *, steps: int, temperature: float = 0.0, top_k: in
     prompts, stop = [prompts] if isinstance(prompts, str) else list(prompts), [stop] if isinstance(stop, str) else stop
     rows = [np.append(np.int32(tokenizer.bos), tokenizer.encode(p.encode())) for p in prompts]
     ids_BT, texts = np.zeros((len(rows), 0), np.int32), [""] * len(rows)
-    for new_BT in _continue(loaded, rows, steps, DECODE, draw, seed):
+    for new_BT in _continue(loaded.model, loaded.params, rows, steps, DECODE, draw, seed):
         ids_BT = np.concatenate([ids_BT, new_BT], axis=1)
         texts, ended = zip(*(_text(tokenizer, ids, stop) for ids in ids_BT))
         if all(ended):
             break
     return list(texts)
+
+
+def sample(model: Model, params, tokenizer, prompt: str, steps: int = 200) -> str:
+    """A text drawn from a model in training, for its log."""
+    row = np.append(np.int32(tokenizer.bos), tokenizer.encode(prompt.encode()))
+    draw = {"temperature": np.float32(0.8), "top_k": np.int32(model.config.vocab), "top_p": np.float32(0.95)}
+    new_BT, = _continue(model, params, [row], steps, steps, draw, 0)
+    return prompt + _text(tokenizer, new_BT[0], ())[0]
 
 
 def _text(tokenizer, ids, stop) -> tuple[str, bool]:
@@ -74,12 +82,11 @@ def _text(tokenizer, ids, stop) -> tuple[str, bool]:
     return text[:min(cuts)] if cuts else text, bool(len(end) or cuts)
 
 
-def _continue(loaded, rows, steps, block, draw, seed):
+def _continue(model, params, rows, steps, block, draw, seed):
     """Yields the new ids [B, n] of ragged `rows`, at most `block` at a time, `steps` in all."""
-    model, params, c = loaded.model, loaded.params, loaded.config
     B, longest = len(rows), max(len(row) for row in rows)
     read = -(-(longest - 1) // PREFILL) * PREFILL
-    cache = empty_cache(c, B, -(-max(read, longest + steps) // ROOM) * ROOM)
+    cache = empty_cache(model.config, B, -(-max(read, longest + steps) // ROOM) * ROOM)
     tokens_BT, mask_BT = np.zeros((B, read), np.int32), np.zeros((B, read), np.int32)
     for b, row in enumerate(rows):
         tokens_BT[b, :len(row) - 1], mask_BT[b, :len(row) - 1] = row[:-1], 1

@@ -54,7 +54,7 @@ def init(model: Model, optimizer, seed: int):
 def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
     """Trains to the end, from where WORKDIR stands; returns {"step", "seconds", "stopped"}.
 
-    `sample(model, params, prompt) -> text` writes the samples for TensorBoard. SIGTERM saves and ends the run.
+    `sample(model, params, tokenizer, prompt) -> text` writes the samples for TensorBoard. SIGTERM saves and ends the run.
     """
     t, workdir = experiment.train, Path(workdir)
     tokenizer = tokens.tokenizer(experiment.data.tokenizer)
@@ -105,19 +105,19 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
                 step += 1
                 if pending:
                     report(*pending)
-                pending = step, optim.tokens_seen(t, step), lr, metrics
+                pending = step, optim.tokens_seen(t, step), lr, metrics, before + time.monotonic() - begin
                 log.bar.update()
                 if t.eval_every and step % t.eval_every == 0:
                     log.scalar("validation/bits_per_byte", evaluate(params, held_out, t.eval_bytes)["all"], step)
                 if sample and t.sample_every and step % t.sample_every == 0:
-                    log.text("sample", sample(model, params, t.sample_prompt), step)
+                    log.text("sample", sample(model, params, tokenizer, t.sample_prompt), step)
         finally:
             log.close()
             checkpoints.close()
     return {"step": step, "seconds": before + time.monotonic() - begin, "stopped": stop.asked}
 
 
-def _report(log, experiment, bytes_per_token, step, seen, lr, metrics):
+def _report(log, experiment, bytes_per_token, step, seen, lr, metrics, seconds):
     """Fetches a step's metrics and writes them; a loss that is no number ends the run."""
     m = jax.device_get(metrics)
     if not math.isfinite(m["loss"]):
@@ -125,7 +125,7 @@ def _report(log, experiment, bytes_per_token, step, seen, lr, metrics):
                           "and run again: it goes on from the last checkpoint")
     rate = log.tokens_per_s(seen)
     record = {"step": step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / bytes_per_token,
-              "tokens": seen, "lr": lr, "grad_norm": float(m["grad_norm"]), "aux_loss": float(m["aux_loss"]),
+              "tokens": seen, "lr": lr, "grad_norm": float(m["grad_norm"]), "seconds": seconds, "aux_loss": float(m["aux_loss"]),
               "z_loss": float(m["z_loss"]), "drop_rate": float(m["dropped"].mean()), "tokens_per_s": rate,
               "flops_per_s": rate * experiment.model.flops_training(experiment.train.length)}
     log.step(record, m["load_E"], m["dropped"], step % experiment.train.log_every == 0)

@@ -33,7 +33,7 @@ class File:
             raise ConfigError(f"data.tokenizer={path!r} needs the package tokenizers: pip install tokenizers") from None
         try:
             self._model = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:  # noqa: BLE001 (the package raises no other)
+        except Exception as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"data.tokenizer: {path!r} is neither 'bytes' nor a tokenizer.json ({reason})") from None
         self._model.no_truncation()

@@ -4,15 +4,19 @@
 
 Each file starts anew, from its beginning-of-text token: no file helps another, as none helps gzip or xz.
 """
+import dataclasses
 import gzip
 import lzma
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from mmx.data import packing, tokens
+from mmx import checkpoint, config, metrics
+from mmx.config import ConfigError
+from mmx.data import packing, pipeline, tokens
 from mmx.loss import cross_entropy
 from mmx.model import Model
 
@@ -51,6 +55,59 @@ def baselines(documents) -> dict[str, float]:
     pack = {"gzip": lambda raw: gzip.compress(raw, 9, mtime=0),
             "xz": lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)}
     return {name: 8 * sum(len(f(raw)) for _, raw in documents) / size for name, f in pack.items()}
+
+
+def evaluate_checkpoint(path, split: str = "validation", source: str | None = None) -> dict:
+    """Bits per byte of a checkpoint on held-out text, with the baselines, as `mmx eval` writes them."""
+    from mmx import convert  # here, for train imports this module
+
+    loaded = convert.load(path)
+    workdir = Path(path)
+    run = (workdir / "metrics.jsonl").exists()
+    experiment = checkpoint.read_config(workdir) if run else config.Experiment()
+    data = dataclasses.replace(experiment.data, sources=(source,)) if source else experiment.data
+    documents = (pipeline.validation if split == "validation" else pipeline.test)(data)
+    if not documents:
+        raise ConfigError(f"{', '.join(data.sources)} has no {split} documents: use another --split or --source")
+    tokenizer = tokens.tokenizer(loaded.tokenizer or "bytes")
+    tokens.check_vocab(tokenizer, loaded.config.vocab)
+    length = experiment.train.length
+    evaluate = make_evaluator(loaded.model, tokenizer, length=length, batch=8, context=length // 2)
+    each = evaluate(loaded.params, documents, progress=True)
+    result = {"bits_per_byte": each.pop("all")} | baselines(documents)
+    result |= {"split": split, "files": len(documents), "bytes": sum(len(raw) for _, raw in documents), "per_file": each}
+    if run:
+        last = metrics.read(workdir)[-1]
+        result |= {"train_seconds": last["seconds"], "steps": last["step"], "train_tokens": last["tokens"],
+                   "params_total": loaded.config.params_total, "params_active": loaded.config.params_active}
+    return result
+
+
+def plot_curve(workdir: Path, result: dict, path: Path) -> Path | None:
+    """Training's bits per byte over tokens, with the held-out figure, gzip and xz as lines; None without a run."""
+    if not (workdir / "metrics.jsonl").exists():
+        return None
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = metrics.read(workdir)
+    tokens_N, bits_N = (np.array([r[key] for r in records]) for key in ("tokens", "bits_per_byte"))
+    window = max(1, min(50, len(bits_N) // 10))
+    smooth = np.convolve(bits_N, np.ones(window) / window, mode="valid")
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(tokens_N / 1e6, bits_N, color="C0", alpha=0.2, linewidth=0.8)
+    axes.plot(tokens_N[window - 1:] / 1e6, smooth, color="C0", label=f"training (mean of {window} steps)")
+    axes.plot(tokens_N[-1] / 1e6, result["bits_per_byte"], "o", color="C3",
+              label=f"{result['split']} files: {result['bits_per_byte']:.3f}")
+    for name, style in (("gzip", "--"), ("xz", ":")):
+        axes.axhline(result[name], color="0.4", linestyle=style, label=f"{name}, same files: {result[name]:.2f}")
+    axes.set(xlabel="million tokens (bytes)", ylabel="bits per byte", ylim=(1.5, 5),
+             title=f"{result['params_total'] / 1e6:.2f} M parameters, {result['train_seconds']:.0f} s of training")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+    return path
 
 
 def _head(documents, limit):

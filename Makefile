@@ -1,0 +1,41 @@
+# make setup: .venv with pinned requirements.  make demo: train, evaluate, sample, export.  make test: the whole suite.
+PYTHON ?= python3
+DEMO_DIR ?= demo
+DEMO_SECONDS ?= 290
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+MMX := JAX_PLATFORMS=$(or $(JAX_PLATFORMS),cpu) $(BIN)/mmx
+
+.PHONY: setup demo test clean
+
+setup: .venv/ready
+
+.venv/ready: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mmx needs python3 >= 3.11, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(PIP) --editable .
+	@touch $@
+
+.venv/ready-to-test: .venv/ready
+	$(PIP) --editable '.[dev,torch]'
+	@touch $@
+
+demo: setup
+	$(MMX) train --config experiments/tiny.py --workdir $(DEMO_DIR) --config.train.seconds=$(DEMO_SECONDS)
+	$(MMX) eval --checkpoint $(DEMO_DIR)
+	$(MMX) generate --checkpoint $(DEMO_DIR) --prompt "The state of the Union" --steps 300
+	@rm -rf $(DEMO_DIR)/hf
+	$(MMX) convert to-hf --checkpoint $(DEMO_DIR) --out $(DEMO_DIR)/hf
+	@echo
+	@echo "$(DEMO_DIR)/eval.json     bits per byte beside gzip and xz"
+	@echo "$(DEMO_DIR)/curve.png     the training curve"
+	@echo "$(DEMO_DIR)/metrics.jsonl one line a step;  tensorboard --logdir $(DEMO_DIR)/tensorboard"
+	@echo "$(DEMO_DIR)/checkpoints   Orbax checkpoints: the same command goes on from the last"
+	@echo "$(DEMO_DIR)/hf            the model in Hugging Face form: mmx.torch.load('$(DEMO_DIR)/hf')"
+
+test: .venv/ready-to-test
+	$(BIN)/ruff check .
+	JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv $(DEMO_DIR)
