@@ -42,7 +42,7 @@ def train_step(params, opt, batch, lr, *, model: Model, optimizer, loss_chunk: i
         metrics = jax.tree.map(lambda m: m.mean(0), metrics)
     updates, opt = optimizer.update(grads, opt, params)
     params = optax.apply_updates(params, jax.tree.map(lambda u: lr * u, updates))
-    return params, opt, metrics | {"grad_norm": optax.global_norm(grads)}
+    return params, opt, metrics | {"grad_norm": optax.tree.norm(grads)}
 
 
 def init(model: Model, optimizer, seed: int):
@@ -125,8 +125,9 @@ def _report(log, experiment, bytes_per_token, step, seen, lr, metrics, seconds):
                           "and run again: it goes on from the last checkpoint")
     rate = log.tokens_per_s(seen)
     record = {"step": step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / bytes_per_token,
-              "tokens": seen, "lr": lr, "grad_norm": float(m["grad_norm"]), "seconds": seconds, "aux_loss": float(m["aux_loss"]),
-              "z_loss": float(m["z_loss"]), "drop_rate": float(m["dropped"].mean()), "tokens_per_s": rate,
+              "tokens": seen, "lr": lr, "grad_norm": float(m["grad_norm"]), "seconds": seconds,
+              "aux_loss": float(m["aux_loss"]), "z_loss": float(m["z_loss"]), "drop_rate": float(m["dropped"].mean()),
+              "tokens_per_s": rate,
               "flops_per_s": rate * experiment.model.flops_training(experiment.train.length)}
     log.step(record, m["load_E"], m["dropped"], step % experiment.train.log_every == 0)
 

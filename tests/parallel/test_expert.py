@@ -68,7 +68,7 @@ def test_against_oracle_and_greedy_simulation(weights, capacity):
 @pytest.mark.parametrize("impl, block", [("blocks", 4), ("blocks", 16), ("ragged", 4), ("few", 0)])
 def test_implementations_agree(weights, impl, block):
     """All rows to one expert and an empty one among them, some assignments dropped."""
-    x_MD, router_DE, *w = weights
+    x_MD, _, *w = weights
     expert_MJ = jnp.stack([jnp.where(jnp.arange(M) % 5 == 0, 3, 0), jnp.full(M, 2)], 1)
     keep_MJ = jnp.asarray(np.random.default_rng(0).random((M, J)) < 0.8)
     weight_MJ = jax.random.uniform(jax.random.key(1), (M, J))
