@@ -60,7 +60,8 @@ def test_resumed_equals_uninterrupted(experiment, tmp_path, monkeypatch):
     ("model.layrs=8", "did you mean model.layers"), ("model.layers=x", "model.layers=x"),
     ("model.pattern=LLLLS", "does not divide"), ("data.sources=('nowhere',)", "nowhere"), ("mesh.ep=2", "mesh.ep=2")])
 def test_mistakes_are_one_line(override, message, tmp_path, capsys):
-    code = cli.main(["train", "--config", "experiments/tiny.py", "--workdir", str(tmp_path / "w"), f"--config.{override}"])
+    code = cli.main(["train", "--config", "experiments/tiny.py", "--workdir", str(tmp_path / "w"), "--config.mesh.edp=2",
+                     f"--config.{override}"])
     error = capsys.readouterr().err
     assert code == 2 and message in error and error.count("\n") == 1
     assert not (tmp_path / "w").exists()
