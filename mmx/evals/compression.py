@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from mmx import checkpoint, config, metrics
+from mmx import config, metrics
 from mmx.config import ConfigError
 from mmx.data import packing, pipeline, tokens
 from mmx.loss import cross_entropy
@@ -64,7 +64,7 @@ def evaluate_checkpoint(path, split: str = "validation", source: str | None = No
     loaded = convert.load(path)
     workdir = Path(path)
     run = (workdir / "metrics.jsonl").exists()
-    experiment = checkpoint.read_config(workdir) if run else config.Experiment()
+    experiment = config.from_json((workdir / "config.json").read_text()) if run else config.Experiment()
     data = dataclasses.replace(experiment.data, sources=(source,)) if source else experiment.data
     documents = (pipeline.validation if split == "validation" else pipeline.test)(data)
     if not documents:
