@@ -3,14 +3,16 @@
 A user's mistake is one line on stderr and exit code 2. Heavy modules are imported by the command that needs them.
 """
 import argparse
-import contextlib
 import json
+import os
 import re
+import runpy
 import sys
+import traceback
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
@@ -46,6 +48,11 @@ def main(argv: list[str] | None = None) -> int:
         return args.run(args) or 0
     except (ConfigError, ImportError) as error:
         return _fail(" ".join(str(error).split()), 2)
+    except BrokenPipeError:         # whoever read our output left, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:        # a full disk, a file in a folder's place
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 
@@ -76,7 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     overrides = "Any key of the experiment can be set behind it: --config.train.steps=200 --config.model.pattern=LLS"
     sub = command("train", train, "Train an experiment, or go on with it.", True, epilog=overrides)
-    sub.add_argument("--config", required=True, metavar="FILE", help="experiment file, such as experiments/tiny.py")
+    sub.add_argument("--config", required=True, metavar="FILE",
+                     help="experiment file, such as experiments/tiny.py; FILE.py:ARG hands get_config an argument")
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl and TensorBoard go here")
 
     sub = command("generate", generate, "Continue prompts.")
@@ -97,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", metavar="DIR", help="eval.json and curve.png go here (default: the checkpoint's workdir)")
 
     convert = command("convert", None, "Carry checkpoints to and from PyTorch's released form.")
-    kinds = convert.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=Parser)
+    kinds = convert.add_subparsers(dest="kind", metavar="from-hf|to-hf|verify", required=True, parser_class=Parser)
     for name, run, summary in (("from-hf", from_hf, "Hugging Face directory to mmx workdir, in slices: memory stays small."),
                                ("to-hf", to_hf, "mmx workdir to Hugging Face directory, in slices: memory stays small.")):
         sub = command(name, run, summary, parent=kinds)
@@ -122,36 +130,42 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_experiment(path: str, overrides: list[str]) -> config.Experiment:
-    """The experiment of a file with `--config.key=value` overrides."""
-    file = Path(re.sub(r"\.py:.*$", ".py", path))
-    if not file.is_file():
-        near = config.nearest(file.name, [p.name for p in file.parent.glob("*.py")]) if file.parent.is_dir() else ""
-        raise ConfigError(f"no experiment file {path}{near}")
+    """The experiment of FILE.py, or FILE.py:ARGUMENT for its get_config, with `--config.key=value` overrides."""
+    kinds = {f"{section}.{key}": type(value).__name__
+             for section, values in config.default().items() for key, value in values.items()}
+    for override in overrides:
+        key = re.match(r"--config\.([\w.]*)", override)
+        if key and key[1] not in kinds:
+            raise ConfigError(f"unknown config key {key[1]}{config.nearest(key[1], kinds)}")
     values = flags.FlagValues()
-    arguments = ["mmx", f"--config={path}", *overrides]
+    arguments = ["mmx", *overrides]
     try:
-        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+        config_flags.DEFINE_config_dict("config", _get_config(path), flag_values=values, sys_argv=arguments)
         left = values(arguments)[1:]
-        found = values.config
-    except (AttributeError, KeyError) as error:
-        raise ConfigError(_unknown_key(str(error), overrides)) from None
-    except flags.UnrecognizedFlagError as error:
-        raise ConfigError(f"unknown argument --{error.flagname}; overrides are --config.SECTION.KEY=VALUE") from None
-    except (flags.Error, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} with {' '.join(overrides) or 'no overrides'}: {error}") from None
+    except flags.Error as error:
+        wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error))
+        raise ConfigError(f"config key {wrong[1]} needs {kinds[wrong[1]]}, got {wrong[2]!r}" if wrong else error) from None
     if left:
         raise ConfigError(f"unknown argument {left[0]!r}; overrides are --config.SECTION.KEY=VALUE")
-    return config.build(found)
+    return config.build(values.config)
 
 
-def _unknown_key(error: str, overrides) -> str:
-    """Which override names no key, and the nearest that exists."""
-    known = {f"{section}.{key}" for section, values in config.default().items() for key in values}
-    for override in overrides:
-        key = re.sub(r"^--config\.|=.*", "", override)
-        if override.startswith("--config.") and key not in known:
-            return f"unknown config key {key}{config.nearest(key, known)}"
-    return error
+def _get_config(path: str):
+    """What an experiment file returns; a mistake in it is told with its line."""
+    file, argument = re.fullmatch(r"(.*?)(?:(?<=\.py):(.*))?", path).groups()
+    if not Path(file).is_file():
+        folder = Path(file) if Path(file).is_dir() else Path(file).parent
+        names = sorted(str(p) for p in folder.glob("*.py"))
+        raise ConfigError(f"no experiment file {file}" + (config.nearest(file, names) if names else ""))
+    try:
+        found = runpy.run_path(file)["get_config"](*([] if argument is None else [argument]))
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
+        raise ConfigError(f"{file}:{line}: {type(error).__name__}: {error}") from None
+    if not isinstance(found, ConfigDict):
+        raise ConfigError(f"{file}: get_config() must return a ConfigDict, got {type(found).__name__}")
+    return found
 
 
 def train(args):
@@ -161,9 +175,9 @@ def train(args):
 
     done = run(experiment, args.workdir, sample=inference.sample)
     if done["stopped"]:
-        print(f"stopped at step {done['step']} and saved; the same command goes on from there")
+        print(f"stopped at step {done['step']:,} and saved; the same command goes on from there")
         return
-    print(f"trained {done['step']} steps in {done['seconds']:.0f} s; checkpoints, metrics.jsonl and tensorboard are in "
+    print(f"trained {done['step']:,} steps in {done['seconds']:.0f} s; checkpoints, metrics.jsonl and tensorboard are in "
           f"{args.workdir}")
 
 
@@ -176,12 +190,14 @@ def generate(args):
 
 
 def evaluate(args):
+    from mmx import checkpoint
     from mmx.evals import compression
 
-    out = Path(args.out or args.checkpoint)
     result = compression.evaluate_checkpoint(args.checkpoint, args.split, args.source)
+    workdir, _ = checkpoint.find_step(args.checkpoint) or (Path(args.checkpoint), None)
+    out = Path(args.out or os.path.relpath(workdir))
     out.mkdir(parents=True, exist_ok=True)
-    curve = compression.plot_curve(Path(args.checkpoint), result, out / "curve.png")
+    curve = compression.plot_curve(workdir, result, out / "curve.png")
     (out / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
     table = Table("", "bits per byte", title=f"{result['files']} {args.split} files, {result['bytes']:,} bytes")
     for name, value in (("this model", result["bits_per_byte"]), ("xz -9e, each file alone", result["xz"]),
@@ -218,38 +234,44 @@ def show_config(args):
     figures = {
         "params_total": m.params_total, "params_active": m.params_active, "params_active_all": m.params_active_all,
         "flops_per_token": m.flops_training(t.length), "flops_per_token_forward": m.flops_forward(t.length),
-        "checkpoint_tensors": m.checkpoint_tensors, "tokens_per_micro_batch": t.batch * t.length}
+        "flops_per_token_forward_context": m.flops_forward(m.context), "checkpoint_tensors": m.checkpoint_tensors,
+        "tokens_per_step": [[seen, count * t.batch * t.length] for seen, count in t.ramp or ((0, 1),)]}
     if args.json:
         print(json.dumps(figures, indent=1))
         return
     table = Table("", "", title=args.config, show_header=False)
-    for name, value in (
-            ("layers", f"{m.layers} = {m.groups} x {m.pattern}  (L lightning, S softmax)"),
+    for row in (
+            ("layers", f"{m.layers} = {m.groups} x {m.pattern}"),
             ("hidden, vocabulary", f"{m.dim:,}, {m.vocab:,}"),
-            ("heads", f"{m.heads} x {m.head_dim}, softmax with {m.kv_heads} KV heads, RoPE on {m.rotary_dim} dims, base "
-                      f"{m.rope_theta:,.0f}"),
+            ("heads", f"{m.heads} x {m.head_dim}, {m.kv_heads} KV head{'s' * (m.kv_heads > 1)} in softmax"),
+            ("RoPE", f"{m.rotary_dim} dims of a head, base {m.rope_theta:,.0f}"),
             ("experts", f"{m.experts} x {m.expert_dim:,}, top-{m.top_k}, "
                         + (f"capacity {m.capacity}" if m.capacity else "no dropping")),
-            ("parameters", f"{m.params_total:,}  ({_short(m.params_total)})"),
-            ("active, without embedding and head", f"{m.params_active:,}  ({_short(m.params_active)})"),
-            ("active, with both", f"{m.params_active_all:,}  ({_short(m.params_active_all)})"),
-            ("FLOPs per token, forward", f"{m.flops_forward(t.length):.4g} at {t.length:,} tokens"),
-            ("FLOPs per token, training", f"{m.flops_training(t.length):.4g} at {t.length:,} tokens"),
+            ("residual alpha", " ".join(f"{kind} {alpha:.6g}" for kind, alpha in (
+                ("L", m.alpha_lightning), ("S", m.alpha_softmax), ("MoE", m.alpha_moe)))),
+            None,
+            ("parameters", _short(m.params_total)),
+            ("active, without embedding and head", _short(m.params_active)),
+            ("active, with both", _short(m.params_active_all)),
             ("checkpoint tensors", f"{m.checkpoint_tensors:,}"),
-            ("tokens a micro-batch", f"{t.batch:,} x {t.length:,} = {t.batch * t.length:,}"),
-            ("residual alpha", f"lightning {m.alpha_lightning:.6g}, softmax {m.alpha_softmax:.6g}, MoE {m.alpha_moe:.6g}"),
+            None,
+            *((f"FLOPs a token, {name}", f"{flops(length):.4g} at {length:,} tokens") for name, flops, length in (
+                ("training", m.flops_training, t.length), ("forward", m.flops_forward, t.length),
+                ("forward", m.flops_forward, m.context))),
+            *(("tokens a step", f"{size:,}" + f" from {seen:,}" * (seen > 0)) for seen, size in figures["tokens_per_step"]),
+            ("micro-batch", f"{t.batch:,} x {t.length:,} tokens"),
             ("mesh", ", ".join(f"{axis} {size}" for axis, size in vars(e.mesh).items()))):
-        table.add_row(name, value)
+        if row:
+            table.add_row(*row)
+        else:
+            table.add_section()
     Console().print(table)
 
 
 def _short(count: int) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.4f} {unit}"
-    return str(count)
+    size, unit = next(((size, unit) for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if count >= size), (1, ""))
+    return f"{count:,}  ({count / size:.4f} {unit})" if unit else str(count)
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        sys.exit(main())
+    sys.exit(main())

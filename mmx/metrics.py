@@ -8,20 +8,21 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
+from mmx import config
+
 SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate")
 
 
 class Log:
     """Writes the metrics of a run in WORKDIR; lines past `step`, which a restored run makes again, are cut."""
 
-    def __init__(self, workdir: Path, step: int, tokens: int, total: int | None, tensorboard: bool):
+    def __init__(self, workdir: Path, t: config.Train, step: int, tokens: int):
         path = workdir / "metrics.jsonl"
         _cut(path, step)
-        self.file = path.open("a")
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1) if tensorboard else None
-        self.bar = tqdm(total=total, initial=step, unit="step", desc="train",
+        self.file, self.seconds = path.open("a"), t.seconds
+        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1) if t.tensorboard else None
+        self.bar = tqdm(total=None if t.seconds else t.steps, initial=step, unit="step", desc="train",
                         mininterval=0.5 if os.isatty(2) else 30)
-
         self.last = tokens, time.monotonic()
 
     def tokens_per_s(self, tokens: int) -> float:
@@ -32,8 +33,9 @@ class Log:
     def step(self, record: dict, load_LE, dropped_L, board: bool):
         """One step's figures; `board` says whether TensorBoard gets them too."""
         self.file.write(json.dumps(record) + "\n")
+        left = f", {max(0, self.seconds - record['seconds']):.0f} s left" if self.seconds else ""
         self.bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
-                                 f"{record['tokens_per_s']:,.0f} tokens/s", refresh=False)
+                                 f"{record['tokens_per_s']:,.0f} tokens/s{left}", refresh=False)
         if self.board and board:
             step = record["step"]
             for name in SCALARS:
@@ -42,7 +44,7 @@ class Log:
                 self.board.add_scalar(f"load_max_over_mean/layer_{layer:02}", load_E.max() * len(load_E), step)
                 self.board.add_scalar(f"drop_rate/layer_{layer:02}", dropped, step)
             heat_LE = np.clip(load_LE * load_LE.shape[1] / 2, 0, 1)       # mid-grey is balanced
-            self.board.add_image("expert_load (layer, expert)", heat_LE.repeat(8, 0).repeat(8, 1), step, dataformats="HW")
+            self.board.add_image("expert_load/layers_by_experts", heat_LE.repeat(8, 0).repeat(8, 1), step, dataformats="HW")
 
     def scalar(self, name: str, value: float, step: int):
         self.bar.write(f"step {step}: {name} {value:.4f}")
@@ -66,9 +68,9 @@ class Log:
 
 
 def read(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl; a half-written last one is left out."""
-    records = []
-    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+    """The lines of metrics.jsonl (none without one); a half-written last one is left out."""
+    path, records = workdir / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -77,8 +79,7 @@ def read(workdir: Path) -> list[dict]:
 
 
 def _cut(path: Path, step: int):
-    if path.exists():
-        kept = [json.dumps(r) + "\n" for r in read(path.parent) if r["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
+    kept = [json.dumps(r) + "\n" for r in read(path.parent) if r["step"] <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept))
+    partial.replace(path)

@@ -4,6 +4,7 @@ Rates and sizes are computed on the host, exactly, from the step's number: no st
 500 steps of warm-up, stepwise constant rates, a last exponential decay; batch doubled at given token counts.
 """
 import bisect
+import itertools
 import math
 
 import jax
@@ -30,12 +31,11 @@ def micro_batches(t: config.Train, tokens: int) -> int:
 def tokens_seen(t: config.Train, step: int) -> int:
     """Tokens before step number `step` (from 0): a walk over the ramp's stages."""
     tokens, stages = 0, t.ramp or ((0, 1),)
-    for i, (_, count) in enumerate(stages):
+    for (_, count), (end, _) in itertools.pairwise(stages):
         size = count * t.batch * t.length
-        end = stages[i + 1][0] if i + 1 < len(stages) else math.inf
-        steps = step if end == math.inf else min(step, max(0, -(-(end - tokens) // size)))
-        tokens, step = tokens + int(steps) * size, step - int(steps)
-    return tokens
+        steps = min(step, max(0, -(-(end - tokens) // size)))
+        tokens, step = tokens + steps * size, step - steps
+    return tokens + step * stages[-1][1] * t.batch * t.length
 
 
 def learning_rate(t: config.Train, step: int, progress: float) -> float:
@@ -46,7 +46,7 @@ def learning_rate(t: config.Train, step: int, progress: float) -> float:
     peak = _latest(t.rates, tokens_seen(t, step)) if t.schedule == "stepwise" else t.lr
     left = min(1.0, max(0.0, 1 - progress) / t.decay) if t.decay else 1.0        # 1 before the decay, 0 at the end
     if t.decay_form == "exponential":
-        return warm * peak * (max(t.lr_end, 1e-3 * peak) / peak) ** (1 - left)
+        return warm * peak * (max(t.lr_end, 1e-3 * peak) / peak) ** (1 - left)    # no exponential reaches 0
     share = left if t.decay_form == "linear" else 1 - math.sqrt(1 - left)
     return warm * (t.lr_end + (peak - t.lr_end) * share)
 

@@ -18,7 +18,7 @@ from mmx import optim
 from mmx.checkpoint import Checkpoints, check_config
 from mmx.config import ConfigError, Experiment
 from mmx.data import pipeline, tokens
-from mmx.evals.compression import make_evaluator
+from mmx.evals.compression import head, make_evaluator
 from mmx.loss import loss
 from mmx.metrics import Log
 from mmx.model import Model
@@ -26,20 +26,20 @@ from mmx.parallel import mesh as meshes
 
 
 def train_step(params, opt, batch, lr, *, model: Model, optimizer, loss_chunk: int):
-    """One update by the mean of the micro-batches' gradients. `batch` is [micro-batches, B, T] by name."""
+    """One update by the gradient of the mean over all the micro-batches' targets. `batch` is [micro-batches, B, T] by name."""
     grad = jax.value_and_grad(lambda p, b: loss(model, p, b, loss_chunk), has_aux=True)
 
     def micro(total, micro_batch):
         (_, metrics), grads = grad(params, micro_batch)
-        return jax.tree.map(jnp.add, total, grads), metrics
+        return jax.tree.map(lambda t, g: t + metrics["targets"] * g, total, grads), metrics
 
-    count = len(batch["tokens"])
-    if count == 1:
-        grads, metrics = micro(jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda x: x[0], batch))
+    if len(batch["tokens"]) == 1:
+        (_, metrics), grads = grad(params, jax.tree.map(lambda x: x[0], batch))
     else:
         grads, metrics = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, params), batch)
-        grads = jax.tree.map(lambda g: g / count, grads)
-        metrics = jax.tree.map(lambda m: m.mean(0), metrics)
+        targets_N = metrics["targets"]      # micro-batches with more of them weigh more, as in one large batch
+        grads = jax.tree.map(lambda g: g / targets_N.sum(), grads)
+        metrics = jax.tree.map(lambda m_N: jnp.average(m_N, 0, targets_N), metrics)
     updates, opt = optimizer.update(grads, opt, params)
     params = optax.apply_updates(params, jax.tree.map(lambda u: lr * u, updates))
     return params, opt, metrics | {"grad_norm": optax.tree.norm(grads)}
@@ -67,7 +67,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
     model, optimizer = Model(experiment.model), optim.adamw(t)
     whole, rows = meshes.replicated(mesh), meshes.rows(mesh, leading=1)
     checkpoints = Checkpoints(workdir, experiment.checkpoint.every, experiment.checkpoint.keep)
-    with jax.set_mesh(mesh), _Stop() as stop:
+    with jax.set_mesh(mesh), jax.transfer_guard("disallow"), _Stop() as stop:
         make = jax.jit(functools.partial(init, model, optimizer, t.seed), out_shardings=whole)
         step, before, state = 0, 0.0, checkpoints.restore(*_abstract(make, whole))
         if state is None:
@@ -80,10 +80,10 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
                 stream.restore(data["stream"])
                 before = data["seconds"]
         update = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, loss_chunk=t.loss_chunk),
-                         donate_argnums=(0, 1))
+                         donate_argnums=(0, 1), out_shardings=whole)
         evaluate = make_evaluator(model, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
                                   sharding=meshes.rows(mesh))
-        log = Log(workdir, step, optim.tokens_seen(t, step), None if t.seconds else t.steps, t.tensorboard)
+        log = Log(workdir, t, step, optim.tokens_seen(t, step))
         report = functools.partial(_report, log, experiment, _bytes_per_token(tokenizer, held_out))
         total, pending, begin = optim.tokens_seen(t, t.steps), None, time.monotonic()
         try:
@@ -110,7 +110,8 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
                 if t.eval_every and step % t.eval_every == 0:
                     log.scalar("validation/bits_per_byte", evaluate(params, held_out, t.eval_bytes)["all"], step)
                 if sample and t.sample_every and step % t.sample_every == 0:
-                    log.text("sample", sample(model, params, tokenizer, t.sample_prompt), step)
+                    with jax.transfer_guard("allow"):
+                        log.text("sample", sample(model, params, tokenizer, t.sample_prompt), step)
         finally:
             log.close()
             checkpoints.close()
@@ -118,11 +119,12 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
 
 
 def _report(log, experiment, bytes_per_token, step, seen, lr, metrics, seconds):
-    """Fetches a step's metrics and writes them; a loss that is no number ends the run."""
+    """Fetches a step's metrics and writes them; a loss or a gradient that is no number ends the run."""
     m = jax.device_get(metrics)
-    if not math.isfinite(m["loss"]):
-        raise ConfigError(f"the loss is {m['loss']} at step {step}: lower train.lr={experiment.train.lr} or train.clip, "
-                          "and run again: it goes on from the last checkpoint")
+    if not (math.isfinite(m["loss"]) and math.isfinite(m["grad_norm"])):
+        raise ConfigError(f"step {step} has loss {m['loss']}, gradient norm {m['grad_norm']}: lower train.lr="
+                          f"{experiment.train.lr} or train.clip={experiment.train.clip}, in another --workdir; the "
+                          "checkpoints here are from before")
     rate = log.tokens_per_s(seen)
     record = {"step": step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / bytes_per_token,
               "tokens": seen, "lr": lr, "grad_norm": float(m["grad_norm"]), "seconds": seconds,
@@ -139,8 +141,8 @@ def _abstract(make, sharding):
 
 def _bytes_per_token(tokenizer, documents) -> float:
     """Of the held-out text (1 for bytes but for the special tokens, which count for nothing)."""
-    raw = documents[0][1][:65_536]
-    return len(raw) / len(tokenizer.encode(raw))
+    documents = head(documents, 65_536)
+    return sum(len(raw) for _, raw in documents) / sum(len(tokenizer.encode(raw, name)) for name, raw in documents)
 
 
 class _Stop:

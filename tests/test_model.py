@@ -1,163 +1,243 @@
-"""The decoder's invariants: packing, causality, caches, chunks, remat, scan, padding, meshes, names."""
+"""The decoder's invariants: packing, chunks, causality, caches, remat, scan, padding, meshes, names, initial values."""
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
 
 from mmx import config
 from mmx.layers.common import Context, extents
 from mmx.loss import loss
-from mmx.model import Group, Model, empty_cache, logits
+from mmx.model import Group, Model, empty_cache
+from mmx.parallel import mesh as meshes
 
-C = config.Model(vocab=32, dim=16, layers=4, pattern="LS", heads=2, kv_heads=1, head_dim=8, rotary_dim=4, experts=4,
-                 expert_dim=16, init="fan_in", embed_std=1.0)
-
-
-def build(c=C, seed=0):
-    model = Model(c)
-    return model, jax.jit(lambda: model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"])()
+C = config.Model(vocab=40, dim=16, layers=4, pattern="LS", heads=4, kv_heads=2, head_dim=8, rotary_dim=4, experts=4,
+                 expert_dim=12, z_weight=0.01, chunk=5)
+QUICK = {"xla_backend_optimization_level": 0}      # compiling is most of the time here
+T = 16
 
 
-def ids(B, T, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).integers(0, C.vocab, (B, T)), jnp.int32)
+def shape(pattern, kv_heads=2, rotary_dim=4):
+    """C with another pattern, repeated twice where it is short."""
+    return dataclasses.replace(C, pattern=pattern, layers=len(pattern) * (1 if len(pattern) > 4 else 2), kv_heads=kv_heads,
+                               rotary_dim=rotary_dim)
 
 
-def run(model, params, *args, **kwargs):
-    return jax.jit(lambda p: logits(p, model.apply({"params": p}, *args, **kwargs)[0]))(params)
+SHAPES = [shape("L"), shape("S", 1, 8), shape("LS", 2, 4), shape("LLS", 4, 0), shape("LLLLLLLS", 1, 2)]
+by_shape = pytest.mark.parametrize("c", SHAPES, ids=lambda c: f"{c.pattern}-{c.kv_heads}-{c.rotary_dim}")
+
+
+def abstract(c):
+    return jax.eval_shape(Model(c).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
+
+def parameters(c):
+    """Random ones, norms' scales too: no two layers and no two channels are alike."""
+    rng = np.random.default_rng(0)
+
+    def leaf(path, shape):
+        noise = rng.standard_normal(shape.shape, np.float32)
+        name = path[-1].key
+        return jnp.asarray(1 + noise / 4 if name.startswith("norm") else noise if name == "embed_WD" else noise / 4)
+    return jax.tree_util.tree_map_with_path(leaf, abstract(c)["params"])
+
+
+def ids(B, T):
+    return np.random.default_rng(B * T).integers(0, C.vocab, (B, T)).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def forward(c, params, tokens_BT, segments_BT=None):
+    x_BTD, cache, stats = Model(c).apply({"params": params}, tokens_BT, segments_BT, trace=True)
+    assert cache is None
+    return x_BTD, stats
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def loss_and_grads(c, params, batch):
+    return jax.value_and_grad(lambda params: loss(Model(c), params, batch, 24), has_aux=True)(params)
 
 
 def batch_of(rows):
-    """A training batch of [(documents' lengths), ...]."""
-    B, T = len(rows), sum(rows[0])
-    batch = {"tokens": ids(B, T), "targets": ids(B, T, 1), "weights": jnp.ones((B, T)),
-             "segments": jnp.asarray([np.repeat(np.arange(1, len(r) + 1), r) for r in rows], jnp.int32),
-             "positions": jnp.asarray([np.concatenate([np.arange(n) for n in r]) for r in rows], jnp.int32)}
+    """Rows of documents, padded to T on the right; a document's tokens hang on its length alone."""
+    names = "tokens", "targets", "segments", "positions", "weights"
+    batch = {name: np.zeros((len(rows), T), np.float32 if name == "weights" else np.int32) for name in names}
+    for b, row in enumerate(rows):
+        for segment, (begin, n) in enumerate(zip(np.cumsum((0, *row)), row), 1):
+            text = np.random.default_rng(n).integers(0, C.vocab, n + 1)
+            for name, value in zip(names, (text[:-1], text[1:], segment, np.arange(n), 1)):
+                batch[name][b, begin:begin + n] = value
     return batch
 
 
-def value_and_grad(model, params, batch):
-    return jax.jit(jax.value_and_grad(lambda p: loss(model, p, batch, 64)[0]))(params)
+PACKED = batch_of([(11, 5), (16,), (3, 1, 12), (), (), (), ()])
+SEPARATE = batch_of([(12,), (), (5,), (16,), (3,), (11,), (1,)])
 
 
-def assert_trees_close(a, b, rtol):
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b)):
-        error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-12)
-        assert error <= rtol, f"{jax.tree_util.keystr(path)}: relative error {error:.1e}"
+def assert_same(got, want, tolerance=1e-5):
+    leaves = jax.tree_util.tree_leaves_with_path
+    for (path, x), (_, y) in zip(leaves(got), leaves(want), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-7)
+        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: relative error {error:.1e}"
 
 
 def test_packed_equals_separate():
-    """Mean losses over documents of equal weight: the packed row's gradient is that of the documents on their own."""
-    model, params = build(dataclasses.replace(C, aux_weight=0.0))
-    packed = batch_of([(20, 9, 11)])
-    value, grads = value_and_grad(model, params, packed)
-    values, parts = 0.0, []
-    for begin, end in ((0, 20), (20, 29), (29, 40)):
-        alone = {k: v[:, begin:end] for k, v in packed.items()} | {"segments": jnp.ones((1, end - begin), jnp.int32)}
-        v, g = value_and_grad(model, params, alone)
-        values += v * (end - begin) / 40
-        parts.append(jax.tree.map(lambda x: x * (end - begin) / 40, g))
-    np.testing.assert_allclose(value, values, rtol=1e-6)
-    assert_trees_close(grads, jax.tree.map(lambda *x: sum(x), *parts), 1e-5)
+    """The loss, its metrics and every gradient: documents packed in rows, each a row of its own."""
+    params = parameters(C)
+    assert_same(loss_and_grads(C, params, PACKED), loss_and_grads(C, params, SEPARATE))
 
 
-def test_chunk_size_and_remat_change_nothing():
-    model, params = build()
-    batch = batch_of([(30, 10), (7, 33)])
-    value, grads = value_and_grad(model, params, batch)
-    for change in ({"chunk": 7}, {"remat": True}):
-        v, g = value_and_grad(Model(dataclasses.replace(C, **change)), params, batch)
-        np.testing.assert_allclose(v, value, rtol=1e-6)
-        assert_trees_close(g, grads, 1e-5)
+@pytest.mark.parametrize("change", [{"chunk": 1}, {"chunk": 8, "remat": True}], ids=str)
+def test_chunk_size_and_remat_change_nothing(change):
+    params, other = parameters(C), dataclasses.replace(C, **change)
+    assert_same(loss_and_grads(other, params, PACKED), loss_and_grads(C, params, PACKED))
 
 
-def test_scan_equals_a_loop_over_groups():
-    model, params = build()
-    tokens_BT = ids(2, 12)
-    x_BTD, _, _ = model.apply({"params": params}, tokens_BT)
-    h_BTD = params["embed_WD"][tokens_BT]
-    decay_LPH = jnp.array(C.log_decay).reshape(C.groups, 2, C.heads)
-    for l in range(C.groups):
-        sliced = jax.tree.map(lambda w: w[l], params["groups"])
-        h_BTD, _ = Group(C, False).apply({"params": sliced}, h_BTD, Context(None, jnp.arange(12)[None], None), None,
-                                         decay_LPH[l])
-    rms = jnp.sqrt(jnp.mean(h_BTD ** 2, -1, keepdims=True) + C.norm_eps)
-    np.testing.assert_allclose(x_BTD, h_BTD / rms * params["norm_D"], atol=1e-5)
+def test_remat_recomputes_a_group():
+    params = abstract(C)["params"]
+    for remat in (True, False):
+        program = jax.make_jaxpr(functools.partial(forward.__wrapped__, dataclasses.replace(C, remat=remat)))(params, ids(1, T))
+        assert ("remat" in str(program)) == remat
 
 
 @pytest.mark.parametrize("pattern", ["L", "S", "LS"])
 def test_causality_by_gradient(pattern):
-    model, params = build(dataclasses.replace(C, pattern=pattern))
-    x_BTD = params["embed_WD"][ids(1, 12)]
+    """A token hangs on itself, on what is before it in its document, and on nothing else, in its row or another."""
+    c = shape(pattern)
+    params = parameters(c)
+    tokens_BT = np.arange(16).reshape(2, 8)
+    segments_BT = np.array([[1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 0, 0]])
+    out_TD = jax.random.normal(jax.random.key(0), (16, c.dim))
 
-    def at(x_BTD, t):
-        embedded = {**params, "embed_WD": x_BTD[0]}
-        return logits(embedded, model.apply({"params": embedded}, jnp.arange(12)[None])[0])[0, t].sum()
-    model = Model(dataclasses.replace(C, pattern=pattern, vocab=12))
-    params = {**params, "head_WD": params["head_WD"][:12]}
-    grad_TD = jax.jit(jax.grad(at))(x_BTD, 6)[0]
-    assert (grad_TD[7:] == 0).all()
-    assert (jnp.abs(grad_TD[:7]).sum(1) > 0).all()
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jacrev
+    def jacobian(embed_WD):
+        x_BTD, _ = forward.__wrapped__(c, {**params, "embed_WD": embed_WD}, tokens_BT, segments_BT)
+        return jnp.sum(x_BTD.reshape(16, -1) * out_TD, axis=1)
+
+    t, real = np.arange(16), segments_BT.ravel() > 0
+    document_T = 10 * (t // 8) + segments_BT.ravel()
+    sees_TS = (document_T[:, None] == document_T) & (t[:, None] >= t)
+    influence_TS = np.abs(jacobian(params["embed_WD"])[:, :16]).max(2)
+    np.testing.assert_array_equal(influence_TS[real] > 0, sees_TS[real])
 
 
-@pytest.mark.parametrize("pattern, kv_heads, rotary_dim", [("L", 1, 0), ("S", 2, 8), ("LLS", 1, 2), ("LLLLLLLS", 2, 4)])
-def test_prefill_and_decode_equal_forward(pattern, kv_heads, rotary_dim):
-    c = dataclasses.replace(C, layers=len(pattern) * (2 if len(pattern) < 8 else 1), pattern=pattern, kv_heads=kv_heads,
-                            rotary_dim=rotary_dim)
-    model, params = build(c)
-    assert sum(x.size for x in jax.tree.leaves(params)) == c.params_total
-    tokens_BT = ids(2, 20)
-    whole = run(model, params, tokens_BT)
-    step = jax.jit(lambda t, m, cache: model.apply({"params": params}, t, m, cache=cache)[:2])
-    cache, lengths = empty_cache(c, 2, 32), [0, 0]
-    for counts in ((8, 5), (1, 1), (0, 8), (1, 1), (8, 3)):     # ragged: each row takes its own number, padded to 8
-        width = max(counts)
-        chunk, mask = np.zeros((2, width), np.int32), np.zeros((2, width), np.int32)
-        for b, n in enumerate(counts):
-            chunk[b, :n], mask[b, :n] = tokens_BT[b, lengths[b]:lengths[b] + n], 1
-        x_BTD, cache = step(chunk, mask, cache)
-        for b, n in enumerate(counts):
-            np.testing.assert_allclose(logits(params, x_BTD)[b, :n], whole[b, lengths[b]:lengths[b] + n], atol=2e-5)
-            lengths[b] += n
-    assert cache["length_B"].tolist() == lengths == [18, 18]
+# how many tokens each of three rows takes at a time; a call is padded on the right to 8, or to 1
+SPLITS = [((8, 5, 3), (1, 1, 1), (0, 8, 2), (1, 0, 1), (8, 2, 8), (1, 1, 1)), ((1, 1, 1),) * 12, ((8, 8, 0), (8, 8, 8))]
+
+
+@by_shape
+def test_prefill_and_decode_equal_forward(c):
+    params, tokens_BT = parameters(c), ids(3, 20)
+    whole_BTD, _ = forward(c, params, tokens_BT)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def step(tokens_BT, segments_BT, cache):
+        return Model(c).apply({"params": params}, tokens_BT, segments_BT, cache=cache)[:2]
+
+    for split in SPLITS:
+        cache, lengths = empty_cache(c, 3, 28), [0, 0, 0]
+        for counts in split:
+            width = 8 if max(counts) > 1 else 1
+            chunk, mask = np.full((3, width), 7, np.int32), np.zeros((3, width), np.int32)
+            for b, n in enumerate(counts):
+                chunk[b, :n], mask[b, :n] = tokens_BT[b, lengths[b]:lengths[b] + n], 1
+            x_BTD, cache = step(chunk, mask, cache)
+            for b, n in enumerate(counts):
+                np.testing.assert_allclose(x_BTD[b, :n], whole_BTD[b, lengths[b]:lengths[b] + n], atol=3e-5)
+                lengths[b] += n
+            assert cache["length_B"].tolist() == lengths
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def one_group(c, params, x_BTD, log_decay_PH):
+    context = Context(None, jnp.arange(x_BTD.shape[1])[None], None)
+    x_BTD, (_, stats) = Group(c, True).apply({"params": params}, x_BTD, context, None, log_decay_PH)
+    return x_BTD, stats
+
+
+@pytest.mark.parametrize("pattern", ["LS", "LLS"])
+def test_scan_equals_a_loop_over_groups(pattern):
+    c = next(c for c in SHAPES if c.pattern == pattern)
+    params, tokens_BT = parameters(c), ids(3, 20)
+    x_BTD, stats = params["embed_WD"][tokens_BT], []
+    for group, log_decay_PH in enumerate(np.array(c.log_decay, np.float32).reshape(c.groups, len(pattern), c.heads)):
+        sliced = jax.tree.map(lambda w: w[group], params["groups"])
+        x_BTD, group_stats = one_group(c, sliced, x_BTD, log_decay_PH)
+        stats.append(group_stats)
+    x_BTD = x_BTD / np.sqrt(np.mean(x_BTD ** 2, axis=-1, keepdims=True) + c.norm_eps) * params["norm_D"]
+    assert_same(forward(c, params, tokens_BT), (x_BTD, jax.tree.map(lambda *x: np.concatenate(x), *stats)))
 
 
 def test_padding_on_either_side_changes_nothing():
-    model, params = build()
-    tokens_BT = ids(1, 10)
-    plain = run(model, params, tokens_BT)
-    for left, right in ((4, 0), (0, 4)):
-        pad = ((0, 0), (left, right))
-        padded = run(model, params, jnp.pad(tokens_BT, pad), jnp.pad(jnp.ones((1, 10), jnp.int32), pad))
-        np.testing.assert_allclose(padded[:, left:left + 10], plain, atol=2e-5)
-
-
-def test_names_spell_their_axes():
-    variables = Model(C).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    assert set(variables) == {"params"}
-    size = extents(C)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
-        axes = ("L" if path[0].key == "groups" else "") + path[-1].key.rpartition("_")[2]
-        assert leaf.shape == tuple((size | {"L": C.groups})[a] for a in axes), path
+    params, tokens_BT = parameters(C), ids(3, 20)
+    plain_BTD, _ = forward(C, params, tokens_BT)
+    padded_BT, mask_BT = np.full((3, 26), 7, np.int32), np.zeros((3, 26), np.int32)
+    for b, left in enumerate((6, 0, 2)):
+        padded_BT[b, left:left + 20], mask_BT[b, left:left + 20] = tokens_BT[b], 1
+    padded_BTD, _ = forward(C, params, padded_BT, mask_BT)
+    np.testing.assert_allclose(padded_BTD[mask_BT > 0], plain_BTD.reshape(60, -1), atol=3e-5)
 
 
 def test_bfloat16_stays_near_float32():
-    model, params = build()
-    tokens_BT = ids(2, 16)
-    near = run(Model(dataclasses.replace(C, dtype="bfloat16")), params, tokens_BT)
-    want = run(model, params, tokens_BT)
-    assert np.linalg.norm(near - want) / np.linalg.norm(want) < 0.1
+    """With all experts chosen: whom top-k picks may turn on a rounding."""
+    c = dataclasses.replace(C, top_k=C.experts)
+    params = parameters(c)
+    want_BTD, _ = forward(c, params, ids(2, T))
+    near_BTD, _ = forward(dataclasses.replace(c, dtype="bfloat16"), params, ids(2, T))
+    assert near_BTD.dtype == jnp.bfloat16
+    assert 1e-4 < np.linalg.norm(near_BTD - want_BTD) / np.linalg.norm(want_BTD) < 0.03
 
 
-@pytest.mark.parametrize("capacity", [0.0, 1.0])
-def test_mesh_changes_nothing(capacity):
-    model, params = build(dataclasses.replace(C, capacity=capacity))
-    batch = batch_of([(30, 10), (7, 33), (40,), (1, 39)])
-    one, grads = value_and_grad(model, params, batch)
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(4, 1, 1, 1), ("edp", "ep", "etp", "seq"), axis_types=(AxisType.Auto,) * 4)
+def test_mesh_changes_nothing():
+    c = dataclasses.replace(C, capacity=0.5)
+    params, batch = parameters(c), batch_of([(11, 5), (16,), (7,), (3, 1, 12)])
+    one = loss_and_grads(c, params, batch)
+    assert (one[0][1]["dropped"] > 0).all()
+    mesh = meshes.make(config.Mesh(edp=2), batch=4)
     with jax.set_mesh(mesh):
-        many, others = value_and_grad(model, params, jax.device_put(batch, jax.NamedSharding(mesh, jax.P("edp"))))
-    np.testing.assert_allclose(many, one, rtol=1e-6)
-    assert_trees_close(others, grads, 1e-5)
+        params, batch = jax.device_put(params, meshes.replicated(mesh)), jax.device_put(batch, meshes.rows(mesh))
+        many = loss_and_grads(c, params, batch)
+    assert many[0][0].sharding.device_set == set(mesh.devices.flat)
+    assert_same(many, one)
+
+
+TEXT_01 = config.Model(vocab=200_064, dim=6144, layers=80, heads=64, kv_heads=8, head_dim=128, rotary_dim=64, experts=32,
+                       expert_dim=9216)
+
+
+@pytest.mark.parametrize("c", [*SHAPES, config.Model(), TEXT_01], ids=lambda c: f"{c.pattern}-{c.kv_heads}-{c.layers}")
+def test_names_spell_their_axes(c):
+    variables = abstract(c)
+    assert set(variables) == {"params"}
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)) == c.params_total
+    size = extents(c) | {"L": c.groups}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
+        axes = "L" * (path[0].key == "groups") + path[-1].key.rpartition("_")[2]
+        assert leaf.shape == tuple(size[axis] for axis in axes), path
+
+
+def test_initial_values():
+    """DeepNorm: Xavier's variance, and beta = (8 layers)^(-1/4) on v, out and the experts (paper section 4.2)."""
+    c = dataclasses.replace(C, init="deepnorm", embed_std=0.5)
+    params = jax.jit(Model(c).init, compiler_options=QUICK)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    D, HK, GK, E, F, beta = c.dim, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.experts, c.expert_dim, (8 * 4) ** -0.25
+    xavier = lambda fan_in, fan_out: (2 / (fan_in + fan_out)) ** 0.5
+    lightning = {"q_DHK": xavier(D, HK), "k_DHK": xavier(D, HK), "v_DHV": beta * xavier(D, HK),
+                 "gate_DHV": xavier(D, HK), "out_HVD": beta * xavier(HK, D)}
+    softmax = {"q_DHK": xavier(D, HK), "k_DGK": xavier(D, GK), "v_DGV": beta * xavier(D, GK), "out_HVD": beta * xavier(HK, D)}
+    experts = {"router_DE": xavier(D, E)} | dict.fromkeys(("w1_EDF", "w3_EDF", "w2_EFD"), beta * xavier(D, F))
+    top = {"embed_WD": 0.5, "head_WD": D ** -0.5}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name, group = path[-1].key, [p.key for p in path]
+        if name.startswith("norm"):
+            assert (leaf == 1).all(), path
+            continue
+        table = top if len(path) == 1 else experts if "moe" in group else lightning if "layer_0" in group else softmax
+        deviation = np.sqrt(np.mean(leaf ** 2)) / table[name]
+        assert abs(deviation - 1) < 4 / np.sqrt(2 * leaf.size), f"{path}: {deviation} of the standard deviation"
+        assert "groups" not in group or (leaf[0] != leaf[1]).all(), path

@@ -1,76 +1,270 @@
-"""The loop: a stopped run goes on to bit-equal parameters, and says each step once."""
-import json
+"""The loop: what stops a run leaves it resumable bit by bit, each step is told once, and devices change nothing."""
+import functools
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmx import cli, config, metrics, optim, train
+from mmx import checkpoint, config, inference, metrics, optim, train
+from mmx.config import ConfigError
 from mmx.convert import load
+from mmx.model import Model
 
+ROOT = Path(__file__).parents[1]
 TIMES = {"seconds", "tokens_per_s", "flops_per_s"}
+STEPS = 12
+MODEL = {"dim": 16, "layers": 2, "pattern": "LS", "heads": 2, "kv_heads": 1, "head_dim": 8, "rotary_dim": 4, "experts": 4,
+         "expert_dim": 16, "init": "fan_in", "embed_std": 1.0}
+DIE = """
+import os, sys
+from mmx import config, optim, train
+experiment, workdir, step, signal = config.from_json(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+rate = optim.learning_rate
+def learning_rate(t, at, progress):
+    if at == step:
+        os.kill(os.getpid(), signal)
+    return rate(t, at, progress)
+optim.learning_rate = learning_rate
+print(train.run(experiment, workdir))
+"""
 
 
-@pytest.fixture
-def experiment(tmp_path):
-    (tmp_path / "text").mkdir()
-    rng = np.random.default_rng(0)
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The same few programs run in nearly all these tests, and in their subprocesses: most of the time is compilation."""
+    options = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+               "jax_persistent_cache_min_compile_time_secs": 0.2}
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()     # it looks at the options once
+        if values is options:
+            yield {name.upper(): str(value) for name, value in options.items()}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
     for name in "abcdefgh":
-        words = rng.choice(["state ", "of ", "the ", "union ", "people "], 2000)
-        (tmp_path / "text" / f"{name}.txt").write_text("".join(words))
-    return config.build({
-        "model": {"dim": 16, "layers": 2, "pattern": "LS", "heads": 2, "kv_heads": 1, "head_dim": 8, "rotary_dim": 4,
-                  "experts": 4, "expert_dim": 16, "capacity": 1.0, "init": "fan_in", "embed_std": 1.0},
-        "train": {"steps": 12, "batch": 4, "length": 32, "warmup": 2, "lr": 1e-2, "ramp": ((0, 1), (1024, 2))},
-        "data": {"sources": (str(tmp_path / "text"),)}, "checkpoint": {"every": 5}, "mesh": {"edp": 2}})
+        (folder / f"{name}.txt").write_text("".join(rng.choice(["state ", "of ", "the ", "union ", "people "], 2000)))
+    return str(folder)
 
 
-def records(workdir):
+def experiment(text, model=(), edp=1, every=5, **changes):
+    options = {"steps": STEPS, "batch": 4, "length": 32, "warmup": 2, "lr": 1e-2, "log_every": 1, "tensorboard": False}
+    return config.build({"model": {**MODEL, "capacity": 1.0, **dict(model)}, "train": options | changes,
+                         "data": {"sources": (text,)}, "checkpoint": {"every": every}, "mesh": {"edp": edp}})
+
+
+def ramped(text, **changes):
+    """Steps of one micro-batch, from 512 tokens on of two."""
+    return experiment(text, ramp=((0, 1), (512, 2)), **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """An uninterrupted run, evaluated and sampled on its way."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    done = train.run(ramped(text, tensorboard=True, eval_every=6, eval_bytes=2000, sample_every=6), workdir, inference.sample)
+    assert done["step"] == STEPS and not done["stopped"] and done["seconds"] > 0
+    return workdir
+
+
+def told(workdir):
     return [{k: v for k, v in r.items() if k not in TIMES} for r in metrics.read(workdir)]
 
 
-def test_resumed_equals_uninterrupted(experiment, tmp_path, monkeypatch):
-    train.run(experiment, tmp_path / "whole")
-    whole = records(tmp_path / "whole")
-    assert [r["step"] for r in whole] == list(range(1, 13))
-    assert whole[-1]["loss"] < whole[0]["loss"]
-    assert whole[-1]["tokens"] == optim.tokens_seen(experiment.train, 12)
+def assert_same_run(workdir, whole):
+    assert told(workdir) == told(whole)
+    for x, y in zip(*(jax.tree.leaves(load(path).params) for path in (workdir, whole)), strict=True):
+        np.testing.assert_array_equal(x, y)
 
-    class CrashError(Exception):
-        pass
 
-    def crash(*args):
-        if args[3] == 8:        # the record of step 8, past the checkpoint of step 5
-            raise CrashError
-        return report(*args)
+def test_each_step_is_told_and_the_loss_falls(whole, text):
+    t, records = ramped(text).train, metrics.read(whole)
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert [r["tokens"] for r in records] == [optim.tokens_seen(t, step) for step in range(1, STEPS + 1)]
+    total = records[-1]["tokens"]
+    assert [r["lr"] for r in records] == [
+        optim.learning_rate(t, step, optim.tokens_seen(t, step) / total) for step in range(STEPS)]
+    assert records[-1]["loss"] < 0.7 * records[0]["loss"]
+    assert all(0 < r["drop_rate"] < 1 and r["tokens_per_s"] > 0 and r["grad_norm"] > 0 for r in records)
+    assert all(r["bits_per_byte"] == pytest.approx(r["loss"] / np.log(2)) for r in records)
 
-    report = train._report
-    monkeypatch.setattr(train, "_report", crash)
-    with pytest.raises(CrashError):
-        train.run(experiment, tmp_path / "parts")
+
+def test_tensorboard_has_the_run(whole):
+    events = EventAccumulator(str(whole / "tensorboard"), {"scalars": 0, "tensors": 0})
+    events.Reload()
+    losses = [(r["step"], pytest.approx(r["loss"])) for r in metrics.read(whole)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == losses
+    validation = events.Scalars("validation/bits_per_byte")
+    assert [e.step for e in validation] == [6, 12] and validation[1].value < validation[0].value
+    samples = events.Tensors("sample/text_summary")
+    assert [e.step for e in samples] == [6, 12]
+    assert all(e.tensor_proto.string_val[0].startswith(b"The state of the Union") for e in samples)
+
+
+def test_a_finished_run_is_left_as_it_is(whole, text, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("trained again")
+    monkeypatch.setattr(train, "train_step", never)
+    before = (whole / "metrics.jsonl").read_text()
+    done = train.run(ramped(text), whole)
+    assert (done["step"], done["stopped"]) == (STEPS, False)
+    assert (whole / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("stop", [random.randrange(2, STEPS + 1)])
+def test_interrupted_anywhere_it_resumes_bit_by_bit(stop, whole, text, tmp_path, monkeypatch):
+    """Ctrl-C when the record of step `stop` is due; the loop lets nothing cross to the device unasked."""
+    def report(*args):
+        if args[3] == stop:
+            with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+                jnp.add(np.ones(3, np.float32), 1)
+            raise KeyboardInterrupt
+        return kept(*args)
+
+    kept = train._report
     monkeypatch.setattr(train, "_report", report)
-    assert records(tmp_path / "parts")[-1]["step"] == 7
-    train.run(experiment, tmp_path / "parts")
-    assert records(tmp_path / "parts") == whole
-    a, b = (load(tmp_path / name).params for name in ("whole", "parts"))
-    assert all((x == y).all() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+    with pytest.raises(KeyboardInterrupt):
+        train.run(ramped(text), tmp_path / "run")
+    monkeypatch.undo()
+    assert [r["step"] for r in told(tmp_path / "run")] == list(range(1, stop))
+    train.run(ramped(text), tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole)
 
 
-@pytest.mark.parametrize("override, message", [
-    ("model.layrs=8", "did you mean model.layers"), ("model.layers=x", "model.layers=x"),
-    ("model.pattern=LLLLS", "does not divide"), ("data.sources=('nowhere',)", "nowhere"), ("mesh.ep=2", "mesh.ep=2")])
-def test_mistakes_are_one_line(override, message, tmp_path, capsys):
-    code = cli.main(["train", "--config", "experiments/tiny.py", "--workdir", str(tmp_path / "w"), "--config.mesh.edp=2",
-                     f"--config.{override}"])
-    error = capsys.readouterr().err
-    assert code == 2 and message in error and error.count("\n") == 1
-    assert not (tmp_path / "w").exists()
+def test_terminated_and_killed_it_resumes_bit_by_bit(whole, text, tmp_path, compiled_once):
+    """SIGTERM saves the step under way and exits with 0; SIGKILL loses what is past the last checkpoint."""
+    def run(step, signal):
+        command = [sys.executable, "-c", DIE, config.to_json(ramped(text)), str(tmp_path), str(step), str(int(signal))]
+        return subprocess.run(command, cwd=ROOT, env=os.environ | compiled_once, capture_output=True, text=True,
+                              timeout=120)
+
+    done = run(2, signal.SIGTERM)
+    assert done.returncode == 0, done.stderr
+    assert "'step': 3," in done.stdout and "'stopped': True" in done.stdout
+    assert checkpoint.find_step(tmp_path)[1].name == "3" and [r["step"] for r in told(tmp_path)] == [1, 2, 3]
+    assert run(8, signal.SIGKILL).returncode == -signal.SIGKILL
+    assert int(checkpoint.find_step(tmp_path)[1].name) in (3, 5)       # 5 was being saved
+    train.run(ramped(text), tmp_path)
+    assert_same_run(tmp_path, whole)
 
 
-def test_published_counts(capsys):
-    assert cli.main(["config", "experiments/text_01.py", "--json"]) == 0
-    counts = json.loads(capsys.readouterr().out)
-    assert counts["params_total"] == 456_089_655_296
-    assert counts["params_active"] == 45_944_920_064
-    assert counts["params_active_all"] == 48_403_306_496
-    assert counts["checkpoint_tensors"] == 8243
+def test_two_devices_give_the_losses_of_one(whole, text, tmp_path):
+    train.run(ramped(text, edp=2), tmp_path)
+    for one, two in zip(told(whole), told(tmp_path), strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
+
+
+def batch_of(micro_batches, rows, length=16):
+    """Random tokens, few of the first micro-batch's targets counted."""
+    rng, shape = np.random.default_rng(0), (micro_batches, rows, length)
+    weights = np.ones(shape, np.float32)
+    weights[0, :, 3:] = 0
+    return {"tokens": rng.integers(264, size=shape), "targets": rng.integers(264, size=shape), "weights": weights,
+            "segments": np.ones(shape, np.int32), "positions": np.broadcast_to(np.arange(length), shape)}
+
+
+def one_step(batch, **model):
+    model = Model(config.Model(**{**MODEL, "aux_weight": 0.0, **model}))
+    optimizer = optim.adamw(config.Train())
+    params, opt = jax.jit(functools.partial(train.init, model, optimizer, 0))()
+    step = jax.jit(functools.partial(train.train_step, model=model, optimizer=optimizer, loss_chunk=64))
+    return params, *step(params, opt, batch, np.float32(1e-4))
+
+
+def test_micro_batches_equal_one_large_batch():
+    """Where no token is dropped, and whatever share of the targets a micro-batch has."""
+    parts = batch_of(4, 2)
+    whole = {k: v.reshape(1, 8, 16) for k, v in parts.items()}
+    (_, params, opt, one), (_, params_parts, opt_parts, four) = one_step(whole), one_step(parts)
+    for name in ("loss", "grad_norm", "z_loss"):
+        np.testing.assert_allclose(four[name], one[name], rtol=1e-5 if name != "z_loss" else 1e-2, err_msg=name)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-7), opt_parts, opt)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), params_parts, params)
+
+
+def test_bfloat16_computes_over_float32_master_weights():
+    before, after, opt, told = one_step(batch_of(1, 8), dtype="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves((after, opt)) if x.ndim} == {jnp.dtype("float32")}
+    assert told["loss"].dtype == jnp.float32
+    moved = np.abs(after["head_WD"] - before["head_WD"])
+    assert 5e-5 < moved.max() < 2e-4 and (moved > 0).mean() > 0.9       # a bfloat16 weight of 1 moves by 4e-3 or not at all
+    reference = one_step(batch_of(1, 8))[3]
+    assert told["loss"] == pytest.approx(float(reference["loss"]), rel=0.02) and told["loss"] != reference["loss"]
+
+
+def test_the_clock_ends_the_run_and_leads_its_rate(text, tmp_path, monkeypatch):
+    """A second passes each time that the clock is read: twice a step."""
+    def clock(start):
+        ticks = iter(range(start, 10**6))
+        monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+
+    def terminate(t, step, progress):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(t, step, progress)
+
+    e, rate = experiment(text, steps=10**6, seconds=40.0, decay=0.5), optim.learning_rate
+    monkeypatch.setattr(optim, "learning_rate", terminate)
+    clock(0)
+    done = train.run(e, tmp_path)
+    assert done["stopped"] and done["step"] == 6
+    monkeypatch.setattr(optim, "learning_rate", rate)
+    clock(1000)
+    done = train.run(e, tmp_path)
+    records = metrics.read(tmp_path)
+    late = [0] * 6 + [1] * 13       # one more reading, of the loop that ended and saved
+    assert not done["stopped"] and done["step"] == len(records) == 19 and done["seconds"] > 40
+    assert [r["seconds"] for r in records] == [2 * step + late[step - 1] for step in range(1, 20)]
+    assert [r["lr"] for r in records] == pytest.approx(
+        [rate(e.train, step, (2 * step + 1 + late[step]) / 40) for step in range(19)])
+    assert 0 < records[-1]["lr"] < 0.11 * max(r["lr"] for r in records)
+
+
+def test_a_run_that_diverges_ends_before_it_is_saved(text, tmp_path):
+    """At this rate step 2 has a finite loss, and a gradient that is no number: its parameters are lost."""
+    with pytest.raises(ConfigError, match=r"^step 2 has loss .*: lower train.lr=1e\+30 or train.clip=1.0") as caught:
+        train.run(experiment(text, lr=1e30, warmup=0, every=1), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert checkpoint.find_step(tmp_path)[1].name == "1" and [r["step"] for r in told(tmp_path)] == [1]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(load(tmp_path).params))
+
+
+@pytest.mark.parametrize("loss,grad_norm", [(np.nan, 1), (np.inf, 1), (1, np.nan), (1, np.inf)])
+def test_what_is_no_number_ends_the_run(loss, grad_norm, text):
+    with pytest.raises(ConfigError, match=f"^step 3 has loss {loss}, gradient norm {grad_norm}: lower"):
+        train._report(None, experiment(text), 1.0, 3, 384, 0.1, {"loss": loss, "grad_norm": grad_norm}, 1.0)
+
+
+def test_a_run_of_another_config_is_refused(whole, text):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    with pytest.raises(ConfigError, match=r"another config: train.lr \(there 0.01, now 0.02\)"):
+        train.run(ramped(text, lr=0.02), whole)
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
+
+
+@pytest.mark.parametrize("sizes,batch,message", [
+    ({"edp": 3}, 4, "train.batch=4 does not split over mesh.edp=3 devices"),
+    ({"edp": 1000}, 1000, "mesh.edp=1000, but 8 devices are here"), ({"ep": 2}, 4, "mesh.ep=2: only edp"),
+    ({"edp": 1, "seq": -1}, 4, "mesh.seq=-1: only edp")])
+def test_meshes_that_cannot_be(sizes, batch, message):
+    with pytest.raises(ConfigError, match=message):
+        train.meshes.make(config.Mesh(**sizes), batch)
+
+
+def test_a_mesh_takes_what_it_names_or_all():
+    assert dict(train.meshes.make(config.Mesh(edp=2), 4).shape) == {"edp": 2, "ep": 1, "etp": 1, "seq": 1}
+    assert train.meshes.make(config.Mesh(), 16).shape["edp"] == 8

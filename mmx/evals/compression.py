@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from mmx import config, metrics
+from mmx import checkpoint, config, metrics
 from mmx.config import ConfigError
 from mmx.data import packing, pipeline, tokens
 from mmx.loss import cross_entropy
@@ -33,7 +33,7 @@ def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, context:
         return per_row(x_BTD, row["targets"], row["weights"])
 
     def evaluate(params, documents, limit: int = 0, progress: bool = False) -> dict[str, float]:
-        documents = _head(documents, limit)
+        documents = head(documents, limit)
         encoded = [tokens.document(tokenizer, raw, name) for name, raw in documents]
         rows = packing.batches(encoded, length, batch, context)
         count = sum(len(range(0, max(len(d) - 1 - context, 1), length - context)) for d in encoded)
@@ -61,10 +61,12 @@ def evaluate_checkpoint(path, split: str = "validation", source: str | None = No
     """Bits per byte of a checkpoint on held-out text, with the baselines, as `mmx eval` writes them."""
     from mmx import convert  # here, for train imports this module
 
-    loaded = convert.load(path)
-    workdir = Path(path)
-    run = (workdir / "metrics.jsonl").exists()
-    experiment = config.from_json((workdir / "config.json").read_text()) if run else config.Experiment()
+    loaded, experiment, records = convert.load(path), config.Experiment(), []
+    found = checkpoint.find_step(path)
+    if found:
+        workdir, step = found
+        experiment = config.from_json((workdir / "config.json").read_text())
+        records = [r for r in metrics.read(workdir) if r["step"] <= int(step.name)]
     data = dataclasses.replace(experiment.data, sources=(source,)) if source else experiment.data
     documents = (pipeline.validation if split == "validation" else pipeline.test)(data)
     if not documents:
@@ -76,8 +78,8 @@ def evaluate_checkpoint(path, split: str = "validation", source: str | None = No
     each = evaluate(loaded.params, documents, progress=True)
     result = {"bits_per_byte": each.pop("all")} | baselines(documents)
     result |= {"split": split, "files": len(documents), "bytes": sum(len(raw) for _, raw in documents), "per_file": each}
-    if run:
-        last = metrics.read(workdir)[-1]
+    if records:
+        last = records[-1]
         result |= {"train_seconds": last["seconds"], "steps": last["step"], "train_tokens": last["tokens"],
                    "params_total": loaded.config.params_total, "params_active": loaded.config.params_active}
     return result
@@ -85,13 +87,13 @@ def evaluate_checkpoint(path, split: str = "validation", source: str | None = No
 
 def plot_curve(workdir: Path, result: dict, path: Path) -> Path | None:
     """Training's bits per byte over tokens, with the held-out figure, gzip and xz as lines; None without a run."""
-    if not (workdir / "metrics.jsonl").exists():
+    if "steps" not in result:
         return None
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = metrics.read(workdir)
+    records = [r for r in metrics.read(workdir) if r["step"] <= result["steps"]]
     tokens_N, bits_N = (np.array([r[key] for r in records]) for key in ("tokens", "bits_per_byte"))
     window = max(1, min(50, len(bits_N) // 10))
     smooth = np.convolve(bits_N, np.ones(window) / window, mode="valid")
@@ -110,11 +112,16 @@ def plot_curve(workdir: Path, result: dict, path: Path) -> Path | None:
     return path
 
 
-def _head(documents, limit):
-    """The first documents, the last of them cut, up to `limit` bytes."""
+def head(documents, limit: int):
+    """The first documents up to `limit` bytes (0: all), the last one cut where a character begins."""
     kept, left = [], limit or math.inf
     for name, raw in documents:
-        if left > 0:
-            kept.append((name, raw[:int(min(left, len(raw)))]))
-            left -= len(raw)
+        size = min(left, len(raw))
+        if size < len(raw):     # UTF-8 goes on for three bytes at most; other text is cut anywhere
+            size = next((n for n in range(size, max(size - 4, 0), -1) if raw[n] & 0xC0 != 0x80), size)
+        if size:
+            kept.append((name, raw[:size]))
+        left -= size
+        if size < len(raw):
+            break
     return kept

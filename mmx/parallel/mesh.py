@@ -1,6 +1,5 @@
 """Device meshes whose axes mirror the paper's groups (paper section 3.1): world = edp x ep x etp x seq."""
 import dataclasses
-import math
 import os
 
 import jax
@@ -12,32 +11,27 @@ from mmx import config
 
 
 def make(sizes: config.Mesh, batch: int) -> Mesh:
-    """The mesh of this machine's devices; the axis given as -1 takes what is left.
+    """The mesh of this machine's devices; mesh.edp=-1 takes all of them.
 
-    On CPU devices are simulated: as many as the mesh names, or for -1 the most cores that divide `batch`.
+    On CPU devices are simulated: as many as the mesh names, or for -1 as many as there are cores to divide `batch`.
     """
     axes = dataclasses.asdict(sizes)
     for axis in ("ep", "etp", "seq"):
-        if axes[axis] not in (1, -1):
+        if axes[axis] != 1:
             raise config.ConfigError(f"mesh.{axis}={axes[axis]}: only edp (data parallel) splits work so far; use 1")
-    named = math.prod(size for size in axes.values() if size > 0)
     cores = os.cpu_count() or 1
-    spare = max(n for n in range(1, cores + 1) if batch % n == 0) if axes["edp"] == -1 else 1
+    fitting = max(n for n in range(1, cores + 1) if batch % n == 0)
     try:
-        jax.config.update("jax_num_cpu_devices", named * spare)
+        jax.config.update("jax_num_cpu_devices", fitting if sizes.edp == -1 else sizes.edp)
     except RuntimeError:        # the devices are in use already: take them as they are
         pass
     devices = jax.devices()
-    if -1 in axes.values():
-        if len(devices) % named:
-            raise config.ConfigError(f"mesh {axes} needs a multiple of {named} devices, {len(devices)} are here")
-        axes = {k: len(devices) // named if size == -1 else size for k, size in axes.items()}
-    needed = math.prod(axes.values())
-    if needed > len(devices):
-        raise config.ConfigError(f"mesh {axes} needs {needed} devices, {len(devices)} are here; -1 takes what is there")
+    axes["edp"] = len(devices) if sizes.edp == -1 else sizes.edp
+    if axes["edp"] > len(devices):
+        raise config.ConfigError(f"mesh.edp={axes['edp']}, but {len(devices)} devices are here; -1 takes what is there")
     if batch % axes["edp"]:
         raise config.ConfigError(f"train.batch={batch} does not split over mesh.edp={axes['edp']} devices")
-    grid = np.array(devices[:needed]).reshape(tuple(axes.values()))
+    grid = np.array(devices[:axes["edp"]]).reshape(tuple(axes.values()))
     return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 

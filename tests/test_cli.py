@@ -1,0 +1,255 @@
+"""The command line: every command once on a small run, and every mistake in one line with exit code 2."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mmx
+from mmx import cli, metrics
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "experiments" / "tiny.py")
+ORACLE = str(ROOT / "tests" / "oracles" / "c_partial_orig" / "ckpt")
+EXPERIMENT = """\
+from mmx.config import default
+
+def get_config(steps="4"):
+    config = default()
+    config.model.dim, config.model.layers, config.model.pattern = 16, 2, "LS"
+    config.model.heads, config.model.kv_heads, config.model.head_dim, config.model.rotary_dim = 2, 1, 8, 4
+    config.model.experts, config.model.expert_dim = 4, 16
+    config.train.steps, config.train.batch, config.train.length = int(steps), 2, 32
+    config.mesh.edp = 1
+    return config
+"""
+
+
+@pytest.fixture
+def mmx_fails(capsys):
+    """Runs a command that must fail as a user's mistake does; returns its one line."""
+    def run(*arguments):
+        try:
+            code = cli.main([str(a) for a in arguments])
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        assert code == 2 and out == ""
+        assert err.startswith("mmx: ") and err.count("\n") == 1, err
+        return err
+    return run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with an experiment, text and a run of four steps."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "small.py").write_text(EXPERIMENT)
+    (folder / "text").mkdir()
+    for name in "abc":
+        (folder / "text" / f"{name}.txt").write_text(f"The state of the Union is {name}. " * 100)
+    assert cli.main(train(folder)) == 0
+    return folder
+
+
+def train(folder, *more, workdir="run"):
+    return ["train", "--config", str(folder / "small.py"), "--config.data.sources", f"('{folder / 'text'}',)",
+            "--workdir", str(folder / workdir), *more]
+
+
+def test_alone_it_shows_the_way(capsys):
+    assert cli.main([]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("train", "generate", "eval", "convert", "config", "examples:", "experiments/tiny.py"))
+
+
+@pytest.mark.parametrize("command", ["", "train", "generate", "eval", "convert", "convert from-hf", "convert to-hf",
+                                     "convert verify", "config"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([*command.split(), "--help"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0 and out.startswith("usage: mmx") and len(out.splitlines()) > 5
+    assert max(map(len, out.splitlines())) <= 110
+
+
+def test_config_as_table_and_as_json(capsys):
+    assert cli.main(["config", str(ROOT / "experiments" / "text_01.py")]) == 0
+    table = capsys.readouterr().out
+    assert all(text in table for text in ("456.0897 B", "45.9449 B", "48.4033 B", "8,243", "10 x LLLLLLLS", "134,217,728"))
+    assert cli.main(["config", str(ROOT / "experiments" / "text_01.py"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["params_total"], found["params_active"]) == (456_089_655_296, 45_944_920_064)
+    assert (found["params_active_all"], found["checkpoint_tensors"]) == (48_403_306_496, 8_243)
+    assert found["flops_per_token"] == 3 * found["flops_per_token_forward"] > 6 * found["params_active"]
+    assert found["tokens_per_step"][-1] == [4_700_000_000_000, 2**27]
+
+
+def test_overrides_in_both_forms(place):
+    file = str(place / "small.py")
+    for overrides in (["--config.model.layers=6", "--config.train.lr=1", "--config.model.pattern=LLS"],
+                      ["--config.model.layers", "6", "--config.train.lr", "1", "--config.model.pattern", "LLS"]):
+        found = cli.read_experiment(file, overrides)
+        assert (found.model.layers, found.model.pattern, found.train.lr) == (6, "LLS", 1.0)
+        assert found.model.alpha_moe == 12**0.25
+    assert cli.read_experiment(file, ["--config.data.sources=('a','b')"]).data.sources == ("a", "b")
+    assert cli.read_experiment(file + ":9", []).train.steps == 9
+    assert cli.read_experiment(file + ":9", ["--config.train.steps=7"]).train.steps == 7
+    assert cli.read_experiment(file, ["--config.model.remat"]).model.remat is True
+
+
+def test_train_is_done_once(place, capsys):
+    assert cli.main(train(place)) == 0
+    assert "trained 4 steps" in capsys.readouterr().out
+    assert [r["step"] for r in metrics.read(place / "run")] == [1, 2, 3, 4]
+
+
+def test_generate(place, capsys):
+    def run(*more):
+        assert cli.main(["generate", "--checkpoint", str(place / "run"), "--prompt", "The state", "--prompt", "Of",
+                         "--steps", "8", *more]) == 0
+        return capsys.readouterr().out
+    text = run()
+    assert text.startswith("The state") and "\nOf" in text
+    assert run() == text and run("--seed", "1") != text
+    loaded = mmx.load(place / "run")
+    want = mmx.generate(loaded, ["The state", "Of"], steps=8)
+    assert run("--temperature", "0") == f"The state{want[0]}\nOf{want[1]}\n"
+
+
+def test_eval(place, tmp_path, capsys):
+    assert cli.main(["eval", "--checkpoint", str(place / "run"), "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "eval.json").read_text())
+    assert 4 < found["bits_per_byte"] < 9 and 0 < found["xz"] < found["bits_per_byte"] and 0 < found["gzip"]
+    assert found["steps"] == 4 and found["train_seconds"] > 0
+    assert (tmp_path / "out" / "curve.png").read_bytes()[:4] == b"\x89PNG"
+    assert all(f"{found[name]:.4f}" in out for name in ("bits_per_byte", "gzip", "xz"))
+
+
+def test_convert_there_and_back(place, capsys, mmx_fails):
+    run, theirs, back = (str(place / name) for name in ("run", "theirs", "back"))
+    assert cli.main(["convert", "to-hf", "--checkpoint", run, "--out", theirs]) == 0
+    assert cli.main(["convert", "from-hf", "--checkpoint", theirs, "--out", back]) == 0
+    capsys.readouterr()
+    for against, tolerance, code in ((back, "0", 0), (theirs, "0", 0), (theirs, "nan", 1)):
+        assert cli.main(["convert", "verify", "--checkpoint", run, "--against", against, "--tolerance", tolerance]) == code
+        assert capsys.readouterr().out == "largest logit difference: 0.00e+00\n"
+    assert "not empty" in mmx_fails("convert", "to-hf", "--checkpoint", run, "--out", theirs)
+    assert "vocabulary" in mmx_fails("convert", "verify", "--checkpoint", run, "--against", ORACLE)
+
+
+def test_public_names(place):
+    from mmx.kernels.lightning import lightning_attention
+
+    loaded = mmx.load(str(place / "run"), dtype="float32")
+    assert mmx.kernels.lightning.lightning_attention is lightning_attention
+    assert loaded.model.config == loaded.config and "embed_WD" in loaded.params
+    tokens_BT = np.array([[1, 2, 3]])
+    assert mmx.forward(loaded, tokens_BT).shape == (1, 3, loaded.config.vocab)
+    assert mmx.generate(loaded, tokens_BT, steps=5).shape == (1, 5)
+    assert callable(mmx.torch.load)
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        assert mmx.lod
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["trian"], "invalid choice: 'trian'"),
+    (["train", "--config", TINY], "the following arguments are required: --workdir"),
+    (["convert"], "from-hf|to-hf|verify"),
+    (["config", TINY, "extra"], "unknown argument 'extra'"),
+    (["config", TINY, "--config.train.stepz=3"], "unknown config key train.stepz; did you mean train.steps?"),
+    (["config", TINY, "--config.trian.steps", "3"], "did you mean train.steps?"),
+    (["config", TINY, "--conf.train.steps=3"], "conf.train.steps"),
+    (["config", TINY, "--config.train.steps=many"], "config key train.steps needs int, got 'many'"),
+    (["config", TINY, "--config.train.steps=1.5"], "config key train.steps needs int, got '1.5'"),
+    (["config", TINY, "--config.train.lr", "fast"], "config key train.lr needs float, got 'fast'"),
+    (["config", TINY, "--config.model.remat=maybe"], "config key model.remat needs bool, got 'maybe'"),
+    (["config", TINY, "--config.data.sources=('a',"], "config key data.sources needs tuple"),
+    (["config", TINY, "--config.train.lr"], "config.train.lr"),
+    (["config", TINY, "--config.model.pattern=LLS"], "has 3 letters, which does not divide model.layers=4"),
+    (["config", "tinny.py"], "no experiment file tinny.py"),
+    (["config", TINY.replace("tiny", "tinny")], "did you mean " + TINY),
+    (["config", TINY + ":argument"], "get_config() takes 0 positional arguments but 1 was given"),
+    (["generate", "--checkpoint", "nowhere", "--prompt", "a"], "nowhere is no directory"),
+    (["generate", "--checkpoint", str(ROOT / "tests"), "--prompt", "a"], "neither a workdir"),
+    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--steps", "0"], "steps=0 is out of range"),
+    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--steps", "x"], "invalid int value: 'x'"),
+    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--config.train.steps=1"], "unknown argument"),
+    (["eval", "--checkpoint", ORACLE, "--split", "train"], "invalid choice: 'train'"),
+    (["convert", "to-hf", "--checkpoint", "nowhere", "--out", "there"], "nowhere is no directory"),
+    (["convert", "verify", "--checkpoint", ORACLE, "--against", "nowhere"], "nowhere is no directory"),
+])
+def test_mistakes(arguments, message, tmp_path, monkeypatch, mmx_fails):
+    monkeypatch.chdir(tmp_path)
+    assert message in mmx_fails(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("body, message", [
+    ("x = (", "bad.py:1: SyntaxError"),
+    ("x = 3", "get_config"),
+    ("def get_config():\n    return 3", "must return a ConfigDict, got int"),
+    ("from mmx.config import default\ndef get_config():\n    c = default()\n    c.train.steps = 'x'", "bad.py:4: TypeError"),
+    ("from mmx.config import default\ndef get_config():\n    c = default()\n    c.train.stepz = 1\n    return c",
+     "unknown config key train.stepz; did you mean steps?"),
+])
+def test_mistakes_in_an_experiment_are_told_with_their_line(body, message, tmp_path, mmx_fails):
+    (tmp_path / "bad.py").write_text(body)
+    assert message in mmx_fails("config", tmp_path / "bad.py")
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--config.data.sources=('nowhere.txt',)"], "no file or folder 'nowhere.txt'"),
+    (["--config.data.tokenizer=nowhere.json"], "nowhere.json"),
+    (["--config.model.vocab=100"], "set model.vocab=264 or more"),
+    (["--config.mesh.edp=3"], "does not split"),
+    (["--config.mesh.seq=2"], "only edp"),
+])
+def test_train_leaves_nothing_behind_a_mistake(more, message, place, mmx_fails):
+    assert message in mmx_fails(*train(place, *more, workdir="never"))
+    assert not (place / "never").exists()
+
+
+def test_workdirs_that_do_not_fit(place, mmx_fails):
+    assert "File exists" in mmx_fails(*train(place, workdir="small.py"))
+    error = mmx_fails(*train(place, "--config.train.lr=0.5"))
+    assert "run of another config: train.lr (there 0.003, now 0.5)" in error
+
+
+def test_what_nobody_expected_keeps_its_traceback(monkeypatch):
+    def broken(args):
+        raise RuntimeError("a defect")
+    monkeypatch.setattr(cli, "show_config", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.main(["config", TINY])
+
+
+def test_an_interruption_is_one_line(monkeypatch, capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(cli, "show_config", interrupted)
+    assert cli.main(["config", TINY]) == 130
+    assert capsys.readouterr().err == "mmx: interrupted\n"
+
+
+def test_sigterm_saves_and_the_screen_stays_clean(place):
+    command = [sys.executable, "-m", "mmx.cli",
+               *train(place, "--config.train.steps=1000000", "--config.checkpoint.every=20", workdir="stopped")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    steps, until = place / "stopped" / "checkpoints", time.monotonic() + 100
+    while not list(steps.glob("[0-9]*")) and run.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGTERM)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 0, err
+    assert all(line.startswith("train:") for line in err.replace("\r", "\n").splitlines() if line.strip()), err
+    step = metrics.read(place / "stopped")[-1]["step"]
+    assert out == f"stopped at step {step:,} and saved; the same command goes on from there\n"
+    assert (steps / str(step)).is_dir()

@@ -1,0 +1,103 @@
+"""metrics.jsonl, TensorBoard and the bar: each step once, also after a restart in the middle."""
+import json
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mmx import metrics
+from mmx.config import Train
+
+
+def record(step, **changes):
+    return {"step": step, "loss": 2.0 + step, **dict.fromkeys(metrics.SCALARS[1:], 0.5), "seconds": 1.0, **changes}
+
+
+def write(workdir, steps, begin=0, board=True, **options):
+    log = metrics.Log(workdir, Train(steps=100, **options), begin, 0)
+    for step in steps:
+        log.step(record(step), np.array([[0.25, 0.75], [0.5, 0.5]]), np.array([0.0, 0.125]), board)
+    return log
+
+
+def board(workdir):
+    events = EventAccumulator(str(workdir / "tensorboard"), {"images": 0, "scalars": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def test_each_step_is_a_line(tmp_path):
+    write(tmp_path, (1, 2, 3)).close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [record(n) for n in (1, 2, 3)] == metrics.read(tmp_path)
+
+
+def test_a_restart_cuts_what_it_makes_again(tmp_path):
+    write(tmp_path, (1, 2, 3, 4)).close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2, 3, 4]
+    write(tmp_path, (3, 4, 5), begin=2).close()
+    assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2, 3, 4, 5]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+def test_nothing_to_read_is_no_record(tmp_path):
+    assert metrics.read(tmp_path) == []
+
+
+def test_flush_reaches_the_file(tmp_path):
+    log = write(tmp_path, (1,), tensorboard=False)
+    log.flush()
+    assert [r["step"] for r in metrics.read(tmp_path)] == [1]
+    log.close()
+
+
+def test_tensorboard_holds_every_figure(tmp_path):
+    log = write(tmp_path, (1, 2))
+    log.scalar("validation/bits_per_byte", 1.5, 2)
+    log.text("sample", "Fellow citizens", 2)
+    log.close()
+    events = board(tmp_path)
+    assert set(events.Tags()["scalars"]) == {f"train/{name}" for name in metrics.SCALARS} | {
+        "validation/bits_per_byte", "load_max_over_mean/layer_00", "load_max_over_mean/layer_01",
+        "drop_rate/layer_00", "drop_rate/layer_01"}
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 3.0), (2, 4.0)]
+    assert [e.value for e in events.Scalars("load_max_over_mean/layer_00")] == [1.5, 1.5]
+    assert [e.value for e in events.Scalars("drop_rate/layer_01")] == [0.125, 0.125]
+    assert events.Tensors("sample/text_summary")[0].tensor_proto.string_val == [b"Fellow citizens"]
+    assert len(events.Images("expert_load/layers_by_experts")) == 2
+
+
+def test_tensorboard_forgets_what_a_restart_makes_again(tmp_path):
+    write(tmp_path, (1, 2, 3, 4)).close()
+    first, = (tmp_path / "tensorboard").iterdir()
+    first.rename(first.with_name("events.out.tfevents.0000000001.here"))     # names count seconds
+    write(tmp_path, (3, 4), begin=2).close()
+    assert [e.step for e in board(tmp_path).Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def test_tensorboard_is_optional_and_thinned(tmp_path):
+    write(tmp_path, (1, 2), tensorboard=False).close()
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    write(tmp_path, (3,), begin=2, board=False).close()
+    assert board(tmp_path).Tags()["scalars"] == []
+
+
+@pytest.mark.parametrize("seconds,shown", [(0.0, "1/100"), (31.0, "30 s left")])
+def test_the_bar_says_where_the_run_is(tmp_path, capsys, seconds, shown):
+    log = write(tmp_path, (1,), seconds=seconds)
+    log.bar.update()
+    log.bar.refresh()
+    log.close()
+    error = capsys.readouterr().err
+    assert shown in error and "loss 3.000, 0.500 bits/byte, 0 tokens/s" in error
+
+
+def test_rate_is_of_the_tokens_since_the_last_call(tmp_path, monkeypatch):
+    clock = iter((10.0, 12.0, 16.0))
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    log = metrics.Log(tmp_path, Train(tensorboard=False), 0, 100)
+    assert (log.tokens_per_s(120), log.tokens_per_s(160)) == (10.0, 10.0)
+    monkeypatch.undo()
+    log.close()
