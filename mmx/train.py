@@ -67,7 +67,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
     model, optimizer = Model(experiment.model), optim.adamw(t)
     whole, rows = meshes.replicated(mesh), meshes.rows(mesh, leading=1)
     checkpoints = Checkpoints(workdir, experiment.checkpoint.every, experiment.checkpoint.keep)
-    with jax.set_mesh(mesh), jax.transfer_guard("disallow"), _Stop() as stop:
+    with jax.set_mesh(mesh), jax.transfer_guard_host_to_device("disallow"), _Stop() as stop:
         make = jax.jit(functools.partial(init, model, optimizer, t.seed), out_shardings=whole)
         step, before, state = 0, 0.0, checkpoints.restore(*_abstract(make, whole))
         if state is None:
@@ -110,7 +110,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
                 if t.eval_every and step % t.eval_every == 0:
                     log.scalar("validation/bits_per_byte", evaluate(params, held_out, t.eval_bytes)["all"], step)
                 if sample and t.sample_every and step % t.sample_every == 0:
-                    with jax.transfer_guard("allow"):
+                    with jax.transfer_guard_host_to_device("allow"):
                         log.text("sample", sample(model, params, tokenizer, t.sample_prompt), step)
         finally:
             log.close()

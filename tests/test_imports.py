@@ -96,8 +96,9 @@ def test_what_is_imported_is_declared():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     lines = setup["options"]["install_requires"].split("\n")
-    declared = {re.match(r"[\w-]+", line)[0].lower().replace("-", "_") for line in lines if line}
-    declared |= {"mmx", "absl", "orbax"} | sys.stdlib_module_names       # of absl-py and orbax-checkpoint
+    modules = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
+    packages = [re.match(r"[\w-]+", line)[0] for line in lines if line]
+    declared = {modules.get(name, name.lower().replace("-", "_")) for name in packages} | {"mmx"} | sys.stdlib_module_names
     for path in FILES:
         extra = {"torch", "transformers"} if part(path) == "torch" else set()
         assert {name.partition(".")[0].lower() for name in imported(path)} - extra <= declared, path
