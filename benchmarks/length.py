@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from mmx import config
+from mmx import config, hugepages
 
 LENGTHS = [2 ** n for n in range(10, 18)]
 NAMES = {"L": "lightning", "S": "softmax"}
@@ -110,4 +110,5 @@ def plot(points, path):
 
 
 if __name__ == "__main__":
+    hugepages.restart()
     main()

@@ -21,7 +21,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 import mmx
-from mmx import config, optim
+from mmx import config, hugepages, optim
 from mmx.train import init, train_step
 
 MODEL = config.Model(vocab=1024, rotary_dim=32, aux="hf", aux_weight=0.001)
@@ -144,4 +144,5 @@ def training(loaded, stock):
 
 
 if __name__ == "__main__":
+    hugepages.restart()
     main()

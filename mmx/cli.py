@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mmx
-from mmx import config
+from mmx import config, hugepages
 from mmx.config import ConfigError
 
 EPILOG = """\
@@ -34,8 +34,10 @@ Formatter = argparse.RawDescriptionHelpFormatter
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Runs one command, without `argv` the process's own; returns the exit code."""
+    if argv is None:
+        hugepages.restart()
+        argv = sys.argv[1:]
     parser = build_parser()
     if not argv:
         parser.print_help()

@@ -14,9 +14,9 @@ from mmx.config import ConfigError
 from mmx.data import tokens as tokenizers
 from mmx.model import Model, empty_cache, logits
 
-PREFILL = 256       # tokens a chunk
+PREFILL = 2048      # tokens a chunk at most: the larger, the less of an expert's time goes into reading its weights
 DECODE = 64         # steps on the device between two looks for stop strings
-ROOM = 256          # the cache's capacity is a multiple: few shapes to compile
+ROOM = 256          # the cache's capacity and the chunks are multiples: few shapes to compile
 
 
 def forward(loaded, tokens_BT, mask_BT=None):
@@ -85,14 +85,16 @@ def _text(tokenizer, ids, stop) -> tuple[str, bool]:
 def _continue(model, params, rows, steps, block, draw, seed):
     """Yields the new ids [B, n] of ragged `rows`, at most `block` at a time, `steps` in all."""
     B, longest = len(rows), max(len(row) for row in rows)
-    read = -(-(longest - 1) // PREFILL) * PREFILL
+    chunks = -(-(longest - 1) // PREFILL)
+    chunk = -(-(longest - 1) // max(chunks, 1) // ROOM) * ROOM
+    read = chunks * chunk
     cache = empty_cache(model.config, B, -(-max(read, longest + steps) // ROOM) * ROOM)
     tokens_BT, mask_BT = np.zeros((B, read), np.int32), np.zeros((B, read), np.int32)
     for b, row in enumerate(rows):
         tokens_BT[b, :len(row) - 1], mask_BT[b, :len(row) - 1] = row[:-1], 1
-    for at in range(0, read, PREFILL):
-        chunk = slice(at, at + PREFILL)
-        cache = _prefill(model, params, tokens_BT[:, chunk], mask_BT[:, chunk], cache)
+    for n in range(chunks):
+        at = slice(n * chunk, (n + 1) * chunk)
+        cache = _prefill(model, params, tokens_BT[:, at], mask_BT[:, at], cache)
     token_B = jnp.asarray([row[-1] for row in rows], jnp.int32)
     key = jax.random.key(seed)
     for at in range(0, steps, block):

@@ -21,7 +21,7 @@ def loaded():
 
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch):
-    for name, value in (("PREFILL", 16), ("DECODE", 8), ("ROOM", 16)):
+    for name, value in (("PREFILL", 32), ("DECODE", 8), ("ROOM", 16)):
         monkeypatch.setattr(inference, name, value)
 
 

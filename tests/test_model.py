@@ -62,9 +62,10 @@ def loss_and_grads(c, params, batch):
 
 
 def batch_of(rows):
-    """Rows of documents, padded to T on the right; a document's tokens hang on its length alone."""
+    """Rows of documents, padded to T on the right; a document's tokens hang on its length alone, padding's on its place."""
     names = "tokens", "targets", "segments", "positions", "weights"
     batch = {name: np.zeros((len(rows), T), np.float32 if name == "weights" else np.int32) for name in names}
+    batch["tokens"][:], batch["targets"][:] = ids(len(rows), T), 7
     for b, row in enumerate(rows):
         for segment, (begin, n) in enumerate(zip(np.cumsum((0, *row)), row), 1):
             text = np.random.default_rng(n).integers(0, C.vocab, n + 1)

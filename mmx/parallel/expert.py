@@ -117,6 +117,6 @@ def _wide(x):
 
 
 def _block_size(assignments, experts):
-    """Rows a block: about half of an expert's share, so that padding stays small; 256 at most, 8 at least."""
+    """Rows a block: about half of an expert's share, so that padding stays small; 128 at most, 8 at least."""
     share = max(assignments // (2 * experts), 1)
-    return min(256, max(8, 1 << (share.bit_length() - 1)))
+    return min(128, max(8, 1 << (share.bit_length() - 1)))

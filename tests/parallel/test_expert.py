@@ -83,7 +83,7 @@ def assert_same(got, want, tolerance=2e-6):
         assert error <= tolerance, f"{name}: relative error {error:.2e}"
 
 
-# 1.1 x 40 x 2 / 4 is 22 places, though not in floating point; of three tokens each assignment is computed by itself
+# of 3 tokens each assignment is computed by itself
 @pytest.mark.parametrize("M, top_k, capacity", [(M, 2, 0.0), (M, 2, 0.5), (M, 2, 1.1), (M, 1, 0.75), (M, 3, 1.0), (3, 2, 0.5)])
 def test_against_oracle_and_greedy_drops(M, top_k, capacity):
     args, cotangents = inputs(M)
@@ -107,7 +107,8 @@ def test_nothing_but_padding():
 def test_bfloat16_routes_in_float32():
     args, _ = inputs()
     rounded = [a.astype(jnp.bfloat16) for a in args]
-    y_MD, logits_ME, _ = jax.jit(functools.partial(moe, top_k=2, capacity=0.0))(*rounded, live())
+    options = {"xla_allow_excess_precision": False}        # else XLA may undo a rounding
+    y_MD, logits_ME, _ = jax.jit(functools.partial(moe, top_k=2, capacity=0.0), compiler_options=options)(*rounded, live())
     assert y_MD.dtype == jnp.bfloat16
     np.testing.assert_allclose(logits_ME, rounded[0].astype(jnp.float32) @ rounded[1].astype(jnp.float32), atol=1e-5)
 
