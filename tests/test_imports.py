@@ -24,7 +24,8 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "convert": "checkpoint data inference model released torch",
     "evals": "checkpoint convert data inference loss metrics model",
     "train": "checkpoint data evals loss metrics model optim parallel",
-    "cli": "checkpoint convert evals inference train",
+    "hugepages": "",
+    "cli": "checkpoint convert evals hugepages inference train",
 }
 FOREIGN = {     # packages that a part does without
     "dims": ("jax", "flax", "torch"), "config": ("jax", "flax", "torch"), "data": ("jax", "flax", "torch"),
