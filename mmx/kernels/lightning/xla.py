@@ -116,12 +116,13 @@ def _put(x_BHTK, x_BHQK, n):
 
 
 def _chunks(log_decay_H, segments_BT, T, chunk):
+    begin_B1, end_B1 = jnp.zeros((1, 1), int), jnp.full((1, 1), T)
+    if segments_BT is not None:
+        begin_B1 = jnp.argmax(segments_BT > 0, axis=1, keepdims=True)
+        end_B1 = jnp.max(jnp.where(segments_BT > 0, jnp.arange(1, T + 1), 0), axis=1, keepdims=True)
     segments_BT = jnp.ones((1, T), jnp.int32) if segments_BT is None else segments_BT
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, -T % chunk)))
     segments_NBQ = jnp.moveaxis(segments_BT.reshape(len(segments_BT), -1, chunk), 1, 0)
-    real_BT = segments_BT > 0
-    begin_B1 = jnp.argmax(real_BT, axis=1, keepdims=True)
-    end_B1 = jnp.max(jnp.where(real_BT, jnp.arange(1, real_BT.shape[1] + 1), 0), axis=1, keepdims=True)
     place_NB1 = jnp.arange(len(segments_NBQ))[:, None, None] * chunk
     before_NB1, time_NBQ = (jnp.clip(place_NB1 + offset, begin_B1, jnp.maximum(begin_B1, end_B1))
                             for offset in (0, jnp.arange(1, chunk + 1)))
