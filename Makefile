@@ -35,7 +35,7 @@ demo: setup
 
 test: .venv/ready-to-test
 	$(BIN)/ruff check .
-	JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+	JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
 clean:
 	rm -rf .venv $(DEMO_DIR)

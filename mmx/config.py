@@ -52,7 +52,7 @@ class Model:
     embed_std: float = 0.02         # standard deviation of the embedding's initial values
     dtype: str = "float32"          # of computation; parameters keep theirs
     remat: bool = False             # recompute a group's activations in the backward pass
-    impl: str = ""                  # kernels' implementation; empty picks by platform
+    impl: str = ""                  # lightning attention: xla, tpu or gpu; empty picks
     chunk: int = 0                  # lightning attention's tokens per chunk; 0 picks
 
     def __post_init__(self):
@@ -76,7 +76,8 @@ class Model:
         _choice("model.aux", m.aux, AUX_FORMS)
         _choice("model.init", m.init, INITS)
         _choice("model.dtype", m.dtype, ("float32", "bfloat16", "float64"))
-        _choice("model.impl", m.impl, ("", "xla"))
+        _require(m.chunk >= 0, f"model.chunk={m.chunk} must be at least 1, or 0 to pick")
+        _choice("model.impl", m.impl, ("", "xla", "tpu", "gpu"))
 
     @property
     def groups(self) -> int:

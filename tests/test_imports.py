@@ -24,8 +24,8 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "convert": "checkpoint data inference model released torch",
     "evals": "checkpoint convert data inference loss metrics model",
     "train": "checkpoint data evals loss metrics model optim parallel",
-    "hugepages": "",
-    "cli": "checkpoint convert evals hugepages inference train",
+    "hugepages": "", "compilers": "", "bench": "compilers kernels",
+    "cli": "bench checkpoint convert evals hugepages inference train",
 }
 FOREIGN = {     # packages that a part does without
     "dims": ("jax", "flax", "torch"), "config": ("jax", "flax", "torch"), "data": ("jax", "flax", "torch"),
@@ -34,7 +34,7 @@ FOREIGN = {     # packages that a part does without
     "convert": ("flax",), "checkpoint": ("flax",),
 }
 LATER = {       # what a part imports only inside functions
-    "convert": "inference model torch", "evals": "convert", "cli": "checkpoint convert evals inference train",
+    "convert": "inference model torch", "evals": "convert", "cli": "bench checkpoint convert evals inference train",
 }
 FILES = sorted((ROOT / "mmx").rglob("*.py"))
 
@@ -69,6 +69,13 @@ def test_imports_point_one_way(path):
     assert not foreign, f"{own} does without {foreign}"
 
 
+def test_kernels_are_found_under_the_package():
+    code = ("import mmx\nfunctions = mmx.kernels.lightning.lightning_attention, mmx.kernels.attention.softmax_attention\n"
+            "print(*(f.__name__ for f in functions))")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert said.split() == ["lightning_attention", "softmax_attention"]
+
+
 def test_kernels_hold_no_experiment():
     """kernels/ are functions on arrays: no config object, no environment."""
     for path in FILES:
@@ -93,7 +100,7 @@ def test_heavy_packages_come_when_needed(modules, without):
 
 
 def test_what_is_imported_is_declared():
-    """In setup.cfg, as what mmx needs; mmx.torch needs its extra."""
+    """In setup.cfg, as what mmx needs; mmx.torch and a kernel need their extras."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     lines = setup["options"]["install_requires"].split("\n")
@@ -101,5 +108,5 @@ def test_what_is_imported_is_declared():
     packages = [re.match(r"[\w-]+", line)[0] for line in lines if line]
     declared = {modules.get(name, name.lower().replace("-", "_")) for name in packages} | {"mmx"} | sys.stdlib_module_names
     for path in FILES:
-        extra = {"torch", "transformers"} if part(path) == "torch" else set()
+        extra = {"torch": {"torch", "transformers"}, "kernels": {"jax_triton", "triton"}}.get(part(path), set())
         assert {name.partition(".")[0].lower() for name in imported(path)} - extra <= declared, path

@@ -23,12 +23,11 @@ class Softmax(nn.Module):
                           for x in (q_BHTK, k_BGTK))
         if cache is None:
             o_BHTV = softmax_attention(q_BHTK, k_BGTK, v_BGTV, segments_BT=context.segments_BT,
-                                       segments_BS=context.segments_BT, impl=c.impl or None)
+                                       segments_BS=context.segments_BT)
         else:
             cache = {"k_BGSK": _write(cache["k_BGSK"], k_BGTK, context.start_B),
                      "v_BGSV": _write(cache["v_BGSV"], v_BGTV, context.start_B)}
-            o_BHTV = softmax_attention(q_BHTK, cache["k_BGSK"], cache["v_BGSV"], start_B=context.start_B,
-                                       impl=c.impl or None)
+            o_BHTV = softmax_attention(q_BHTK, cache["k_BGSK"], cache["v_BGSV"], start_B=context.start_B)
         B, H, T, V = o_BHTV.shape
         o_BTX = jnp.einsum("BHTV->BTHV", o_BHTV).reshape(B, T, H * V)
         return jnp.einsum("BTX,XD->BTD", o_BTX, param(self, "out_HVD", "HV", "D", True).reshape(H * V, -1)), cache

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 from mmx.kernels.lightning import lightning_attention, reference
 
@@ -121,3 +122,30 @@ def test_bad_arguments_say_what_would_work():
         lightning_attention(q, k, v, log_decay_H, state_BHKV=state[0])
     with pytest.raises(NotImplementedError, match="impl='cuda'"):
         lightning_attention(q, k, v, log_decay_H, impl="cuda")
+    for impl in ("tpu", "gpu"):
+        with pytest.raises(NotImplementedError, match=f"impl='{impl}': this computation is for cpu"):
+            lightning_attention(q, k, v, log_decay_H, impl=impl)
+    with pytest.raises(ValueError, match="one floating dtype"):
+        lightning_attention(q, k, v.astype("bfloat16"), log_decay_H)
+    with pytest.raises(ValueError, match="segments_BT needs integers"):
+        lightning_attention(q, k, v, log_decay_H, segments_BT=jnp.ones((1, 8)))
+
+
+def test_documents_that_go_back_are_an_error():
+    (q, k, v, _), _, log_decay_H = inputs(1, 2, 8, 4, 4, "float32", (0.5, 1e-3))
+    good, back = (jnp.asarray([row]) for row in ([0, 1, 1, 0, 1, 2, 2, 0], [1, 1, 2, 2, 0, 1, 1, 1]))
+    attend = lambda seg: lightning_attention(q, k, v, log_decay_H, segments_BT=seg)[0]
+    attend(good)
+    with pytest.raises(ValueError, match="segments_BT must count documents upwards"):
+        attend(back)
+    checked = jax.jit(checkify.checkify(jax.jit(attend)))
+    assert checked(good)[0].get() is None
+    assert "segments_BT must count documents upwards" in checked(back)[0].get()
+
+
+def test_second_derivatives_are_refused():
+    (q, k, v, _), _, log_decay_H = inputs(1, 2, 8, 4, 4, "float32", (0.5, 1e-3))
+    slope = jax.grad(lambda q: lightning_attention(q, k, v, log_decay_H)[0].sum() ** 2)
+    for second in (jax.grad(lambda q: slope(q).sum()), jax.jit(jax.grad(lambda q: slope(q).sum()))):
+        with pytest.raises(NotImplementedError, match="no second derivatives"):
+            second(q)

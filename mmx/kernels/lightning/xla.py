@@ -12,7 +12,6 @@ No exponent is positive. Products over a chunk's pairs cost 4 Q K per token and 
 The backward pass keeps only the inputs: it recomputes the chunks' states, then walks the chunks in reverse with
 dS = r dS' + sum_i a_i q_i^T do_i. States, decays and sums are float32 (model.md section 3).
 """
-import functools
 from typing import NamedTuple
 
 import jax
@@ -27,10 +26,10 @@ class Chunks(NamedTuple):
     segments_NBQ: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk):
-    """See `api.lightning_attention`; `segments_BT` may be None, `state_BHKV` is given."""
+def forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk):
+    """o_BHTV and the last state; see `api.lightning_attention`. `segments_BT` may be None, `state_BHKV` is given."""
     T = q_BHTK.shape[2]
+    chunk = _chunk(chunk, T)
     chunks = _chunks(log_decay_H, segments_BT, T, chunk)
     pair_decay = _pair_decay(log_decay_H, chunk, segments_BT is not None)
     q_BHTK, k_BHTK, v_BHTV = (_pad(x, chunk) for x in (q_BHTK, k_BHTK, v_BHTV))
@@ -49,15 +48,10 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_
     return o_BHTV[:, :, :T], state_BHKV
 
 
-def _forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk):
-    out = lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk)
-    return out, (q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV)
-
-
-def _backward(chunk, inputs, cotangents):
-    q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV = inputs
-    do_BHTV, dstate_BHKV = cotangents
+def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BHTV, dstate_BHKV, chunk):
+    """Gradients of q, k, v and the given state, from those of `forward`'s results."""
     T = q_BHTK.shape[2]
+    chunk = _chunk(chunk, T)
     chunks = _chunks(log_decay_H, segments_BT, T, chunk)
     N = len(chunks.r_NBH)
     pair_decay = _pair_decay(log_decay_H, chunk, segments_BT is not None)
@@ -85,10 +79,12 @@ def _backward(chunk, inputs, cotangents):
 
     start = dstate_BHKV, jnp.zeros_like(q_BHTK), jnp.zeros_like(k_BHTK), jnp.zeros_like(v_BHTV)
     dstate_BHKV, *grads = jax.lax.fori_loop(0, N, step, start)
-    return (*(g[:, :, :T] for g in grads), jnp.zeros_like(log_decay_H), None, dstate_BHKV)
+    return *(g[:, :, :T] for g in grads), dstate_BHKV
 
 
-lightning_attention.defvjp(_forward, _backward)
+def _chunk(chunk, T):
+    # 64 is best on CPU, 128-256 on accelerators (128 divides the matrix unit's tiles).
+    return min(chunk or (64 if jax.default_backend() == "cpu" else 128), T)
 
 
 def _dot(spec, x, y):

@@ -1,0 +1,18 @@
+"""What a computation is traced for: the machine's platform, or that of a mesh of described devices."""
+import jax
+from jax.sharding import AxisType
+
+
+def name() -> str:
+    """"cpu", "gpu" or "tpu"."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is None:
+        return jax.default_backend()
+    kind = described.device_kind.lower()
+    return "tpu" if "tpu" in kind else "cpu" if "cpu" in kind else "gpu"
+
+
+def splits_by_itself() -> bool:
+    """Whether XLA splits this computation over several devices, which it cannot do to a Pallas kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(size > 1 and kind != AxisType.Manual for size, kind in zip(mesh.axis_sizes, mesh.axis_types))
