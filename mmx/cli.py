@@ -1,4 +1,4 @@
-"""The command line: `mmx train | generate | eval | convert | config`.
+"""The command line: `mmx train | generate | eval | convert | config | bench`.
 
 A user's mistake is one line on stderr and exit code 2. Heavy modules are imported by the command that needs them.
 """
@@ -28,6 +28,7 @@ examples:
   mmx convert to-hf --checkpoint run --out run-hf         for transformers, vLLM and others
   mmx convert verify --checkpoint run --against run-hf
   mmx config experiments/text_01.py                       parameters, FLOPs, shapes
+  mmx bench kernels --chip v5p,h100                       the kernels, by the TPU's and the GPU's compiler
 """
 CHECKPOINT = "a workdir (its latest step), one of its checkpoints/STEP, or a Hugging Face directory"
 Formatter = argparse.RawDescriptionHelpFormatter
@@ -128,6 +129,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("config", show_config, "Shapes, parameters and FLOPs of an experiment.", True, epilog=overrides)
     sub.add_argument("config", metavar="FILE", help="experiment file, such as experiments/text_01.py")
     sub.add_argument("--json", action="store_true", help="print JSON")
+
+    bench = command("bench", None, "What the kernels cost.")
+    kinds = bench.add_subparsers(dest="kind", metavar="kernels", required=True, parser_class=Parser)
+    sub = command("kernels", bench_kernels, "Compile every kernel for TPUs and GPUs here, by the real compilers: static "
+                  "schedule estimates, registers, memory.", parent=kinds)
+    sub.add_argument("--chip", metavar="CHIPS", type=lambda s: s.split(","),
+                     help="of v4, v5e, v5p, v6e, h100, h20, a100, with commas (default: all whose compiler is installed)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
@@ -150,6 +159,11 @@ def read_experiment(path: str, overrides: list[str]) -> config.Experiment:
     if left:
         raise ConfigError(f"unknown argument {left[0]!r}; overrides are --config.SECTION.KEY=VALUE")
     return config.build(values.config)
+
+
+def bench_kernels(args):
+    from mmx import bench
+    bench.kernels(args.chip, args.json)
 
 
 def _get_config(path: str):
@@ -177,7 +191,7 @@ def train(args):
 
     done = run(experiment, args.workdir, sample=inference.sample)
     if done["stopped"]:
-        print(f"stopped at step {done['step']:,} and saved; the same command goes on from there")
+        print(f"stopped at step {done['step']:,}{' and saved' * bool(done['step'])}; the same command goes on from there")
         return
     print(f"trained {done['step']:,} steps in {done['seconds']:.0f} s; checkpoints, metrics.jsonl and tensorboard are in "
           f"{args.workdir}")

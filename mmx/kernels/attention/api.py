@@ -2,9 +2,10 @@
 import jax.numpy as jnp
 
 from mmx.dims import check
-from mmx.kernels.attention import xla
+from mmx.kernels import platform
+from mmx.kernels.attention import tpu, xla
 
-IMPLS = ("xla",)
+IMPLS = ("xla", "tpu")
 
 
 def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=None, start_B=None, impl=None):
@@ -20,7 +21,8 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
         queries are the same tokens, and so are their segments.
       start_B: the key index of each row's first query, for a chunk or one token against a cache of capacity S, whose
         keys past the last query are never seen. None: 0.
-      impl: "xla", or None to pick by platform.
+      impl: "xla"; "tpu", splash attention, for whole sequences; None picks by platform and shape. A named one runs or
+        raises NotImplementedError with the reason.
 
     Returns:
       o_BHTV in q's dtype. A query that sees nothing gives zero.
@@ -46,4 +48,10 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
         check(segments_BS, "BS", "segments_BS", B=B, S=S)
     if impl not in (None, *IMPLS):
         raise NotImplementedError(f"impl={impl!r}: softmax attention has {', '.join(IMPLS)}")
+    refusal = (f"this computation is for {platform.name()}" if platform.name() != "tpu" else
+               tpu.refusal(q_BHTK, k_BGSK, v_BGSV, start_B))
+    if impl == "tpu" and refusal:
+        raise NotImplementedError(f"impl='tpu': {refusal}")
+    if impl == "tpu" or (impl is None and not refusal and not platform.splits_by_itself()):
+        return tpu.attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS)
     return xla.attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, *xla.block_sizes(T, S))

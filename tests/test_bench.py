@@ -1,0 +1,60 @@
+"""The kernels' static schedules, from the TPU's compiler, and the command that prints them."""
+import json
+import math
+
+import pytest
+
+from mmx import bench, cli
+from mmx.compilers import schedule
+
+needs_compiler = pytest.mark.skipif(bool(schedule.missing()), reason=schedule.missing())
+HLO = """
+%body (x: s32[]) -> s32[] {
+  %inner = s32[] fusion(%x), kind=kLoop
+}
+%condition (x: s32[]) -> pred[] {
+  %bound = s32[]{:T(128)} constant(7)
+}
+ENTRY %main (x: s32[]) -> s32[] {
+  %loop = s32[] while(%x), condition=%condition, body=%body
+  ROOT %last = s32[] fusion(%loop), kind=kLoop
+}
+"""
+MODULE = """
+import jax, jax.numpy as jnp
+def products(times):
+    x = jax.ShapeDtypeStruct((4096, 4096), jnp.bfloat16)
+    return lambda x, y: jax.lax.fori_loop(0, int(times), lambda _, x: x @ y, x), (x, x)
+"""
+
+
+def test_operations_in_loops_count_as_often_as_they_run():
+    assert schedule._operations(HLO) == [("inner", 7), ("last", 1)]
+
+
+def test_chips_that_are_not_known(capsys):
+    assert cli.main(["bench", "kernels", "--chip", "v5q"]) == 2
+    assert "v5q: known are v4, v5e" in capsys.readouterr().err
+
+
+@needs_compiler
+def test_cycles_of_products_are_those_of_the_matrix_units(tmp_path, monkeypatch):
+    (tmp_path / "known_length.py").write_text(MODULE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    one, five = (schedule.cost(f"known_length:products:{times}", "v5p") for times in (1, 5))
+    assert math.isclose(one.us, 2 * 4096 ** 3 / 4.59e14 * 1e6, rel_tol=0.1)
+    assert math.isclose(five.us, 5 * one.us, rel_tol=0.05)
+
+
+@needs_compiler
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
+def test_forward_leaves_memory_the_only_limit(chip):
+    row, xla = bench._tpu(chip, "forward 8,192")
+    assert row["static / floor"] <= 0.95 and row["HBM temporaries MiB"] == 0 and xla["static us"] > 2 * row["static us"]
+
+
+@needs_compiler
+def test_command_prints_json(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "CASES", {"forward 8,192": bench.CASES["forward 8,192"]})
+    assert cli.main(["bench", "kernels", "--chip", "v5p", "--json"]) == 0
+    assert [row["impl"] for row in json.loads(capsys.readouterr().out)] == ["tpu", "xla"]
