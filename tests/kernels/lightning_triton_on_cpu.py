@@ -1,0 +1,92 @@
+"""The Triton kernels of lightning attention in Triton's interpreter, against the recurrence in float64.
+
+Run by test_lightning_triton.py in a process of its own, since TRITON_INTERPRET must be set before triton is imported:
+
+    TRITON_INTERPRET=1 JAX_PLATFORMS=cpu pytest tests/kernels/lightning_triton_on_cpu.py
+
+The stock interpreter takes torch tensors, and multiplies the raw bits of bfloat16; both are mended here, for what these
+kernels do with bfloat16: load, store, cast and multiply matrices. A stand-in for `triton_call` gives it numpy arrays.
+"""
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import triton.language as tl
+from test_lightning_gpu import NAMES, SLOPES, TOLERANCE, documents, inputs, oracle
+from triton.runtime import interpreter
+
+from mmx.kernels.lightning import triton
+
+TYPES = {"float32": "fp32", "bfloat16": "bf16", "int32": "i32"}
+GUARD = 4096        # elements around every array, to see what is read or written beside it
+
+
+class Pointer:
+    """What a kernel gets in place of an array: NaN (or -1) lies around it, and in it where it is an output."""
+
+    def __init__(self, shape, dtype, values=None):
+        self.whole = np.full(int(np.prod(shape)) + 2 * GUARD, -1 if dtype == "int32" else np.nan, dtype)
+        self.array = self.whole[GUARD:-GUARD].reshape(shape)
+        self.dtype = TYPES[np.dtype(dtype).name]
+        if values is not None:
+            self.array[...] = values
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+
+def triton_call(*arrays, kernel, out_shape, grid, num_warps, num_stages, compute_capability, **static):
+    out = Pointer(out_shape.shape, np.dtype(out_shape.dtype))
+    arrays = [np.asarray(x) for x in arrays]
+    kernel[grid](*(Pointer(x.shape, x.dtype, x) for x in arrays), out, **static)
+    beside = np.concatenate([out.whole[:GUARD], out.whole[-GUARD:]])
+    assert np.isnan(beside.astype(np.float32)).all(), f"{kernel.fn.__name__} writes beside its output"
+    return jnp.asarray(out.array)
+
+
+def wide(handle):
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return interpreter.TensorHandle(handle.data.view(ml_dtypes.bfloat16).astype(np.float32), tl.float32)
+
+
+@pytest.fixture(autouse=True)
+def mended(monkeypatch):
+    builder = interpreter.InterpreterBuilder
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def round_to_nearest(self, source, to):
+        if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            return interpreter.TensorHandle(source.data.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
+        return cast(self, source, to)
+    patched = set()
+
+    def call(self, *args, **kwargs):        # the stock one patches triton.language again at every call: most of the time
+        if self.fn not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn)
+        return self.rewrite()(*args, **kwargs)
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))
+    monkeypatch.setattr(builder, "cast_impl", round_to_nearest)
+    monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", lambda self, args, kwargs: (list(args), dict(kwargs)))
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(triton.jax_triton, "triton_call", triton_call)
+
+
+@pytest.mark.parametrize("T, K, V, dtype, segmented, chunk", [
+    (1, 16, 32, "float32", True, None), (17, 128, 16, "float32", False, None), (17, 16, 16, "bfloat16", True, None),
+    (300, 16, 32, "float32", True, 64), (300, 128, 16, "bfloat16", True, None), (600, 16, 16, "float32", False, 32),
+    (512, 16, 32, "bfloat16", False, 128)])
+def test_against_recurrence(T, K, V, dtype, segmented, chunk):
+    B = 7 if segmented else 2
+    args = q, k, v, state, do, dstate = inputs(B, T, K, V, dtype)
+    log_decay_H = -jnp.asarray(SLOPES, jnp.float32)
+    segments_BT = documents(T) if segmented else None
+    got = (triton.forward(q, k, v, log_decay_H, segments_BT, state, chunk, interpret=True)
+           + triton.backward(q, k, v, log_decay_H, segments_BT, state, do, dstate, chunk, interpret=True))
+    want = oracle(*args, log_decay_H, segments_BT if segmented else jnp.ones((B, T), jnp.int32))
+    for name, x, y in zip(NAMES, got, want):
+        error = np.linalg.norm(np.asarray(x, np.float64) - y, axis=(2, 3)) / np.maximum(np.linalg.norm(y, axis=(2, 3)), 1e-30)
+        b, h = np.unravel_index(error.argmax(), error.shape)
+        assert error.max() <= TOLERANCE[dtype], f"{name}: relative error {error.max():.2e} in row {b}, slope {SLOPES[h]}"
