@@ -80,7 +80,10 @@ def check_config(workdir: str | Path, experiment: Experiment) -> None:
     """Writes WORKDIR/config.json, or raises ConfigError where the one there describes another run."""
     path = Path(workdir) / "config.json"
     if path.exists():
-        old, new = _comparable(read_json(path)), _comparable(json.loads(to_json(experiment)))
+        there = read_json(path)
+        if not isinstance(there.get("model"), dict):
+            raise ConfigError(f"{path} is no run's config, perhaps a Hugging Face checkpoint's: give another --workdir")
+        old, new = _comparable(there), _comparable(json.loads(to_json(experiment)))
         differ = [f"{s}.{k} (there {old[s][k]!r}, now {v!r})" for s in old for k, v in new[s].items()
                   if k in old[s] and old[s][k] != v]
         if differ:

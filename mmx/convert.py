@@ -177,7 +177,8 @@ def _layer(name: str) -> float:
     return int(parts[2]) if parts[1] == "layers" else -1 if parts[1] == "embed_tokens" else float("inf")
 
 
-def _dtype(name: str | None) -> np.dtype | None:
+def _dtype(name) -> np.dtype | None:
+    name = name if name is None or isinstance(name, str) else np.dtype(name).name
     if name is not None and name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is none of {', '.join(DTYPES)}")
     return DTYPES.get(name)
@@ -245,8 +246,9 @@ def _nest(flat: dict[tuple[str, ...], object]) -> dict:
     return tree
 
 
-def load(path: str | Path, dtype: str | None = None) -> Loaded:
-    """A checkpoint in either form, ready to run: no tokens are dropped; parameters in `dtype`, or as stored."""
+def load(path: str | Path, dtype=None) -> Loaded:
+    """A checkpoint in either form, ready to run: no tokens are dropped; parameters in `dtype` (a name, or what NumPy and
+    JAX take for one), or as stored."""
     from mmx.model import Model  # here, for a conversion needs no Flax
 
     source = open_source(path)

@@ -215,7 +215,8 @@ def read_model(config: dict, where) -> dict:
     model["kv_heads"] = config.get("num_key_value_heads") or model["heads"]
     model["head_dim"] = config.get("head_dim") or model["dim"] // model["heads"]
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    model["rotary_dim"] = config.get("rotary_dim") or round(share * model["head_dim"])
+    rotary_dim = config.get("rotary_dim")
+    model["rotary_dim"] = round(share * model["head_dim"]) if rotary_dim is None else rotary_dim
     model["rope_theta"] = float(config.get("rope_theta") or rope.get("rope_theta", 10_000.0))
     model["top_k"] = config.get("num_experts_per_tok", 2)
     model["norm_eps"] = float(config.get("rms_norm_eps", 1e-5))

@@ -27,6 +27,13 @@ def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
+def test_a_hugging_face_folder_is_no_workdir(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "minimax"}')
+    with pytest.raises(ConfigError, match="is no run's config"):
+        check_config(tmp_path, config.build({}))
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "minimax"}'
+
+
 def equal(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):

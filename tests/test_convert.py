@@ -187,6 +187,8 @@ def test_both_dialects_say_the_same():
     assert model.alpha_lightning == stock["linear_attn_alpha_factor"] and model.norm_eps == 1e-5
     ids = dict.fromkeys(convert.BYTE_IDS)
     for dialect in convert.DIALECTS:
+        bare = dataclasses.replace(model, rotary_dim=0)
+        assert config.Model(**released.read_model(released.write_model(bare, dialect, "float32", ids), "x")) == bare
         assert config.Model(**released.read_model(released.write_model(model, dialect, "float32", ids), "x")) == model
     text = released.write_model(model, "released", "float32", ids)
     assert not text.keys() & {"layer_types", "rope_parameters", "linear_attn_alpha_factor"}
