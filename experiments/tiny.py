@@ -5,7 +5,8 @@
 
 Bytes of the State of the Union corpus, a third of one epoch. With train.seconds the schedule follows the clock and the
 run ends on time on any machine; without it, 2,000 steps, which take about as long on two cores.
-Result on 2 CPU cores, 2026-11-23: 1.682 bits per byte on all validation files after 290 s (1,934 steps, 4.0 M tokens);
+Result on 2 CPU cores, 2026-11-23: 1.682 bits per byte on all validation files after 290 s (1,934 steps, 4.0 M tokens),
+1.719 on a slower day (1,542 steps);
 xz -9e 2.727, gzip -9 2.932 on the same files.
 Tried and worse after 0.8 M tokens (bits per byte of training): learning rate 3e-3 2.04, 12e-3 2.24 against 2.03 at 6e-3;
 4 experts of 256 (2.03 at 10,200 tokens/s) against 8 of 128 (2.05 at 14,000): the faster one learns more in the time.
