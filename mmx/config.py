@@ -76,6 +76,7 @@ class Model:
         _choice("model.aux", m.aux, AUX_FORMS)
         _choice("model.init", m.init, INITS)
         _choice("model.dtype", m.dtype, ("float32", "bfloat16", "float64"))
+        _require(m.rope_theta > 0, f"model.rope_theta={m.rope_theta} must be positive")
         _require(m.chunk >= 0, f"model.chunk={m.chunk} must be at least 1, or 0 to pick")
         _choice("model.impl", m.impl, ("", "xla", "tpu", "gpu"))
 
@@ -179,6 +180,9 @@ class Train:
         for name in ("seconds", "lr", "lr_end", "warmup", "eps", "weight_decay", "clip", "eval_every", "eval_bytes",
                      "sample_every"):
             _require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must be 0 or more")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"train.{name}={getattr(self, name)} must be from 0 to below 1")
+        _require(0 <= self.seed < 2 ** 32, f"train.seed={self.seed} must be from 0 to 2^32 - 1")
         _require(0 <= self.decay <= 1, f"train.decay={self.decay} is a share of the run, from 0 to 1")
         for name, kinds in (("ramp", int), ("rates", (int, float))):
             points = getattr(self, name)
@@ -203,10 +207,11 @@ class Data:
     def validate(self):
         _require(self.sources, "data.sources is empty: name 'sotu' or a path")
         _require(all(isinstance(s, str) for s in self.sources), f"data.sources={self.sources} must be names")
+        _require(0 <= self.seed < 2 ** 32, f"data.seed={self.seed} must be from 0 to 2^32 - 1")
         _require(self.shards > 0, f"data.shards={self.shards} must be positive")
         for point in self.weights:
-            ok = (isinstance(point, tuple) and len(point) == 2 and isinstance(point[1], tuple)
-                  and len(point[1]) == len(self.sources))
+            ok = (isinstance(point, tuple) and len(point) == 2 and type(point[0]) is int and isinstance(point[1], tuple)
+                  and len(point[1]) == len(self.sources) and all(isinstance(w, (int, float)) and w >= 0 for w in point[1]))
             _require(ok, f"data.weights={self.weights} needs (step, one weight a source) pairs; {len(self.sources)} sources")
 
 

@@ -3,6 +3,7 @@
 A step takes the ramp's number of micro-batches, adds their gradients, and applies one AdamW update at the rate that
 `optim` gives for the step. Metrics are fetched a step late, so that the device never waits for the host.
 """
+import dataclasses
 import functools
 import math
 import signal
@@ -65,6 +66,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
     check_config(workdir, experiment)
 
     model, optimizer = Model(experiment.model), optim.adamw(t)
+    undropped = Model(dataclasses.replace(experiment.model, capacity=0.0))       # inference drops no token
     whole, rows = meshes.replicated(mesh), meshes.rows(mesh, leading=1)
     checkpoints = Checkpoints(workdir, experiment.checkpoint.every, experiment.checkpoint.keep)
     with jax.set_mesh(mesh), jax.transfer_guard_host_to_device("disallow"), _Stop() as stop:
@@ -81,7 +83,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
                 before = data["seconds"]
         update = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, loss_chunk=t.loss_chunk),
                          donate_argnums=(0, 1), out_shardings=whole)
-        evaluate = make_evaluator(model, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
+        evaluate = make_evaluator(undropped, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
                                   sharding=meshes.rows(mesh))
         log = Log(workdir, t, step, optim.tokens_seen(t, step))
         report = functools.partial(_report, log, experiment, _bytes_per_token(tokenizer, held_out))
@@ -111,7 +113,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
                     log.scalar("validation/bits_per_byte", evaluate(params, held_out, t.eval_bytes)["all"], step)
                 if sample and t.sample_every and step % t.sample_every == 0:
                     with jax.transfer_guard_host_to_device("allow"):
-                        log.text("sample", sample(model, params, tokenizer, t.sample_prompt), step)
+                        log.text("sample", sample(undropped, params, tokenizer, t.sample_prompt), step)
         finally:
             log.close()
             checkpoints.close()

@@ -125,6 +125,19 @@ def test_a_finished_run_is_left_as_it_is(whole, text, monkeypatch):
     assert (whole / "metrics.jsonl").read_text() == before
 
 
+def test_validation_drops_no_token(text, tmp_path, monkeypatch):
+    seen = []
+
+    def evaluator(model, *args, **kwargs):
+        seen.append(model.config.capacity)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "make_evaluator", evaluator)
+    assert ramped(text).model.capacity == 1.0
+    with pytest.raises(KeyboardInterrupt):
+        train.run(ramped(text), tmp_path / "run")
+    assert seen == [0.0]
+
+
 def test_interrupted_anywhere_it_resumes_bit_by_bit(whole, text, tmp_path, monkeypatch):
     """Ctrl-C when the record of a random step is due; the loop lets nothing cross to the device unasked."""
     stop = random.randrange(2, STEPS + 1)
