@@ -1,21 +1,23 @@
 """Checkpoints of a run: WORKDIR/checkpoints/STEP holds the Orbax items params, opt (with the step) and data.
 
-Orbax saves asynchronously and commits a step by renaming it, so that a half-written one is never seen. `open_params`
-and `create_params` reach the arrays of the params item through TensorStore: a conversion reads and writes slices, never
-a whole tensor. WORKDIR/config.json says what the run is; `check_config` guards it.
+Orbax saves asynchronously and commits a step by renaming it, so that a half-written one is never seen. `open_arrays`
+and `create_params` reach the arrays of an item through TensorStore: a conversion reads and writes slices, never a whole
+tensor, and what is damaged is named. WORKDIR/config.json says what the run is; `check_config` guards it.
 """
+import contextlib
 import json
 import os
 import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import checkpoint_managers
 
 from mmx.config import ConfigError, Experiment, to_json
-from mmx.released import read_json
+from mmx.released import check_shapes, read_json
 
 CHUNK_BYTES = 64 << 20      # of an array on disk: bounds what reading a slice decodes
 FREE = {    # what a resumed run may change, beside checkpoint and mesh: how long, how fast, what is shown
@@ -49,14 +51,14 @@ class Checkpoints:
         `params` and `opt` are abstract trees, shardings included. A converted checkpoint has parameters only: its opt
         and data are None.
         """
-        step = self.manager.latest_step()
-        if step is None:
+        number = self.manager.latest_step()
+        if number is None:
             return None
-        items = {"params": ocp.args.StandardRestore(params), "opt": ocp.args.StandardRestore(opt),
-                 "data": ocp.args.JsonRestore()}
-        held = {name: args for name, args in items.items() if (self.manager.directory / str(step) / name).exists()}
-        found = self.manager.restore(step, args=ocp.args.Composite(**held))
-        return step, found["params"], found.get("opt"), found.get("data")
+        step = Path(self.manager.directory) / str(number)
+        params = _read_tree(step, "params", params)
+        if "opt" not in read_json(step / "_CHECKPOINT_METADATA").get("item_handlers", ()):
+            return number, params, None, None
+        return number, params, _read_tree(step, "opt", opt), read_json(step / "data" / "metadata")
 
     def preempted(self, step: int) -> bool:
         """Whether a distributed run was asked to stop (SIGTERM to any process): true at the same step in all."""
@@ -76,13 +78,28 @@ def _chunks(path, leaf) -> ocp.SaveArgs:
     return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes)
 
 
-def check_config(workdir: str | Path, experiment: Experiment) -> None:
-    """Writes WORKDIR/config.json, or raises ConfigError where the one there describes another run."""
+def read_config(workdir: str | Path) -> dict:
+    """The sections of WORKDIR/config.json."""
     path = Path(workdir) / "config.json"
+    sections = read_json(path)
+    if "model" not in sections or not all(isinstance(section, dict) for section in sections.values()):
+        raise ConfigError(f"{path} is no run's config: it is damaged, or a Hugging Face checkpoint's")
+    return sections
+
+
+def check_config(workdir: str | Path, experiment: Experiment) -> None:
+    """Writes WORKDIR/config.json, and tokenizer.json where the run has one; raises ConfigError where those there are
+    another run's."""
+    path, name = Path(workdir) / "config.json", experiment.data.tokenizer
+    files = {path: to_json(experiment).encode()}
+    tokenizer = path.with_name("tokenizer.json")
+    if name != "bytes":
+        files[tokenizer] = Path(name).read_bytes()
+    if tokenizer.exists() and tokenizer.read_bytes() != files.get(tokenizer):
+        raise ConfigError(f"data.tokenizer={name!r} is not the {tokenizer} that the run has: give "
+                          f"--config.data.tokenizer={tokenizer}, or another --workdir")
     if path.exists():
-        there = read_json(path)
-        if not isinstance(there.get("model"), dict):
-            raise ConfigError(f"{path} is no run's config, perhaps a Hugging Face checkpoint's: give another --workdir")
+        there = read_config(workdir)
         old, new = _comparable(there), _comparable(json.loads(to_json(experiment)))
         differ = [f"{s}.{k} (there {old[s][k]!r}, now {v!r})" for s in old for k, v in new[s].items()
                   if k in old[s] and old[s][k] != v]
@@ -91,9 +108,10 @@ def check_config(workdir: str | Path, experiment: Experiment) -> None:
                               "another --workdir")
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"config.json.partial-{os.getpid()}")
-        partial.write_text(to_json(experiment))
-        partial.replace(path)
+        for file, content in files.items():
+            partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
+            partial.write_bytes(content)
+            partial.replace(file)
 
 
 def _comparable(sections: dict) -> dict:
@@ -120,20 +138,58 @@ CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"li
            "file_io_concurrency": {"limit": 2}}
 
 
-def open_params(step: Path) -> dict[tuple[str, ...], ts.TensorStore]:
-    """The arrays of a step's params by path; each is read by slices: `array[index].read().result()`."""
-    folder = step / "params"
-    metadata = json.loads((folder / "_METADATA").read_text())
-    base = {"driver": "file", "path": f"{folder}/"}
-    driver, context = "zarr3" if metadata["use_zarr3"] else "zarr", ts.Context(CONTEXT)
+@contextlib.contextmanager
+def stored(what):
+    """Says in one line what of `what` failed: TensorStore has ValueError, and many words, for all it meets."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"{what}: {str(error).partition(' [')[0]}") from None
+
+
+def open_arrays(step: Path, item: str = "params", limits: dict = CONTEXT) -> dict[tuple[str, ...], ts.TensorStore]:
+    """The arrays of an item of a step by path; each is read by slices: `read(array)`, `array[index].read().result()`.
+
+    A chunk that is missing is an error, for every chunk was written, those of zeros too.
+    """
+    folder = step / item
+    metadata = read_json(folder / "_METADATA")
+    try:
+        paths = [tuple(k["key"] for k in entry["key_metadata"]) for entry in metadata["tree_metadata"].values()
+                 if entry["value_metadata"]["value_type"] == "jax.Array"]       # not an optimizer's empty state
+        names = {path: ".".join(path) for path in paths}
+        driver, ocdbt = "zarr3" if metadata["use_zarr3"] else "zarr", metadata["use_ocdbt"]
+    except (AttributeError, KeyError, TypeError):
+        raise ConfigError(f"{folder / '_METADATA'} is damaged: it has no table of arrays") from None
+    base, context = {"driver": "file", "path": f"{folder}/"}, ts.Context(limits)
     arrays = {}
-    for entry in metadata["tree_metadata"].values():
-        keys = tuple(k["key"] for k in entry["key_metadata"])
-        name = ".".join(keys)
-        store = {"driver": "ocdbt", "base": base, "path": f"{name}/"} if metadata["use_ocdbt"] else base | {
-            "path": f"{folder}/{name}/"}
-        arrays[keys] = ts.open({"driver": driver, "kvstore": store}, open=True, read=True, context=context)
-    return {keys: array.result() for keys, array in arrays.items()}
+    for path, name in names.items():
+        store = {"driver": "ocdbt", "base": base, "path": f"{name}/"} if ocdbt else base | {"path": f"{folder}/{name}/"}
+        spec = {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
+        arrays[path] = ts.open(spec, open=True, read=True, context=context)
+    for path, array in arrays.items():
+        with stored(f"{folder} is damaged, tensor {names[path]}"):
+            arrays[path] = array.result()
+    return arrays
+
+
+def read(array: ts.TensorStore, index=...) -> np.ndarray:
+    """A slice of an array of `open_arrays`."""
+    with stored("the checkpoint is damaged"):       # the message names chunk and folder
+        return array[index].read().result()
+
+
+def _read_tree(step: Path, item: str, tree):
+    """An item's arrays in the place, type and sharding of the abstract leaves of `tree`."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    wanted = {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
+    arrays = open_arrays(step, item, {})
+    check_shapes({"/".join(path): array.shape for path, array in arrays.items()},
+                 {"/".join(path): leaf.shape for path, leaf in wanted.items()}, step / item)
+    return treedef.unflatten([
+        jax.make_array_from_callback(leaf.shape, leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+                                     lambda index, path=path, leaf=leaf: read(arrays[path], index).astype(leaf.dtype))
+        for path, leaf in wanted.items()])
 
 
 def create_params(step: Path, arrays: dict[tuple[str, ...], tuple]) -> dict[tuple[str, ...], ts.TensorStore]:
@@ -147,7 +203,8 @@ def create_params(step: Path, arrays: dict[tuple[str, ...], tuple]) -> dict[tupl
     for keys, (shape, dtype, chunks) in arrays.items():
         spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder / '.'.join(keys)}/"},
                 "metadata": {"compressor": None, "chunks": list(chunks)}, "store_data_equal_to_fill_value": True}
-        stores[keys] = ts.open(spec, create=True, shape=shape, dtype=dtype.name, context=context).result()
+        with stored(f"{step} cannot be written"):
+            stores[keys] = ts.open(spec, create=True, shape=shape, dtype=dtype.name, context=context).result()
         tree[str(keys)] = {"key_metadata": [{"key": k, "key_type": 2} for k in keys],
                            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False}}
     (folder / "_METADATA").write_text(json.dumps({

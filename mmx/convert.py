@@ -5,6 +5,7 @@ A source gives slices of leaves, a conversion writes them: both walk `released.l
 """
 import contextlib
 import dataclasses
+import glob
 import json
 import os
 import shutil
@@ -69,17 +70,18 @@ class WorkdirSource:
     """The params of a committed step of a workdir; one that nobody has trained yet has the side files of its origin."""
 
     def __init__(self, workdir: Path, step: Path):
-        text = released.read_json(workdir / "config.json")
+        text = checkpoint.read_config(workdir)
         experiment = config.build(text)
         self.model, self.arguments = experiment.model, text["model"]
-        self.arrays = checkpoint.open_params(step)
+        self.arrays = checkpoint.open_arrays(step)
         released.check_shapes({"/".join(path): array.shape for path, array in self.arrays.items()},
                               {"/".join(leaf.path): leaf.shape for leaf in released.leaves(self.model)}, step)
-        if "data" in text:
-            self.beside, self.tokenizer = None, experiment.data.tokenizer
-        else:
-            self.beside = workdir
+        self.beside = None if "data" in text else workdir
+        own = workdir / "tokenizer.json"
+        if self.beside:
             self.tokenizer = _tokenizer(workdir, self.ids())
+        else:
+            self.tokenizer = str(own) if own.exists() else experiment.data.tokenizer
 
     def ids(self) -> dict:
         """bos, eos and pad."""
@@ -93,10 +95,10 @@ class WorkdirSource:
         return self.arrays[leaf.path].dtype.numpy_dtype
 
     def read(self, files, leaf, piece) -> np.ndarray:
-        return self.arrays[leaf.path][piece.index].read().result()
+        return checkpoint.read(self.arrays[leaf.path], piece.index)
 
     def read_leaf(self, files, leaf) -> np.ndarray:
-        return self.arrays[leaf.path].read().result()
+        return checkpoint.read(self.arrays[leaf.path])
 
 
 def open_source(path: str | Path) -> ReleasedSource | WorkdirSource:
@@ -124,7 +126,8 @@ def from_hf(path: str | Path, out: str | Path, dtype: str | None = None, progres
             leaf.path: (leaf.shape, dtypes[leaf.path], leaf.chunks(source.dtype(leaf).itemsize)) for leaf in leaves})
 
         def write(leaf, piece, slice_):
-            arrays[leaf.path][piece.index].write(slice_.astype(dtypes[leaf.path], copy=False)).result()
+            with checkpoint.stored(f"{out} cannot be written"):
+                arrays[leaf.path][piece.index].write(slice_.astype(dtypes[leaf.path], copy=False)).result()
 
         _stream(source, leaves, write, progress)
         (partial / "config.json").write_text(json.dumps({"model": source.arguments}, indent=1))
@@ -203,6 +206,9 @@ def _destination(out: str | Path):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; give another --out, or remove it")
     partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    for old in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
+        if old == partial or not _runs(old.name.rpartition("-")[2]):
+            shutil.rmtree(old)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -210,6 +216,16 @@ def _destination(out: str | Path):
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _runs(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:      # killed amid a conversion
+        return False
+    except (OSError, ValueError, OverflowError):        # another user's, or no partial of ours
+        pass
+    return True
 
 
 def _ids(config_json: dict) -> dict:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore as ts
 
 from mmx import checkpoint, config, convert
 from mmx.checkpoint import Checkpoints, check_config
@@ -100,7 +101,7 @@ def test_half_written_steps_are_ignored(workdir, tmp_path):
 
 def test_params_are_read_by_slices(workdir):
     path, (params, _), *_ = workdir
-    arrays = checkpoint.open_params(checkpoint.find_step(path)[1])
+    arrays = checkpoint.open_arrays(checkpoint.find_step(path)[1])
     flat = {tuple(k.key for k in keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
     assert arrays.keys() == flat.keys()
     for keys, leaf in flat.items():
@@ -115,7 +116,7 @@ def test_large_leaves_are_saved_in_chunks(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, every=1, keep=1)
     checkpoints.save(0, params, {"step": jnp.zeros(())}, {})
     checkpoints.close()
-    arrays = checkpoint.open_params(checkpoint.find_step(tmp_path)[1])
+    arrays = checkpoint.open_arrays(checkpoint.find_step(tmp_path)[1])
     assert all(np.prod(a.chunk_layout.read_chunk.shape) * 4 <= 256 for a in arrays.values())
     assert arrays[("groups", "layer_0", "moe", "w1_EDF")].chunk_layout.read_chunk.shape[:2] == (1, 1)
 
@@ -131,6 +132,69 @@ def test_a_converted_checkpoint_restores_parameters_alone(workdir, tmp_path):
     checkpoints.save(3, params, opt, {"at": 3}, force=True)
     checkpoints.close()
     assert checkpoint.find_step(run)[1].name == "3"
+
+
+def chunk(item, name, value=None):
+    """Removes what an item's database holds under a name, or puts other bytes there."""
+    def spoil(step):
+        base = {"driver": "file", "path": f"{step / item}/"}
+        store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        for key in [key for key in store.list().result() if key.decode().startswith(name)]:
+            store.write(key, value).result()        # None removes the key
+    return spoil
+
+
+def cut(name):
+    return lambda step: (step / name).write_bytes((step / name).read_bytes()[:20])
+
+
+DAMAGES = {
+    "chunk": (chunk("params", "embed_WD/0"), "damaged: .*embed_WD/0.0.* is missing"),
+    "cut chunk": (chunk("params", "groups.layer_0.mixer.q_DHK/0", b"abc"), "damaged: .*groups.layer_0.mixer.q_DHK/0"),
+    "tensor": (chunk("params", "norm_D/"), "params is damaged, tensor norm_D: .*does not exist"),
+    "cut table": (cut("params/_METADATA"), "params/_METADATA cannot be read as JSON"),
+    "other table": (lambda step: (step / "params/_METADATA").write_text("{}"), "params/_METADATA is damaged"),
+    "database": (cut("params/manifest.ocdbt"), "params is damaged, tensor .*manifest.ocdbt"),
+    "chunk of opt": (chunk("opt", "0.nu.head_WD/0"), "damaged: .*0.nu.head_WD/0.0.* is missing"),
+    "no opt": (lambda step: shutil.rmtree(step / "opt"), "opt/_METADATA cannot be read"),
+    "data": (cut("data/metadata"), "data/metadata cannot be read as JSON"),
+    "config": (lambda step: (step.parents[1] / "config.json").write_text("{}"), "config.json is no run's config"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_step_is_one_line_that_names_the_place(workdir, tmp_path, damage):
+    path, (params, opt), *_ = workdir
+    spoil, message = DAMAGES[damage]
+    run = shutil.copytree(path, tmp_path / "run")
+    spoil(run / "checkpoints" / "5")
+    if damage != "config":          # where `check_config` comes first
+        checkpoints = Checkpoints(run, every=2, keep=2)
+        with pytest.raises(ConfigError, match=message) as caught:
+            checkpoints.restore(abstract(params), abstract(opt))
+        checkpoints.close()
+        assert "\n" not in str(caught.value)
+    if "opt" not in damage and damage != "data":
+        with pytest.raises(ConfigError, match=message):
+            convert.to_hf(run, tmp_path / "hf", progress=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path):
+    mine, other = tmp_path / "mine.json", tmp_path / "other.json"
+    mine.write_text("{}")
+    other.write_text("[]")
+
+    def check(tokenizer):
+        check_config(tmp_path / "run", config.Experiment(model=MODEL, data=config.Data(tokenizer=str(tokenizer))))
+
+    check(mine)
+    own = tmp_path / "run" / "tokenizer.json"
+    assert own.read_text() == "{}" and sorted(p.name for p in own.parent.iterdir()) == ["config.json", "tokenizer.json"]
+    check(mine)
+    for tokenizer in ("bytes", other):
+        with pytest.raises(ConfigError, match=f"give --config.data.tokenizer={own}, or another --workdir"):
+            check(tokenizer)
 
 
 def test_restoring_on_other_devices_gives_the_same(workdir):
