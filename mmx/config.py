@@ -76,7 +76,8 @@ class Model:
         _choice("model.aux", m.aux, AUX_FORMS)
         _choice("model.init", m.init, INITS)
         _choice("model.dtype", m.dtype, ("float32", "bfloat16", "float64"))
-        _require(m.rope_theta > 0, f"model.rope_theta={m.rope_theta} must be positive")
+        for name in ("rope_theta", "norm_eps", "head_norm_eps"):
+            _require(getattr(m, name) > 0, f"model.{name}={getattr(m, name)} must be positive")
         _require(m.chunk >= 0, f"model.chunk={m.chunk} must be at least 1, or 0 to pick")
         _choice("model.impl", m.impl, ("", "xla", "tpu", "gpu"))
 
@@ -282,7 +283,7 @@ def build(config: ConfigDict | dict) -> Experiment:
         _require(isinstance(values, dict), f"config.{name} must be a section, got {values!r}")
         fields = {f.name: f for f in dataclasses.fields(kind)}
         _known(name + ".", values, fields)
-        parts[name] = kind(**{k: _typed(f"{name}.{k}", v, fields[k].type) for k, v in values.items()})
+        parts[name] = kind(**{k: typed(f"{name}.{k}", v, fields[k].type) for k, v in values.items()})
         parts[name].validate()
     return Experiment(**parts)
 
@@ -306,11 +307,11 @@ def _known(prefix, values, known):
         _require(key in known, f"unknown config key {prefix}{key}{nearest(key, known)}")
 
 
-def _typed(key, value, kind):
+def typed(key, value, kind):
     """`value` as the field's type: an int serves as a float, a list as a tuple; nothing else is bent."""
     if kind is tuple and isinstance(value, (list, tuple)):
-        return tuple(_typed(key, v, tuple) if isinstance(v, (list, tuple)) else v for v in value)
-    if kind is float and type(value) is int:
+        return tuple(typed(key, v, tuple) if isinstance(v, (list, tuple)) else v for v in value)
+    if kind is float and type(value) is int and abs(value) < 2 ** 1023:
         return float(value)
     _require(type(value) is kind, f"config key {key} needs {kind.__name__}, got {value!r}")
     if kind is float:

@@ -5,6 +5,7 @@ and writing walk the same slices. A slice is a run of the released layout's lead
 or one a head where q, k and v are interleaved): memory is bounded by SLICE_BYTES and not by a tensor.
 """
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mmx.config import ConfigError, Model
+from mmx.config import ConfigError, Model, typed
 
 SLICE_BYTES = 64 << 20
 BLOCK = 256                                             # transformers' block_size: the extent of its decay buffers
@@ -180,53 +181,67 @@ def read_model(config: dict, where) -> dict:
     Where one holds both, the released keys win: stock transformers' rotary_dim is always the whole head. Keys that are
     absent have the released code's defaults, except that postnorm is true, as in every released config.
     """
-    def refuse(text):
-        raise ConfigError(f"{where}: {text}")
+    try:
+        model = _arguments(config)
+        Model(**model).validate()
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return model
 
-    missing = [key for key in REQUIRED.values() if not isinstance(config.get(key), (int, list))]
-    if missing:
-        refuse(f"needs numbers for {', '.join(missing)}")
-    model = {ours: config[theirs] for ours, theirs in REQUIRED.items()}
-    experts = set(_listed(model["experts"]))
+
+def _field(of: dict, keys: str, kind: type, default=None, null=None):
+    """The value of the first of `keys` that is there: a `kind`, or null where that may stand for a default."""
+    key = next((key for key in keys.split() if key in of), None)
+    if key is None and default is not None:
+        return default
+    value = of.get(key)
+    return null if value is None and null is not None else typed(key or keys, value, kind)
+
+
+def _arguments(config: dict) -> dict:
+    model = {ours: _field(config, theirs, int) for ours, theirs in REQUIRED.items() if ours != "experts"}
+    experts = {typed("num_local_experts", count, int) for count in _listed(config.get("num_local_experts"))}
     if len(experts) != 1:
-        refuse(f"num_local_experts={sorted(experts)}: layers with different numbers of experts are not supported")
-    model["experts"] = experts.pop()
-    if not config.get("postnorm", True):
-        refuse("postnorm=false (the residual is the un-normed input) is not supported; the released models have true")
-    if any(_listed(config.get("shared_intermediate_size") or 0)):
-        refuse(f"shared_intermediate_size={config['shared_intermediate_size']}: a shared MLP is not supported")
-    rope = config.get("rope_parameters") or {}
+        raise ConfigError(f"num_local_experts={sorted(experts)}: layers with different numbers of experts are not supported")
+    model["experts"], = experts
+    if not _field(config, "postnorm", bool, True):
+        raise ConfigError("postnorm=false (the residual is the un-normed input) is not supported; the released models have "
+                          "true")
+    rope = _field(config, "rope_parameters", dict, {}, {})
+    shared = config.get("shared_intermediate_size") or 0
     for key, value, only in (("hidden_act", config.get("hidden_act", "silu"), "silu"),
+                             ("shared_intermediate_size", shared if any(_listed(shared)) else 0, 0),
                              ("tie_word_embeddings", config.get("tie_word_embeddings", False), False),
                              ("sliding_window", config.get("sliding_window"), None),
                              ("rope_scaling", config.get("rope_scaling"), None),
                              ("rope_parameters.rope_type", rope.get("rope_type", "default"), "default"),
                              ("quantization_config", config.get("quantization_config"), None)):
         if value != only:
-            refuse(f"{key}={value!r} is not supported, only {only!r}")
+            raise ConfigError(f"{key}={value!r} is not supported, only {only!r}")
     kinds = {0: "L", 1: "S", "linear_attention": "L", "full_attention": "S"}
     listed = config.get("attn_type_list") or config.get("layer_types")
-    if not isinstance(listed, list) or len(listed) != model["layers"] or not set(listed) <= kinds.keys():
-        refuse(f"needs attn_type_list (0 lightning, 1 softmax) or layer_types (linear_attention, full_attention) for "
-               f"{model['layers']} layers, got {listed!r}")
+    if not isinstance(listed, list) or len(listed) != model["layers"] or not all(
+            isinstance(kind, (int, str)) and kind in kinds for kind in listed):
+        raise ConfigError(f"needs attn_type_list (0 lightning, 1 softmax) or layer_types (linear_attention, full_attention) "
+                          f"for {model['layers']} layers, got {listed!s:.200}")
     letters = "".join(kinds[kind] for kind in listed)
     model["pattern"] = next(letters[:p] for p in range(1, len(letters) + 1)
                             if letters[:p] * (len(letters) // p) == letters)
-    model["kv_heads"] = config.get("num_key_value_heads") or model["heads"]
-    model["head_dim"] = config.get("head_dim") or model["dim"] // model["heads"]
-    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    rotary_dim = config.get("rotary_dim")
-    model["rotary_dim"] = round(share * model["head_dim"]) if rotary_dim is None else rotary_dim
-    model["rope_theta"] = float(config.get("rope_theta") or rope.get("rope_theta", 10_000.0))
-    model["top_k"] = config.get("num_experts_per_tok", 2)
-    model["norm_eps"] = float(config.get("rms_norm_eps", 1e-5))
-    model["context"] = config.get("max_position_embeddings", Model.context)
+    model["kv_heads"] = _field(config, "num_key_value_heads", int, model["heads"], model["heads"])
+    share = model["dim"] // max(model["heads"], 1)
+    model["head_dim"] = _field(config, "head_dim", int, share, share)
+    part = round(_field(config | rope, "partial_rotary_factor", float, 1.0) * model["head_dim"])
+    model["rotary_dim"] = _field(config, "rotary_dim", int, part, part)
+    theta = _field(rope, "rope_theta", float, 10_000.0)
+    model["rope_theta"] = _field(config, "rope_theta", float, theta, theta)
+    model["top_k"] = _field(config, "num_experts_per_tok", int, 2)
+    model["norm_eps"] = _field(config, "rms_norm_eps", float, 1e-5)
+    model["context"] = _field(config, "max_position_embeddings", int, Model.context)
+    model["aux"], model["aux_weight"] = "hf", _field(config, "router_aux_loss_coef", float, 0.001)
     for ours, names in FACTORS.items():
-        model[ours] = float(next((config[name] for name in names if name in config), 1.0))
-    try:
-        Model(**model).validate()
-    except (ConfigError, TypeError) as error:
-        refuse(error)
+        model[ours] = _field(config, " ".join(names), float, 1.0)
+        if model[ours] == 0 and ours.startswith("alpha"):
+            raise ConfigError(f"{' or '.join(names)} is 0: a residual without its input is not supported")
     return model
 
 
@@ -236,9 +251,11 @@ def _listed(value) -> list:
 
 def write_model(model: Model, dialect: str, dtype: str, ids: dict) -> dict:
     """config.json of a model. The transformers dialect holds the released keys too, which stock transformers keeps and
-    ignores: its own have no place for partial RoPE that it would honour."""
+    ignores: its own have no place for partial RoPE that it would honour. router_aux_loss_coef weighs transformers' form
+    of the balance loss, top_k where ours is 1 or 1/experts^2 (model.md section 5): the weight is scaled to press as hard."""
     if model.head_norm_eps != 1e-6:
         raise ConfigError(f"model.head_norm_eps={model.head_norm_eps} has no place in the released form: 1e-6 is fixed")
+    aux_weight = model.aux_weight / {"hf": 1, "switch": model.top_k, "paper": model.top_k * model.experts**2}[model.aux]
     released = {
         "attn_type_list": ["LS".index(kind) for kind in model.layer_kinds], "rotary_dim": model.rotary_dim,
         "rope_theta": model.rope_theta, "postnorm": True, "shared_intermediate_size": 0, "shared_moe_mode": "sigmoid",
@@ -251,7 +268,7 @@ def write_model(model: Model, dialect: str, dtype: str, ids: dict) -> dict:
     both = {theirs: getattr(model, ours) for ours, theirs in REQUIRED.items()} | {
         "num_key_value_heads": model.kv_heads, "head_dim": model.head_dim, "num_experts_per_tok": model.top_k,
         "rms_norm_eps": model.norm_eps, "hidden_act": "silu", "max_position_embeddings": model.context,
-        "router_aux_loss_coef": model.aux_weight, "router_jitter_noise": 0.0, "tie_word_embeddings": False,
+        "router_aux_loss_coef": aux_weight, "router_jitter_noise": 0.0, "tie_word_embeddings": False,
         "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True, **ids}
     if dialect == "released":
         return {"architectures": ["MiniMaxText01ForCausalLM"], "model_type": "minimax_text_01", "torch_dtype": dtype,
@@ -272,7 +289,7 @@ class Tensor(NamedTuple):
 def read_json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object, got {type(value).__name__}")
@@ -289,20 +306,30 @@ def read_header(path: Path) -> dict[str, Tensor]:
         try:
             header = json.loads(file.read(start - 8))
             header.pop("__metadata__", None)
-            entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise ConfigError(f"{path} is no safetensors file: its header is not a JSON table of tensors") from None
-    tensors = {}
-    for name, (code, shape, begin, end) in entries.items():
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        try:
+            code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            sound = type(code) is str and all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
+        except (ValueError, KeyError, TypeError):
+            sound = False
+        if not sound:
+            raise ConfigError(f"{path} is damaged: tensor {name} needs dtype, shape and data_offsets, has {entry!s:.200}")
         if start + end > size:
             raise ConfigError(f"{path} is truncated: {name} ends at byte {start + end} of {size}; fetch the file again")
+        spans.append((begin, end, name))
         if name.rpartition(".")[2] in DECAY_BUFFERS:
             continue
         if code not in DTYPES:
             raise ConfigError(f"{path}: tensor {name} has dtype {code}; only {', '.join(DTYPES)} are supported")
-        if begin < 0 or end - begin != math.prod(shape) * DTYPES[code].itemsize:
+        if end - begin != math.prod(shape) * DTYPES[code].itemsize:
             raise ConfigError(f"{path} is damaged: tensor {name} of {code} {list(shape)} has {end - begin} bytes")
         tensors |= _released_names(name, Tensor(path, DTYPES[code], shape, start + begin))
+    for (_, end, name), (begin, _, after) in itertools.pairwise(sorted(spans)):
+        if begin < end:
+            raise ConfigError(f"{path} is damaged: the bytes of tensors {name} and {after} overlap")
     return tensors
 
 
@@ -312,7 +339,7 @@ def _released_names(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if not kind:
         return {name: tensor}
     stacks = {"experts.gate_up_proj": ("w1", "w3"), "experts.down_proj": ("w2",)}
-    if tail not in stacks or len(tensor.shape) != 3:
+    if tail not in stacks or len(tensor.shape) != 3 or tensor.shape[1] % len(stacks[tail]) or 0 in tensor.shape:
         return {f"{head}.block_sparse_moe.{tail}": tensor}
     names, (experts, rows, columns) = stacks[tail], tensor.shape
     rows //= len(names)
@@ -361,6 +388,8 @@ def few(names) -> str:
 
 def check_tensors(tensors: dict[str, Tensor], model: Model, where) -> None:
     """Raises ConfigError unless `tensors` are those of `model`."""
+    if model.checkpoint_tensors > 100_000 + len(tensors):       # more than can be listed
+        raise ConfigError(f"{where} holds {len(tensors)} tensors, its config.json asks for {model.checkpoint_tensors}")
     check_shapes({name: tensor.shape for name, tensor in tensors.items()},
                  {name: leaf.tensor_shape for leaf in leaves(model) for _, name in leaf.tensors()}, where)
 

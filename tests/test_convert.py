@@ -1,6 +1,8 @@
 """Conversion: the table, both directions bit by bit, both dialects, bounded memory, and every mistake in one line."""
 import dataclasses
 import json
+import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -133,7 +135,7 @@ def test_orbax_restores_what_from_hf_wrote(tmp_path):
 def test_sharded_equals_unsharded(tmp_path):
     one = convert.from_hf(CKPT, tmp_path / "one", progress=False)
     many = convert.from_hf(CKPT.with_name("ckpt_sharded"), tmp_path / "many", progress=False)
-    first, second = (checkpoint.open_params(run / "checkpoints" / "0") for run in (one, many))
+    first, second = (checkpoint.open_arrays(run / "checkpoints" / "0") for run in (one, many))
     assert first.keys() == second.keys()
     for path in first:
         np.testing.assert_array_equal(first[path].read().result(), second[path].read().result())
@@ -262,6 +264,21 @@ def cut(size):
     return edit
 
 
+NORM, STACK = "model.norm.weight", "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def edit_header(change, length=None):
+    def edit(directory):
+        path = directory / "model.safetensors"
+        raw = path.read_bytes()
+        end = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:end])
+        change(header)
+        text = json.dumps(header).encode()
+        path.write_bytes((length or len(text)).to_bytes(8, "little") + text + raw[end:])
+    return edit
+
+
 def index(place):
     def edit(directory):
         path = directory / "model.safetensors"
@@ -296,8 +313,30 @@ MISTAKES = {
     "uneven experts": (edit_config(num_local_experts=[1, 3]), "different numbers of experts"),
     "no layer list": (edit_config(attn_type_list=None), "needs attn_type_list"),
     "short layer list": (edit_config(attn_type_list=[0, 1]), "for 8 layers, got"),
-    "no width": (edit_config(hidden_size=None), "needs numbers for hidden_size"),
+    "no width": (edit_config(hidden_size=None), "config key hidden_size needs int, got None"),
     "heads": (edit_config(num_key_value_heads=3), "kv_heads=3 does not divide"),
+    "eps": (edit_config(rms_norm_eps="abc"), "key rms_norm_eps needs float, got 'abc'"),
+    "alpha": (edit_config(layernorm_mlp_alpha=None), "key layernorm_mlp_alpha needs float, got None"),
+    "no residual": (edit_config(layernorm_mlp_alpha=0), "layernorm_mlp_alpha or mlp_alpha_factor is 0: .* not supported"),
+    "rope": (edit_config(rope_parameters=[]), r"key rope_parameters needs dict, got \[\]"),
+    "head size": (edit_config(head_dim="16"), "key head_dim needs int, got '16'"),
+    "no heads": (edit_config(num_attention_heads=0, head_dim=None), "model.heads=0 must be positive"),
+    "layer list": (edit_config(attn_type_list=[[0]] * 8), r"for 8 layers, got \[\[0\]"),
+    "context": (edit_config(max_position_embeddings="8192"), "key max_position_embeddings needs int, got '8192'"),
+    "experts": (edit_config(num_local_experts=10**12), "holds 131 tensors, its config.json asks for 24000000000059"),
+    "many digits": (edit_config(rope_theta=10**400), "key rope_theta needs float, got 1000"),
+    "deep": (lambda d: (d / "config.json").write_text("[" * 10**5), "cannot be read as JSON: maximum recursion"),
+    "header length": (edit_header(lambda h: None, length=2**63), "its header ends at byte 9223372036854775816 of"),
+    "header": (edit_header(lambda h: h.update({NORM: [1]})), f"damaged: tensor {NORM} needs dtype, .* has \\[1\\]"),
+    "offsets": (edit_header(lambda h: h[NORM].update(data_offsets="ab")), f"damaged: tensor {NORM} needs .*'ab'"),
+    "negative": (edit_header(lambda h: h[NORM].update(data_offsets=[-48, 0])), f"damaged: tensor {NORM} needs "),
+    "shape": (edit_header(lambda h: h[NORM].update(shape=["12"])), f"damaged: tensor {NORM} needs "),
+    "dtype": (edit_header(lambda h: h[NORM].update(dtype="F7")), f"tensor {NORM} has dtype F7; only "),
+    "no dtype": (edit_header(lambda h: h[NORM].update(dtype=["F32"])), f"damaged: tensor {NORM} needs "),
+    "past the end": (edit_header(lambda h: h[NORM].update(data_offsets=[2**60, 2**60 + 48])), f"truncated: {NORM} ends at"),
+    "overlap": (edit_header(lambda h: h[NORM].update(data_offsets=[0, 48])), f"bytes of tensors .*{NORM}.* overlap"),
+    "odd stack": (edit_header(lambda h: h.update({STACK: {"dtype": "F32", "shape": [3, 1, 0], "data_offsets": [0, 0]}})),
+                  "has unknown .*gate_up_proj"),
     "index outside": (index(lambda names: {names[0]: "../model.safetensors"}), "only files in the same directory"),
     "index absolute": (index(lambda names: {names[0]: "/etc/passwd"}), "only files in the same directory"),
     "index of no file": (index(lambda names: {names[0]: "model-2.safetensors"}), "2.safetensors', which is not there"),
@@ -349,6 +388,45 @@ def test_interruption_leaves_nothing(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             call(tmp_path / "hf", tmp_path / "out", progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
+    write_released(tmp_path / "hf", dataclasses.replace(SMALL, vocab=4000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))         # as on a full disk
+    try:
+        with pytest.raises(ConfigError, match=r"out cannot be written: .*embed_WD") as caught:
+            convert.from_hf(tmp_path / "hf", tmp_path / "out", progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_what_a_killed_conversion_left_is_removed(tmp_path):
+    write_released(tmp_path / "hf", SMALL)
+    done = subprocess.Popen(["true"])
+    done.wait()
+    names = {f"out.partial-{done.pid}": False, f"out.partial-{os.getpid()}": False, f"out.partial-{os.getppid()}": True,
+             "out.partial-mine": True, f"other.partial-{done.pid}": True}
+    for name in names:
+        (tmp_path / name).mkdir()
+    convert.to_hf(tmp_path / "hf", tmp_path / "out", progress=False)
+    assert {name: (tmp_path / name).exists() for name in names} == names
+
+
+@pytest.mark.parametrize("aux, coefficient", [("hf", 0.02), ("switch", 0.01), ("paper", 0.02 / 18)])
+def test_the_balance_loss_keeps_its_weight(aux, coefficient):
+    """balanced, "hf" is top_k = 2, "switch" 1, "paper" 1/9; what is absent is transformers' 0.001."""
+    model = dataclasses.replace(SMALL, aux=aux, aux_weight=0.02)
+    for dialect in convert.DIALECTS:
+        text = released.write_model(model, dialect, "float32", {})
+        assert text["router_aux_loss_coef"] == pytest.approx(coefficient)
+        back = config.Model(**released.read_model(text, "x"))
+        assert (back.aux, back.aux_weight) == ("hf", text["router_aux_loss_coef"])
+        assert released.write_model(back, dialect, "float32", {}) == text
+    del text["router_aux_loss_coef"]
+    assert released.read_model(text, "x")["aux_weight"] == 0.001
 
 
 def test_head_norm_eps_has_no_released_place(tmp_path):
