@@ -186,10 +186,12 @@ def _read_tree(step: Path, item: str, tree):
     arrays = open_arrays(step, item, {})
     check_shapes({"/".join(path): array.shape for path, array in arrays.items()},
                  {"/".join(path): leaf.shape for path, leaf in wanted.items()}, step / item)
-    return treedef.unflatten([
-        jax.make_array_from_callback(leaf.shape, leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0]),
-                                     lambda index, path=path, leaf=leaf: read(arrays[path], index).astype(leaf.dtype))
-        for path, leaf in wanted.items()])
+    somewhere = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with jax.transfer_guard_host_to_device("allow"):        # training, which lets nothing cross unasked, asks here
+        return treedef.unflatten([jax.make_array_from_callback(
+            leaf.shape, leaf.sharding or somewhere,
+            lambda index, path=path, leaf=leaf: read(arrays[path], index).astype(leaf.dtype))
+            for path, leaf in wanted.items()])
 
 
 def create_params(step: Path, arrays: dict[tuple[str, ...], tuple]) -> dict[tuple[str, ...], ts.TensorStore]:

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     if not argv:
         parser.print_help()
         return 0
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(_joined(argv))
     args.overrides = rest
     try:
         if rest and not args.takes_config:
@@ -58,6 +58,24 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--config.key value` as one argument, so that no value passes for a file; a key that is true or false has none."""
+    joined = []
+    for argument in argv:
+        key = re.fullmatch(r"--config\.([\w.]+)", joined[-1]) if joined else None
+        if key and not argument.startswith("--") and _kinds().get(key[1]) != "bool":
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _kinds() -> dict[str, str]:
+    """The type of every config key."""
+    return {f"{section}.{key}": type(value).__name__
+            for section, values in config.default().items() for key, value in values.items()}
 
 
 def _fail(message: str, code: int) -> int:
@@ -142,8 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_experiment(path: str, overrides: list[str]) -> config.Experiment:
     """The experiment of FILE.py, or FILE.py:ARGUMENT for its get_config, with `--config.key=value` overrides."""
-    kinds = {f"{section}.{key}": type(value).__name__
-             for section, values in config.default().items() for key, value in values.items()}
+    kinds = _kinds()
     for override in overrides:
         key = re.match(r"--config\.([\w.]*)", override)
         if key and key[1] not in kinds:

@@ -184,6 +184,7 @@ class Train:
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"train.{name}={getattr(self, name)} must be from 0 to below 1")
         _require(0 <= self.seed < 2 ** 32, f"train.seed={self.seed} must be from 0 to 2^32 - 1")
+        _require(is_text(self.sample_prompt), f"train.sample_prompt={self.sample_prompt!a} is no text: it is not UTF-8")
         _require(0 <= self.decay <= 1, f"train.decay={self.decay} is a share of the run, from 0 to 1")
         for name, kinds in (("ramp", int), ("rates", (int, float))):
             points = getattr(self, name)
@@ -294,6 +295,11 @@ def to_json(experiment: Experiment) -> str:
 
 def from_json(text: str) -> Experiment:
     return build(json.loads(text))
+
+
+def is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it: a shell's bytes that are not UTF-8 come as lone surrogates."""
+    return value.encode("utf-8", "ignore").decode() == value
 
 
 def nearest(key: str, known) -> str:

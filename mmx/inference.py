@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx.config import ConfigError
+from mmx.config import ConfigError, is_text
 from mmx.data import tokens as tokenizers
 from mmx.model import Model, empty_cache, logits
 
@@ -44,7 +44,7 @@ def generate(loaded, prompts, *, steps: int, temperature: float = 0.0, top_k: in
     Returns:
       A list of strings for strings; the new ids [B, steps] for ids, which nothing stops.
     """
-    _check(loaded, prompts, steps, temperature, top_k, top_p)
+    _check(prompts, steps, temperature, top_k, top_p, seed)
     draw = {"temperature": np.float32(temperature), "top_k": np.int32(top_k or loaded.config.vocab),
             "top_p": np.float32(top_p)} if temperature else None
     if not isinstance(prompts, (str, list, tuple)) or not isinstance(prompts[0], str):
@@ -151,10 +151,15 @@ def _ids(c, ids_BT):
     return ids_BT.astype(np.int32)
 
 
-def _check(loaded, prompts, steps, temperature, top_k, top_p):
+def _check(prompts, steps, temperature, top_k, top_p, seed):
     if len(prompts) == 0:
         raise ConfigError("no prompt was given")
+    for prompt in prompts if isinstance(prompts, (list, tuple)) else [prompts]:
+        if isinstance(prompt, str) and not is_text(prompt):
+            raise ConfigError(f"prompt {prompt!a} is no text: it holds bytes that are not UTF-8, or half of a surrogate pair")
     for name, value, good in (("steps", steps, steps >= 1), ("temperature", temperature, temperature >= 0),
-                              ("top_k", top_k, top_k >= 0), ("top_p", top_p, 0 < top_p <= 1)):
+                              ("top_k", top_k, 0 <= top_k < 2**31), ("top_p", top_p, 0 < top_p <= 1),
+                              ("seed", seed, 0 <= seed < 2**32)):
         if not good:
-            raise ConfigError(f"{name}={value} is out of range: steps >= 1, temperature >= 0, top_k >= 0, 0 < top_p <= 1")
+            raise ConfigError(f"{name}={value} is out of range: steps >= 1, temperature >= 0, 0 <= top_k < 2^31, "
+                              "0 < top_p <= 1, 0 <= seed < 2^32")

@@ -63,6 +63,9 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
     mesh = meshes.make(experiment.mesh, t.batch)
     stream = pipeline.stream(experiment.data, t, host=jax.process_index(), hosts=jax.process_count())
     held_out = pipeline.validation(experiment.data)
+    bytes_per_token = _bytes_per_token(tokenizer, head(held_out, t.eval_bytes and max(t.eval_bytes, 65_536)))
+    if experiment.model.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ConfigError("model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment: without it JAX has float32 alone")
     check_config(workdir, experiment)
 
     model, optimizer = Model(experiment.model), optim.adamw(t)
@@ -86,7 +89,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
         evaluate = make_evaluator(undropped, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
                                   sharding=meshes.rows(mesh))
         log = Log(workdir, t, step, optim.tokens_seen(t, step))
-        report = functools.partial(_report, log, experiment, _bytes_per_token(tokenizer, held_out))
+        report = functools.partial(_report, log, experiment, bytes_per_token)
         total, pending, begin = optim.tokens_seen(t, t.steps), None, time.monotonic()
         try:
             while True:
@@ -142,8 +145,7 @@ def _abstract(make, sharding):
 
 
 def _bytes_per_token(tokenizer, documents) -> float:
-    """Of the held-out text (1 for bytes but for the special tokens, which count for nothing)."""
-    documents = head(documents, 65_536)
+    """Of held-out text (1 for bytes but for the special tokens, which count for nothing)."""
     return sum(len(raw) for _, raw in documents) / sum(len(tokenizer.encode(raw, name)) for name, raw in documents)
 
 

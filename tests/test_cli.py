@@ -1,6 +1,7 @@
 """The command line: every command once on a small run, and every mistake in one line with exit code 2."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 import mmx
-from mmx import cli, metrics
+from mmx import cli, convert, metrics
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "experiments" / "tiny.py")
@@ -103,6 +105,14 @@ def test_overrides_in_both_forms(place):
     assert cli.read_experiment(file, ["--config.model.remat"]).model.remat is True
 
 
+def test_overrides_stand_anywhere(place, capsys):
+    file = str(place / "small.py")
+    assert cli.main(["config", "--config.train.batch", "3", "--config.model.remat", file, "--config.train.lr", "--json"]) == 2
+    assert "config.train.lr" in capsys.readouterr().err
+    assert cli.main(["config", "--config.train.batch", "3", "--config.model.remat", file, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens_per_step"] == [[0, 96]]
+
+
 def test_train_is_done_once(place, capsys):
     assert cli.main(train(place)) == 0
     assert "trained 4 steps" in capsys.readouterr().out
@@ -181,6 +191,10 @@ def test_public_names(place):
     (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--steps", "0"], "steps=0 is out of range"),
     (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--steps", "x"], "invalid int value: 'x'"),
     (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--config.train.steps=1"], "unknown argument"),
+    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--seed", str(2**64)], "0 <= seed < 2^32"),
+    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--top-k", "3000000000"], "0 <= top_k < 2^31"),
+    (["generate", "--checkpoint", ORACLE, "--prompt", "a\udcff"], r"prompt 'a\udcff' is no text"),
+    (["config", TINY, "--config.train.sample_prompt=a\udcff"], r"train.sample_prompt='a\udcff' is no text"),
     (["eval", "--checkpoint", ORACLE, "--split", "train"], "invalid choice: 'train'"),
     (["convert", "to-hf", "--checkpoint", "nowhere", "--out", "there"], "nowhere is no directory"),
     (["convert", "verify", "--checkpoint", ORACLE, "--against", "nowhere"], "nowhere is no directory"),
@@ -209,11 +223,42 @@ def test_mistakes_in_an_experiment_are_told_with_their_line(body, message, tmp_p
     (["--config.data.tokenizer=nowhere.json"], "nowhere.json"),
     (["--config.model.vocab=100"], "set model.vocab=264 or more"),
     (["--config.mesh.edp=3"], "does not split"),
+    (["--config.model.dtype=float64"], "needs JAX_ENABLE_X64=1"),
     (["--config.mesh.seq=2"], "only edp"),
 ])
 def test_train_leaves_nothing_behind_a_mistake(more, message, place, mmx_fails):
     assert message in mmx_fails(*train(place, *more, workdir="never"))
     assert not (place / "never").exists()
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A tokenizer.json: words, and an end of text."""
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "state": 1, "</s>": 2}, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.add_special_tokens(["</s>"])
+    model.save(str(tmp_path / "words.json"))
+    return tmp_path / "words.json"
+
+
+def test_text_that_a_tokenizer_cannot_read_leaves_nothing_behind(place, words, mmx_fails):
+    (place / "latin").mkdir()
+    (place / "latin" / "a.txt").write_bytes(b"The state of the Union. " * 20 + b"caf\xe9 " * 9)     # the end is held out
+    assert "a.txt: not UTF-8 at byte" in mmx_fails(*train(
+        place, f"--config.data.sources=('{place / 'latin'}',)", f"--config.data.tokenizer={words}", workdir="never"))
+    assert not (place / "never").exists()
+
+
+def test_a_run_has_its_tokenizer_wherever_it_is_read(place, words, tmp_path, capsys, mmx_fails):
+    run = shutil.copytree(place / "run", tmp_path / "run")
+    text = (run / "config.json").read_text()
+    (run / "config.json").write_text(text.replace('"tokenizer": "bytes"', '"tokenizer": "elsewhere.json"'))
+    words.rename(run / "tokenizer.json")
+    assert convert.open_source(run).tokenizer == str(run / "tokenizer.json")
+    assert cli.main(["convert", "from-hf", "--checkpoint", str(run), "--out", str(tmp_path / "tuned")]) == 0
+    capsys.readouterr()
+    error = mmx_fails(*train(place, workdir=tmp_path / "tuned"))
+    assert f"data.tokenizer='bytes' is not the {tmp_path / 'tuned' / 'tokenizer.json'} that the run has" in error
 
 
 def test_workdirs_that_do_not_fit(place, mmx_fails):

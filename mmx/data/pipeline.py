@@ -30,12 +30,19 @@ def stream(data: config.Data, train: config.Train, *, host: int = 0, hosts: int 
 
 def validation(data: config.Data) -> list[tuple[str, bytes]]:
     """(name, raw bytes) of every document held out for validation."""
-    return [document for source in data.sources for document in sources.documents(source, "validation")]
+    return _held_out(data, "validation")
 
 
 def test(data: config.Data) -> list[tuple[str, bytes]]:
     """(name, raw bytes) of every test document; none where the sources' names put none there."""
-    return [document for source in data.sources for document in sources.documents(source, "test")]
+    return _held_out(data, "test")
+
+
+def _held_out(data: config.Data, split: str) -> list[tuple[str, bytes]]:
+    """Of several sources, as SOURCE/NAME: each has names of its own."""
+    several = len(data.sources) > 1
+    return [(f"{source}/{name}" if several else name, raw)
+            for source in data.sources for name, raw in sources.documents(source, split)]
 
 
 class Stream:

@@ -155,8 +155,10 @@ def test_a_text_smaller_than_a_batch_still_trains(tmp_path):
 
 def test_held_out_documents_of_all_sources(texts):
     data = both(texts)
-    assert pipeline.validation(data) == [d for text in texts for d in sources.documents(text, "validation")]
-    assert pipeline.test(data) == [d for text in texts for d in sources.documents(text, "test")]
+    for split, found in (("validation", pipeline.validation(data)), ("test", pipeline.test(data))):
+        assert found == [(f"{text}/{name}", raw) for text in texts for name, raw in sources.documents(text, split)]
+    one = Data(sources=texts[:1])
+    assert pipeline.validation(one) == sources.documents(texts[0], "validation")
     assert len(pipeline.validation(Data())) == 9 and len(pipeline.test(Data())) == 13
 
 
