@@ -130,7 +130,7 @@ def find_step(path: str | Path) -> tuple[Path, Path] | None:
 
 
 def _committed(path: Path) -> bool:
-    return path.name.isdigit() and (path / "params" / "_METADATA").exists()
+    return path.name.isdecimal() and (path / "params" / "_METADATA").exists()
 
 
 # No cache, and few copies at a time: what is held is the slice asked for and the chunks that it touches.
