@@ -141,7 +141,8 @@ def build_parser() -> argparse.ArgumentParser:
                   parent=kinds)
     sub.add_argument("--checkpoint", required=True, metavar="A", help=CHECKPOINT)
     sub.add_argument("--against", required=True, metavar="B", help=CHECKPOINT)
-    sub.add_argument("--torch", action="store_true", help="run B, a Hugging Face directory, by transformers (extra: torch)")
+    sub.add_argument("--torch", action="store_true",
+                     help="run B, a Hugging Face directory, by transformers, as mmx.torch mends it and stock (extra: torch)")
     sub.add_argument("--tolerance", type=float, help="exit with 1 where the difference is larger")
 
     sub = command("config", show_config, "Shapes, parameters and FLOPs of an experiment.", True, epilog=overrides)
@@ -256,9 +257,10 @@ def to_hf(args):
 def verify(args):
     from mmx import convert
 
-    difference = convert.verify(args.checkpoint, args.against, torch=args.torch)
-    print(f"largest logit difference: {difference:.2e}")
-    return int(args.tolerance is not None and not difference <= args.tolerance)
+    differences = convert.verify(args.checkpoint, args.against, torch=args.torch)
+    for name, difference in differences.items():
+        print(f"largest logit difference: {difference:.2e} ({args.against} run by {name})")
+    return int(args.tolerance is not None and not next(iter(differences.values())) <= args.tolerance)
 
 
 def show_config(args):

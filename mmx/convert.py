@@ -277,9 +277,9 @@ def load(path: str | Path, dtype=None) -> Loaded:
     return Loaded(Model(model), _nest(params), model, source.tokenizer)
 
 
-def verify(a: str | Path, b: str | Path, torch: bool = False, batch: int = 2, length: int = 64, seed: int = 0) -> float:
-    """The largest difference between the logits of two checkpoints on random tokens, in float32; `torch` has `b` run by
-    transformers, as `mmx.torch.load` makes it."""
+def verify(a: str | Path, b: str | Path, torch: bool = False, batch: int = 2, length: int = 64, seed: int = 0) -> dict:
+    """The largest difference between the logits of two checkpoints on random tokens, in float32, by what ran `b`: "mmx";
+    with `torch`, "mmx.torch", the released function in transformers, and "stock transformers", which is another."""
     from mmx.inference import forward
 
     first, vocab = load(a, "float32"), open_source(b).model.vocab
@@ -291,7 +291,8 @@ def verify(a: str | Path, b: str | Path, torch: bool = False, batch: int = 2, le
         if torch:
             from mmx import torch as transformers
 
-            others_BTW = transformers.logits(transformers.load(b), tokens_BT)
+            others = {"mmx.torch": transformers.load, "stock transformers": transformers.load_stock}
+            others = {name: transformers.logits(load_b(b), tokens_BT) for name, load_b in others.items()}
         else:
-            others_BTW = forward(load(b, "float32"), tokens_BT)
-    return float(np.abs(logits_BTW - others_BTW).max())
+            others = {"mmx": forward(load(b, "float32"), tokens_BT)}
+    return {name: float(np.abs(logits_BTW - other_BTW).max()) for name, other_BTW in others.items()}

@@ -7,17 +7,17 @@ from mmx.parallel.expert import balance_loss
 
 
 def cross_entropy(x_BTD, head_WD, targets_BT, weights_BT, chunk: int):
-    """Summed nats of the targets, weighted; `chunk` rows of logits [chunk, W] exist at a time, in both directions."""
+    """nats_B: each row's summed nats of its targets, weighted. Only [chunk, W] of logits exist at a time, both ways."""
+    B, T = targets_BT.shape
     head_WD = head_WD.astype(x_BTD.dtype)
 
     @jax.checkpoint
-    def rows(total, xs):
+    def rows(total_B, xs):
         x_QD, target_Q, weight_Q = xs
         logits_QW = jnp.einsum("QD,WD->QW", x_QD, head_WD, preferred_element_type=weights_BT.dtype)
         nats_Q = jax.nn.logsumexp(logits_QW, axis=1) - jnp.take_along_axis(logits_QW, target_Q[:, None], axis=1)[:, 0]
-        return total + jnp.sum(nats_Q * weight_Q), None
+        return total_B + jnp.sum((nats_Q * weight_Q).reshape(B, -1), axis=1), None
 
-    B, T = targets_BT.shape
     steps = -(-T // max(1, min(T, chunk // B)))
     span = -(-T // steps)
 
@@ -26,8 +26,8 @@ def cross_entropy(x_BTD, head_WD, targets_BT, weights_BT, chunk: int):
         x = jnp.pad(x, ((0, 0), (0, steps * span - T)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, steps, span, *x.shape[2:]), 1, 0).reshape(steps, B * span, *x.shape[2:])
 
-    total, _ = jax.lax.scan(rows, jnp.zeros((), weights_BT.dtype), (split(x_BTD), split(targets_BT), split(weights_BT)))
-    return total
+    xs = split(x_BTD), split(targets_BT), split(weights_BT)
+    return jax.lax.scan(rows, jnp.zeros(B, weights_BT.dtype), xs)[0]
 
 
 def router_losses(stats, c: config.Model):
@@ -47,8 +47,8 @@ def loss(model, params, batch, loss_chunk: int):
     c = model.config
     x_BTD, _, stats = model.apply({"params": params}, batch["tokens"], batch["segments"], batch["positions"])
     count = batch["weights"].sum()
-    nats = cross_entropy(x_BTD, params["head_WD"], batch["targets"], batch["weights"], loss_chunk)
-    cross = nats / jnp.maximum(count, 1)
+    nats_B = cross_entropy(x_BTD, params["head_WD"], batch["targets"], batch["weights"], loss_chunk)
+    cross = nats_B.sum() / jnp.maximum(count, 1)
     balance, z = router_losses(stats, c)
     metrics = {"loss": cross, "aux_loss": balance, "z_loss": z, "targets": count,
                "load_E": stats["load_E"], "dropped": stats["dropped"]}

@@ -4,6 +4,8 @@ Stock transformers (5.23.0, model.md section 7) turns whole heads, and has other
 power of two. `load` mends one model and leaves the library as it is. Stock RoPE pairs dimension i with i + K/2; the
 released one pairs i with i + r/2 inside the first r = rotary_dim. Scores do not change when q and k are permuted alike,
 so hooks on q_proj and k_proj bring the released pairs into stock places; the frequencies of the other places are zero.
+Stock lightning attention also holds its decays and states in the model's dtype, where the released one, and mmx, have
+float32: in bfloat16 the smallest slopes would round away.
 """
 from pathlib import Path
 
@@ -31,13 +33,17 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, **options) -
     stock = released.write_model(model, "transformers", str(dtype).removeprefix("torch."), ids)
     stock["block_size"] = config.get("block_size", released.BLOCK)
     stock["router_aux_loss_coef"] = config.get("router_aux_loss_coef", stock["router_aux_loss_coef"])
+    return mend(load_stock(directory, config=MiniMaxConfig(**stock), dtype=dtype, **options), model)
+
+
+def load_stock(directory: str | Path, **options) -> MiniMaxForCausalLM:
+    """The directory as stock transformers reads it, which computes another function."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()       # its report calls decay buffers that are not in the file newly initialized
     try:
-        mended = MiniMaxForCausalLM.from_pretrained(directory, config=MiniMaxConfig(**stock), dtype=dtype, **options)
+        return MiniMaxForCausalLM.from_pretrained(directory, **options)
     finally:
         logging.set_verbosity(verbosity)
-    return mend(mended, model)
 
 
 @torch.no_grad()
@@ -49,6 +55,12 @@ def mend(stock: MiniMaxForCausalLM, model: Model) -> MiniMaxForCausalLM:
 
     def reorder(module, inputs, heads_BTGK):
         return heads_BTGK.unflatten(-1, (-1, model.head_dim))[..., order.to(heads_BTGK.device)].flatten(-2)
+
+    def to_float32(module, inputs, activated):
+        return activated.float()
+
+    def to_model_dtype(module, inputs):
+        return tuple(x.to(module.weight.dtype) for x in inputs)
 
     rotary = stock.model.rotary_emb
     frequencies = torch.zeros_like(rotary.inv_freq)
@@ -62,9 +74,11 @@ def mend(stock: MiniMaxForCausalLM, model: Model) -> MiniMaxForCausalLM:
             attention.q_proj.register_forward_hook(reorder)
             attention.k_proj.register_forward_hook(reorder)
             continue
-        rate = -torch.tensor(model.log_decay[layer], device=attention.slope_rate.device)[:, None, None]
+        rate = -torch.tensor(model.log_decay[layer], dtype=torch.float32, device=attention.slope_rate.device)[:, None, None]
         for name, value in zip(released.DECAY_BUFFERS, (rate, *attention.decay_factors(rate))):
-            getattr(attention, name).copy_(value)
+            setattr(attention, name, value)
+        attention.act_fn.register_forward_hook(to_float32)
+        attention.out_proj.register_forward_pre_hook(to_model_dtype)
     return stock
 
 

@@ -87,7 +87,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
         update = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, loss_chunk=t.loss_chunk),
                          donate_argnums=(0, 1), out_shardings=whole)
         evaluate = make_evaluator(undropped, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
-                                  sharding=meshes.rows(mesh))
+                                  loss_chunk=t.loss_chunk, sharding=meshes.rows(mesh))
         log = Log(workdir, t, step, optim.tokens_seen(t, step))
         report = functools.partial(_report, log, experiment, bytes_per_token)
         total, pending, begin = optim.tokens_seen(t, t.steps), None, time.monotonic()

@@ -132,11 +132,13 @@ def test_export_holds_the_decay_where_stock_would_build_another(export):
 
 
 def test_verify_is_the_largest_difference(export, tmp_path):
-    _, run, directory, _ = export
-    assert convert.verify(run, directory) == 0
-    assert 0 < convert.verify(run, directory, torch=True) < ATOL
+    model, run, directory, _ = export
+    assert convert.verify(run, directory) == {"mmx": 0}
+    by_torch = convert.verify(run, directory, torch=True)
+    assert 0 < by_torch["mmx.torch"] < ATOL
+    assert (by_torch["stock transformers"] < ATOL) == (model.rotary_dim == model.head_dim)
     convert.to_hf(run, tmp_path / "half", dtype="bfloat16", progress=False)
-    assert 1e-3 < convert.verify(run, tmp_path / "half") < 2
+    assert 1e-3 < convert.verify(run, tmp_path / "half")["mmx"] < 2
 
 
 @pytest.mark.parametrize("name", ["c_partial_orig", "a_7to1_hf"])
@@ -147,6 +149,21 @@ def test_mmx_torch_on_the_oracles(name):
     prompt = torch.as_tensor(oracle["prompt"])
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False)
     np.testing.assert_array_equal(out[:, prompt.shape[1]:], oracle["greedy_nocache"])
+
+
+def test_in_bfloat16_decays_and_states_stay_float32():
+    directory, prompt = ORACLES / "c_partial_orig" / "ckpt", tokens(113, 40)
+    whole, half = mmx.torch.load(directory), mmx.torch.load(directory, dtype=torch.bfloat16, experts_implementation="eager")
+    for layer, kind in enumerate(convert.load(directory).config.layer_kinds):
+        if kind == "L":
+            ours, theirs = (model.model.layers[layer].self_attn for model in (half, whole))
+            for name in convert.released.DECAY_BUFFERS:
+                torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=0)
+    cache = half(torch.as_tensor(prompt), use_cache=True).past_key_values
+    assert cache.get_linear_cache(0).dtype == torch.float32
+    error = mmx.torch.logits(half, prompt) - mmx.torch.logits(whole, prompt)
+    assert np.linalg.norm(error) < 0.1 * np.linalg.norm(mmx.torch.logits(whole, prompt))
+    assert half.generate(torch.as_tensor(prompt), max_new_tokens=4, do_sample=False).shape[1] == prompt.shape[1] + 4
 
 
 def test_stock_models_stay_stock():

@@ -21,16 +21,16 @@ from mmx.loss import cross_entropy
 from mmx.model import Model
 
 
-def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, context: int, sharding=None):
+def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, context: int, loss_chunk: int, sharding=None):
     """A function (params, [(name, raw bytes)], limit) -> {name: bits per byte, ..., "all": ...}, jitted once.
 
-    Rows of `length` tokens, of which the first `context` only serve as context; `limit` bytes at most (0: all).
+    Rows of `length` tokens, of which the first `context` only serve as context; `limit` bytes at most (0: all). Logits of
+    `loss_chunk` tokens exist at a time.
     """
     @jax.jit
     def nats_B(params, row):
         x_BTD, _, _ = model.apply({"params": params}, row["tokens"], row["segments"], row["positions"])
-        per_row = jax.vmap(lambda x, t, w: cross_entropy(x[None], params["head_WD"], t[None], w[None], length))
-        return per_row(x_BTD, row["targets"], row["weights"])
+        return cross_entropy(x_BTD, params["head_WD"], row["targets"], row["weights"], loss_chunk)
 
     def evaluate(params, documents, limit: int = 0, progress: bool = False) -> dict[str, float]:
         documents = head(documents, limit)
@@ -76,7 +76,8 @@ def evaluate_checkpoint(path, split: str = "validation", source: str | None = No
     tokenizer = tokens.tokenizer(loaded.tokenizer)
     tokens.check_vocab(tokenizer, loaded.config.vocab)
     length = experiment.train.length
-    evaluate = make_evaluator(loaded.model, tokenizer, length=length, batch=8, context=length // 2)
+    evaluate = make_evaluator(loaded.model, tokenizer, length=length, batch=8, context=length // 2,
+                              loss_chunk=experiment.train.loss_chunk)
     each = evaluate(loaded.params, documents, progress=True)
     result = {"bits_per_byte": each.pop("all")} | baselines(documents)
     result |= {"split": split, "files": len(documents), "bytes": sum(len(raw) for _, raw in documents), "per_file": each}

@@ -43,7 +43,8 @@ def direct(params, raw, length, context):
 
 @pytest.mark.parametrize("length,context,batch", [(64, 0, 2), (16, 8, 3), (12, 11, 4)])
 def test_bits_per_byte_are_those_of_the_logits(params, length, context, batch):
-    evaluate = compression.make_evaluator(MODEL, tokens.tokenizer("bytes"), length=length, batch=batch, context=context)
+    evaluate = compression.make_evaluator(MODEL, tokens.tokenizer("bytes"), length=length, batch=batch, context=context,
+                                         loss_chunk=2 * batch)
     found = evaluate(params, DOCUMENTS)
     for name, raw in DOCUMENTS:
         assert found[name] == pytest.approx(direct(params, raw, length, context), rel=1e-5)
@@ -52,7 +53,7 @@ def test_bits_per_byte_are_those_of_the_logits(params, length, context, batch):
 
 
 def test_limit_reads_the_first_bytes(params):
-    evaluate = compression.make_evaluator(MODEL, tokens.tokenizer("bytes"), length=16, batch=4, context=8)
+    evaluate = compression.make_evaluator(MODEL, tokens.tokenizer("bytes"), length=16, batch=4, context=8, loss_chunk=64)
     assert evaluate(params, DOCUMENTS, 20) == evaluate(params, [("a", TEXT[:20])])
     assert evaluate(params, DOCUMENTS, 10**6) == evaluate(params, DOCUMENTS) == evaluate(params, DOCUMENTS, 0)
 
@@ -103,7 +104,8 @@ def found(run):
 
 def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(run, found, params, tmp_path):
     held_out = pipeline.validation(config.Data((str(run.parent / "text"),)))
-    evaluate = compression.make_evaluator(MODEL, tokens.tokenizer("bytes"), length=32, batch=8, context=16)
+    evaluate = compression.make_evaluator(MODEL, tokens.tokenizer("bytes"), length=32, batch=8, context=16,
+                                         loss_chunk=100)
     wanted = evaluate(jax.tree.map(lambda x: x / 2, params), held_out)
     assert found["bits_per_byte"] == pytest.approx(wanted.pop("all"), rel=1e-6)
     assert found["per_file"] == pytest.approx(wanted, rel=1e-6) and found["files"] == len(held_out)
