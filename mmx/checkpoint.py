@@ -25,6 +25,7 @@ FREE = {    # what a resumed run may change, beside checkpoint and mesh: how lon
     "train": {"steps", "seconds", "log_every", "eval_every", "eval_bytes", "sample_every", "sample_prompt",
               "tensorboard"},
 }
+UNTRAINED = {"model": FREE["model"] | {"aux", "aux_weight", "context"}}     # what the first run of a converted checkpoint may
 
 
 class Checkpoints:
@@ -100,7 +101,8 @@ def check_config(workdir: str | Path, experiment: Experiment) -> None:
                           f"--config.data.tokenizer={tokenizer}, or another --workdir")
     if path.exists():
         there = read_config(workdir)
-        old, new = _comparable(there), _comparable(json.loads(to_json(experiment)))
+        free = FREE if "train" in there else UNTRAINED
+        old, new = _comparable(there, free), _comparable(json.loads(to_json(experiment)), free)
         differ = [f"{s}.{k} (there {old[s][k]!r}, now {v!r})" for s in old for k, v in new[s].items()
                   if k in old[s] and old[s][k] != v]
         if differ:
@@ -114,8 +116,8 @@ def check_config(workdir: str | Path, experiment: Experiment) -> None:
             partial.replace(file)
 
 
-def _comparable(sections: dict) -> dict:
-    return {s: {k: v for k, v in sections[s].items() if k not in FREE.get(s, ())}
+def _comparable(sections: dict, free: dict) -> dict:
+    return {s: {k: v for k, v in sections[s].items() if k not in free.get(s, ())}
             for s in ("model", "train", "data") if s in sections}
 
 

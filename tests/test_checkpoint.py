@@ -235,8 +235,10 @@ def test_config_is_written_and_guarded(tmp_path):
 
 
 def test_a_converted_config_says_the_function_only(tmp_path):
-    text = {"model": {k: v for k, v in dataclasses.asdict(MODEL).items() if k in ("vocab", "dim", "layers", "pattern")}}
+    text = {"model": {k: v for k, v in dataclasses.asdict(MODEL).items() if k in ("vocab", "dim", "layers", "pattern", "aux")}}
     (tmp_path / "config.json").write_text(json.dumps(text))
     with pytest.raises(ConfigError, match="model.vocab"):
         check_config(tmp_path, config.Experiment(model=dataclasses.replace(MODEL, vocab=20)))
-    check_config(tmp_path, config.Experiment(model=dataclasses.replace(MODEL, capacity=1.5)))
+    check_config(tmp_path, config.Experiment(model=dataclasses.replace(MODEL, capacity=1.5, aux="paper")))
+    with pytest.raises(ConfigError, match="model.aux"):     # which from then on is its first run's
+        check_config(tmp_path, config.Experiment(model=dataclasses.replace(MODEL, capacity=1.5)))
