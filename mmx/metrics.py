@@ -68,12 +68,13 @@ class Log:
 
 
 def read(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl (none without one); a half-written last one is left out."""
+    """The lines of metrics.jsonl (none without one); what follows a damaged one is left out."""
     path, records = workdir / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+            records.append(record | {"step": int(record["step"])})
+        except (KeyError, TypeError, ValueError):
             break
     return records
 
