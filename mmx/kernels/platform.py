@@ -16,3 +16,9 @@ def splits_by_itself() -> bool:
     """Whether XLA splits this computation over several devices, which it cannot do to a Pallas kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     return any(size > 1 and kind != AxisType.Manual for size, kind in zip(mesh.axis_sizes, mesh.axis_types))
+
+
+def old_gpu() -> str:
+    """What is said of a GPU here that is older than the kernels need; empty where there is none."""
+    old = [d.compute_capability for d in jax.devices() if d.platform == "gpu" and float(d.compute_capability) < 8]
+    return f"this GPU has compute capability {old[0]}, the kernels need 8.0 (A100) or newer" if old else ""

@@ -9,7 +9,8 @@ import pytest
 from mmx.kernels.attention import reference, softmax_attention, xla
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-3}
-NAMES = ("o", "dq", "dk", "dv")
+NAMES = ("o", "lse", "dq", "dk", "dv")
+FLOOR = -30         # below every lse here, in place of the -inf of a query that sees nothing
 
 
 def segments(kind, B, T):
@@ -38,8 +39,11 @@ def inputs(H, G, T, S=None, dtype="float32", B=3, K=8, V=12):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def values_and_gradients(attention, blocks, args, do, *who):
-    o, pull = jax.vjp(lambda *args: attention(*args, *who, *blocks), *args)
-    return o, *pull(do)
+    def floored(*args):
+        o, lse = attention(*args, *who, *blocks)
+        return o, jnp.maximum(lse, FLOOR)
+    out, pull = jax.vjp(floored, *args)
+    return *out, *pull((do, do[..., 0].astype(out[1].dtype)))
 
 
 def blockwise(args, do, segments_BT=None, segments_BS=None, start_B=None, blocks=(16, 8)):
@@ -50,13 +54,13 @@ def blockwise(args, do, segments_BT=None, segments_BS=None, start_B=None, blocks
 
 def oracle(args, do, segments_BT=None, segments_BS=None, start_B=None):
     args, do = jax.tree.map(lambda x: x.astype(np.float32), (args, do))
-    return values_and_gradients(reference.attention, (), args, do, segments_BT, segments_BS, start_B)
+    return values_and_gradients(reference.attention_lse, (), args, do, segments_BT, segments_BS, start_B)
 
 
 def assert_close(got, want, dtype="float32"):
     for name, x, y in zip(NAMES, got, want):
         y = np.asarray(y, np.float64)
-        error = np.linalg.norm(x - y) / np.linalg.norm(y)
+        error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30)
         assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.2e}"
 
 
@@ -109,14 +113,33 @@ def test_packed_equals_separate():
         alone = blockwise(args, do, both * (both == document), both * (both == document))
         inside = both[0] == document
         assert_close([x[:, :, inside] for x in packed], [x[:, :, inside] for x in alone])
-        assert all(not x[:, :, ~inside].any() for x in alone)
+        assert all(not x[:, :, ~inside].any() for name, x in zip(NAMES, alone) if name != "lse")
+
+
+def test_parts_of_the_keys_are_joined_by_their_lse():
+    """As sequence parallelism does: halves of the queries meet halves of the keys, one of them wholly in the future."""
+    (q, k, v), do = inputs(4, 2, 64)
+    seg = segments("holes", 3, 64)
+
+    @jax.jit
+    def joined(q, k, v):
+        def half(n):
+            mine = slice(32 * n, 32 * n + 32)
+            o, lse = zip(*(softmax_attention(
+                q[:, :, mine], k[:, :, keys], v[:, :, keys], segments_BT=seg[:, mine], segments_BS=seg[:, keys],
+                start_B=jnp.full(3, mine.start - keys.start), return_lse=True) for keys in (slice(0, 32), slice(32, 64))))
+            share = jax.nn.softmax(jnp.maximum(jnp.stack(lse), FLOOR), axis=0)      # a query that is padding sees no part
+            return sum(w[..., None] * x for w, x in zip(share, o)), jax.nn.logsumexp(jnp.stack(lse), 0)
+        return [jnp.concatenate(x, 2) for x in zip(half(0), half(1))]
+    got = [np.array(x, np.float64) for x in values_and_gradients(joined, (), (q, k, v), do)]
+    assert_close(got, oracle((q, k, v), do, seg, seg))
 
 
 def test_causality_by_gradient():
     args, do = inputs(4, 2, 50)
     one = segments("one", 3, 50)
     for t in (0, 15, 16, 49):
-        _, dq, dk, dv = blockwise(args, do * (np.arange(50) == t)[:, None], one, one)
+        _, _, dq, dk, dv = blockwise(args, do * (np.arange(50) == t)[:, None], one, one)
         assert not dk[:, :, t + 1:].any() and not dv[:, :, t + 1:].any() and dv[:, :, :t + 1].any((0, 1, 3)).all()
         assert not np.delete(dq, t, 2).any()
 
@@ -138,7 +161,7 @@ def test_skipped_blocks_are_not_read():
         k_lost, v_lost, do_seen = k.copy(), v.copy(), do * 0
         k_lost[:, :, lost] = v_lost[:, :, lost] = np.nan
         do_seen[:, :, seen] = do[:, :, seen]
-        o, dq, dk, dv = blockwise((q, k_lost, v_lost), do_seen, seg, seg)
+        o, _, dq, dk, dv = blockwise((q, k_lost, v_lost), do_seen, seg, seg)
         own = (o, dq, dk, dv) if seg is documents else (o, dq)      # later queries of a document reach all its keys
         assert all(np.isfinite(x[:, :, seen]).all() for x in own), lost
         assert np.isnan(o[:, :, lost]).any()
@@ -191,7 +214,7 @@ def test_remat_and_scan_change_nothing():
     (dict(segments_BT=(2, 9), segments_BS=(1, 9)), ValueError, "segments_BS has B=1"),
     (dict(segments_BS=(2, 9)), ValueError, "segments_BS needs segments_BT"),
     (dict(start_B=(3,)), ValueError, "start_B has B=3"),
-    (dict(impl="cuda"), NotImplementedError, "impl='cuda': softmax attention has xla, tpu")])
+    (dict(impl="cuda"), NotImplementedError, "impl='cuda': softmax attention has xla, tpu, gpu")])
 def test_errors(change, error, message):
     args = dict(q_BHTK=(2, 4, 9, 8), k_BGSK=(2, 2, 9, 8), v_BGSV=(2, 2, 9, 8)) | change
     args = {name: x if name == "impl" else np.zeros(x, np.int32) for name, x in args.items()}

@@ -1,14 +1,18 @@
 """Softmax attention's one contract, whatever computes it."""
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from mmx.dims import check
 from mmx.kernels import platform
-from mmx.kernels.attention import tpu, xla
+from mmx.kernels.attention import gpu, tpu, xla
 
-IMPLS = ("xla", "tpu")
+IMPLS = {"xla": xla, "tpu": tpu, "gpu": gpu}
 
 
-def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=None, start_B=None, impl=None):
+def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=None, start_B=None, return_lse=False,
+                      impl=None):
     """Causal attention with grouped KV heads (model.md section 4): KV head g serves query heads g R .. (g + 1) R - 1.
 
     o_t = sum_s p_ts v_s with p_t the softmax over the keys s that t sees of q_t . k_s / sqrt(K). Query t of row b
@@ -20,12 +24,16 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
       segments_BS: the keys' documents; 0 is seen by nothing. None: with a start, all keys are valid; without, keys and
         queries are the same tokens, and so are their segments.
       start_B: the key index of each row's first query, for a chunk or one token against a cache of capacity S, whose
-        keys past the last query are never seen. None: 0.
-      impl: "xla"; "tpu", splash attention, for whole sequences; None picks by platform and shape. A named one runs or
-        raises NotImplementedError with the reason.
+        keys past the last query are never seen; keys before the first may lie elsewhere (then a start counts from the
+        first key here, and is negative where all keys come after). None: 0.
+      return_lse: whether to return lse_BHT too.
+      impl: "xla"; "tpu", splash attention, and "gpu", flash attention, for whole sequences; None picks by platform, dtype
+        and shape. A named one runs or raises NotImplementedError with the reason.
 
     Returns:
-      o_BHTV in q's dtype. A query that sees nothing gives zero.
+      o_BHTV in q's dtype; zero for a query that sees nothing. With return_lse, (o_BHTV, lse_BHT): the log of the sum of
+      exp(q_t . k_s / sqrt(K)) over the keys that t sees, float32 (float64 for float64 inputs), -inf where it sees none.
+      It has gradients, and joins results over parts of the keys: o = sum_i exp(lse_i - lse) o_i, lse = logsumexp_i lse_i.
     """
     check(q_BHTK, "BHTK", "q_BHTK")
     B, H, T, K = q_BHTK.shape
@@ -46,12 +54,60 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
         if segments_BT is None:
             raise ValueError("segments_BS needs segments_BT: a query sees the keys of its own segment")
         check(segments_BS, "BS", "segments_BS", B=B, S=S)
+    arrays = q_BHTK, k_BGSK, v_BGSV
     if impl not in (None, *IMPLS):
         raise NotImplementedError(f"impl={impl!r}: softmax attention has {', '.join(IMPLS)}")
-    refusal = (f"this computation is for {platform.name()}" if platform.name() != "tpu" else
-               tpu.refusal(q_BHTK, k_BGSK, v_BGSV, start_B))
-    if impl == "tpu" and refusal:
-        raise NotImplementedError(f"impl='tpu': {refusal}")
-    if impl == "tpu" or (impl is None and not refusal and not platform.splits_by_itself()):
-        return tpu.attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS)
-    return xla.attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, *xla.block_sizes(T, S))
+    own = start_B is None and T == S and segments_BS is segments_BT
+    if impl is None:
+        picked = platform.name()
+        impl = picked if picked in IMPLS and not _refusal(picked, *arrays, own) else "xla"
+    elif reason := _refusal(impl, *arrays, own):
+        raise NotImplementedError(f"impl={impl!r}: {reason}")
+    if impl == "xla":
+        o_BHTV, lse_BHT = xla.attention(*arrays, segments_BT, segments_BS, start_B, *xla.block_sizes(T, S))
+    else:
+        o_BHTV, lse_BHT = (_kernel_with_lse if return_lse else _kernel)(*arrays, segments_BT, impl)
+    return (o_BHTV, lse_BHT) if return_lse else o_BHTV
+
+
+def _refusal(impl, q_BHTK, k_BGSK, v_BGSV, own) -> str:
+    """Why the implementation cannot run here, or on these arrays; empty where it can. `own`: keys are the queries' tokens."""
+    if impl == "xla":
+        return ""
+    if platform.name() != impl:
+        return f"this computation is for {platform.name()}; give impl='xla' or None"
+    if platform.splits_by_itself():
+        return "XLA cannot split a kernel over devices; call it inside shard_map"
+    if not own:
+        return (f"T={q_BHTK.shape[2]} queries against S={k_BGSK.shape[2]} keys of a cache, or of other segments; the kernels "
+                "take whole sequences")
+    return IMPLS[impl].refusal(q_BHTK, k_BGSK, v_BGSV)
+
+
+def _kernel(q_BHTK, k_BGSK, v_BGSV, segments_BT, impl, with_lse=False):
+    """A library's kernel, and padding that sees nothing."""
+    o_BHTV, lse_BHT = IMPLS[impl].attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, with_lse)
+    if segments_BT is not None:
+        real_B1T = (segments_BT > 0)[:, None]
+        o_BHTV = jnp.where(real_B1T[..., None], o_BHTV, 0)
+        lse_BHT = jnp.where(real_B1T, lse_BHT, -jnp.inf) if with_lse else None
+    return o_BHTV, lse_BHT
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _kernel_with_lse(q_BHTK, k_BGSK, v_BGSV, segments_BT, impl):
+    """The libraries' own gradients know nothing of lse: here they are XLA's, from the kernel's results."""
+    return _kernel(q_BHTK, k_BGSK, v_BGSV, segments_BT, impl, with_lse=True)
+
+
+def _kernel_forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, impl):
+    out = _kernel_with_lse(q_BHTK, k_BGSK, v_BGSV, segments_BT, impl)
+    return out, (q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BT, None, *out)
+
+
+def _kernel_backward(impl, residuals, cotangents):
+    T = residuals[0].shape[2]
+    return xla.backward(*xla.block_sizes(T, T), residuals, cotangents)[:4]
+
+
+_kernel_with_lse.defvjp(_kernel_forward, _kernel_backward)

@@ -3,12 +3,17 @@
     o_t = sum_s p_ts v_s,   p_t = softmax over the keys s that t sees of q_t . k_s / sqrt(K)
 
 Query t of row b stands at start_b + t on the key axis and sees the keys s <= start_b + t of its own segment; segment 0
-is padding, which sees and is seen by nothing. A query that sees nothing gives 0. Memory B H T S.
+is padding, which sees and is seen by nothing. A query that sees nothing gives 0. Memory B H T S. `attention_lse` gives
+lse_t, the log of the sum that divides p_t, as well; -inf for a query that sees nothing.
 """
 import jax.numpy as jnp
 
 
-def attention(q_BHTK, k_BGSK, v_BGSV, segments_BT=None, segments_BS=None, start_B=None):
+def attention(*args):
+    return attention_lse(*args)[0]
+
+
+def attention_lse(q_BHTK, k_BGSK, v_BGSV, segments_BT=None, segments_BS=None, start_B=None):
     (B, H, T, K), (_, G, S, V) = q_BHTK.shape, v_BGSV.shape
     q_BGRTK = q_BHTK.astype(jnp.float32).reshape(B, G, H // G, T, K)
     k_BGSK, v_BGSV = k_BGSK.astype(jnp.float32), v_BGSV.astype(jnp.float32)
@@ -21,6 +26,10 @@ def attention(q_BHTK, k_BGSK, v_BGSV, segments_BT=None, segments_BS=None, start_
 
     s_BGRTS = jnp.einsum("BGRTK,BGSK->BGRTS", q_BGRTK, k_BGSK) / K ** 0.5
     s_BGRTS = jnp.where(sees_BGRTS, s_BGRTS, -1e30)
-    p_BGRTS = jnp.where(sees_BGRTS, jnp.exp(s_BGRTS - s_BGRTS.max(-1, keepdims=True)), 0)
-    p_BGRTS /= jnp.maximum(p_BGRTS.sum(-1, keepdims=True), 1e-30)
-    return jnp.einsum("BGRTS,BGSV->BGRTV", p_BGRTS, v_BGSV).reshape(B, H, T, V).astype(q_BHTK.dtype)
+    top_BGRT1 = s_BGRTS.max(-1, keepdims=True)
+    p_BGRTS = jnp.where(sees_BGRTS, jnp.exp(s_BGRTS - top_BGRT1), 0)
+    sum_BGRT1 = p_BGRTS.sum(-1, keepdims=True)
+    p_BGRTS /= jnp.maximum(sum_BGRT1, 1e-30)
+    o_BHTV = jnp.einsum("BGRTS,BGSV->BGRTV", p_BGRTS, v_BGSV).reshape(B, H, T, V)
+    lse_BHT = jnp.where(sum_BGRT1 > 0, top_BGRT1 + jnp.log(jnp.maximum(sum_BGRT1, 1e-30)), -jnp.inf).reshape(B, H, T)
+    return o_BHTV.astype(q_BHTK.dtype), lse_BHT

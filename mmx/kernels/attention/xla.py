@@ -5,9 +5,10 @@ A block of queries meets the key blocks it sees one by one, with a running maxim
     z = q . k / sqrt(K)    m' = max(m, max_s z)    p = exp(z - m')
     l' = exp(m - m') l + sum_s p                   o' = exp(m - m') o + p v
 
-and ends with o / l. The backward pass keeps q, k, v, o and lse = m + log l, and meets the same pairs once more:
+and ends with o / l and lse = m + log l, by which partial results over other keys can be joined. The backward pass keeps
+q, k, v, o and lse, and meets the same pairs once more:
 
-    p = exp(z - lse)    dz = p (do . v - o . do)    dv = p^T do    dk = dz^T q / sqrt(K)    dq = dz k / sqrt(K)
+    p = exp(z - lse)    dz = p (do . v - o . do + dlse)    dv = p^T do    dk = dz^T q / sqrt(K)    dq = dz k / sqrt(K)
 
 A pair of tokens costs each head 2 (K + V) FLOPs forward and 6 K + 4 V backward. The R query heads of a KV head are rows
 of one product. Scores, statistics and sums are float32. Letters beyond `dims`: N query blocks, J key blocks, Q rows of
@@ -38,7 +39,7 @@ def block_sizes(T: int, S: int) -> tuple[int, int]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, keys):
-    """See `api.softmax_attention`: segments are both given or both None; `queries` and `keys` are tokens a block."""
+    """o_BHTV, lse_BHT: see `api.softmax_attention`. Segments are both given or both None; `queries`, `keys` count a block's."""
     return _forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, keys)[0]
 
 
@@ -76,22 +77,28 @@ def _forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries,
                  jnp.zeros_like(q_BGQK, acc, shape=(B, G, R * queries)))
         o_BGQV, m_BGQ, l_BGQ = lax.fori_loop(first_N[n], end_N[n], key_block, start)
         o_BGQV /= jnp.where(l_BGQ > 0, l_BGQ, 1)[..., None]
-        lse_BGQ = jnp.where(l_BGQ > 0, m_BGQ * scale + jnp.log(l_BGQ), jnp.inf)
+        lse_BGQ = m_BGQ * scale + jnp.log(l_BGQ)        # -inf where nothing is seen
         return _put_rows(o_BGRTV, o_BGQV.astype(o_BGRTV.dtype), n, queries), _put_rows(lse_BGRT, lse_BGQ, n, queries)
 
     start = jnp.zeros_like(q_BGRTK, shape=(B, G, R, T, V)), jnp.zeros_like(q_BGRTK, acc, shape=(B, G, R, T))
     o_BGRTV, lse_BGRT = lax.fori_loop(0, len(first_N), query_block, start)
-    o_BHTV = o_BGRTV.reshape(B, H, T, V)
-    return o_BHTV, (q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, o_BHTV, lse_BGRT)
+    out = o_BGRTV.reshape(B, H, T, V), lse_BGRT.reshape(B, H, T)
+    return out, (q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, *out)
 
 
-def _backward(queries, keys, residuals, do_BHTV):
-    q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, o_BHTV, lse_BGRT = residuals
+def backward(queries, keys, residuals, cotangents):
+    """The gradients of `attention`'s first three arguments, from its first six and its results, whoever worked them out."""
+    q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, o_BHTV, lse_BHT = residuals
+    do_BHTV, dlse_BHT = cotangents
     (B, _, T, K), (_, G, S, V) = q_BHTK.shape, v_BGSV.shape
     sight = Sight(T, S, queries, keys, segments_BT, segments_BS, start_B)
-    acc, scale = lse_BGRT.dtype, K ** -0.5
+    acc, scale = lse_BHT.dtype, K ** -0.5
     q_BGRTK, do_BGRTV = q_BHTK.reshape(B, G, -1, T, K), do_BHTV.reshape(B, G, -1, T, V)
-    delta_BGRT = _dot("BHTV,BHTV->BHT", o_BHTV, do_BHTV).reshape(lse_BGRT.shape)
+    # Who sees nothing has p = exp(-inf - lse), 0 with the other infinity, and often dlse = nan: a logsumexp of -inf alone.
+    blind_BHT = jnp.isneginf(lse_BHT)
+    lse_BGRT = jnp.where(blind_BHT, jnp.inf, lse_BHT).reshape(B, G, -1, T)
+    delta_BHT = _dot("BHTV,BHTV->BHT", o_BHTV, do_BHTV) - jnp.where(blind_BHT, 0, dlse_BHT)
+    delta_BGRT = delta_BHT.reshape(lse_BGRT.shape)
     first_J, end_J = sight.spans(axis=0)
 
     def key_block(j, carry):
@@ -122,7 +129,7 @@ def _backward(queries, keys, residuals, do_BHTV):
     return *(g.astype(x.dtype) for g, x in zip(grads, residuals)), None, None, None
 
 
-attention.defvjp(_forward, _backward)
+attention.defvjp(_forward, backward)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from mmx.kernels import platform
+
 
 class Tile(NamedTuple):
     chunk: int      # tokens a program takes at a time
@@ -101,8 +103,7 @@ def refusal(q_BHTK, v_BHTV, chunk) -> str:
         return f"q is {dtypes[0]} and v {dtypes[1]}: the GPU kernels take bfloat16 or float32 for both"
     if chunk not in (None, 16, 32, 64, 128):
         return f"chunk={chunk}: the GPU kernels take 16, 32, 64, 128 or None, which picks"
-    old = [d.compute_capability for d in jax.devices() if d.platform == "gpu" and float(d.compute_capability) < 8]
-    return f"this GPU has compute capability {old[0]}, the kernels need 8.0 (A100) or newer" if old else ""
+    return platform.old_gpu()
 
 
 def _plan(q_BHTK, v_BHTV, chunk, interpret, chip, tiles=TILES):
