@@ -52,7 +52,7 @@ class Model:
     embed_std: float = 0.02         # standard deviation of the embedding's initial values
     dtype: str = "float32"          # of computation; parameters keep theirs
     remat: bool = False             # recompute a group's activations in the backward pass
-    impl: str = ""                  # lightning attention: xla, tpu or gpu; empty picks
+    impl: str = ""                  # lightning attention: xla, tpu, gpu or triton; empty picks
     chunk: int = 0                  # lightning attention's tokens per chunk; 0 picks
 
     def __post_init__(self):
@@ -79,7 +79,7 @@ class Model:
         for name in ("rope_theta", "norm_eps", "head_norm_eps"):
             _require(getattr(m, name) > 0, f"model.{name}={getattr(m, name)} must be positive")
         _require(m.chunk >= 0, f"model.chunk={m.chunk} must be at least 1, or 0 to pick")
-        _choice("model.impl", m.impl, ("", "xla", "tpu", "gpu"))
+        _choice("model.impl", m.impl, ("", "xla", "tpu", "gpu", "triton"))
 
     @property
     def groups(self) -> int:

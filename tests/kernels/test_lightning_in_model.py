@@ -1,5 +1,6 @@
 """A model's loss and gradients through each kernel, interpreted, against those through XLA."""
 import dataclasses
+import functools
 import types
 
 import jax
@@ -18,7 +19,7 @@ C = config.Model(vocab=32, dim=32, layers=2, pattern="LS", heads=2, kv_heads=1, 
 T = 40
 
 
-@pytest.fixture(scope="module")
+@functools.cache
 def through_xla():
     params = jax.jit(Model(C).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     return params, loss_and_grads(params, "xla")
@@ -33,22 +34,27 @@ def loss_and_grads(params, impl):
     return jax.jit(jax.value_and_grad(lambda p: loss(model, p, batch, 64)[0]))(params)
 
 
-@pytest.mark.parametrize("impl", ["tpu", "gpu"])
-def test_loss_and_gradients_are_those_of_xla(impl, monkeypatch, through_xla):
-    kernel, calls = api.IMPLS[impl], []
+def compare(impl, kernel, monkeypatch):
+    """One step's loss and gradients with `kernel`, a module, as if on its platform, and by XLA."""
+    params, (want, want_grads) = through_xla()
+    calls = []
 
     def interpreted(function):
         def call(*args):
             calls.append(function)
             return function(*args, interpret=True)
         return call
-    monkeypatch.setattr(platform, "name", lambda: impl)
+    monkeypatch.setattr(platform, "name", lambda: "gpu" if impl == "triton" else impl)
     monkeypatch.setitem(api.IMPLS, impl, types.SimpleNamespace(
         refusal=kernel.refusal, forward=interpreted(kernel.forward), backward=interpreted(kernel.backward)))
-    params, (want, want_grads) = through_xla
     got, grads = loss_and_grads(params, impl)
     assert {kernel.forward, kernel.backward} <= set(calls)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(want_grads)):
         error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30)
         assert error <= 1e-5, f"{jax.tree_util.keystr(path)}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("impl", ["tpu", "gpu"])
+def test_loss_and_gradients_are_those_of_xla(impl, monkeypatch):
+    compare(impl, api.IMPLS[impl], monkeypatch)

@@ -1,5 +1,6 @@
 """Lightning attention's one contract, whatever computes it."""
 import functools
+import importlib
 import warnings
 
 import jax
@@ -12,6 +13,7 @@ from mmx.kernels import platform
 from mmx.kernels.lightning import gpu, tpu, xla
 
 IMPLS = {"xla": xla, "tpu": tpu, "gpu": gpu}
+NAMES = *IMPLS, "triton"        # which needs a package of its own: imported where it is named
 
 
 def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None, state_BHKV=None, impl=None,
@@ -28,9 +30,9 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
         at either end is skipped. None: one document, no padding. Documents that go back are an error, under jit one
         of `checkify.checkify`.
       state_BHKV: the state before the first token, whose document it continues; None: zeros.
-      impl: "xla"; "tpu" and "gpu", Pallas kernels; None picks by platform, chip, dtype and shape. A named one runs or
-        raises NotImplementedError with the reason.
-      chunk: tokens per chunk, any positive number ("gpu": 16, 32, 64 or 128): it moves the speed alone. None picks.
+      impl: "xla"; "tpu" and "gpu", Pallas kernels; "triton", the GPU's through jax-triton; None picks one of the first
+        three by platform, chip, dtype and shape. A named one runs or raises NotImplementedError with the reason.
+      chunk: tokens per chunk, any positive number (on GPUs 16, 32, 64 or 128): it moves the speed alone. None picks.
 
     Returns:
       o_BHTV in v's dtype, and state_BHKV after the last (real) token, float32 (float64 for float64 inputs).
@@ -73,8 +75,8 @@ def _check_documents(segments_BT):
 
 
 def _named(impl, q_BHTK, v_BHTV, chunk):
-    if impl not in IMPLS:
-        raise NotImplementedError(f"impl={impl!r}: lightning attention has {', '.join(IMPLS)}")
+    if impl not in NAMES:
+        raise NotImplementedError(f"impl={impl!r}: lightning attention has {', '.join(NAMES)}")
     if reason := _refusal(impl, q_BHTK, v_BHTV, chunk):
         raise NotImplementedError(f"impl={impl!r}: {reason}")
     return impl
@@ -96,9 +98,18 @@ def _refusal(impl, q_BHTK, v_BHTV, chunk) -> str:
     """Why the implementation cannot run here, or on these arrays; empty where it can."""
     if impl == "xla":
         return ""
-    if platform.name() != impl:
+    if platform.name() != ("gpu" if impl == "triton" else impl):
         return f"this computation is for {platform.name()}; give impl='xla' or None"
-    return IMPLS[impl].refusal(q_BHTK, v_BHTV, chunk)
+    if platform.splits_by_itself():
+        return "XLA cannot split a kernel over devices; call it inside shard_map"
+    try:
+        return _module(impl).refusal(q_BHTK, v_BHTV, chunk)
+    except ImportError as error:
+        return str(error)
+
+
+def _module(impl):
+    return IMPLS.get(impl) or importlib.import_module(f"mmx.kernels.lightning.{impl}")
 
 
 @functools.cache
@@ -108,7 +119,7 @@ def _say_once(message):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def _attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, impl, chunk):
-    return IMPLS[impl].forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk)
+    return _module(impl).forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk)
 
 
 def _attention_forward(*args):
@@ -125,7 +136,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _gradients(inputs, cotangents, impl, chunk):
-    return IMPLS[impl].backward(*inputs, *cotangents, chunk)
+    return _module(impl).backward(*inputs, *cotangents, chunk)
 
 
 @_gradients.defjvp

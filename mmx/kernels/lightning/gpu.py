@@ -27,6 +27,7 @@ so that what they share comes from L2 but once:
     backward   z (8 K + 8 V) + 36 K V / L,   of which  z (4 K + 3 V)  is compulsory:  2.61 x
 """
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -63,29 +64,31 @@ class Plan(NamedTuple):
     span: int
     tile: Tile
     interpret: bool
+    chip: str       # a key of TILES
 
 
-def forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk, interpret=False, chip=None):
-    """See `api.lightning_attention`; `segments_BT` may be None, `state_BHKV` is given. `chip`: a key of TILES."""
-    plan = _plan(q_BHTK, v_BHTV, chunk, interpret, chip)
-    marks = _marks(segments_BT, plan)
-    own_NBHKV = _contributions(k_BHTK, v_BHTV, log_decay_H, marks, plan, reverse=False)
-    state_NBHKV, state_BHKV = _carry(own_NBHKV, state_BHKV, log_decay_H, marks, plan, reverse=False)
-    o_BHTV = _outputs(q_BHTK, k_BHTK, v_BHTV, state_NBHKV, log_decay_H, marks, plan, reverse=False, transposed=False)
-    return o_BHTV, state_BHKV
+class Kernels(NamedTuple):
+    """Passes 1 and 3, and what they take: this file's, or another compiler's."""
+    contributions: Callable
+    outputs: Callable
+    refusal: Callable
+    tiles: dict
+
+
+def forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk, interpret=False, kernels=None):
+    """See `api.lightning_attention`; `segments_BT` may be None, `state_BHKV` is given."""
+    contribute, carry, attend = _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, kernels)
+    state_NBHKV, state_BHKV = carry(contribute(k_BHTK, v_BHTV, reverse=False), state_BHKV, reverse=False)
+    return attend(q_BHTK, k_BHTK, v_BHTV, state_NBHKV, reverse=False, transposed=False), state_BHKV
 
 
 def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BHTV, dstate_BHKV, chunk, interpret=False,
-             chip=None):
+             kernels=None):
     """The gradients of q, k, v and the initial state, from the inputs of `forward` alone."""
-    plan = _plan(q_BHTK, v_BHTV, chunk, interpret, chip)
-    marks = _marks(segments_BT, plan)
+    contribute, carry, attend = _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, kernels)
     do_BHTV = do_BHTV.astype(v_BHTV.dtype)
-    states = functools.partial(_contributions, log_decay_H=log_decay_H, marks=marks, plan=plan)
-    carry = functools.partial(_carry, log_decay_H=log_decay_H, marks=marks, plan=plan)
-    attend = functools.partial(_outputs, log_decay_H=log_decay_H, marks=marks, plan=plan)
-    state_NBHKV, _ = carry(states(k_BHTK, v_BHTV, reverse=False), state_BHKV, reverse=False)
-    dstate_NBHKV, dstate_BHKV = carry(states(q_BHTK, do_BHTV, reverse=True), dstate_BHKV, reverse=True)
+    state_NBHKV, _ = carry(contribute(k_BHTK, v_BHTV, reverse=False), state_BHKV, reverse=False)
+    dstate_NBHKV, dstate_BHKV = carry(contribute(q_BHTK, do_BHTV, reverse=True), dstate_BHKV, reverse=True)
     dq_BHTK = attend(do_BHTV, v_BHTV, k_BHTK, state_NBHKV, reverse=False, transposed=True)
     dk_BHTK = attend(v_BHTV, do_BHTV, q_BHTK, dstate_NBHKV, reverse=True, transposed=True)
     dv_BHTV = attend(k_BHTK, q_BHTK, do_BHTV, dstate_NBHKV, reverse=True, transposed=False)
@@ -106,18 +109,27 @@ def refusal(q_BHTK, v_BHTV, chunk) -> str:
     return platform.old_gpu()
 
 
-def _plan(q_BHTK, v_BHTV, chunk, interpret, chip, tiles=TILES):
+def _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, kernels):
+    """The three passes, for these shapes, decays and documents."""
+    kernels = kernels or Kernels(_contributions, _outputs, refusal, TILES)
+    if reason := kernels.refusal(q_BHTK, v_BHTV, chunk):
+        raise NotImplementedError(reason)
+    plan = _plan(q_BHTK, v_BHTV, chunk, interpret, kernels.tiles)
+    marks = _marks(segments_BT, plan)
+    return (functools.partial(step, log_decay_H=log_decay_H, marks=marks, plan=plan)
+            for step in (kernels.contributions, _carry, kernels.outputs))
+
+
+def _plan(q_BHTK, v_BHTV, chunk, interpret, tiles):
     B, H, T, K = q_BHTK.shape
     V, dtype = v_BHTV.shape[3], q_BHTK.dtype.name
-    if reason := refusal(q_BHTK, v_BHTV, chunk):
-        raise NotImplementedError(reason)
-    chip = chip or _chip()
+    chip = _chip()
     width = max(K, V)
     tile = next(t for (name, most), t in tiles[chip].items() if name == dtype and width <= most)
     tile = tile._replace(chunk=chunk or tile.chunk)
     programs = lambda span: B * H * pl.cdiv(T, span) * max(1, min(K, V) // tile.values)
     span = next((s for s in SPANS if programs(s) >= CORES[chip]), SPANS[-1])
-    return Plan(T, span, tile, interpret)
+    return Plan(T, span, tile, interpret, chip)
 
 
 def _chip():

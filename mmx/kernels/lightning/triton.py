@@ -11,10 +11,9 @@ products of float32 inputs are IEEE float32, never tf32.
 
 jax-triton compiles a kernel that spills, or that no SM has the shared memory for, without a word:
 `mmx.compilers.ptx.dumped` reads both from what it compiled. `interpret` needs TRITON_INTERPRET=1 before the import of triton,
-and a stand-in for `triton_call` as in tests/kernels/triton_on_cpu.py: jax-triton itself runs nothing on a CPU.
+and a stand-in for `triton_call` as in tests/kernels/lightning_triton_on_cpu.py: jax-triton itself runs nothing on a CPU.
 """
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,45 +38,12 @@ TILES = {
 }
 
 
-class Plan(NamedTuple):
-    """What is static: `gpu.Plan`, and the compute capability to compile for."""
-    T: int
-    span: int
-    tile: gpu.Tile
-    interpret: bool
-    capability: int
-
-
-def forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk, interpret=False, chip=None):
-    """See `api.lightning_attention`; `segments_BT` may be None, `state_BHKV` is given. `chip`: a key of TILES."""
-    contribute, carry, attend = _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, chip)
-    state_NBHKV, state_BHKV = carry(contribute(k_BHTK, v_BHTV, reverse=False), state_BHKV, reverse=False)
-    return attend(q_BHTK, k_BHTK, v_BHTV, state_NBHKV, reverse=False, transposed=False), state_BHKV
-
-
-def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BHTV, dstate_BHKV, chunk, interpret=False,
-             chip=None):
-    """The gradients of q, k, v and the initial state, from the inputs of `forward` alone."""
-    contribute, carry, attend = _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, chip)
-    do_BHTV = do_BHTV.astype(v_BHTV.dtype)
-    state_NBHKV, _ = carry(contribute(k_BHTK, v_BHTV, reverse=False), state_BHKV, reverse=False)
-    dstate_NBHKV, dstate_BHKV = carry(contribute(q_BHTK, do_BHTV, reverse=True), dstate_BHKV, reverse=True)
-    dq_BHTK = attend(do_BHTV, v_BHTV, k_BHTK, state_NBHKV, reverse=False, transposed=True)
-    dk_BHTK = attend(v_BHTV, do_BHTV, q_BHTK, dstate_NBHKV, reverse=True, transposed=True)
-    dv_BHTV = attend(k_BHTK, q_BHTK, do_BHTV, dstate_NBHKV, reverse=True, transposed=False)
-    return dq_BHTK, dk_BHTK, dv_BHTV, dstate_BHKV
-
-
-def _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, chip):
-    """The three passes, for these shapes, decays and documents."""
-    chip = chip or gpu._chip()
+def refusal(q_BHTK, v_BHTV, chunk) -> str:
+    """Why the kernels do not take these arrays, or this GPU; empty where they do."""
     K, V = q_BHTK.shape[3], v_BHTV.shape[3]
     if q_BHTK.dtype == jnp.float32 and max(K, V) > 128:
-        raise NotImplementedError(f"K={K}, V={V} in float32: the Triton kernels take up to 128, impl='gpu' up to 256")
-    plan = Plan(*gpu._plan(q_BHTK, v_BHTV, chunk, interpret, chip, TILES), CAPABILITY[chip])
-    marks = gpu._marks(segments_BT, plan)
-    return (functools.partial(step, log_decay_H=log_decay_H, marks=marks, plan=plan)
-            for step in (_contributions, gpu._carry, _outputs))
+        return f"K={K}, V={V} in float32: the Triton kernels take up to 128, impl='gpu' up to 256"
+    return gpu.refusal(q_BHTK, v_BHTV, chunk)
 
 
 def _contributions(k_BHTK, v_BHTV, log_decay_H, marks, plan, reverse):
@@ -103,7 +69,7 @@ def _launch(kernel, arrays, out_shape, log_decay_H, marks, plan, **static):
     return jax_triton.triton_call(
         log_decay_H, *(marks or unread), *arrays, kernel=kernel, out_shape=out_shape,
         grid=(B * H * (V // values), triton.cdiv(T, plan.span)), num_warps=plan.tile.warps, num_stages=plan.tile.stages,
-        compute_capability=plan.capability, H=H, T=T, K=K, V=V, CHUNK=plan.tile.chunk, SPAN=plan.span, VALUES=values,
+        compute_capability=CAPABILITY[plan.chip], H=H, T=T, K=K, V=V, CHUNK=plan.tile.chunk, SPAN=plan.span, VALUES=values,
         SEGMENTED=marks is not None, **static)
 
 
@@ -244,3 +210,7 @@ def _rows(x_TK, t_Q, columns_K, WIDTH: tl.constexpr, T: tl.constexpr, CHUNK: tl.
     else:
         x_QK = tl.load(at_QK, mask=(t_Q < T)[:, None], other=0.0)
     return x_QK
+
+
+KERNELS = gpu.Kernels(_contributions, _outputs, refusal, TILES)
+forward, backward = (functools.partial(function, kernels=KERNELS) for function in (gpu.forward, gpu.backward))
