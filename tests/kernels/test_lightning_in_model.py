@@ -14,7 +14,7 @@ from mmx.kernels.lightning import api
 from mmx.loss import loss
 from mmx.model import Model
 
-C = config.Model(vocab=32, dim=32, layers=2, pattern="LS", heads=2, kv_heads=1, head_dim=16, rotary_dim=8, experts=2, top_k=1,
+C = config.Model(vocab=32, dim=32, layers=2, pattern="L", heads=2, kv_heads=1, head_dim=16, rotary_dim=8, experts=2, top_k=1,
                  expert_dim=32)
 T = 40
 
