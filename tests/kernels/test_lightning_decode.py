@@ -15,11 +15,12 @@ from mmx.compilers import ptx
 from mmx.kernels.lightning import decode as decoding
 from mmx.kernels.lightning import reference
 from mmx.kernels.lightning.decode import decode
-from mmx.layers.common import Context, heads, rms_norm
-from mmx.layers.lightning import Lightning
+from mmx.layers.common import rms_norm
+from mmx.model import Model, empty_cache
 
 TOLERANCE = {"float32": 3e-6, "bfloat16": 6e-3}
 EPS = 1e-6
+QUICK = {"xla_backend_optimization_level": 0}      # compiling is most of the time here
 H, K, V = 4, 16, 32
 LOG_DECAY_H = -np.asarray([1.0, 1e-2, 4e-8, 0.0], np.float32)
 LIVE = {"first": "10000", "last": "00001", "middle": "01011", "ends": "10001", "gap": "01100", "none": "00000",
@@ -110,30 +111,31 @@ def test_no_races_and_nothing_uninitialized(live):
 
 
 @pytest.fixture(scope="module")
-def sequence():
-    """The state before, per-token arrays, the output projection, and the layer's answers and state after, read at once."""
-    c = config.Model(dim=16, heads=H, head_dim=K, head_norm_eps=EPS)
-    rng = np.random.default_rng(0)
-    u_BTD, state_BHKV = (rng.standard_normal(s, np.float32) for s in ((2, 4, c.dim), (2, H, K, K)))
-
-    @jax.jit
-    def read(u_BTD, state_BHKV):
-        inputs = u_BTD, Context(None, None, None), {"state_BHKV": state_BHKV}, LOG_DECAY_H
-        params = Lightning(c).init(jax.random.key(2), *inputs)["params"]
-        tokens = [jnp.moveaxis(heads(u_BTD, params[name]), 2, 0) for name in ("q_DHK", "k_DHK", "v_DHV", "gate_DHV")]
-        return tokens, params["norm_HV"], params["out_HVD"], Lightning(c).apply({"params": params}, *inputs)
-    return state_BHKV, jax.tree.map(np.asarray, read(u_BTD, state_BHKV))
+def prefilled():
+    """A model's hidden states of whole rows; and a function from a step's cache to the next, over tokens one at a time."""
+    c = config.Model(vocab=16, dim=16, layers=1, pattern="L", heads=2, head_dim=16, experts=1, top_k=1, expert_dim=16, chunk=4)
+    tokens_BT = np.random.default_rng(0).integers(0, c.vocab, (3, 7)).astype(np.int32)
+    params = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(x.size).standard_normal(x.shape, np.float32)),
+                          jax.eval_shape(Model(c).init, jax.random.key(0), tokens_BT)["params"])
+    apply = functools.partial(Model(c).apply, {"params": params})
+    whole_BTD = jax.jit(apply, compiler_options=QUICK)(tokens_BT)[0]
+    cache = jax.jit(lambda cache: apply(tokens_BT[:, :4], cache=cache)[1], compiler_options=QUICK)(empty_cache(c, 3, 8))
+    return apply, tokens_BT, cache, whole_BTD
 
 
 @pytest.mark.parametrize("impl", decoding.IMPLS)
-def test_steps_are_the_layer(impl, sequence):
-    """Token by token: the answers of the layer that reads the sequence at once, and the state it leaves."""
-    state_BHKV, (tokens, norm_HV, out_HVD, (want_BTD, cache)) = sequence
-    steps = []
-    for arrays in zip(*tokens):
-        y_BHV, state_BHKV = run([*arrays, norm_HV], state_BHKV, impl=impl)
-        steps.append(np.einsum("BHV,HVD->BD", y_BHV, out_HVD))
-    assert_close((np.stack(steps, 1), state_BHKV), (want_BTD, cache["state_BHKV"]))
+def test_prefill_and_decode_equal_forward(impl, prefilled, monkeypatch):
+    """Through each form, in a model, with a row that waits."""
+    apply, tokens_BT, cache, whole_BTD = prefilled
+    monkeypatch.setattr(decoding, "decode", lambda *args, **how: decode(*args, **how | {"impl": impl, "interpret": True}))
+    step = jax.jit(lambda token_BT, live_BT, cache: apply(token_BT, live_BT, cache=cache)[:2], compiler_options=QUICK)
+    at_B = np.full(3, 4)
+    for live_B in np.array([[1, 1, 0], [1, 1, 1], [0, 1, 1]], np.int32):
+        x_BTD, cache = step(tokens_BT[np.arange(3), at_B][:, None], live_B[:, None], cache)
+        for b in np.flatnonzero(live_B):
+            np.testing.assert_allclose(x_BTD[b, 0], whole_BTD[b, at_B[b]], atol=1e-5)
+        at_B += live_B
+        assert cache["length_B"].tolist() == at_B.tolist()
 
 
 def test_bad_arguments_say_what_would_work():

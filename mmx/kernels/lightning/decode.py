@@ -1,12 +1,12 @@
 """One decode step of a lightning layer for a batch, between its projections: one pass over the states.
 
-For a row, every head h (model.md section 3; `layers/lightning.py` with one token):
+For a row, every head h (model.md section 3):
 
     q, k, v = SiLU(q), SiLU(k), SiLU(v)        S <- exp(g_h) S + k^T v        o_h = q S
     y = sigmoid(gate) * norm * o / sqrt(mean of o^2 over all heads + eps)
 
-All is float32 from the inputs to y, which alone is rounded. (In bfloat16 the layer rounds the SiLUs, o and every factor of y
-too: it is 4e-3 to 6e-3 off the same maths in float32, and this is 2e-3 off.)
+All is float32 from the inputs to y, which alone is rounded. `layers/lightning.py` calls this for one token behind a cache, and
+its `silu` and `norm_and_gate` around attention over more of them (which rounds q, k, v and o in between).
 
 FLOPs a row and head: 5 K V, far below any roof. Bytes: 8 K V for the state, read and written once, and z (2 K + 3 V) for
 q, k, v, gate and y of z bytes an element: 1.01 times the state's at K = V = 128 in bf16. So an implementation must read S
@@ -92,7 +92,9 @@ def decode(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live
 
     here = platform.name()
     if impl is None:
-        impl = here if here in KERNELS and not _unfit(here, q_BHK.dtype, K, V, False) else "xla"
+        # XLA does not split a kernel over devices; inside shard_map it runs on what each has.
+        fits = here in KERNELS and not platform.splits_by_itself() and not _unfit(here, q_BHK.dtype, K, V, False)
+        impl = here if fits else "xla"
     if impl not in IMPLS:
         raise NotImplementedError(f"impl={impl!r}: decode has {', '.join(IMPLS)}")
     args = q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, jnp.asarray(log_decay_H, wide), state_BHKV, live_B, eps
@@ -123,24 +125,26 @@ def _wide(x):
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _silu(x):
+def silu(x):
+    """x sigmoid(x), float32 at least."""
     wide = _wide(x)
     return wide * jax.nn.sigmoid(wide)
 
 
-def _norm_and_gate(o_BHV, gate_BHV, norm_HV, eps, axes, count):
-    """sigmoid(gate) * RMSNorm(o) over `axes`, which hold `count` values, from wide o; in the gate's dtype."""
-    rms = jax.lax.rsqrt(jnp.sum(o_BHV ** 2, axis=axes, keepdims=True) / count + eps)
-    return (jax.nn.sigmoid(_wide(gate_BHV)) * _wide(norm_HV) * (o_BHV * rms)).astype(gate_BHV.dtype)
+def norm_and_gate(o, gate, norm, eps, axes, count):
+    """sigmoid(gate) * norm * o / rms(o), the mean square over `axes`, which hold `count` values; in the gate's dtype."""
+    wide = _wide(o)
+    rms = jax.lax.rsqrt(jnp.sum(wide ** 2, axis=axes, keepdims=True) / count + eps)
+    return (jax.nn.sigmoid(_wide(gate)) * (_wide(norm) * (wide * rms))).astype(gate.dtype)
 
 
 def _xla(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B, eps):
     """The twin: every row's state moves, live or not."""
-    q_BHK, k_BHK, v_BHV = map(_silu, (q_BHK, k_BHK, v_BHV))
+    q_BHK, k_BHK, v_BHV = map(silu, (q_BHK, k_BHK, v_BHV))
     decay_H11 = jnp.exp(log_decay_H)[:, None, None]
     new_BHKV = decay_H11 * state_BHKV + k_BHK[..., None] * v_BHV[:, :, None]
-    o_BHV = jnp.sum(q_BHK[..., None] * new_BHKV, axis=2)
-    y_BHV = _norm_and_gate(o_BHV, gate_BHV, norm_HV, eps, (1, 2), norm_HV.size)
+    o_BHV = jnp.einsum("BHK,BHKV->BHV", q_BHK, new_BHKV, precision=jax.lax.Precision.HIGHEST)
+    y_BHV = norm_and_gate(o_BHV, gate_BHV, norm_HV, eps, (1, 2), norm_HV.size)
     return (jnp.where(live_B[:, None, None], y_BHV, 0),
             jnp.where(live_B[:, None, None, None], new_BHKV, state_BHKV))
 
@@ -220,7 +224,7 @@ def _tpu_kernel(live_ref, place_ref, log_decay_ref, q_ref, k_ref, v_ref, gate_re
 
     @pl.when(live)
     def _():
-        q_KH, k_KH, v_HV = _silu(q_ref[0]).T, _silu(k_ref[0]).T, _silu(v_ref[0])
+        q_KH, k_KH, v_HV = silu(q_ref[0]).T, silu(k_ref[0]).T, silu(v_ref[0])
         for h in range(heads):
             decay_1V = jnp.exp(jnp.full((1, V), log_decay_ref[part * heads + h]))
             state_KV = decay_1V * state_ref[0, h] + k_KH[:, h:h + 1] * v_HV[h:h + 1]
@@ -229,7 +233,7 @@ def _tpu_kernel(live_ref, place_ref, log_decay_ref, q_ref, k_ref, v_ref, gate_re
 
     @pl.when(live & (part == parts - 1))
     def _():
-        y_ref[...] = _norm_and_gate(o_ref[...], gate_ref[...], norm_ref[...], eps, (1, 2, 3), parts * heads * V)
+        y_ref[...] = norm_and_gate(o_ref[...], gate_ref[...], norm_ref[...], eps, (1, 2, 3), parts * heads * V)
 
     # The last core's rows may go past the batch.
     @pl.when(~live & (part == 0) & (b < B))
@@ -274,7 +278,7 @@ def _gpu(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B
 def _gpu_kernel(live_ref, log_decay_ref, q_ref, k_ref, v_ref, state_ref, o_ref, new_ref):
     @pl.when(live_ref[...] > 0)
     def _():
-        q_K, k_K, v_V = _silu(q_ref[...]), _silu(k_ref[...]), _silu(v_ref[...])
+        q_K, k_K, v_V = silu(q_ref[...]), silu(k_ref[...]), silu(v_ref[...])
         state_KV = jnp.exp(log_decay_ref[...]) * state_ref[...] + k_K[:, None] * v_V[None, :]
         new_ref[...] = state_KV
         o_ref[...] = jnp.sum(q_K[:, None] * state_KV, axis=0)
@@ -284,7 +288,7 @@ def _gpu_norm_kernel(live_ref, o_ref, gate_ref, norm_ref, y_ref, *, eps, count):
     there_P = jnp.arange(o_ref.shape[0], dtype=jnp.int32) < count
     live_P = there_P & (live_ref[...] > 0)
     o_P, gate_P, norm_P = (plgpu.load(ref, mask=live_P, other=0) for ref in (o_ref, gate_ref, norm_ref))
-    y_P = _norm_and_gate(o_P, gate_P, norm_P, eps, 0, count)
+    y_P = norm_and_gate(o_P, gate_P, norm_P, eps, 0, count)
     plgpu.store(y_ref, jnp.where(live_P, y_P, 0), mask=there_P)
 
 
