@@ -30,7 +30,9 @@ class Chip(NamedTuple):
 
 
 CHIPS = {"v4": Chip(1.05, 2, 1.23e12, "v4:2x2x1"), "v5e": Chip(1.5, 1, 8.2e11, "v5e:2x2"),
-         "v5p": Chip(1.75, 2, 2.765e12, "v5p:2x2x1"), "v6e": Chip(1.75, 1, 1.64e12, "v6e:2x2")}
+         "v5p": Chip(1.75, 2, 2.765e12, "v5p:2x2x1"), "v6e": Chip(1.75, 1, 1.64e12, "v6e:2x2"),
+         # A device is one of the chip's two cores; the clock follows from its peak of 1,155 bfloat16 TFLOP/s.
+         "tpu7x": Chip(2.2, 1, 3.69e12, "tpu7x:2x2x1")}
 
 
 class Cost(NamedTuple):
@@ -41,6 +43,7 @@ class Cost(NamedTuple):
     vmem: int               # bytes, of the largest kernel
     spills: int             # registers stored for want of them, in the text
     temporaries: int        # bytes in HBM
+    bytes: int              # that its operations read and write, those of a loop counted once
 
 
 def missing() -> str:
@@ -49,7 +52,8 @@ def missing() -> str:
 
 
 def cost(case: str, chip: str) -> Cost:
-    """The cost of `case`, "module:function" with arguments after colons; called, it gives a function and its arguments."""
+    """The cost of `case`, "module:function" with arguments after colons; called, it gives a function (jitted where it
+    donates) and its arguments."""
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder, "dump")
         flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
@@ -71,7 +75,7 @@ def cost(case: str, chip: str) -> Cost:
     cycles = total(lambda k: k.cycles)
     scale = 1e3 * CHIPS[chip].clock
     return Cost(cycles / scale, total(lambda k: k.cycles_most) / scale, total(lambda k: k.mxu) / max(cycles, 1),
-                max((k.vmem for k, _ in done), default=0), sum(k.spills for k, _ in done), memory)
+                max((k.vmem for k, _ in done), default=0), sum(k.spills for k, _ in done), *memory)
 
 
 def _compile(case: str, chip: str, folder: str):
@@ -86,8 +90,10 @@ def _compile(case: str, chip: str, folder: str):
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = jax.jit(function).lower(*shapes).compile()
-    Path(folder, "memory").write_text(json.dumps(compiled.memory_analysis().temp_size_in_bytes))
+        function = function if hasattr(function, "lower") else jax.jit(function)       # one that donates is jitted
+        compiled = function.lower(*shapes).compile()
+    Path(folder, "memory").write_text(json.dumps(
+        [compiled.memory_analysis().temp_size_in_bytes, int(compiled.cost_analysis()["bytes accessed"])]))
     Path(folder, "hlo").write_text(compiled.as_text())
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx import config
+from mmx.kernels import platform
 
 
 class Context(NamedTuple):
@@ -49,7 +50,18 @@ def rms_norm(x_BTD, scale_D, eps: float):
 
 
 def heads(x_BTD, w_DHK):
-    """x W, heads before time. (A plain matrix product first: XLA's CPU dot would copy the weights to transpose them.)"""
-    D, H, K = w_DHK.shape
+    """x W, heads before time."""
+    if platform.name() != "cpu":        # the weights are read as they lie, and what follows joins the product's epilogue
+        return jnp.einsum("BTD,DHK->BHTK", x_BTD, w_DHK)
+    D, H, K = w_DHK.shape               # XLA's CPU dot would copy the weights to transpose them
     x_BTX = jnp.einsum("BTD,DX->BTX", x_BTD, w_DHK.reshape(D, H * K))
     return jnp.einsum("BTHK->BHTK", x_BTX.reshape(*x_BTX.shape[:2], H, K))
+
+
+def join(x_BHTV, w_HVD):
+    """All heads' outputs through W."""
+    if platform.name() != "cpu":
+        return jnp.einsum("BHTV,HVD->BTD", x_BHTV, w_HVD)
+    B, H, T, V = x_BHTV.shape
+    x_BTX = jnp.einsum("BHTV->BTHV", x_BHTV).reshape(B, T, H * V)
+    return jnp.einsum("BTX,XD->BTD", x_BTX, w_HVD.reshape(H * V, -1))

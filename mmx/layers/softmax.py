@@ -1,12 +1,11 @@
 """The softmax-attention mixer: grouped queries, RoPE on a leading part of each head (model.md section 4)."""
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from mmx import config
 from mmx.kernels.attention import softmax_attention
 from mmx.kernels.rope import rope
-from mmx.layers.common import Context, heads, param
+from mmx.layers.common import Context, heads, join, param
 
 
 class Softmax(nn.Module):
@@ -28,9 +27,7 @@ class Softmax(nn.Module):
             cache = {"k_BGSK": _write(cache["k_BGSK"], k_BGTK, context.start_B),
                      "v_BGSV": _write(cache["v_BGSV"], v_BGTV, context.start_B)}
             o_BHTV = softmax_attention(q_BHTK, cache["k_BGSK"], cache["v_BGSV"], start_B=context.start_B)
-        B, H, T, V = o_BHTV.shape
-        o_BTX = jnp.einsum("BHTV->BTHV", o_BHTV).reshape(B, T, H * V)
-        return jnp.einsum("BTX,XD->BTD", o_BTX, param(self, "out_HVD", "HV", "D", True).reshape(H * V, -1)), cache
+        return join(o_BHTV, param(self, "out_HVD", "HV", "D", True)), cache
 
 
 def _write(cache_BGSK, new_BGTK, start_B):
