@@ -152,9 +152,14 @@ def build_parser() -> argparse.ArgumentParser:
     bench = command("bench", None, "What the kernels cost.")
     kinds = bench.add_subparsers(dest="kind", metavar="kernels", required=True, parser_class=Parser)
     sub = command("kernels", bench_kernels, "Compile every kernel for TPUs and GPUs here, by the real compilers: static "
-                  "schedule estimates, registers, memory.", parent=kinds)
+                  "schedule estimates, registers, memory. On a machine with a TPU or a GPU: time them.", parent=kinds)
     sub.add_argument("--chip", metavar="CHIPS", type=lambda s: s.split(","),
-                     help="of v4, v5e, v5p, v6e, h100, h20, a100, with commas (default: all whose compiler is installed)")
+                     help="compile for these, of v4, v5e, v5p, v6e, tpu7x, h100, h20, a100, with commas (default: all whose "
+                          "compiler is installed)")
+    sub.add_argument("--live", action="store_true", help="time on the device that is here, be it a CPU")
+    sub.add_argument("--lengths", metavar="TOKENS", default="1024,2048,4096,8192,16384,32768,65536,131072",
+                     help="timed sequence lengths, with commas (default: powers of two from 1024 to 131072)")
+    sub.add_argument("--out", metavar="DIR", default=".", help="kernels.png, times over length, goes here (default .)")
     sub.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -181,7 +186,7 @@ def read_experiment(path: str, overrides: list[str]) -> config.Experiment:
 
 def bench_kernels(args):
     from mmx import bench
-    bench.kernels(args.chip, args.json)
+    bench.kernels(args.chip, args.json, args.live, args.lengths, args.out)
 
 
 def _get_config(path: str):

@@ -37,6 +37,24 @@ def test_chips_that_are_not_known(capsys):
     assert "v5q: known are v4, v5e" in capsys.readouterr().err
 
 
+def test_times_and_a_plot_on_the_device_that_is_here(tmp_path, capsys, monkeypatch):
+    for name, value in (("H", 2), ("D", 16), ("ROWS", 2), ("RUNS", 2)):
+        monkeypatch.setattr(bench, name, value)
+    out = tmp_path / "new"
+    assert cli.main(["bench", "kernels", "--live", "--lengths", "64,128", "--out", str(out), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    ops = [f"{op} {case}" for op in ("lightning", "softmax") for case in ("forward", "forward and backward")]
+    assert [(row["case"], row["length"]) for row in rows] == [(op, T) for op in ops for T in (64, 128)] + [("decode", 1)]
+    assert all(row["impl"] == "xla" and row["ms"] > 0 for row in rows)
+    assert (out / "kernels.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("lengths", ["64,x", "0", ""])
+def test_lengths_that_are_none(lengths, tmp_path, capsys):
+    assert cli.main(["bench", "kernels", "--live", "--lengths", lengths, "--out", str(tmp_path / "new")]) == 2
+    assert f"--lengths {lengths}: give tokens" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
 @needs_compiler
 def test_cycles_of_products_are_those_of_the_matrix_units(tmp_path, monkeypatch):
     (tmp_path / "known_length.py").write_text(MODULE)

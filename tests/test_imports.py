@@ -24,7 +24,7 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "convert": "checkpoint data inference model released torch",
     "evals": "checkpoint convert data inference loss metrics model",
     "train": "checkpoint data evals loss metrics model optim parallel",
-    "hugepages": "", "compilers": "", "bench": "compilers kernels",
+    "hugepages": "", "compilers": "", "bench": "compilers kernels layers",
     "cli": "bench checkpoint convert evals hugepages inference train",
 }
 FOREIGN = {     # packages that a part does without
