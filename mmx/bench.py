@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -201,15 +202,10 @@ def _gpu(chip, name):
 def _triton_resources(run, shapes, chip):
     """jax-triton compiles its kernels itself, and writes them where it is told to."""
     import jax_triton
-    library, field = jax_triton.triton_lib, "_JAX_TRITON_DUMP_DIR"
-    before = getattr(library, field)
-    with tempfile.TemporaryDirectory() as folder:
-        setattr(library, field, folder)
-        try:
-            ptx.resources(run, *shapes, chip=GPUS[chip])
-            return ptx.dumped(folder, GPUS[chip])
-        finally:
-            setattr(library, field, before)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(      # what it has compiled before it writes no more
+            jax_triton.triton_lib, _JAX_TRITON_DUMP_DIR=folder, _COMPILED_KERNEL_CACHE={}):
+        ptx.resources(run, *shapes, chip=GPUS[chip])
+        return ptx.dumped(folder, GPUS[chip])
 
 
 def _timed(lengths, out, as_json):

@@ -1,4 +1,5 @@
 """The kernels' static schedules, from the TPU's compiler, and the command that prints them."""
+import importlib.util
 import json
 import math
 
@@ -76,3 +77,21 @@ def test_command_prints_json(capsys, monkeypatch):
     monkeypatch.setattr(bench, "CASES", {"forward 8,192": bench.CASES["forward 8,192"]})
     assert cli.main(["bench", "kernels", "--chip", "v5p", "--json"]) == 0
     assert [row["impl"] for row in json.loads(capsys.readouterr().out)] == ["tpu", "xla"]
+
+
+@needs_compiler
+def test_the_layer_moves_what_its_products_and_attention_take(tmp_path, monkeypatch):
+    """Weights once, the input by each projection; q, k, v and y written and read, o read twice: no pass between them."""
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    T, W = 8192, bench.H * bench.D
+    schedule._compile(f"mmx.bench:layer:fused:{T}:0", "v5p", tmp_path)
+    _, moved = json.loads((tmp_path / "memory").read_text())
+    assert moved < 1.02 * 2 * (5 * bench.DIM * W + 5 * T * bench.DIM + 11 * T * W)
+
+
+@pytest.mark.skipif(bool(bench.ptx.missing()), reason=bench.ptx.missing())
+def test_gpu_kernels_and_those_of_triton():
+    rows = list(bench._gpu("h100", "forward 8,192"))
+    assert {row["impl"] for row in rows} == {"gpu", *(["triton"] if importlib.util.find_spec("jax_triton") else [])}
+    assert all(row["registers"] and not row["spills"] for row in rows)
