@@ -224,7 +224,8 @@ def _times(lengths):
     here = jax.default_backend()
     dtype = jnp.float32 if here == "cpu" else jnp.bfloat16
     log_decay_H = -jnp.exp2(-8 * jnp.arange(1, H + 1) / H)
-    impls = [impl for impl in {"tpu": ("tpu", "xla"), "gpu": ("gpu", "triton", "xla")}.get(here, ("xla",)) if impl in api.IMPLS]
+    shape_BHTD = jax.ShapeDtypeStruct((1, H, lengths[0], D), dtype)
+    impls = [impl for impl in api.NAMES if not api.refusal(impl, shape_BHTD, shape_BHTD, None)]
     library = {"tpu": "splash", "gpu": "cudnn"}.get(here, "xla")
     forms = {("lightning", impl): lambda *qkv, impl=impl: lightning_attention(*qkv, log_decay_H, impl=impl)[0]
              for impl in impls} | {("softmax", library): SOFTMAX[library]}

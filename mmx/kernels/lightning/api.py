@@ -77,7 +77,7 @@ def _check_documents(segments_BT):
 def _named(impl, q_BHTK, v_BHTV, chunk):
     if impl not in NAMES:
         raise NotImplementedError(f"impl={impl!r}: lightning attention has {', '.join(NAMES)}")
-    if reason := _refusal(impl, q_BHTK, v_BHTV, chunk):
+    if reason := refusal(impl, q_BHTK, v_BHTV, chunk):
         raise NotImplementedError(f"impl={impl!r}: {reason}")
     return impl
 
@@ -88,13 +88,13 @@ def _pick(q_BHTK, v_BHTV, chunk):
     # A kernel's work is not split over devices by itself: inside shard_map it runs on what each has.
     if impl not in IMPLS or platform.splits_by_itself():
         return "xla"
-    if reason := _refusal(impl, q_BHTK, v_BHTV, chunk):
+    if reason := refusal(impl, q_BHTK, v_BHTV, chunk):
         _say_once(f"lightning attention runs as plain XLA: {reason}")
         return "xla"
     return impl
 
 
-def _refusal(impl, q_BHTK, v_BHTV, chunk) -> str:
+def refusal(impl, q_BHTK, v_BHTV, chunk) -> str:
     """Why the implementation cannot run here, or on these arrays; empty where it can."""
     if impl == "xla":
         return ""

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mmx.kernels import platform
+
 
 class Chunks(NamedTuple):
     """What the chunks know of time and documents; the batch extent is 1 where there are no segments."""
@@ -84,7 +86,7 @@ def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BH
 
 def _chunk(chunk, T):
     # 64 is best on CPU, 128-256 on accelerators (128 divides the matrix unit's tiles).
-    return min(chunk or (64 if jax.default_backend() == "cpu" else 128), T)
+    return min(chunk or (64 if platform.name() == "cpu" else 128), T)
 
 
 def _dot(spec, x, y):
