@@ -149,7 +149,7 @@ def test_convert_there_and_back(place, capsys, mmx_fails):
     capsys.readouterr()
     for against, tolerance, code in ((back, "0", 0), (theirs, "0", 0), (theirs, "nan", 1)):
         assert cli.main(["convert", "verify", "--checkpoint", run, "--against", against, "--tolerance", tolerance]) == code
-        assert capsys.readouterr().out == "largest logit difference: 0.00e+00\n"
+        assert capsys.readouterr().out.startswith("largest logit difference: 0.00e+00 (")
     assert "not empty" in mmx_fails("convert", "to-hf", "--checkpoint", run, "--out", theirs)
     assert "vocabulary" in mmx_fails("convert", "verify", "--checkpoint", run, "--against", ORACLE)
 

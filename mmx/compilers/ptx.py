@@ -45,7 +45,8 @@ def resources(function, *args, chip: str) -> dict[str, Kernel]:
     with tempfile.TemporaryDirectory() as dump:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
-            lowered.compile(compiler_options={"xla_dump_to": dump, "xla_gpu_autotune_level": 0})
+            lowered.compile(compiler_options={"xla_dump_to": dump, "xla_gpu_autotune_level": 0,
+                                              "xla_backend_optimization_level": 3})
         plan = "".join(Path(p).read_text() for p in glob.glob(f"{dump}/*thunk_sequence.txt"))
         sizes = r"\[(\d+), (\d+), (\d+)\]"
         launches = re.findall(rf"(\S+) grid: {sizes} threads: {sizes}\s+shared_memory: (\d+)", plan)

@@ -58,7 +58,7 @@ def cost(case: str, chip: str) -> Cost:
         dump = Path(folder, "dump")
         flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
         env = os.environ | {"LIBTPU_INIT_ARGS": flags, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1",
-                            "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+                            "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": ""}
         run = subprocess.run([sys.executable, "-m", "mmx.compilers.schedule", case, chip, folder], env=env,
                              capture_output=True, text=True)
         if run.returncode:
