@@ -1,0 +1,76 @@
+"""LASP+ against the token recurrence in float64, over documents cut anywhere; what it exchanges, counted in the HLO."""
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from collectives import collectives
+from jax.sharding import AxisType, PartitionSpec
+
+from mmx.kernels.lightning import lightning_attention as unsharded
+from mmx.kernels.lightning import reference
+from mmx.parallel.lightning import bytes_per_device, lightning_attention
+
+B, H, T, K, V = 6, 3, 64, 4, 6
+LOG_DECAY_H = -np.array([0.3, 4e-8, 0], np.float32)
+NAMES = ("o", "state", "dq", "dk", "dv", "dstate")
+QUICK = {"xla_backend_optimization_level": 0}      # compiling is most of the time here
+
+
+def documents():
+    """Documents across every edge, on the edges, padding at both ends, whole shards of it inside and between, alone."""
+    place = np.arange(T)
+    rows = np.ones((B, T), np.int32)
+    rows[0] = 1 + np.searchsorted(np.cumsum(np.arange(1, 15)), place, side="right")
+    rows[1] = 2 + place // 8
+    rows[2] = (place >= 19) * (1 + (place > 40)) * ((place < 24) | (place >= 40)) * (place < 55)
+    rows[3] = 0
+    rows[4] = (1 + place // 23) * (place % 5 != 2)
+    return rows
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    shapes = (B, H, T, K), (B, H, T, K), (B, H, T, V), (B, H, K, V), (B, H, T, V), (B, H, K, V)
+    *args, do, dstate = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    return args, (do, dstate)
+
+
+def step(attention, args, cotangents, segments):
+    out, pull = jax.vjp(lambda *args: attention(*args, segments), *args)
+    return *out, *pull(cotangents)
+
+
+@functools.cache
+def oracle(packed, given):
+    (q, k, v, state), cotangents = inputs()
+    with jax.enable_x64(True):
+        args, cotangents = jax.tree.map(lambda x: jnp.asarray(x, float), ((q, k, v, state * given), cotangents))
+        run = lambda q, k, v, state, segments: reference.lightning_attention(q, k, v, jnp.asarray(LOG_DECAY_H, float), segments, state)
+        segments = jnp.asarray(documents() if packed else np.ones((B, T), int))
+        return [np.asarray(x) for x in jax.jit(step, static_argnums=0)(run, args, cotangents, segments)]
+
+
+def sharded(seq, edp=1, check_vma=True, **how):
+    """`lightning_attention` of whole arrays, its rows cut over edp and its time over seq devices."""
+    mesh = jax.make_mesh((edp, seq), ("edp", "seq"), axis_types=(AxisType.Auto,) * 2)
+    tokens, state, rows = PartitionSpec("edp", None, "seq"), PartitionSpec("edp"), PartitionSpec("edp", "seq")
+
+    def local(q, k, v, state, segments):
+        return lightning_attention(q, k, v, LOG_DECAY_H, axis="seq", segments_BT=segments, state_BHKV=state, **how)
+    return jax.shard_map(local, mesh=mesh, in_specs=(tokens, tokens, tokens, state, rows), out_specs=(tokens, state),
+                         check_vma=check_vma)
+
+
+@pytest.mark.parametrize("seq, edp, packed, given, check_vma", [
+    (1, 1, True, True, True), (2, 2, True, True, True), (4, 1, True, False, False), (4, 2, False, True, True),
+    (8, 1, True, True, True), (8, 1, False, True, False)])
+def test_against_the_recurrence(seq, edp, packed, given, check_vma):
+    (q, k, v, state), cotangents = inputs()
+    run = jax.jit(step, static_argnums=0, compiler_options=QUICK)
+    got = run(sharded(seq, edp, check_vma), (q, k, v, state * given), cotangents, documents() if packed else None)
+    for name, x, y in zip(NAMES, got, oracle(packed, given)):
+        error = np.linalg.norm(np.asarray(x, float) - y) / np.linalg.norm(y)
+        assert error <= 1e-6, f"{name}: relative error {error:.2e}"
