@@ -50,8 +50,7 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, axis, segments_B
     sequence. The state is given and returned whole on every device: that before the first device's first token and
     that after the last (real) token of all.
     """
-    B, H, T, K = q_BHTK.shape
-    V = v_BHTV.shape[3]
+    (B, H, _, K), V = q_BHTK.shape, v_BHTV.shape[3]
     dtype = jnp.promote_types(q_BHTK.dtype, jnp.float32)
     state_BHKV = jnp.zeros((B, H, K, V), dtype) if state_BHKV is None else state_BHKV.astype(dtype)
     check(state_BHKV, "BHKV", "state_BHKV", B=B, H=H, K=K, V=V)
@@ -61,10 +60,14 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, axis, segments_B
     return _attention(q_BHTK, k_BHTK, v_BHTV, jnp.asarray(log_decay_H, dtype), segments_BT, state_BHKV, axis, impl, chunk)
 
 
-def bytes_per_device(B: int, H: int, K: int, V: int, axis_size: int, itemsize: int = 4) -> int:
-    """What a device receives in one exchange, so in the forward pass or in the backward pass; documents' places apart."""
-    rounds = axis_size - 1 if _gathers(axis_size) else 1 + _doublings(axis_size) + 2 * (axis_size - 1) / axis_size
-    return int(rounds * B * H * K * V * itemsize)
+def bytes_per_device(B: int, H: int, K: int, V: int, axis_size: int, last: bool = True) -> int:
+    """What a device receives in one exchange, so in the forward or in the backward pass; documents' places apart.
+
+    `last`: whether the state after the last token is used (backward: the gradient of the given one).
+    """
+    X = axis_size
+    states = X - 1 if _gathers(X) else 1 + _doublings(X) + last * 2 * (X - 1) / X
+    return int(states * B * H * K * V * 4)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))

@@ -1,6 +1,5 @@
 """LASP+ against the token recurrence in float64, over documents cut anywhere; what it exchanges, counted in the HLO."""
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,6 @@ import pytest
 from collectives import collectives
 from jax.sharding import AxisType, PartitionSpec
 
-from mmx.kernels.lightning import lightning_attention as unsharded
 from mmx.kernels.lightning import reference
 from mmx.parallel.lightning import bytes_per_device, lightning_attention
 
@@ -48,7 +46,8 @@ def oracle(packed, given):
     (q, k, v, state), cotangents = inputs()
     with jax.enable_x64(True):
         args, cotangents = jax.tree.map(lambda x: jnp.asarray(x, float), ((q, k, v, state * given), cotangents))
-        run = lambda q, k, v, state, segments: reference.lightning_attention(q, k, v, jnp.asarray(LOG_DECAY_H, float), segments, state)
+        log_decay_H = jnp.asarray(LOG_DECAY_H, float)
+        run = lambda q, k, v, state, segments: reference.lightning_attention(q, k, v, log_decay_H, segments, state)
         segments = jnp.asarray(documents() if packed else np.ones((B, T), int))
         return [np.asarray(x) for x in jax.jit(step, static_argnums=0)(run, args, cotangents, segments)]
 
@@ -74,3 +73,46 @@ def test_against_the_recurrence(seq, edp, packed, given, check_vma):
     for name, x, y in zip(NAMES, got, oracle(packed, given)):
         error = np.linalg.norm(np.asarray(x, float) - y) / np.linalg.norm(y)
         assert error <= 1e-6, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("seq, kinds", [(4, ["all-gather"]), (8, ["collective-permute"] * 4)])
+def test_exchanges(seq, kinds):
+    """One exchange of states each way, as large as `bytes_per_device` says, and one of the documents' places."""
+    (q, k, v, _), (do, _) = inputs()
+
+    def moved(function, *args):
+        found = collectives(jax.jit(function, compiler_options=QUICK).lower(*args).compile(), seq)
+        return sorted(kind for kind, _, _ in found), sum(size for _, size, _ in found)
+
+    def outputs(q, k, v, segments=None):
+        return sharded(seq)(q, k, v, None, segments)[0]
+    states, places = bytes_per_device(B, H, K, V, seq, last=False), (seq - 1) * 16 * B
+    assert moved(outputs, q, k, v) == (kinds, states)
+    gradients = lambda *args: jax.vjp(lambda *args: outputs(*args, documents()), *args)[1](do)
+    assert moved(gradients, q, k, v) == (["all-gather", *kinds, *kinds], 2 * states + places)
+    with_last = moved(lambda q, k, v: sharded(seq)(q, k, v, None, None), q, k, v)
+    assert with_last == (kinds if seq == 4 else ["all-reduce", *kinds], bytes_per_device(B, H, K, V, seq))
+
+
+def test_a_million_tokens():
+    """Two documents over 8 devices, at their first and last tokens, at shards' edges and at the end.
+
+    The tolerance is the kernel's own error: 512 chunks multiply its rounded decay with itself.
+    """
+    T, cut, g = 2 ** 20, 700_001, np.float32(-1e-6)
+    q, k, v = (np.random.default_rng(n).standard_normal((1, 1, T, 8), np.float32) for n in range(3))
+    place = np.arange(T)
+    mesh = jax.make_mesh((8,), ("seq",), axis_types=(AxisType.Auto,))
+    tokens, rows, whole = PartitionSpec(None, None, "seq"), PartitionSpec(None, "seq"), PartitionSpec()
+    run = jax.jit(jax.shard_map(
+        lambda q, k, v, segments: lightning_attention(q, k, v, g[None], axis="seq", segments_BT=segments, chunk=256),
+        mesh=mesh, in_specs=(tokens, tokens, tokens, rows), out_specs=(tokens, whole)))
+    o, state = map(np.asarray, run(q, k, v, 1 + (place >= cut)[None]))
+
+    for t in (0, T // 8 - 1, T // 8, cut - 1, cut, 7 * T // 8, T - 1):
+        seen = slice(cut if t >= cut else 0, t + 1)
+        weight_S1 = np.exp(g.astype(float) * (t - place[seen]))[:, None]
+        want_KV = (k[0, 0, seen] * weight_S1).T @ v[0, 0, seen].astype(float)
+        atol = 1e-5 * np.linalg.norm(want_KV)
+        np.testing.assert_allclose(o[0, 0, t], q[0, 0, t] @ want_KV, rtol=0, atol=atol)
+    np.testing.assert_allclose(state[0, 0], want_KV, rtol=0, atol=atol)
