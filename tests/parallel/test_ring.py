@@ -1,0 +1,69 @@
+"""Ring attention against the full score matrix, over documents cut anywhere; its work and its exchanges, counted."""
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from collectives import collectives
+from jax.sharding import AxisType, PartitionSpec
+
+from mmx.kernels.attention import reference
+from mmx.parallel import ring
+
+B, H, G, T, K, V = 4, 4, 2, 64, 4, 6
+NAMES = ("o", "dq", "dk", "dv")
+TOLERANCE = {"float32": 1e-6, "bfloat16": 6e-3}
+QUICK = {"xla_backend_optimization_level": 0}      # compiling is most of the time here
+
+
+def documents():
+    """Documents across every edge, on the edges, padding at both ends, whole shards of it inside and between, alone."""
+    place = np.arange(T)
+    rows = np.zeros((B, T), np.int32)
+    rows[0] = 1 + np.searchsorted(np.cumsum(np.arange(1, 15)), place, side="right")
+    rows[1] = 2 + place // 8
+    rows[2] = (place >= 19) * (1 + (place > 40)) * ((place < 24) | (place >= 40)) * (place < 55)
+    return rows
+
+
+def inputs(dtype="float32"):
+    rng = np.random.default_rng(0)
+    shapes = (B, H, T, K), (B, G, T, K), (B, G, T, V), (B, H, T, V)
+    return [rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype)) for shape in shapes]
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def step(attention, q, k, v, do, segments):
+    o, pull = jax.vjp(lambda *args: attention(*args, segments), q, k, v)
+    return o, *pull(do)
+
+
+def sharded(seq, edp=1, check_vma=True, balanced=False):
+    """`softmax_attention` of whole arrays, rows cut over edp and time over seq devices, put in `zigzag` and back."""
+    mesh = jax.make_mesh((edp, seq), ("edp", "seq"), axis_types=(AxisType.Auto,) * 2)
+    tokens, rows = PartitionSpec("edp", None, "seq"), PartitionSpec("edp", "seq")
+    local = lambda q, k, v, segments: ring.softmax_attention(q, k, v, axis="seq", segments_BT=segments, balanced=balanced)
+    run = jax.shard_map(local, mesh=mesh, in_specs=(tokens, tokens, tokens, rows), out_specs=tokens, check_vma=check_vma)
+    if not balanced:
+        return run
+    there, back = ring.zigzag(T, seq), ring.unzigzag(T, seq)
+    return lambda q, k, v, segments: run(q[:, :, there], k[:, :, there], v[:, :, there],
+                                         None if segments is None else segments[:, there])[:, :, back]
+
+
+@functools.cache
+def oracle(packed):
+    segments = documents() if packed else np.ones((B, T), np.int32)
+    return step(lambda q, k, v, segments: reference.attention(q, k, v, segments, segments), *inputs(), segments)
+
+
+@pytest.mark.parametrize("seq, edp, packed, balanced, check_vma, dtype", [
+    (1, 1, True, True, True, "float32"), (2, 2, True, False, True, "float32"), (4, 1, True, True, False, "float32"),
+    (4, 1, False, False, True, "float32"), (4, 2, True, True, True, "bfloat16"), (8, 1, True, False, True, "float32"),
+    (8, 1, False, True, True, "float32")])
+def test_against_the_full_matrix(seq, edp, packed, balanced, check_vma, dtype):
+    got = step(sharded(seq, edp, check_vma, balanced), *inputs(dtype), documents() if packed else None)
+    for name, x, y in zip(NAMES, got, oracle(packed)):
+        error = np.linalg.norm(np.asarray(x, float) - y) / np.linalg.norm(y)
+        assert x.dtype == dtype and error <= TOLERANCE[dtype], f"{name}: {x.dtype}, relative error {error:.2e}"
