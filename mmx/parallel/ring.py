@@ -86,8 +86,9 @@ def _forward(q_BHTK, k_BGTK, v_BGTV, segments_BT, axis, impl, balanced):
             new_BHQV, new_BHQ = attention(q_BHQK, k_BGSK, v_BGSV, segments_BT=segments_BQ, segments_BS=segments_BS,
                                           start_B=_all_before(k_BGSK), return_lse=True)
             top_BHQ = jnp.logaddexp(lse_BHQ, new_BHQ)
-            share, new_share = (jnp.exp(x - jnp.where(jnp.isneginf(top_BHQ), 0, top_BHQ))[..., None] for x in (lse_BHQ, new_BHQ))
-            return _put(o_BHTV, o_BHQV * share + new_BHQV * new_share, rows), _put(lse_BHT, top_BHQ, rows)
+            whole_BHQ = jnp.where(jnp.isneginf(top_BHQ), 0, top_BHQ)        # where nothing is seen yet
+            old_BHQ1, new_BHQ1 = (jnp.exp(x - whole_BHQ)[..., None] for x in (lse_BHQ, new_BHQ))
+            return _put(o_BHTV, o_BHQV * old_BHQ1 + new_BHQV * new_BHQ1, rows), _put(lse_BHT, top_BHQ, rows)
         return _switch(step, part, lambda: carry, segments_BT, keys[2], q_BHTK.shape[2], axis, balanced)
 
     o_BHTV, lse_BHT = attention(q_BHTK, k_BGTK, v_BGTV, segments_BT=segments_BT, impl=impl, return_lse=True)

@@ -9,6 +9,7 @@ from collectives import collectives
 from jax.sharding import AxisType, PartitionSpec
 
 from mmx.kernels.lightning import reference
+from mmx.parallel import ring
 from mmx.parallel.lightning import bytes_per_device, lightning_attention
 
 B, H, T, K, V = 6, 3, 64, 4, 6
@@ -92,6 +93,16 @@ def test_exchanges(seq, kinds):
     assert moved(gradients, q, k, v) == (["all-gather", *kinds, *kinds], 2 * states + places)
     with_last = moved(lambda q, k, v: sharded(seq)(q, k, v, None, None), q, k, v)
     assert with_last == (kinds if seq == 4 else ["all-reduce", *kinds], bytes_per_device(B, H, K, V, seq))
+
+
+def test_states_are_less_than_tokens():
+    """A layer of MiniMax-Text-01, a million tokens on 8 devices, bfloat16: GB that a device receives, forward."""
+    tokens = dict(B=1, T=2 ** 17, axis_size=8, itemsize=2)
+    moved = {"LASP+": bytes_per_device(1, 64, 128, 128, 8, last=False),
+             "ring attention, 8 KV heads": ring.bytes_per_device(G=8, K=128, V=128, **tokens),
+             "gathering k and v of 64 heads": ring.bytes_per_device(G=64, K=128, V=128, **tokens)}
+    print({name: size / 1e9 for name, size in moved.items()})
+    assert list(moved.values()) == [2 ** 24, 7 * 2 ** 29, 7 * 2 ** 32]
 
 
 def test_a_million_tokens():

@@ -60,10 +60,57 @@ def oracle(packed):
 
 @pytest.mark.parametrize("seq, edp, packed, balanced, check_vma, dtype", [
     (1, 1, True, True, True, "float32"), (2, 2, True, False, True, "float32"), (4, 1, True, True, False, "float32"),
-    (4, 1, False, False, True, "float32"), (4, 2, True, True, True, "bfloat16"), (8, 1, True, False, True, "float32"),
-    (8, 1, False, True, True, "float32")])
+    (4, 2, True, True, True, "bfloat16"),
+    (8, 1, True, False, True, "float32"), (8, 1, False, True, True, "float32")])
 def test_against_the_full_matrix(seq, edp, packed, balanced, check_vma, dtype):
     got = step(sharded(seq, edp, check_vma, balanced), *inputs(dtype), documents() if packed else None)
     for name, x, y in zip(NAMES, got, oracle(packed)):
         error = np.linalg.norm(np.asarray(x, float) - y) / np.linalg.norm(y)
         assert x.dtype == dtype and error <= TOLERANCE[dtype], f"{name}: {x.dtype}, relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("balanced, packed, squares", [
+    (False, False, [0.5, 1.5, 2.5, 3.5]), (True, False, [2, 2, 2, 2]), (False, True, [0.5, 0.5, 1.5, 0.5])])
+def test_work(monkeypatch, balanced, packed, squares):
+    """What each of 4 devices works off, forward and backward, in squares of its own tokens; of documents those it meets."""
+    pairs = np.zeros((2, 4))
+
+    def counted(function, which, shapes):
+        def count(*args, **kwargs):
+            t, s, apart = shapes(*args, **kwargs)
+            jax.debug.callback(lambda x: np.add.at(pairs, (which, x), t * s if apart else t * s / 2), jax.lax.axis_index("seq"))
+            return function(*args, **kwargs)
+        return count
+    forward = lambda q, k, v, start_B=None, **_: (q.shape[2], k.shape[2], start_B is not None)
+    backward = lambda queries, keys, saved, _: (saved[0].shape[2], saved[1].shape[2], saved[5] is not None)
+    monkeypatch.setattr(ring, "attention", counted(ring.attention, 0, forward))
+    monkeypatch.setattr(ring.xla, "backward", counted(ring.xla.backward, 1, backward))
+    # the second document goes over an edge, the others end on one
+    segments = np.repeat([[1, 2, 3]], [16, 32, 16], axis=1).repeat(B, 0) if packed else None
+    jax.block_until_ready(step(sharded(4, balanced=balanced), *inputs(), segments))
+    jax.effects_barrier()
+    np.testing.assert_allclose(pairs / (T // 4) ** 2, [squares, squares])
+
+
+def test_bytes_and_memory():
+    """The exchanges are as large as `bytes_per_device` says, and nothing of a step is kept: memory is a few local arrays."""
+    seq, T = 8, 8192
+    mine = dict(B=1, G=1, T=T // seq, K=64, V=64, axis_size=seq, documents=True)
+    array = jax.ShapeDtypeStruct((1, 1, T, 64), jnp.float32)
+    compiled = step.lower(sharded(seq), *[array] * 4, jax.ShapeDtypeStruct((1, T), jnp.int32)).compile()
+    found = collectives(compiled, seq)
+    assert {kind for kind, _, _ in found} == {"collective-permute"}
+    passes = ring.bytes_per_device(**mine), ring.bytes_per_device(**mine, backward=True)
+    want = sum(passes) - passes[0] // (seq - 1)         # in one program both passes share the first step's keys
+    assert sum(size * times for _, size, times in found) == want
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * (T // seq) * 64 * 4      # every step's keys: 28 more
+
+
+def test_order():
+    np.testing.assert_array_equal(ring.zigzag(8, 2), [0, 1, 6, 7, 2, 3, 4, 5])
+    np.testing.assert_array_equal(ring.unzigzag(8, 2), [0, 1, 4, 5, 6, 7, 2, 3])
+    with pytest.raises(ValueError, match="T=10 does not split into 2 x 2 blocks"):
+        ring.zigzag(10, 2)
+    q = np.zeros((1, 1, 3, 4))
+    with pytest.raises(ValueError, match="balanced=True needs an even number"):
+        ring.softmax_attention(q, q, q, axis="seq", balanced=True)
