@@ -20,9 +20,9 @@ X / 2 on average, and the last one sets the pace. Balanced, the sequence is cut 
     its own:                    causal in the order they lie in
 
 Whatever a step's queries cannot see, keys of the future or of documents that have ended, costs no product: the work is
-inside a `lax.switch`, the exchange outside it, and the next keys are under way while these are met. A device receives,
-with bytes a token and KV head of (K + V) in k's dtype: forward X - 1 times T G; backward the same, and X times T G (K + V)
-float32 of gradients; with documents 4 bytes a token and step more.
+inside a `lax.switch`, the exchange outside it, and the next keys are under way while these are met. A device receives
+X - 1 times its own keys and values (with documents, 4 bytes a token more) in each pass, as if the sequence were gathered,
+and in the backward pass X times their gradients in float32.
 """
 import functools
 
@@ -110,20 +110,23 @@ def _backward(axis, impl, balanced, residuals, do_BHTV):
     mine = q_BHTK, segments_BT, o_BHTV, lse_BHT, do_BHTV
 
     def meet(step, keys, carry):
-        dq_BHTK, dk_BGTK, dv_BGTV = carry
-        with jax.named_scope("ring_gradients"):     # 'B G T/axis (K V)', one device on: B G T (K + V) float32
-            dk_BGTK, dv_BGTV = _on((dk_BGTK, dv_BGTV), axis)
+        dq_BHTK, *dkv = carry
+        nothing = tuple(jnp.zeros_like(x) for x in dkv)
 
         def part(rows, cols):
-            dq_BHQK, dk_BGSK, dv_BGSV = gradients(_cut(mine, rows), _cut(keys, cols), _all_before(_cut(keys[0], cols)))
-            return tuple(_put(x, _cut(x, at) + dx, at) for x, dx, at in (
-                (dq_BHTK, dq_BHQK, rows), (dk_BGTK, dk_BGSK, cols), (dv_BGTV, dv_BGSV, cols)))
-        carry = dq_BHTK, dk_BGTK, dv_BGTV
-        return _switch(step, part, lambda: carry, segments_BT, keys[2], q_BHTK.shape[2], axis, balanced)
+            dq_BHQK, *new = gradients(_cut(mine, rows), _cut(keys, cols), _all_before(_cut(keys[0], cols)))
+            return _put(dq_BHTK, _cut(dq_BHTK, rows) + dq_BHQK, rows), *(_put(x, dx, cols) for x, dx in zip(nothing, new))
+        dq_BHTK, *new = _switch(step, part, lambda: (dq_BHTK, *nothing), segments_BT, keys[2], q_BHTK.shape[2], axis, balanced)
+        # added here and not in `part`: the sums of the devices before are under way while it works
+        return dq_BHTK, *(x + dx for x, dx in zip(home(dkv), new))
+
+    def home(dkv):
+        with jax.named_scope("ring_gradients"):     # 'B G T/axis (K V)', one device on: B G T (K + V) float32
+            return _on(dkv, axis)
 
     own = k_BGTK, v_BGTV, segments_BT
     dq_BHTK, *dkv = _around(own, gradients(mine, own, None), meet, axis)
-    grads = dq_BHTK, *_on(dkv, axis)
+    grads = dq_BHTK, *home(dkv)
     return *(g.astype(x.dtype) for g, x in zip(grads, residuals)), None
 
 
