@@ -64,6 +64,34 @@ def unzigzag(T: int, axis_size: int) -> np.ndarray:
     return np.argsort(zigzag(T, axis_size))
 
 
+def to_zigzag(x, axis, time: int):
+    """The order of `zigzag`, from the sequence's, of an array that is cut along `time`; inside `jax.shard_map`.
+
+    Lightning layers need the sequence in order: a hybrid changes the order of a softmax layer's inputs, and back.
+    """
+    blocks = [lax.ppermute(block, axis, there) for block, there in zip(jnp.split(x, 2, time), _moves(axis))]
+    return _by_parity(blocks, axis, time)
+
+
+def from_zigzag(x, axis, time: int):
+    """The sequence's order, from that of `zigzag`."""
+    even, odd = jnp.split(_by_parity(jnp.split(x, 2, time), axis, time), 2, time)
+    back = [[(b, a) for a, b in there] for there in _moves(axis)]
+    return jnp.concatenate([lax.ppermute(even, axis, back[0]), lax.ppermute(odd, axis, back[1])], time)
+
+
+def _moves(axis):
+    """From where to where the even blocks go, and the odd ones: one to each device."""
+    X = lax.axis_size(axis)
+    return [[(b // 2, min(b, 2 * X - 1 - b)) for b in range(parity, 2 * X, 2)] for parity in (0, 1)]
+
+
+def _by_parity(blocks, axis, time):
+    """A device's blocks, the even one first, in the order they lie in, or the other way round: one is even, one odd."""
+    swap = lax.axis_index(axis) % 2 == 1
+    return jnp.concatenate([jnp.where(swap, *blocks[::-1]), jnp.where(swap, *blocks)], time)
+
+
 def bytes_per_device(B: int, G: int, T: int, K: int, V: int, axis_size: int, itemsize: int = 4, documents: bool = False,
                      backward: bool = False) -> int:
     """What a device of so many tokens receives in one pass; gathering the sequence's keys and values costs as much forward."""

@@ -114,6 +114,14 @@ def test_bytes_and_memory():
 def test_order():
     np.testing.assert_array_equal(ring.zigzag(8, 2), [0, 1, 6, 7, 2, 3, 4, 5])
     np.testing.assert_array_equal(ring.unzigzag(8, 2), [0, 1, 4, 5, 6, 7, 2, 3])
+    for seq in (1, 3, 8):
+        place = jnp.arange(6 * seq)[None]
+        rows = dict(mesh=jax.make_mesh((seq,), ("seq",), axis_types=(AxisType.Auto,)), in_specs=PartitionSpec(None, "seq"),
+                    out_specs=PartitionSpec(None, "seq"))
+        there = jax.jit(jax.shard_map(lambda x: ring.to_zigzag(x, "seq", time=1), **rows))(place)
+        np.testing.assert_array_equal(there[0], ring.zigzag(6 * seq, seq))
+        back = jax.jit(jax.shard_map(lambda x: ring.from_zigzag(x, "seq", time=1), **rows))(there)
+        np.testing.assert_array_equal(back, place)
     with pytest.raises(ValueError, match="T=10 does not split into 2 x 2 blocks"):
         ring.zigzag(10, 2)
     q = np.zeros((1, 1, 3, 4))
