@@ -48,7 +48,7 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, axis, segments_B
 
     Args are the kernel's, with T tokens of the sequence on each device in order; documents count upwards over the whole
     sequence. The state is given and returned whole on every device: that before the first device's first token and
-    that after the last (real) token of all.
+    that after the last (real) token of all. Pallas kernels run where shard_map has check_vma=False, XLA either way.
     """
     (B, H, _, K), V = q_BHTK.shape, v_BHTV.shape[3]
     dtype = jnp.promote_types(q_BHTK.dtype, jnp.float32)

@@ -41,7 +41,8 @@ def softmax_attention(q_BHTK, k_BGTK, v_BGTV, *, axis, segments_BT=None, impl=No
     Args:
       q_BHTK, k_BGTK, v_BGTV: this device's tokens; the devices hold the sequence in order, or in that of `zigzag`.
       segments_BT: their documents, which count upwards over the whole sequence; 0 is padding. None: one document.
-      impl: of a device's attention to its own keys. Keys of others are met in XLA blocks, which alone take them.
+      impl: of a device's attention to its own keys (the libraries' kernels run where shard_map has check_vma=False). Keys
+        of others are met in XLA blocks, which alone take them.
       balanced: whether the devices hold the order of `zigzag`.
 
     Returns o_BHTV in q's dtype; zero for a query that sees nothing.
