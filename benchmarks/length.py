@@ -3,11 +3,12 @@
     python benchmarks/length.py                 # about 4 minutes on 2 cores; writes length.png
 
 Hidden 256, 8 heads x 32 (softmax: 2 KV heads), float32, one sequence. Each point is a process of its own: the median
-of several runs after three to warm up, and the peak of the call's buffers beyond its inputs as XLA lays them out. Softmax
-attention's time grows with the square of the length: it stops at the first length that takes over --limit seconds.
+of several runs, after as many as still take new memory, and the peak of the call's buffers beyond its inputs as XLA lays
+them out. Softmax attention's time grows with the square of the length: it stops at the first that takes over --limit seconds.
 """
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -65,8 +66,12 @@ def measure(kind: str, length: int) -> dict:
     step = jax.jit(jax.grad(lambda p, u: jnp.mean(mixer.apply(p, u, context, None, log_decay_H)[0] ** 2), (0, 1)))
     compiled = step.lower(params, u_BTD).compile()
     memory = compiled.memory_analysis()
-    for _ in range(3):                  # the memory that the calls take grows until then
+    touched = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(12):                 # warm-up: until a call finds all its memory there
+        before = touched()
         jax.block_until_ready(compiled(params, u_BTD))
+        if touched() - before < 100:
+            break
     seconds = []
     begin = time.perf_counter()
     while len(seconds) < 3 or (len(seconds) < 30 and time.perf_counter() - begin < 6):
