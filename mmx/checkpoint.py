@@ -122,17 +122,13 @@ def _comparable(sections: dict, free: dict) -> dict:
 
 
 def find_step(path: str | Path) -> tuple[Path, Path] | None:
-    """(workdir, directory of a committed step) of a workdir (its latest step) or of one of its checkpoints/STEP."""
+    """(workdir, a step's directory) of a workdir (its latest step) or of one of its checkpoints/STEP."""
     path = Path(path).absolute()
-    if _committed(path) and path.parent.name == "checkpoints":
+    if path.name.isdecimal() and path.parent.name == "checkpoints" and path.is_dir():
         return path.parent.parent, path
     steps = path / "checkpoints"
-    found = [p for p in steps.iterdir() if _committed(p)] if steps.is_dir() else []
+    found = [p for p in steps.iterdir() if p.name.isdecimal()] if steps.is_dir() else []
     return (path, max(found, key=lambda p: int(p.name))) if found else None
-
-
-def _committed(path: Path) -> bool:
-    return path.name.isdecimal() and (path / "params" / "_METADATA").exists()
 
 
 # No cache, and few copies at a time: what is held is the slice asked for and the chunks that it touches.
@@ -177,7 +173,7 @@ def open_arrays(step: Path, item: str = "params", limits: dict = CONTEXT) -> dic
 
 def read(array: ts.TensorStore, index=...) -> np.ndarray:
     """A slice of an array of `open_arrays`."""
-    with stored("the checkpoint is damaged"):       # the message names chunk and folder
+    with stored("the checkpoint is damaged (an older WORKDIR/checkpoints/STEP may be whole)"):  # chunk and folder follow
         return array[index].read().result()
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -215,9 +216,9 @@ def train(args):
     done = run(experiment, args.workdir, sample=inference.sample)
     if done["stopped"]:
         print(f"stopped at step {done['step']:,}{' and saved' * bool(done['step'])}; the same command goes on from there")
-        return
-    print(f"trained {done['step']:,} steps in {done['seconds']:.0f} s; checkpoints, metrics.jsonl and tensorboard are in "
-          f"{args.workdir}")
+        return 130 if done["stopped"] == signal.SIGINT else 0
+    print(f"trained {done['step']:,} steps in {done['seconds']:.0f} s{' before, nothing was left to do' * (not done['new'])}; "
+          f"checkpoints, metrics.jsonl and tensorboard are in {args.workdir}")
 
 
 def generate(args):

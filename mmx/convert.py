@@ -34,6 +34,9 @@ class Loaded(NamedTuple):
     config: config.Model
     tokenizer: str          # "bytes", the path of a tokenizer.json, or empty where the checkpoint has none
 
+    def __repr__(self):
+        return f"Loaded({self.config.params_total:,} parameters, {self.config}, tokenizer={self.tokenizer!r})"
+
 
 class ReleasedSource:
     """A Hugging Face directory, checked whole before the first slice is read."""

@@ -25,6 +25,8 @@ def forward(loaded, tokens_BT, mask_BT=None):
     Raises ConfigError for ids outside the vocabulary.
     """
     tokens_BT = _ids(loaded.config, np.asarray(tokens_BT))
+    if mask_BT is not None and np.shape(mask_BT) != tokens_BT.shape:
+        raise ConfigError(f"mask_BT has shape {np.shape(mask_BT)}, tokens_BT {tokens_BT.shape}")
     segments_BT = None if mask_BT is None else jnp.asarray(mask_BT, jnp.int32)
     return _forward(loaded.model, loaded.params, tokens_BT, segments_BT)
 
@@ -44,7 +46,7 @@ def generate(loaded, prompts, *, steps: int, temperature: float = 0.0, top_k: in
     Returns:
       A list of strings for strings; the new ids [B, steps] for ids, which nothing stops.
     """
-    _check(prompts, steps, temperature, top_k, top_p, seed)
+    _check(prompts, steps, temperature, top_k, top_p, seed, stop)
     draw = {"temperature": np.float32(temperature), "top_k": np.int32(top_k or loaded.config.vocab),
             "top_p": np.float32(top_p)} if temperature else None
     if not isinstance(prompts, (str, list, tuple)) or not isinstance(prompts[0], str):
@@ -151,12 +153,17 @@ def _ids(c, ids_BT):
     return ids_BT.astype(np.int32)
 
 
-def _check(prompts, steps, temperature, top_k, top_p, seed):
+def _check(prompts, steps, temperature, top_k, top_p, seed, stop):
     if len(prompts) == 0:
         raise ConfigError("no prompt was given")
     for prompt in prompts if isinstance(prompts, (list, tuple)) else [prompts]:
         if isinstance(prompt, str) and not is_text(prompt):
             raise ConfigError(f"prompt {prompt!a} is no text: it holds bytes that are not UTF-8, or half of a surrogate pair")
+    for name, value in (("steps", steps), ("top_k", top_k), ("seed", seed)):
+        if not isinstance(value, (int, np.integer)):
+            raise ConfigError(f"{name}={value!r} is no whole number")
+    if any(not s for s in ([stop] if isinstance(stop, str) else stop)):
+        raise ConfigError("stop holds an empty string, which every text begins with")
     for name, value, good in (("steps", steps, steps >= 1), ("temperature", temperature, temperature >= 0),
                               ("top_k", top_k, 0 <= top_k < 2**31), ("top_p", top_p, 0 < top_p <= 1),
                               ("seed", seed, 0 <= seed < 2**32)):

@@ -194,8 +194,10 @@ def _field(of: dict, keys: str, kind: type, default=None, null=None):
     key = next((key for key in keys.split() if key in of), None)
     if key is None and default is not None:
         return default
-    value = of.get(key)
-    return null if value is None and null is not None else typed(key or keys, value, kind)
+    if key is None:
+        raise ConfigError(f"{' or '.join(keys.split())} is missing")
+    value = of[key]
+    return null if value is None and null is not None else typed(key, value, kind)
 
 
 def _arguments(config: dict) -> dict:
@@ -209,7 +211,8 @@ def _arguments(config: dict) -> dict:
                           "true")
     rope = _field(config, "rope_parameters", dict, {}, {})
     shared = config.get("shared_intermediate_size") or 0
-    for key, value, only in (("hidden_act", config.get("hidden_act", "silu"), "silu"),
+    for key, value, only in (("model_type", _field(config, "model_type", str, "minimax", "minimax")[:7], "minimax"),
+                             ("hidden_act", config.get("hidden_act", "silu"), "silu"),
                              ("shared_intermediate_size", shared if any(_listed(shared)) else 0, 0),
                              ("tie_word_embeddings", config.get("tie_word_embeddings", False), False),
                              ("sliding_window", config.get("sliding_window"), None),
@@ -287,6 +290,8 @@ class Tensor(NamedTuple):
 
 
 def read_json(path: Path) -> dict:
+    if not path.exists():
+        raise ConfigError(f"{path} is missing")
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:

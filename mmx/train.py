@@ -6,6 +6,7 @@ A step takes the ramp's number of micro-batches, adds their gradients, and appli
 import dataclasses
 import functools
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -53,9 +54,10 @@ def init(model: Model, optimizer, seed: int):
 
 
 def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
-    """Trains to the end, from where WORKDIR stands; returns {"step", "seconds", "stopped"}.
+    """Trains to the end, from where WORKDIR stands; returns {"step", "new" (of this run), "seconds", "stopped"}.
 
-    `sample(model, params, tokenizer, prompt) -> text` writes the samples for TensorBoard. SIGTERM saves and ends the run.
+    `sample(model, params, tokenizer, prompt) -> text` writes the samples for TensorBoard. SIGTERM or Ctrl-C saves and ends
+    the run: "stopped" is the signal's number, else 0.
     """
     t, workdir = experiment.train, Path(workdir)
     tokenizer = tokens.tokenizer(experiment.data.tokenizer)
@@ -88,7 +90,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
                          donate_argnums=(0, 1), out_shardings=whole)
         evaluate = make_evaluator(undropped, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
                                   loss_chunk=t.loss_chunk, sharding=meshes.rows(mesh))
-        log = Log(workdir, t, step, optim.tokens_seen(t, step))
+        first, log = step, Log(workdir, t, step, optim.tokens_seen(t, step))
         report = functools.partial(_report, log, experiment, bytes_per_token)
         total, pending, begin = optim.tokens_seen(t, t.steps), None, time.monotonic()
         try:
@@ -120,7 +122,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
         finally:
             log.close()
             checkpoints.close()
-    return {"step": step, "seconds": before + time.monotonic() - begin, "stopped": stop.asked}
+    return {"step": step, "new": step - first, "seconds": before + time.monotonic() - begin, "stopped": stop.asked}
 
 
 def _report(log, experiment, bytes_per_token, step, seen, lr, metrics, seconds):
@@ -150,15 +152,19 @@ def _bytes_per_token(tokenizer, documents) -> float:
 
 
 class _Stop:
-    """SIGTERM asks; the loop answers between two steps."""
-    asked = False
+    """SIGTERM and a first Ctrl-C ask, and the loop answers between two steps; a second Ctrl-C ends it where it is."""
+    asked = 0
 
     def __enter__(self):
-        self.old = signal.signal(signal.SIGTERM, self._ask)
+        self.old = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def _ask(self, *_):
-        self.asked = True
+    def _ask(self, number, _):
+        self.asked = number
+        if number == signal.SIGINT:
+            signal.signal(number, self.old[number])
+            os.write(2, b"\nstopping: this step ends and is saved; Ctrl-C once more quits at once\n")
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self.old)
+        for number, handler in self.old.items():
+            signal.signal(number, handler)

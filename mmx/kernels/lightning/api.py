@@ -39,6 +39,8 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
     """
     check(q_BHTK, "BHTK", "q_BHTK")
     B, H, T, K = q_BHTK.shape
+    if not T:
+        raise ValueError("q_BHTK has T=0 tokens; it needs one at least")
     check(k_BHTK, "BHTK", "k_BHTK", B=B, H=H, T=T, K=K)
     check(v_BHTV, "BHTV", "v_BHTV", B=B, H=H, T=T)
     check(log_decay_H, "H", "log_decay_H", H=H)
