@@ -137,12 +137,12 @@ CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"li
 
 
 @contextlib.contextmanager
-def stored(what):
+def stored(what, then=""):
     """Says in one line what of `what` failed: TensorStore has ValueError, and many words, for all it meets."""
     try:
         yield
     except ValueError as error:
-        raise ConfigError(f"{what}: {str(error).partition(' [')[0]}") from None
+        raise ConfigError(f"{what}: {str(error).partition(' [')[0]}{then}") from None
 
 
 def open_arrays(step: Path, item: str = "params", limits: dict = CONTEXT) -> dict[tuple[str, ...], ts.TensorStore]:
@@ -173,7 +173,7 @@ def open_arrays(step: Path, item: str = "params", limits: dict = CONTEXT) -> dic
 
 def read(array: ts.TensorStore, index=...) -> np.ndarray:
     """A slice of an array of `open_arrays`."""
-    with stored("the checkpoint is damaged (an older WORKDIR/checkpoints/STEP may be whole)"):  # chunk and folder follow
+    with stored("the checkpoint is damaged", "; an older WORKDIR/checkpoints/STEP may be whole"):   # chunk and folder between
         return array[index].read().result()
 
 

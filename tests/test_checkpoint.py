@@ -86,14 +86,15 @@ def test_restores_bit_by_bit(workdir):
     equal(opt_back, opt)
 
 
-def test_half_written_steps_are_ignored(workdir, tmp_path):
+def test_half_written_steps_are_ignored_damaged_ones_are_not(workdir, tmp_path):
     path, (params, opt), *_ = workdir
     shutil.copytree(path, tmp_path / "run")
     steps = tmp_path / "run" / "checkpoints"
     shutil.copytree(steps / "5", steps / "6.orbax-checkpoint-tmp")
     (steps / "7").mkdir()
-    assert checkpoint.find_step(tmp_path / "run") == (tmp_path / "run", steps / "5")
+    assert checkpoint.find_step(tmp_path / "run") == (tmp_path / "run", steps / "7")    # damaged, and never passed over
     (steps / "7").rmdir()
+    assert checkpoint.find_step(tmp_path / "run") == (tmp_path / "run", steps / "5")
     checkpoints = Checkpoints(tmp_path / "run", every=2, keep=2)
     assert checkpoints.restore(abstract(params), abstract(opt))[0] == 5
     checkpoints.close()
@@ -156,7 +157,7 @@ DAMAGES = {
     "other table": (lambda step: (step / "params/_METADATA").write_text("{}"), "params/_METADATA is damaged"),
     "database": (cut("params/manifest.ocdbt"), "params is damaged, tensor .*manifest.ocdbt"),
     "chunk of opt": (chunk("opt", "0.nu.head_WD/0"), "damaged: .*0.nu.head_WD/0.0.* is missing"),
-    "no opt": (lambda step: shutil.rmtree(step / "opt"), "opt/_METADATA cannot be read"),
+    "no opt": (lambda step: shutil.rmtree(step / "opt"), "opt/_METADATA is missing"),
     "data": (cut("data/metadata"), "data/metadata cannot be read as JSON"),
     "config": (lambda step: (step.parents[1] / "config.json").write_text("{}"), "config.json is no run's config"),
 }

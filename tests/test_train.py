@@ -169,7 +169,7 @@ def test_terminated_and_killed_it_resumes_bit_by_bit(whole, text, tmp_path, comp
 
     done = run(2, signal.SIGTERM)
     assert done.returncode == 0, done.stderr
-    assert "'step': 3," in done.stdout and "'stopped': True" in done.stdout
+    assert "'step': 3," in done.stdout and "'stopped': 15" in done.stdout
     assert checkpoint.find_step(tmp_path)[1].name == "3" and [r["step"] for r in told(tmp_path)] == [1, 2, 3]
     assert run(8, signal.SIGKILL).returncode == -signal.SIGKILL
     assert int(checkpoint.find_step(tmp_path)[1].name) in (3, 5)       # 5 was being saved
@@ -229,20 +229,20 @@ def test_the_clock_ends_the_run_and_leads_its_rate(text, tmp_path, monkeypatch):
 
     def terminate(t, step, progress):
         if step == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)      # Ctrl-C: saves as SIGTERM does
         return rate(t, step, progress)
 
     e, rate = experiment(text, steps=10**6, seconds=40.0, decay=0.5), optim.learning_rate
     monkeypatch.setattr(optim, "learning_rate", terminate)
     clock(0)
     done = train.run(e, tmp_path)
-    assert done["stopped"] and done["step"] == 6
+    assert done["stopped"] == signal.SIGINT and done["step"] == done["new"] == 6
     monkeypatch.setattr(optim, "learning_rate", rate)
     clock(1000)
     done = train.run(e, tmp_path)
     records = metrics.read(tmp_path)
     late = [0] * 6 + [1] * 13       # one more reading, of the loop that ended and saved
-    assert not done["stopped"] and done["step"] == len(records) == 19 and done["seconds"] > 40
+    assert not done["stopped"] and done["step"] == len(records) == 19 and done["new"] == 13 and done["seconds"] > 40
     assert [r["seconds"] for r in records] == [2 * step + late[step - 1] for step in range(1, 20)]
     assert [r["lr"] for r in records] == pytest.approx(
         [rate(e.train, step, (2 * step + 1 + late[step]) / 40) for step in range(19)])
