@@ -24,6 +24,7 @@ from mmx.config import ConfigError
 EPILOG = """\
 examples:
   mmx train --config experiments/tiny.py --workdir run --config.train.steps=200 --config.mesh.edp=2
+  mmx train --config experiments/tiny.py --workdir run8 --config.mesh.ep=4 --config.mesh.seq=2     on any mesh
   mmx eval --checkpoint run                               held-out bits per byte, beside gzip and xz
   mmx generate --checkpoint run --prompt "The state of the Union" --temperature 0.8
   mmx convert to-hf --checkpoint run --out run-hf         for transformers, vLLM and others

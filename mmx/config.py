@@ -36,6 +36,8 @@ class Model:
     top_k: int = 2
     expert_dim: int = 512           # F
     capacity: float = 0.0           # tokens an expert takes, over tokens x top_k / experts; 0 drops none
+    transport: float = 0.0          # slots to each device of the expert axis, over the even share; 0: all that could be needed
+    token_groups: int = 1           # parts of a device's tokens whose exchange runs under one another's experts
     aux: str = "switch"             # load-balancing loss: switch E sum(f P), paper (1/E) sum(f m), hf over all layers
     aux_weight: float = 0.01        # paper section 4.2
     z_weight: float = 0.0           # router z-loss, mean of logsumexp(logits)^2
@@ -73,6 +75,8 @@ class Model:
                  f"model.rotary_dim={m.rotary_dim} must be even and at most model.head_dim={m.head_dim}")
         _require(m.top_k <= m.experts, f"model.top_k={m.top_k} is more than model.experts={m.experts}")
         _require(m.capacity >= 0, f"model.capacity={m.capacity} must be 0 (no dropping) or positive")
+        _require(m.transport >= 0, f"model.transport={m.transport} must be 0 (as many slots as could be needed) or positive")
+        _require(m.token_groups > 0, f"model.token_groups={m.token_groups} must be positive")
         _choice("model.aux", m.aux, AUX_FORMS)
         _choice("model.init", m.init, INITS)
         _choice("model.dtype", m.dtype, ("float32", "bfloat16", "float64"))
@@ -229,10 +233,10 @@ class Checkpoint:
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     """Devices by axis; at most one -1, which takes what is left."""
-    edp: int = -1                   # expert data parallel
-    ep: int = 1                     # expert parallel
-    etp: int = 1                    # expert tensor parallel
-    seq: int = 1                    # context parallel
+    edp: int = -1                   # expert data parallel: rows; weights and optimizer state are cut over it too (FSDP)
+    ep: int = 1                     # expert parallel: rows, and experts
+    etp: int = 1                    # expert tensor parallel: heads, experts' hidden parts, vocabulary; time between them
+    seq: int = 1                    # context parallel: time
 
     def validate(self):
         sizes = dataclasses.astuple(self)

@@ -276,7 +276,7 @@ def load(path: str | Path, dtype=None) -> Loaded:
         params = {leaf.path: jnp.asarray(source.read_leaf(files, leaf), kind) for leaf in released.leaves(source.model)}
     half = params[("embed_WD",)].dtype == jnp.bfloat16
     compute = "bfloat16" if half else source.model.dtype if dtype is None else "float32"
-    model = dataclasses.replace(source.model, capacity=0.0, dtype=compute)
+    model = dataclasses.replace(source.model, capacity=0.0, transport=0.0, dtype=compute)
     return Loaded(Model(model), _nest(params), model, source.tokenizer)
 
 

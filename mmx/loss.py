@@ -4,30 +4,7 @@ import jax.numpy as jnp
 
 from mmx import config
 from mmx.parallel.expert import balance_loss
-
-
-def cross_entropy(x_BTD, head_WD, targets_BT, weights_BT, chunk: int):
-    """nats_B: each row's summed nats of its targets, weighted. Only [chunk, W] of logits exist at a time, both ways."""
-    B, T = targets_BT.shape
-    head_WD = head_WD.astype(x_BTD.dtype)
-
-    @jax.checkpoint
-    def rows(total_B, xs):
-        x_QD, target_Q, weight_Q = xs
-        logits_QW = jnp.einsum("QD,WD->QW", x_QD, head_WD, preferred_element_type=weights_BT.dtype)
-        nats_Q = jax.nn.logsumexp(logits_QW, axis=1) - jnp.take_along_axis(logits_QW, target_Q[:, None], axis=1)[:, 0]
-        return total_B + jnp.sum((nats_Q * weight_Q).reshape(B, -1), axis=1), None
-
-    steps = -(-T // max(1, min(T, chunk // B)))
-    span = -(-T // steps)
-
-    def split(x):
-        """B T -> steps, B x span: chunks run along time, so that a batch sharded over devices stays so."""
-        x = jnp.pad(x, ((0, 0), (0, steps * span - T)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, steps, span, *x.shape[2:]), 1, 0).reshape(steps, B * span, *x.shape[2:])
-
-    xs = split(x_BTD), split(targets_BT), split(weights_BT)
-    return jax.lax.scan(rows, jnp.zeros(B, weights_BT.dtype), xs)[0]
+from mmx.parallel.vocabulary import cross_entropy
 
 
 def router_losses(stats, c: config.Model):
@@ -51,5 +28,5 @@ def loss(model, params, batch, loss_chunk: int):
     cross = nats_B.sum() / jnp.maximum(count, 1)
     balance, z = router_losses(stats, c)
     metrics = {"loss": cross, "aux_loss": balance, "z_loss": z, "targets": count,
-               "load_E": stats["load_E"], "dropped": stats["dropped"]}
+               "load_E": stats["load_E"], "dropped": stats["dropped"], "overflow": stats["overflow"]}
     return cross + c.aux_weight * balance + c.z_weight * z, metrics

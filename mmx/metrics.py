@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 
 from mmx import config
 
-SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate")
+SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate",
+           "overflow_rate")
 
 
 class Log:

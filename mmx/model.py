@@ -14,6 +14,8 @@ from mmx.layers.common import Context, param, rms_norm
 from mmx.layers.lightning import Lightning
 from mmx.layers.moe import MoE
 from mmx.layers.softmax import Softmax
+from mmx.parallel import vocabulary
+from mmx.parallel.sharding import constrain, whole_time
 
 MIXERS = {"L": Lightning, "S": Softmax}
 
@@ -27,8 +29,8 @@ class Layer(nn.Module):
         c = self.config
         alpha, beta = {"L": (c.alpha_lightning, c.beta_lightning), "S": (c.alpha_softmax, c.beta_softmax)}[self.kind]
         u_BTD = rms_norm(x_BTD, param(self, "norm_mixer_D"), c.norm_eps)
-        mixed_BTD, cache = MIXERS[self.kind](c, name="mixer")(u_BTD, context, cache, log_decay_H)
-        y_BTD = alpha * u_BTD + beta * mixed_BTD
+        mixed_BTD, cache = MIXERS[self.kind](c, name="mixer")(whole_time(u_BTD), context, cache, log_decay_H)
+        y_BTD = alpha * u_BTD + beta * constrain(mixed_BTD, "BTD")
         v_BTD = rms_norm(y_BTD, param(self, "norm_moe_D"), c.norm_eps)
         expert_BTD, logits_BTE, stats = MoE(c, name="moe")(v_BTD, context)
         return c.alpha_moe * v_BTD + c.beta_moe * expert_BTD, cache, logits_BTE, stats
@@ -69,16 +71,16 @@ class Model(nn.Module):
 
         Returns:
           x_BTD, the cache with these tokens in (or None), and a dict of statistics, [layers, ...] each: load_E, prob_E,
-          z, dropped (`parallel.expert.Stats`), with `trace` hidden_BTD and router_logits_BTE.
+          z, dropped, overflow (`parallel.expert.Stats`), with `trace` hidden_BTD and router_logits_BTE.
         """
         c = self.config
         T = tokens_BT.shape[1]
         start_B = None if cache is None else cache["length_B"]
         if positions_BT is None:
             positions_BT = jnp.arange(T)[None] + (0 if start_B is None else start_B[:, None])
-        context = Context(segments_BT, positions_BT, start_B)
+        context = Context(segments_BT, constrain(positions_BT, "BS"), start_B)
         embed_WD = self.param("embed_WD", nn.initializers.normal(c.embed_std), (c.vocab, c.dim))
-        x_BTD = embed_WD[tokens_BT].astype(c.dtype)
+        x_BTD = constrain(vocabulary.embed(embed_WD, tokens_BT, c.dtype), "BTD")
         log_decay_LPH = jnp.array(c.log_decay, jnp.promote_types(c.dtype, jnp.float32)).reshape(
             c.groups, len(c.pattern), c.heads)
 

@@ -25,6 +25,7 @@ from mmx.loss import loss
 from mmx.metrics import Log
 from mmx.model import Model
 from mmx.parallel import mesh as meshes
+from mmx.parallel import sharding
 
 
 def train_step(params, opt, batch, lr, *, model: Model, optimizer, loss_chunk: int):
@@ -62,7 +63,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
     t, workdir = experiment.train, Path(workdir)
     tokenizer = tokens.tokenizer(experiment.data.tokenizer)
     tokens.check_vocab(tokenizer, experiment.model.vocab)
-    mesh = meshes.make(experiment.mesh, t.batch)
+    mesh = meshes.make(experiment)
     stream = pipeline.stream(experiment.data, t, host=jax.process_index(), hosts=jax.process_count())
     held_out = pipeline.validation(experiment.data)
     bytes_per_token = _bytes_per_token(tokenizer, head(held_out, t.eval_bytes and max(t.eval_bytes, 65_536)))
@@ -71,25 +72,28 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
     check_config(workdir, experiment)
 
     model, optimizer = Model(experiment.model), optim.adamw(t)
-    undropped = Model(dataclasses.replace(experiment.model, capacity=0.0))       # inference drops no token
-    whole, rows = meshes.replicated(mesh), meshes.rows(mesh, leading=1)
+    undropped = Model(dataclasses.replace(experiment.model, capacity=0.0, transport=0.0))       # inference drops no token
+    whole, rows = sharding.whole(mesh), sharding.batch(mesh, leading=1)
     checkpoints = Checkpoints(workdir, experiment.checkpoint.every, experiment.checkpoint.keep)
     with jax.set_mesh(mesh), jax.transfer_guard_host_to_device("disallow"), _Stop() as stop:
-        make = jax.jit(functools.partial(init, model, optimizer, t.seed), out_shardings=whole)
-        step, before, state = 0, 0.0, checkpoints.restore(*_abstract(make, whole))
+        make = functools.partial(init, model, optimizer, t.seed)
+        abstract = jax.eval_shape(make)
+        kept = sharding.tree(abstract, mesh)
+        make = jax.jit(make, out_shardings=kept)
+        step, before, state = 0, 0.0, checkpoints.restore(*jax.tree.map(_placed, abstract, kept))
         if state is None:
             params, opt = make()
         else:
             step, params, opt, data = state
             if opt is None:         # a converted checkpoint: its parameters, a new run
-                opt = jax.jit(optimizer.init, out_shardings=whole)(params)
+                opt = jax.jit(optimizer.init, out_shardings=kept[1])(params)
             else:
                 stream.restore(data["stream"])
                 before = data["seconds"]
         update = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, loss_chunk=t.loss_chunk),
-                         donate_argnums=(0, 1), out_shardings=whole)
+                         donate_argnums=(0, 1), out_shardings=(*kept, whole))
         evaluate = make_evaluator(undropped, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
-                                  loss_chunk=t.loss_chunk, sharding=meshes.rows(mesh))
+                                  loss_chunk=t.loss_chunk, sharding=sharding.batch(mesh))
         first, log = step, Log(workdir, t, step, optim.tokens_seen(t, step))
         report = functools.partial(_report, log, experiment, bytes_per_token)
         total, pending, begin = optim.tokens_seen(t, t.steps), None, time.monotonic()
@@ -136,14 +140,14 @@ def _report(log, experiment, bytes_per_token, step, seen, lr, metrics, seconds):
     record = {"step": step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / bytes_per_token,
               "tokens": seen, "lr": lr, "grad_norm": float(m["grad_norm"]), "seconds": seconds,
               "aux_loss": float(m["aux_loss"]), "z_loss": float(m["z_loss"]), "drop_rate": float(m["dropped"].mean()),
+              "overflow_rate": float(m["overflow"].mean()),
               "tokens_per_s": rate,
               "flops_per_s": rate * experiment.model.flops_training(experiment.train.length)}
     log.step(record, m["load_E"], m["dropped"], step % experiment.train.log_every == 0)
 
 
-def _abstract(make, sharding):
-    """Shapes, types and shardings of the state, for restoring it."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), jax.eval_shape(make))
+def _placed(x, sharding):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def _bytes_per_token(tokenizer, documents) -> float:

@@ -14,7 +14,7 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "kernels": "",
     "parallel": "kernels",
     "layers": "kernels parallel",
-    "model": "layers",
+    "model": "layers parallel",
     "loss": "parallel",
     "data": "", "released": "",
     "optim": "", "metrics": "",

@@ -55,7 +55,8 @@ def test_logits_are_never_whole():
 
 STATS = {"load_E": np.array([[0.5, 0.25, 0.25, 0], [0.1, 0.2, 0.3, 0.4]], np.float32),
          "prob_E": np.array([[0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]], np.float32),
-         "z": np.array([3.0, 5.0], np.float32), "dropped": np.array([0.0, 0.5], np.float32)}
+         "z": np.array([3.0, 5.0], np.float32), "dropped": np.array([0.0, 0.5], np.float32),
+         "overflow": np.array([0.25, 0.0], np.float32)}
 
 
 @pytest.mark.parametrize("form", config.AUX_FORMS)
@@ -85,7 +86,7 @@ def test_loss_is_the_mean_over_weights_and_the_router_losses():
     cross = whole(*inputs()).sum() / weights_BT.sum()
     np.testing.assert_allclose(value, cross + 0.3 * balance + 0.01 * z, rtol=1e-5)
     want = {"loss": cross, "aux_loss": balance, "z_loss": z, "targets": weights_BT.sum(), "load_E": STATS["load_E"],
-            "dropped": STATS["dropped"]}
+            "dropped": STATS["dropped"], "overflow": STATS["overflow"]}
     assert metrics.keys() == want.keys()
     for name in want:
         np.testing.assert_allclose(metrics[name], want[name], rtol=1e-5, err_msg=name)

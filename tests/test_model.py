@@ -12,7 +12,6 @@ from mmx import config
 from mmx.layers.common import Context, extents
 from mmx.loss import loss
 from mmx.model import Group, Model, empty_cache
-from mmx.parallel import mesh as meshes
 
 C = config.Model(vocab=40, dim=16, layers=4, pattern="LS", heads=4, kv_heads=2, head_dim=8, rotary_dim=4, experts=4,
                  expert_dim=12, z_weight=0.01, chunk=5)
@@ -192,19 +191,6 @@ def test_bfloat16_stays_near_float32():
     near_BTD, _ = forward(dataclasses.replace(c, dtype="bfloat16"), params, ids(2, T))
     assert near_BTD.dtype == jnp.bfloat16
     assert 1e-4 < np.linalg.norm(near_BTD - want_BTD) / np.linalg.norm(want_BTD) < 0.03
-
-
-def test_mesh_changes_nothing():
-    c = dataclasses.replace(C, capacity=0.5)
-    params, batch = parameters(c), batch_of([(11, 5), (16,), (7,), (3, 1, 12)])
-    one = loss_and_grads(c, params, batch)
-    assert (one[0][1]["dropped"] > 0).all()
-    mesh = meshes.make(config.Mesh(edp=2), batch=4)
-    with jax.set_mesh(mesh):
-        params, batch = jax.device_put(params, meshes.replicated(mesh)), jax.device_put(batch, meshes.rows(mesh))
-        many = loss_and_grads(c, params, batch)
-    assert many[0][0].sharding.device_set == set(mesh.devices.flat)
-    assert_same(many, one)
 
 
 TEXT_01 = config.Model(vocab=200_064, dim=6144, layers=80, heads=64, kv_heads=8, head_dim=128, rotary_dim=64, experts=32,

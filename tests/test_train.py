@@ -61,10 +61,10 @@ def text(tmp_path_factory):
     return str(folder)
 
 
-def experiment(text, model=(), edp=1, every=5, **changes):
+def experiment(text, model=(), mesh=(), every=5, **changes):
     options = {"steps": STEPS, "batch": 4, "length": 32, "warmup": 2, "lr": 1e-2, "log_every": 1, "tensorboard": False}
     return config.build({"model": {**MODEL, "capacity": 1.0, **dict(model)}, "train": options | changes,
-                         "data": {"sources": (text,)}, "checkpoint": {"every": every}, "mesh": {"edp": edp}})
+                         "data": {"sources": (text,)}, "checkpoint": {"every": every}, "mesh": {"edp": 1, **dict(mesh)}})
 
 
 def ramped(text, **changes):
@@ -177,10 +177,22 @@ def test_terminated_and_killed_it_resumes_bit_by_bit(whole, text, tmp_path, comp
     assert_same_run(tmp_path, whole)
 
 
-def test_two_devices_give_the_losses_of_one(whole, text, tmp_path):
-    train.run(ramped(text, edp=2), tmp_path)
-    for one, two in zip(told(whole), told(tmp_path), strict=True):
-        assert two == pytest.approx(one, rel=1e-5)
+def test_any_devices_give_the_losses_of_one(whole, text, tmp_path, monkeypatch):
+    """Eight devices until SIGTERM, with an evaluation and a sample; two of another mesh go on."""
+    def terminate(t, step, progress):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rate(t, step, progress)
+
+    rate = optim.learning_rate
+    monkeypatch.setattr(optim, "learning_rate", terminate)
+    done = train.run(ramped(text, mesh={"ep": 2, "etp": 2, "seq": 2}, eval_every=4, eval_bytes=500, sample_every=4), tmp_path,
+                     inference.sample)
+    assert (done["step"], done["stopped"]) == (4, True)
+    monkeypatch.undo()
+    train.run(ramped(text, mesh={"edp": 2}), tmp_path)
+    for one, many in zip(told(whole), told(tmp_path), strict=True):
+        assert many == pytest.approx(one, rel=1e-5, abs=1e-7)
 
 
 def batch_of(micro_batches, rows, length=16):
@@ -269,17 +281,3 @@ def test_a_run_of_another_config_is_refused(whole, text):
     with pytest.raises(ConfigError, match=r"another config: train.lr \(there 0.01, now 0.02\)"):
         train.run(ramped(text, lr=0.02), whole)
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
-
-
-@pytest.mark.parametrize("sizes,batch,message", [
-    ({"edp": 3}, 4, "train.batch=4 does not split over mesh.edp=3 devices"),
-    ({"edp": 1000}, 1000, "mesh.edp=1000, but 8 devices are here"), ({"ep": 2}, 4, "mesh.ep=2: only edp"),
-    ({"edp": 1, "seq": -1}, 4, "mesh.seq=-1: only edp")])
-def test_meshes_that_cannot_be(sizes, batch, message):
-    with pytest.raises(ConfigError, match=message):
-        train.meshes.make(config.Mesh(**sizes), batch)
-
-
-def test_a_mesh_takes_what_it_names_or_all():
-    assert dict(train.meshes.make(config.Mesh(edp=2), 4).shape) == {"edp": 2, "ep": 1, "etp": 1, "seq": 1}
-    assert train.meshes.make(config.Mesh(), 16).shape["edp"] == 8

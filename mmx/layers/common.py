@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mmx import config
 from mmx.kernels import platform
+from mmx.parallel import sharding
 
 
 class Context(NamedTuple):
@@ -24,22 +25,25 @@ def extents(c: config.Model) -> dict[str, int]:
 
 
 def param(module: nn.Module, name: str, fan_in: str = "", fan_out: str = "", scaled: bool = False):
-    """The parameter `name`, whose last part spells its axes, cast to the computation's dtype.
+    """The parameter `name`, whose last part spells its axes, cast to the computation's dtype, gathered for use on a mesh
+    (but experts' matrices, which `parallel.expert` gathers).
 
     No fan: ones (a norm's scale). Else normal with Xavier's or 1/fan_in variance; `scaled` marks the branch parts
     that DeepNorm scales by beta = (8 layers)^(-1/4) (v, out and the FFN; paper section 4.2).
     """
     c = module.config
     size = extents(c)
-    shape = tuple(size[axis] for axis in name.rpartition("_")[2])
+    letters = name.rpartition("_")[2]
+    shape = tuple(size[axis] for axis in letters)
     if not fan_in:
-        return module.param(name, nn.initializers.ones, shape).astype(c.dtype)
+        return sharding.gathered(module.param(name, nn.initializers.ones, shape).astype(c.dtype), letters)
     wide_in, wide_out = (math.prod(size[axis] for axis in fan) for fan in (fan_in, fan_out))
     if c.init == "deepnorm":
         std = (2 / (wide_in + wide_out)) ** 0.5 * ((8 * c.layers) ** -0.25 if scaled else 1)
     else:
         std = wide_in ** -0.5
-    return module.param(name, nn.initializers.normal(std), shape).astype(c.dtype)
+    w = module.param(name, nn.initializers.normal(std), shape).astype(c.dtype)
+    return w if letters in ("EDF", "EFD") else sharding.gathered(w, letters)
 
 
 def rms_norm(x_BTD, scale_D, eps: float):

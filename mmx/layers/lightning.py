@@ -7,8 +7,9 @@ One token behind a cache is a step of its own, which moves the state once; both 
 import flax.linen as nn
 
 from mmx import config
-from mmx.kernels.lightning import decode, lightning_attention
+from mmx.kernels.lightning import decode
 from mmx.layers.common import Context, heads, join, param
+from mmx.parallel import attention
 
 
 class Lightning(nn.Module):
@@ -18,10 +19,10 @@ class Lightning(nn.Module):
     def __call__(self, u_BTD, context: Context, cache, log_decay_H):
         """Returns y_BTD and the cache {"state_BHKV"} after the last token (None without one)."""
         c = self.config
-        norm_HV = param(self, "norm_HV")
-        q_BHTK, k_BHTK, v_BHTV, gate_BHTV = (heads(u_BTD, w) for w in (
-            param(self, "q_DHK", "D", "HK"), param(self, "k_DHK", "D", "HK"), param(self, "v_DHV", "D", "HV", True),
-            param(self, "gate_DHV", "D", "HV")))
+        q_BHTK, k_BHTK, v_BHTV = (heads(u_BTD, w) for w in (
+            param(self, "q_DHK", "D", "HK"), param(self, "k_DHK", "D", "HK"), param(self, "v_DHV", "D", "HV", True)))
+        # a seed's initial values hang on the order in which parameters are made
+        norm_HV, gate_BHTV = param(self, "norm_HV"), heads(u_BTD, param(self, "gate_DHV", "D", "HV"))
         state_BHKV = cache and cache["state_BHKV"]
         if cache and u_BTD.shape[1] == 1:
             live_B = None if context.segments_BT is None else context.segments_BT[:, 0] > 0
@@ -31,7 +32,7 @@ class Lightning(nn.Module):
             y_BHTV = y_BHV[:, :, None]
         else:
             q_BHTK, k_BHTK, v_BHTV = (decode.silu(x).astype(x.dtype) for x in (q_BHTK, k_BHTK, v_BHTV))
-            o_BHTV, state_BHKV = lightning_attention(
+            o_BHTV, state_BHKV = attention.lightning(
                 q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT=context.segments_BT, state_BHKV=state_BHKV,
                 impl=c.impl or None, chunk=c.chunk or None)
             y_BHTV = decode.norm_and_gate(o_BHTV, gate_BHTV, norm_HV[:, None], c.head_norm_eps, (1, 3), norm_HV.size)

@@ -14,10 +14,8 @@ class MoE(nn.Module):
     def __call__(self, u_BTD, context: Context):
         """Returns y_BTD, router logits_BTE and `expert.Stats`."""
         c = self.config
-        B, T, D = u_BTD.shape
-        live_BT = jnp.ones((B, T), bool) if context.segments_BT is None else context.segments_BT > 0
-        y_MD, logits_ME, stats = expert.moe(
-            u_BTD.reshape(-1, D), live_BT.reshape(-1), param(self, "router_DE", "D", "E"),
-            param(self, "w1_EDF", "D", "F", True), param(self, "w3_EDF", "D", "F", True),
-            param(self, "w2_EFD", "F", "D", True), top_k=c.top_k, capacity=c.capacity)
-        return y_MD.reshape(B, T, D), logits_ME.reshape(B, T, -1), stats
+        live_BT = jnp.ones(u_BTD.shape[:2], bool) if context.segments_BT is None else context.segments_BT > 0
+        return expert.moe(
+            u_BTD, live_BT, param(self, "router_DE", "D", "E"), param(self, "w1_EDF", "D", "F", True),
+            param(self, "w3_EDF", "D", "F", True), param(self, "w2_EFD", "F", "D", True), top_k=c.top_k,
+            capacity=c.capacity, transport=c.transport, token_groups=c.token_groups)

@@ -6,6 +6,7 @@ from mmx import config
 from mmx.kernels.attention import softmax_attention
 from mmx.kernels.rope import rope
 from mmx.layers.common import Context, heads, join, param
+from mmx.parallel import attention
 
 
 class Softmax(nn.Module):
@@ -21,8 +22,7 @@ class Softmax(nn.Module):
         q_BHTK, k_BGTK = (rope(x, context.positions_BT, rotary_dim=c.rotary_dim, theta=c.rope_theta)
                           for x in (q_BHTK, k_BGTK))
         if cache is None:
-            o_BHTV = softmax_attention(q_BHTK, k_BGTK, v_BGTV, segments_BT=context.segments_BT,
-                                       segments_BS=context.segments_BT)
+            o_BHTV = attention.softmax(q_BHTK, k_BGTK, v_BGTV, segments_BT=context.segments_BT)
         else:
             cache = {"k_BGSK": _write(cache["k_BGSK"], k_BGTK, context.start_B),
                      "v_BGSV": _write(cache["v_BGSV"], v_BGTV, context.start_B)}

@@ -1,10 +1,18 @@
-"""Mixture of experts whose result does not depend on the mesh (paper sections 2.1, 2.2.3 and 4.2; model.md section 5).
+"""Mixture of experts whose result does not depend on the mesh (paper sections 2.1, 2.2.3, 3.1 and 4.2; model.md section 5).
 
-A token's place in its expert's queue is counted over all devices, first choices before second ones, and places past
-the capacity are dropped: who is dropped, and the load-balancing statistics, are the same on every mesh. Inside
-`shard_map` every letter is a local extent; experts are whole on every device of the `edp` axis.
+A token's place in its expert's queue is counted over all devices, in the order (choice, row, time), and places past the
+capacity are dropped: who is dropped, and the load-balancing statistics, are the same on every mesh. Then tokens travel
+to their experts:
+
+    slots [ep, room, D] --all-to-all over ep--> --all-gather over etp--> SwiGLU of E/ep experts with F/etp
+                        <--all-to-all over ep-- <--reduce-scatter over etp--
+
+Slots are sorted by expert, so that the counts, known everywhere, say what is in them. Inside `shard_map` every letter is
+a local extent. Letters beyond `dims`: J choices, A = J M assignments, P peers over ep, C slots for a peer, X devices
+before their peers' exchange (etp x ep), I all slots.
 """
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -13,8 +21,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from mmx.kernels import grouped
+from mmx.parallel import sharding
 
-TOKEN_AXES = ("edp",)
+EXPERT = ("etp", "ep")      # the axes that the experts' matrices are cut over
+MATRICES = "EDF", "EDF", "EFD"
 FEW = 8     # assignments that are computed one by one (decode of a few rows)
 
 
@@ -23,29 +33,40 @@ class Stats(NamedTuple):
     load_E: jax.Array           # share of the assignments, before drops; sums to 1
     prob_E: jax.Array           # mean router probability
     z: jax.Array                # mean logsumexp(logits)^2
-    dropped: jax.Array          # share of the assignments dropped
+    dropped: jax.Array          # share of the assignments that found no place with their expert
+    overflow: jax.Array         # share that did, but no slot on the way
 
 
-def moe(x_MD, live_M, router_DE, w1_EDF, w3_EDF, w2_EFD, *, top_k: int, capacity: float):
-    """Top-k experts of each token, weights renormalised over the choices. Returns y_MD, router logits_ME, Stats.
+def moe(x_BTD, live_BT, router_DE, w1_EDF, w3_EDF, w2_EFD, *, top_k: int, capacity: float, transport: float = 0.0,
+        token_groups: int = 1):
+    """Top-k experts of each token, weights renormalised over the choices. Returns y_BTD, router logits_BTE, Stats.
 
-    `live_M` is False for padding, which takes no place. `capacity` times tokens x top_k / experts is what an expert
-    takes of the whole batch; 0 drops nothing. Under a mesh (jax.set_mesh) tokens are sharded over TOKEN_AXES.
+    `live_BT` is False for padding, which takes no place. `capacity` times tokens x top_k / experts is what an expert
+    takes of the whole batch; 0 drops nothing. `transport` times a device's even share of assignments is the number of
+    slots to each peer; 0 makes as many as could be needed. `token_groups` travel one after another, so that one's
+    exchange runs under another's experts. Under a mesh (jax.set_mesh) arrays are cut by `parallel.sharding`, experts'
+    matrices as they are kept; rows or time that do not split are computed everywhere, each device its experts' part.
     """
-    local = functools.partial(_local, top_k=top_k, capacity=capacity)
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in TOKEN_AXES)
-    if devices == 1 or len(x_MD) % devices:     # a few tokens (a sample's decode) are computed whole on every device
-        return local(x_MD, live_M, router_DE, w1_EDF, w3_EDF, w2_EFD, axes=())
-    # 'M/edp D, D E, E D F -> M/edp D': no bytes but two all-gathers and a psum of [J, E] and [E] counts
-    sharded = jax.shard_map(functools.partial(local, axes=TOKEN_AXES),
-                            in_specs=(P(TOKEN_AXES), P(TOKEN_AXES), P(), P(), P(), P()),
-                            out_specs=(P(TOKEN_AXES), P(TOKEN_AXES), P()))
-    return sharded(x_MD, live_M, router_DE, w1_EDF, w3_EDF, w2_EFD)
+    mesh, weights = sharding.mesh(), (w1_EDF, w3_EDF, w2_EFD)
+    local = functools.partial(_local, top_k=top_k, capacity=capacity, transport=transport, token_groups=token_groups)
+    if mesh is None:
+        return local(x_BTD, live_BT, router_DE, *weights, rows=(), time=(), expert=(), kept=())
+    (rows, time), expert = sharding.cuts(mesh), sharding.present(mesh, EXPERT)
+    kept = tuple(sharding.weight(letters, w.shape, mesh) for letters, w in zip(MATRICES, weights))
+    if not sharding.splits(*live_BT.shape):     # no FSDP axis holds other tokens: the matrices are gathered outside
+        rows, time, kept = (), (), tuple(P(*(axes if axes in EXPERT else None for axes in spec)) for spec in kept)
+    tokens = P(rows, time)
+    sharded = jax.shard_map(functools.partial(local, rows=rows, time=time, expert=expert, kept=kept),
+                            in_specs=(tokens, tokens, P(), *kept), out_specs=(tokens, tokens, P()))
+    return sharded(x_BTD, live_BT, router_DE, *weights)
 
 
-def _local(x_MD, live_M, router_DE, w1_EDF, w3_EDF, w2_EFD, *, top_k, capacity, axes):
-    M, E = len(x_MD), router_DE.shape[1]
+def _local(x_BTD, live_BT, router_DE, *weights, top_k, capacity, transport, token_groups, rows, time, expert, kept):
+    """Of the axes of more than one device, `rows` and `time` are those that tokens are cut over, `expert` experts."""
+    B, T, D = x_BTD.shape
+    M, E = B * T, router_DE.shape[1]
+    x_MD, live_M = x_BTD.reshape(M, D), live_BT.reshape(M)
+    axes = rows + time
     # the router computes in float32: its choices decide who is computed at all
     logits_ME = x_MD.astype(_wide(x_MD)) @ router_DE.astype(_wide(x_MD))
     prob_ME = jax.nn.softmax(logits_ME)
@@ -53,35 +74,124 @@ def _local(x_MD, live_M, router_DE, w1_EDF, w3_EDF, w2_EFD, *, top_k, capacity, 
     weight_MJ = jax.nn.softmax(top_MJ)
 
     with jax.named_scope("route"):
-        chosen_MJE = jax.nn.one_hot(expert_MJ, E, dtype=jnp.int32) * live_M[:, None, None]
-        before_JE, total_JE = _counts_before(chosen_MJE.sum(0), axes)
+        chosen_BTJE = (jax.nn.one_hot(expert_MJ, E, dtype=jnp.int32) * live_M[:, None, None]).reshape(B, T, top_k, E)
+        before_BJE, total_JE = _counts_before(chosen_BTJE.sum(1), rows, time)
         earlier_JE = jnp.cumsum(total_JE, axis=0) - total_JE        # all tokens' first choices, then their second, ...
-        place_MJE = jnp.cumsum(chosen_MJE, axis=0) - 1 + before_JE + earlier_JE
-        place_MJ = jnp.take_along_axis(place_MJE, expert_MJ[..., None], axis=2)[..., 0]
-        tokens = M * _size(axes)
-        limit = -(-int(capacity * tokens * top_k * 1e6) // int(E * 1e6)) if capacity else tokens * top_k
+        place_BTJE = jnp.cumsum(chosen_BTJE, axis=1) - 1 + (before_BJE + earlier_JE)[:, None]
+        place_MJ = jnp.take_along_axis(place_BTJE.reshape(M, top_k, E), expert_MJ[..., None], axis=2)[..., 0]
+        assignments = M * top_k * _size(axes)
+        limit = -(-int(capacity * assignments * 1e6) // int(E * 1e6)) if capacity else assignments
         keep_MJ = live_M[:, None] & (place_MJ < limit)
-
-        kept_MJE = chosen_MJE * keep_MJ[..., None]
-        kept_JE = kept_MJE.sum(0)
-        rank_MJE = jnp.cumsum(kept_MJE, axis=0) - 1 + jnp.cumsum(kept_JE, axis=0) - kept_JE
-        rank_MJ = jnp.take_along_axis(rank_MJE, expert_MJ[..., None], axis=2)[..., 0]
     with jax.named_scope("experts"):
-        weights = [_vary(w, axes) for w in (w1_EDF, w3_EDF, w2_EFD)]
-        if M * top_k <= FEW:
-            y_MD = grouped.expert_ffn_few(x_MD, weight_MJ * keep_MJ, expert_MJ, *weights)
+        carried = jnp.sum(keep_MJ, dtype=jnp.int32)
+        if not expert:
+            y_MD = _on_the_spot(x_MD, weight_MJ, expert_MJ, keep_MJ, *_whole(weights, kept, axes))
+        elif axes:
+            y_MD, carried = _by_exchange(x_MD, weight_MJ, expert_MJ, keep_MJ, limit, expert, _whole(weights, kept, axes),
+                                         transport, token_groups)
         else:
-            block = _block_size(M * top_k, E)
-            plan = grouped.plan(expert_MJ, rank_MJ, keep_MJ, kept_JE.sum(0), block)
-            y_MD = grouped.expert_ffn(x_MD, weight_MJ, *weights, plan, block=block)
+            y_MD = _each_its_own(x_MD, weight_MJ, expert_MJ, keep_MJ, expert, *_whole(weights, kept, expert))
 
     count_E = total_JE.sum(0)
     assigned = jnp.maximum(count_E.sum(), 1)
     live_M1 = live_M[:, None]
-    sums = (jnp.sum(prob_ME * live_M1, 0), jnp.sum(live_M * jax.nn.logsumexp(logits_ME, 1) ** 2), kept_JE.sum())
-    prob_E, z, kept = jax.lax.psum(sums, axes) if axes else sums
+    sums = (jnp.sum(prob_ME * live_M1, 0), jnp.sum(live_M * jax.nn.logsumexp(logits_ME, 1) ** 2),
+            jnp.sum(keep_MJ, dtype=jnp.int32), carried)
+    prob_E, z, placed, carried = jax.lax.psum(sums, axes) if axes else sums
     real = assigned / top_k
-    return y_MD, logits_ME, Stats(count_E / assigned, prob_E / real, z / real, 1 - kept / assigned)
+    stats = Stats(count_E / assigned, prob_E / real, z / real, 1 - placed / assigned, (placed - carried) / assigned)
+    return y_MD.reshape(B, T, D), logits_ME.reshape(B, T, E), stats
+
+
+def _on_the_spot(x_MD, weight_MJ, expert_MJ, keep_MJ, *weights):
+    (M, J), E = expert_MJ.shape, len(weights[0])
+    if M * J <= FEW:
+        return grouped.expert_ffn_few(x_MD, weight_MJ * keep_MJ, expert_MJ, *weights)
+    rank_A, count_E = _rank(_queue(expert_MJ), _queue(keep_MJ), E)
+    block = _block_size(M * J, E)
+    plan = grouped.plan(expert_MJ, rank_A.reshape(J, M).T, keep_MJ, count_E, block)
+    return grouped.expert_ffn(x_MD, weight_MJ, *weights, plan, block=block)
+
+
+def _each_its_own(x_MD, weight_MJ, expert_MJ, keep_MJ, axes, *weights):
+    """All tokens are everywhere: the sum over devices of what their experts and parts of F make."""
+    E = len(weights[0])
+    x_MD, weight_MJ, keep_MJ, own_MJ = jax.lax.pcast((x_MD, weight_MJ, keep_MJ, expert_MJ), axes, to="varying")
+    if "ep" in axes:
+        own_MJ -= jax.lax.axis_index("ep") * E
+        keep_MJ &= (own_MJ >= 0) & (own_MJ < E)
+    return jax.lax.psum(_on_the_spot(x_MD, weight_MJ, jnp.clip(own_MJ, 0, E - 1), keep_MJ, *weights), axes)
+
+
+def _by_exchange(x_MD, weight_MJ, expert_MJ, keep_MJ, limit, axes, weights, transport, token_groups):
+    """y_MD and the number of assignments that travelled."""
+    (M, J), peers = expert_MJ.shape, _size("ep") if "ep" in axes else 1
+    E = peers * len(weights[0])
+    cuts = [M * n // token_groups for n in range(token_groups + 1)]
+    groups = [slice(*cut) for cut in itertools.pairwise(cuts) if cut[0] < cut[1]]
+    slots = [_slots(expert_MJ[g], keep_MJ[g], E, peers, _room(g.stop - g.start, J, E // peers, limit, peers, transport))
+             for g in groups]
+    # X P E: 4 bytes a count from every device that exchanges with this one
+    sent_XNE = jax.lax.all_gather(jnp.stack([sent_E for *_, sent_E in slots]), axes)
+    if "ep" in axes:
+        sent_XNPE = sent_XNE.reshape(*sent_XNE.shape[:2], peers, E // peers)
+        sent_XNE = jax.lax.dynamic_index_in_dim(sent_XNPE, jax.lax.axis_index("ep"), 2, keepdims=False)
+    y = [_travel(x_MD[g], weight_MJ[g], slot_MJ, token_PC, sent_XNE[:, n], axes, weights)
+         for n, (g, (slot_MJ, token_PC, _)) in enumerate(zip(groups, slots))]
+    return jnp.concatenate(y), sum(sent_E.sum() for *_, sent_E in slots)
+
+
+def _room(M, J, experts, limit, peers, transport):
+    """Slots for each peer: all that could go there, or `transport` times the even share where that is less."""
+    most = min(M * min(J, experts), limit * experts)
+    return min(most, math.ceil(transport * M * J / peers)) if transport else most
+
+
+def _slots(expert_MJ, keep_MJ, E, peers, room):
+    """Each assignment's slot (past the end where it has none), each slot's token (M: none), and what goes to each expert.
+
+    A peer's slots go to the first choices first; then they are sorted by expert.
+    """
+    M, J = expert_MJ.shape
+    expert_A, keep_A = _queue(expert_MJ), _queue(keep_MJ)
+    peer_A = expert_A // (E // peers)
+    if room < M * min(J, E // peers):
+        keep_A &= _rank(peer_A, keep_A, peers)[0] < room
+    rank_A, sent_E = _rank(expert_A, keep_A, E)
+    sent_PE = sent_E.reshape(peers, E // peers)
+    first_E = (jnp.cumsum(sent_PE, axis=1) - sent_PE).reshape(E)
+    slot_A = jnp.where(keep_A, peer_A * room + first_E[expert_A] + rank_A, peers * room)
+    token_A = jnp.tile(jnp.arange(M, dtype=jnp.int32), J)
+    token_I = jnp.full(peers * room, M, jnp.int32).at[slot_A].set(token_A, mode="drop", unique_indices=True)
+    return slot_A.reshape(J, M).T, token_I.reshape(peers, room), sent_E
+
+
+def _travel(x_MD, weight_MJ, slot_MJ, token_PC, sent_XE, axes, weights):
+    """There, through the experts, and back. Bytes a device sends, each way: (ep-1)/ep I D over ep, then (etp-1) I D over
+    etp, with I = ep x room slots."""
+    (peers, room), (X, E), D = token_PC.shape, sent_XE.shape, x_MD.shape[1]
+
+    def exchanged(x_PCD):
+        return jax.lax.all_to_all(x_PCD, "ep", 0, 0, tiled=True) if "ep" in axes else x_PCD
+    with jax.named_scope("dispatch"):
+        x_PCD = exchanged(_take(x_MD, token_PC))
+        x_ID = (jax.lax.all_gather(x_PCD, "etp") if "etp" in axes else x_PCD).reshape(X * room, D)
+    # slot c of device x holds a token of the expert whose run in the sorted slots it falls in
+    end_XE, slot_C = jnp.cumsum(sent_XE, axis=1), jnp.arange(room)
+    expert_XC = jnp.sum(slot_C[:, None] >= end_XE[:, None], axis=2)
+    full_XC = expert_XC < E
+    expert_XC = jnp.minimum(expert_XC, E - 1)
+    # its run's start is left behind, the runs of earlier devices come before
+    rank_XC = slot_C + jnp.take_along_axis(jnp.cumsum(sent_XE, axis=0) - end_XE, expert_XC, axis=1)
+    full_I1 = full_XC.reshape(-1, 1)
+    block = _block_size(slot_MJ.size * X // peers, E)
+    plan = grouped.plan(expert_XC.reshape(-1, 1), rank_XC.reshape(-1, 1), full_I1, sent_XE.sum(0), block)
+    y_ID = grouped.expert_ffn(x_ID, full_I1.astype(weight_MJ.dtype), *weights, plan, block=block)
+    with jax.named_scope("combine"):
+        y_XPCD = y_ID.reshape(X // peers, peers, room, D)
+        y_PCD = jax.lax.psum_scatter(y_XPCD, "etp") if "etp" in axes else y_XPCD[0]
+        y_ID = exchanged(y_PCD).reshape(peers * room, D)
+    return jnp.einsum("MJ,MJD->MD", weight_MJ.astype(y_ID.dtype), _take(y_ID, slot_MJ))
 
 
 def balance_loss(load_E, prob_E, top_k: int, form: str):
@@ -95,21 +205,49 @@ def balance_loss(load_E, prob_E, top_k: int, form: str):
     return scale * jnp.sum(jax.lax.stop_gradient(load_E) * prob_E)
 
 
-def _counts_before(count_JE, axes):
-    """Counts on the devices before this one, and on all."""
+def _counts_before(count_BJE, rows, time):
+    """What stands before each row's tokens here, in earlier rows and earlier in the row, choice by choice; and in all.
+
+    4 B J E bytes from each device with these rows, and 4 J E from those with others.
+    """
+    earlier_BJE, row_BJE = _earlier_and_all(count_BJE, time)
+    before_JE, total_JE = _earlier_and_all(row_BJE.sum(0), rows)
+    return before_JE + jnp.cumsum(row_BJE, axis=0) - row_BJE + earlier_BJE, total_JE
+
+
+def _earlier_and_all(count, axes):
+    """The sums over the devices before this one on the axes, and over all."""
     if not axes:
-        return jnp.zeros_like(count_JE), count_JE
-    count_XJE = jax.lax.all_gather(count_JE, axes)
-    earlier_X = jnp.arange(len(count_XJE)) < jax.lax.axis_index(axes)
-    return jnp.sum(count_XJE * earlier_X[:, None, None], 0), jax.lax.psum(count_JE, axes)
+        return jnp.zeros_like(count), count
+    counts = jax.lax.all_gather(count, axes)
+    before = jnp.arange(len(counts)) < jax.lax.axis_index(axes)
+    return jnp.tensordot(before.astype(count.dtype), counts, 1), jax.lax.psum(count, axes)
 
 
 def _size(axes):
     return jax.lax.axis_size(axes) if axes else 1
 
 
-def _vary(w, axes):
-    return jax.lax.pcast(w, axes, to="varying") if axes else w
+def _queue(a_MJ):
+    """Assignments in the order that experts take them: all first choices, then all second ones."""
+    return a_MJ.T.reshape(-1)
+
+
+def _rank(kind_A, keep_A, kinds):
+    """Each one's number among the kept of its kind, and how many of each kind are kept."""
+    kept_AK = jax.nn.one_hot(kind_A, kinds, dtype=jnp.int32) * keep_A[:, None]
+    return jnp.take_along_axis(jnp.cumsum(kept_AK, axis=0) - 1, kind_A[:, None], axis=1)[:, 0], kept_AK.sum(0)
+
+
+def _whole(weights, kept, axes):
+    """The device's experts with all of D, which vary over all `axes` as its tokens do."""
+    return [sharding.unsharded(w, letters, spec, axes)
+            for w, letters, spec in zip(weights, MATRICES, kept)] if axes else weights
+
+
+def _take(x_MD, index):
+    """Rows by index, zeros where it points past the end."""
+    return x_MD.at[index].get(mode="fill", fill_value=0)
 
 
 def _wide(x):

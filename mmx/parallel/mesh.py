@@ -1,44 +1,63 @@
 """Device meshes whose axes mirror the paper's groups (paper section 3.1): world = edp x ep x etp x seq."""
 import dataclasses
+import math
 import os
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh
 
-from mmx import config
+from mmx.config import ConfigError, Experiment
 
 
-def make(sizes: config.Mesh, batch: int) -> Mesh:
-    """The mesh of this machine's devices; mesh.edp=-1 takes all of them.
+def make(e: Experiment) -> Mesh:
+    """The mesh of this machine's devices that the experiment names; -1 takes what the other axes leave.
 
-    On CPU devices are simulated: as many as the mesh names, or for -1 as many as there are cores to divide `batch`.
+    On CPU devices are simulated: as many as the mesh names, or for -1 as many as there are cores and the model fits.
     """
-    axes = dataclasses.asdict(sizes)
-    for axis in ("ep", "etp", "seq"):
-        if axes[axis] != 1:
-            raise config.ConfigError(f"mesh.{axis}={axes[axis]}: only edp (data parallel) splits work so far; use 1")
-    cores = os.cpu_count() or 1
-    fitting = max(n for n in range(1, cores + 1) if batch % n == 0)
+    sizes = dataclasses.asdict(e.mesh)
+    free = next((axis for axis, n in sizes.items() if n == -1), None)
+    named = math.prod(n for n in sizes.values() if n != -1)
+    # the axes are checked before devices are made, so that a mistake costs no start-up; the free one fits by choice
+    _check(e, sizes | {free: 1} if free else sizes)
+    counts = range((os.cpu_count() or 1) // named, 1, -1) if free else ()
+    fitting = next((n for n in counts if not _misfit(e, sizes | {free: n})), 1)
     try:
-        jax.config.update("jax_num_cpu_devices", fitting if sizes.edp == -1 else sizes.edp)
+        jax.config.update("jax_num_cpu_devices", fitting * named)
     except RuntimeError:        # the devices are in use already: take them as they are
         pass
     devices = jax.devices()
-    axes["edp"] = len(devices) if sizes.edp == -1 else sizes.edp
-    if axes["edp"] > len(devices):
-        raise config.ConfigError(f"mesh.edp={axes['edp']}, but {len(devices)} devices are here; -1 takes what is there")
-    if batch % axes["edp"]:
-        raise config.ConfigError(f"train.batch={batch} does not split over mesh.edp={axes['edp']} devices")
-    grid = np.array(devices[:axes["edp"]]).reshape(tuple(axes.values()))
-    return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    told = ", ".join(f"mesh.{axis}={n}" for axis, n in sizes.items() if n != 1)
+    if free:
+        sizes[free] = len(devices) // named
+        if sizes[free] * named != len(devices):
+            raise ConfigError(f"{told}: the other axes' product {named} does not divide the {len(devices)} devices here")
+    _check(e, sizes)
+    world = math.prod(sizes.values())
+    if world > len(devices):
+        raise ConfigError(f"{told or 'the mesh'} needs {world} devices, but {len(devices)} devices are here; -1 on one "
+                          "axis takes what is there")
+    whole = sizes["etp"] * sizes["seq"]
+    if jax.process_count() > 1 and jax.local_device_count() % whole:
+        raise ConfigError(f"{told}: a process reads whole rows, so its {jax.local_device_count()} devices must be a multiple "
+                          f"of mesh.etp x mesh.seq = {whole}")
+    # in the devices' order, in which each process reads the next rows; the innermost axes, which talk most, are neighbours
+    return Mesh(np.array(devices[:world]).reshape(*sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P())
+def _check(e, sizes):
+    if misfit := _misfit(e, sizes):
+        raise ConfigError(misfit)
 
 
-def rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """A batch axis over the data-parallel devices, behind `leading` whole axes."""
-    return NamedSharding(mesh, P(*[None] * leading, "edp"))
+def _misfit(e: Experiment, sizes) -> str | None:
+    """What of the experiment does not split over the mesh axes."""
+    parts = [("train.batch", e.train.batch, ("edp", "ep")), ("train.length", e.train.length, ("seq", "etp")),
+             ("model.experts", e.model.experts, ("ep",)), ("model.expert_dim", e.model.expert_dim, ("etp",)),
+             ("model.heads", e.model.heads, ("etp",))]
+    for name, extent, axes in parts:
+        devices = math.prod(sizes[axis] for axis in axes)
+        if extent % devices:
+            over = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
+            return f"{name}={extent} does not split over {over} devices"
+    return None

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType
 
 from mmx.parallel import expert
 
-M, D, E, F = 40, 6, 4, 5
+M, D, E, F = 40, 6, 4, 6
 QUICK = {"xla_backend_optimization_level": 0}      # compiling is most of the time here
 NAMES = ("x_MD", "router_DE", "w1_EDF", "w3_EDF", "w2_EFD")
 
@@ -28,7 +28,8 @@ def live(M=M):
     return np.arange(M) % 7 != 3
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("top_k", "capacity"), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("top_k", "capacity", "transport", "token_groups"),
+                   compiler_options=QUICK)
 def step(function, args, cotangents, given_M, **how):
     """Outputs and the gradients of all that depends on the inputs."""
     def objective(*args):
@@ -40,8 +41,12 @@ def step(function, args, cotangents, given_M, **how):
     return {**dict(zip(("y_MD", "logits_ME"), out)), **out[2]._asdict(), **{f"d{n}": g for n, g in zip(NAMES, grads)}}
 
 
-def moe(x_MD, router_DE, w1_EDF, w3_EDF, w2_EFD, live_M, *, top_k, capacity):
-    return expert.moe(x_MD, live_M, router_DE, w1_EDF, w3_EDF, w2_EFD, top_k=top_k, capacity=capacity)
+def moe(x_MD, router_DE, w1_EDF, w3_EDF, w2_EFD, live_M, *, top_k, capacity, **how):
+    """As [B, T] of up to eight rows: the queue's order, row by row, is that of M."""
+    B = math.gcd(len(x_MD), 8)
+    y_BTD, logits_BTE, stats = expert.moe(x_MD.reshape(B, -1, D), live_M.reshape(B, -1), router_DE, w1_EDF, w3_EDF, w2_EFD,
+                                          top_k=top_k, capacity=capacity, **how)
+    return y_BTD.reshape(-1, D), logits_BTE.reshape(-1, E), stats
 
 
 def token_by_token(x_MD, router_DE, w1_EDF, w3_EDF, w2_EFD, given, *, top_k):
@@ -60,7 +65,7 @@ def token_by_token(x_MD, router_DE, w1_EDF, w3_EDF, w2_EFD, given, *, top_k):
     z_M = jax.nn.logsumexp(logits_ME, axis=1) ** 2
     prob_E = jnp.sum(jax.nn.softmax(logits_ME) * live_M[:, None], 0) / real
     return y_MD, logits_ME, expert.Stats(chosen_MJE.sum((0, 1)) / (real * top_k), prob_E, jnp.sum(z_M * live_M) / real,
-                                         1 - keep_MJ.sum() / (real * top_k))
+                                         1 - keep_MJ.sum() / (real * top_k), 0.0)
 
 
 def greedy(logits_ME, live_M, top_k, capacity):
@@ -113,18 +118,53 @@ def test_bfloat16_routes_in_float32():
     np.testing.assert_allclose(logits_ME, rounded[0].astype(jnp.float32) @ rounded[1].astype(jnp.float32), atol=1e-5)
 
 
-# of 16 tokens on 8 devices each assignment is computed by itself; 3 do not split over 2, so each device has them all
-@pytest.mark.parametrize("M, devices, capacity", [(M, 2, 0.0), (M, 2, 0.75), (M, 4, 0.75), (M, 8, 0.75), (16, 8, 0.75),
-                                                  (3, 2, 0.5)])
-def test_any_mesh_equals_one_device(M, devices, capacity):
+def on(sizes):
+    """A mesh of edp, ep, etp, seq."""
+    return jax.make_mesh(sizes, ("edp", "ep", "etp", "seq"), (AxisType.Auto,) * 4, devices=jax.devices()[:math.prod(sizes)])
+
+
+# of 16 tokens on 8 devices each assignment is computed by itself; one row of 3, and rows of 5 cut by two, do not split:
+# then each device has all tokens
+@pytest.mark.parametrize("M, sizes, capacity, whole, how", [
+    (M, (8, 1, 1, 1), 0.75, False, {}), (16, (8, 1, 1, 1), 0.75, False, {}), (3, (2, 2, 2, 1), 0.5, True, {}),
+    (M, (2, 2, 2, 1), 0.75, True, {}), (16, (2, 2, 2, 1), 0.75, False, {}),
+    (M, (2, 4, 1, 1), 0.75, False, {"token_groups": 3})])
+def test_any_mesh_equals_one_device(M, sizes, capacity, whole, how):
     args, cotangents = inputs(M)
     one = step(moe, args, cotangents, live(M), top_k=2, capacity=capacity)
-    mesh = Mesh(np.array(jax.devices()[:devices]).reshape(-1, 1, 1, 1), ("edp", "ep", "etp", "seq"),
-                axis_types=(AxisType.Auto,) * 4)
-    with jax.set_mesh(mesh):
-        many = step(moe, args, cotangents, live(M), top_k=2, capacity=capacity)
+    with jax.set_mesh(on(sizes)):
+        many = step(moe, args, cotangents, live(M), top_k=2, capacity=capacity, **how)
     assert_same(many, one)
-    assert many["y_MD"].sharding.is_fully_replicated == (M % devices > 0)
+    assert many["y_MD"].sharding.is_fully_replicated == whole
+
+
+def test_what_finds_no_slot_is_counted_apart():
+    """Devices of ten tokens with five slots to each peer: first choices go first, and who is dropped stays the same."""
+    args, cotangents = inputs()
+    keep_MJ = greedy(np.asarray(args[0] @ args[1]), live(), 2, 1.0)
+    expert_MJ, sent_MJ, taken = np.argsort(-np.asarray(args[0] @ args[1]), axis=1), keep_MJ.copy(), np.zeros((4, E), int)
+    for j in range(2):
+        for m in np.flatnonzero(keep_MJ[:, j]):
+            sent_MJ[m, j] = taken[m // 10, expert_MJ[m, j]] < 5
+            taken[m // 10, expert_MJ[m, j]] += 1
+    want = step(token_by_token, args, cotangents, (live(), sent_MJ), top_k=2)
+    overflow = (keep_MJ.sum() - sent_MJ.sum()) / (2 * live().sum())
+    assert overflow > 0.05
+    with jax.set_mesh(on((1, 4, 1, 1))):
+        got = step(moe, args, cotangents, live(), top_k=2, capacity=1.0, transport=1.0)
+    assert_same(got, want | {"overflow": overflow, "dropped": want["dropped"] - overflow})
+
+
+def test_what_travels():
+    """Two all-to-alls a token group forward and as many backward; the gradients of matrices are reduce-scattered."""
+    args, _ = inputs(16)
+
+    def total(*args):
+        return moe(*args, live(16), top_k=2, capacity=1.0, token_groups=2)[0].sum()
+    with jax.set_mesh(on((2, 2, 2, 1))):
+        forward, both = (jax.jit(f).lower(*args).as_text() for f in (total, jax.grad(total, range(5))))
+    count = [{op: text.count(f"stablehlo.{op}") for op in ("all_to_all", "reduce_scatter")} for text in (forward, both)]
+    assert count == [{"all_to_all": 4, "reduce_scatter": 2}, {"all_to_all": 8, "reduce_scatter": 4 + 3}]
 
 
 @pytest.mark.parametrize("form, balanced", [("switch", 1), ("hf", 2), ("paper", 1 / E ** 2)])
