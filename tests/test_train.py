@@ -188,7 +188,7 @@ def test_any_devices_give_the_losses_of_one(whole, text, tmp_path, monkeypatch):
     monkeypatch.setattr(optim, "learning_rate", terminate)
     done = train.run(ramped(text, mesh={"ep": 2, "etp": 2, "seq": 2}, eval_every=4, eval_bytes=500, sample_every=4), tmp_path,
                      inference.sample)
-    assert (done["step"], done["stopped"]) == (4, True)
+    assert (done["step"], done["stopped"]) == (4, signal.SIGTERM)
     monkeypatch.undo()
     train.run(ramped(text, mesh={"edp": 2}), tmp_path)
     for one, many in zip(told(whole), told(tmp_path), strict=True):
