@@ -1,4 +1,4 @@
-"""The command line: `mmx train | generate | eval | convert | config | bench`.
+"""The command line: `mmx train | generate | eval | convert | config | aot | bench`.
 
 A user's mistake is one line on stderr and exit code 2. Heavy modules are imported by the command that needs them.
 """
@@ -30,6 +30,7 @@ examples:
   mmx convert to-hf --checkpoint run --out run-hf         for transformers, vLLM and others
   mmx convert verify --checkpoint run --against run-hf
   mmx config experiments/text_01.py                       parameters, FLOPs, shapes
+  mmx aot --config experiments/text_01.py --topology v5p:8x8x8 --mesh edp=16,ep=32
   mmx bench kernels --chip v5p,h100                       the kernels, by the TPU's and the GPU's compiler
 """
 CHECKPOINT = "a workdir (its latest step), one of its checkpoints/STEP, or a Hugging Face directory"
@@ -151,6 +152,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("config", metavar="FILE", help="experiment file, such as experiments/text_01.py")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
+    sub = command("aot", aot, "Compile an experiment for a pod that is not here, by the real compilers: whether it fits, what "
+                  "it exchanges, what it computes.", True, epilog=overrides)
+    sub.add_argument("--config", required=True, metavar="FILE", help="experiment file, such as experiments/text_01.py")
+    sub.add_argument("--topology", required=True, metavar="CHIP:SHAPE",
+                     help="v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB, tpu7x:AxBxC, h100:HOSTSx8")
+    sub.add_argument("--mesh", metavar="AXES", help="edp=16,ep=32: axes not named are 1 (default: the experiment's)")
+    sub.add_argument("--mode", choices=["train", "prefill", "decode"], default="train",
+                     help="a step of train; train.batch rows of train.length tokens read in; one token behind them "
+                     "(default train)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
     bench = command("bench", None, "What the kernels cost.")
     kinds = bench.add_subparsers(dest="kind", metavar="kernels", required=True, parser_class=Parser)
     sub = command("kernels", bench_kernels, "Compile every kernel for TPUs and GPUs here, by the real compilers: static "
@@ -184,6 +196,14 @@ def read_experiment(path: str, overrides: list[str]) -> config.Experiment:
     if left:
         raise ConfigError(f"unknown argument {left[0]!r}; overrides are --config.SECTION.KEY=VALUE")
     return config.build(values.config)
+
+
+def aot(args):
+    experiment = read_experiment(args.config, args.overrides)
+    from mmx import aot
+
+    found = aot.run(experiment, args.topology, args.mesh, args.mode)
+    print(json.dumps(found, indent=1)) if args.json else aot.show(found)
 
 
 def bench_kernels(args):

@@ -110,9 +110,18 @@ def _forward(model: Model, params, tokens_BT, segments_BT):
     return logits(params, model.apply({"params": params}, tokens_BT, segments_BT)[0])
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _prefill(model: Model, params, tokens_BT, mask_BT, cache):
+def prefill(model: Model, params, tokens_BT, mask_BT, cache):
+    """The cache with a chunk of the prompts in."""
     return model.apply({"params": params}, tokens_BT, mask_BT, cache=cache)[1]
+
+
+def decode_step(model: Model, params, token_B, cache):
+    """logits_BW of the next tokens, and the cache with these in."""
+    x_B1D, cache, _ = model.apply({"params": params}, token_B[:, None], cache=cache)
+    return logits(params, x_B1D)[:, 0], cache
+
+
+_prefill = jax.jit(prefill, static_argnums=0, donate_argnums=4)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=3)
@@ -120,8 +129,7 @@ def _decode(model: Model, params, token_B, cache, key, first, draw, room: int, c
     """`count` steps of at most `room`; step i draws with the key of place first + i."""
     def step(i, carry):
         token_B, cache, new_BT = carry
-        x_B1D, cache, _ = model.apply({"params": params}, token_B[:, None], cache=cache)
-        logits_BW = logits(params, x_B1D)[:, 0]
+        logits_BW, cache = decode_step(model, params, token_B, cache)
         token_B = _draw(logits_BW, jax.random.fold_in(key, first + i), draw)
         return token_B, cache, new_BT.at[:, i].set(token_B)
 

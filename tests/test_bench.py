@@ -6,7 +6,7 @@ import math
 import pytest
 
 from mmx import bench, cli
-from mmx.compilers import schedule
+from mmx.compilers import hlo, schedule
 
 needs_compiler = pytest.mark.skipif(bool(schedule.missing()), reason=schedule.missing())
 HLO = """
@@ -30,7 +30,7 @@ def products(times):
 
 
 def test_operations_in_loops_count_as_often_as_they_run():
-    assert schedule._operations(HLO) == [("inner", 7), ("last", 1)]
+    assert hlo.operations(HLO) == [("inner", 7), ("last", 1)]
 
 
 def test_chips_that_are_not_known(capsys):

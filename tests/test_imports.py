@@ -25,7 +25,8 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "evals": "checkpoint convert data inference loss metrics model",
     "train": "checkpoint data evals loss metrics model optim parallel",
     "hugepages": "", "compilers": "", "bench": "compilers kernels layers",
-    "cli": "bench checkpoint convert evals hugepages inference train",
+    "aot": "compilers inference model optim parallel train",
+    "cli": "aot bench checkpoint convert evals hugepages inference train",
 }
 FOREIGN = {     # packages that a part does without
     "dims": ("jax", "flax", "torch"), "config": ("jax", "flax", "torch"), "data": ("jax", "flax", "torch"),
@@ -34,7 +35,7 @@ FOREIGN = {     # packages that a part does without
     "convert": ("flax",), "checkpoint": ("flax",),
 }
 LATER = {       # what a part imports only inside functions
-    "convert": "inference model torch", "evals": "convert", "cli": "bench checkpoint convert evals inference train",
+    "convert": "inference model torch", "evals": "convert", "cli": "aot bench checkpoint convert evals inference train",
 }
 FILES = sorted((ROOT / "mmx").rglob("*.py"))
 

@@ -89,17 +89,17 @@ def faults(kernels: dict[str, Kernel], chip: str) -> list[str]:
 
 def limit(chip: str, field: str) -> int:
     """A number of the GPU's description, such as core_count."""
-    return int(re.search(rf"\b{field}: (\d+)", _target(chip))[1])
+    return int(re.search(rf"\b{field}: (\d+)", target(chip))[1])
 
 
-def _target(chip):
+def target(chip):
     return (Path(__file__).parent / f"{chip}.txtpb").read_text()
 
 
 @functools.cache
 def _mesh(chip):
     from jax.experimental.topologies import get_topology_desc
-    topology = get_topology_desc(platform="cuda", topology_name=chip, target_config=_target(chip), topology="1x1x1")
+    topology = get_topology_desc(platform="cuda", topology_name=chip, target_config=target(chip), topology="1x1x1")
     return jax.sharding.Mesh(np.array(topology.devices), ("gpu",))
 
 

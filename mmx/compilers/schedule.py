@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from mmx.compilers import hlo
+
 
 class Chip(NamedTuple):
     """A device's clock in GHz, TensorCores, HBM bytes/s; the topology to compile for."""
@@ -68,7 +70,7 @@ def cost(case: str, chip: str) -> Cost:
         # A Pallas kernel that is called twice is compiled and dumped once, under the name of one of its calls.
         called = {name.partition(".")[0]: kernel for name, kernel in kernels.items() if "fusion" not in name}
         found = [(kernels.get(name) or called.get(name.partition(".")[0]), times)
-                 for name, times in _operations(Path(folder, "hlo").read_text())]
+                 for name, times in hlo.operations(Path(folder, "hlo").read_text())]
         done = [(kernel, times) for kernel, times in found if kernel]
         memory = json.loads(Path(folder, "memory").read_text())
     total = lambda what: sum(what(kernel) * times for kernel, times in done)
@@ -198,39 +200,6 @@ def _constant(defined, name, depth=0):
         return int(name)
     moved = re.match(r"(?:smov\.u32|scalar_lea\.\w+) (\S+)$", defined.get(name, "").split("/*")[0].strip())
     return _constant(defined, moved[1], depth + 1) if moved and depth < 6 else None
-
-
-def _operations(hlo: str):
-    """(name, times) of the operations that run, those in while loops as often as the loop does."""
-    bodies, current, entry = {}, None, None
-    for line in hlo.split("\n"):
-        opened = re.match(r"^(ENTRY )?%?([\w.\-<>]+) (?:\([^\n]*\) -> .*)?\{\s*$", line)
-        if opened:
-            current = bodies.setdefault(opened[2], [])
-            entry = opened[2] if opened[1] else entry
-        elif " = " in line and current is not None:
-            current.append(line)
-    found = []
-
-    def walk(name, times):
-        for line in bodies.get(name, ()):
-            operation = re.match(r"\s+(?:ROOT )?%?([\w.\-<>]+) = .*? ([a-z][\w\-]*)\(", line)
-            if not operation:
-                continue
-            if operation[2] == "while":
-                # The bound is the largest constant in the loop's condition.
-                condition = re.search(r"condition=%?([\w.\-<>]+)", line)[1]
-                inside = [condition, *re.findall(r"calls=%?([\w.\-<>]+)", "\n".join(bodies[condition]))]
-                text = "\n".join(line for part in inside for line in bodies.get(part, ()))
-                bounds = [int(n) for n in re.findall(r"s32\[\][^ ]* constant\((\d+)\)", text)]
-                walk(re.search(r"body=%?([\w.\-<>]+)", line)[1], times * max(bounds, default=1))
-            elif operation[2] in ("call", "conditional", "async-start"):
-                for called in re.findall(r"(?:to_apply|calls)=%?([\w.\-<>]+)", line):
-                    walk(called, times)
-            else:
-                found.append((operation[1], times))
-    walk(entry, 1)
-    return found
 
 
 if __name__ == "__main__":

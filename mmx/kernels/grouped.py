@@ -17,6 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mmx.kernels import platform
+
 IMPLS = ("blocks", "ragged")
 
 
@@ -41,7 +43,7 @@ def plan(expert_MJ, rank_MJ, keep_MJ, count_E, block: int) -> Plan:
 
 def expert_ffn(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan: Plan, *, block: int, impl: str | None = None):
     """y_MD, the weighted sum of each token's experts; zero for a token whose assignments were all dropped."""
-    impl = impl or ("blocks" if jax.default_backend() == "cpu" else "ragged")
+    impl = impl or ("blocks" if platform.name() == "cpu" else "ragged")
     if impl not in IMPLS:
         raise NotImplementedError(f"impl={impl!r}: expert_ffn has {', '.join(IMPLS)}")
     return {"blocks": _blocks, "ragged": _ragged}[impl](x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, block)

@@ -41,8 +41,24 @@ def make(e: Experiment) -> Mesh:
     if jax.process_count() > 1 and jax.local_device_count() % whole:
         raise ConfigError(f"{told}: a process reads whole rows, so its {jax.local_device_count()} devices must be a multiple "
                           f"of mesh.etp x mesh.seq = {whole}")
-    # in the devices' order, in which each process reads the next rows; the innermost axes, which talk most, are neighbours
-    return Mesh(np.array(devices[:world]).reshape(*sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return _placed(devices[:world], sizes)
+
+
+def described(e: Experiment, devices) -> Mesh:
+    """The experiment's mesh over all devices of a pod that is not here; -1 takes what the other axes leave."""
+    sizes = dataclasses.asdict(e.mesh)
+    named = math.prod(n for n in sizes.values() if n != -1)
+    told = ", ".join(f"mesh.{axis}={n}" for axis, n in sizes.items() if n != 1)
+    if named * max(1, len(devices) // named if -1 in sizes.values() else 1) != len(devices):
+        raise ConfigError(f"{told}: does not multiply to the pod's {len(devices)} devices; -1 on one axis takes what is left")
+    sizes = {axis: n if n != -1 else len(devices) // named for axis, n in sizes.items()}
+    _check(e, sizes)
+    return _placed(devices, sizes)
+
+
+def _placed(devices, sizes) -> Mesh:
+    """In the devices' order, in which each process reads the next rows; the innermost axes, which talk most, are neighbours."""
+    return Mesh(np.array(devices).reshape(*sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _check(e, sizes):

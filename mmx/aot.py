@@ -1,0 +1,202 @@
+"""`mmx aot`: an experiment compiled for a pod that is not here, by the real compiler, and what it says of the program.
+
+Memory is the compiler's, per chip. Exchanges, FLOPs and cycles are those of the compiled program, times the trips of the
+loops they are in (`compilers.hlo`). Nothing is run: cycles are the compiler's own static estimates of its fusions, which
+run high where memory is the limit, and kernels have none, so they count at the chip's peak; never a measured time.
+"""
+import collections
+import dataclasses
+import functools
+import os
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from mmx import inference, optim
+from mmx.compilers import hlo, ptx, schedule
+from mmx.config import ConfigError, Experiment
+from mmx.model import Model, empty_cache
+from mmx.parallel import mesh as meshes
+from mmx.parallel import sharding
+from mmx.train import init, train_step
+
+CHIPS = {       # a device's HBM in bytes, bfloat16 FLOP/s at peak
+    "v4": (32 * 2**30, 275e12), "v5e": (16 * 2**30, 197e12), "v5p": (95 * 2**30, 459e12), "v6e": (32 * 2**30, 918e12),
+    "tpu7x": (96 * 2**30, 1155e12), "h100": (80e9, 989e12)}
+OPTIONS = {"tpu": {"xla_tpu_enable_async_all_to_all": "true"}, "cuda": {"xla_gpu_autotune_level": 0}}
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
+
+
+def run(e: Experiment, topology: str, mesh: str | None = None, mode: str = "train") -> dict:
+    """Compiles, and returns what `show` prints. Raises ConfigError for what no pod or mesh can be."""
+    chip, devices = _devices(topology)
+    mesh = meshes.described(_with_mesh(e, mesh), devices)
+    memory, peak = CHIPS[chip]
+    platform = "cuda" if chip == "h100" else "tpu"
+    found = {"topology": topology, "devices": len(devices), "mesh": dict(mesh.shape), "mode": mode,
+             "tokens": e.train.batch * (1 if mode == "decode" else e.train.length), "memory": memory}
+    begin = time.monotonic()
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        function, args = {"train": _train, "prefill": _prefill, "decode": _decode}[mode](e, mesh)
+        lowered = function.trace(*args).lower(lowering_platforms=(platform,))
+        try:
+            compiled = lowered.compile(compiler_options=OPTIONS[platform])
+        except jax.errors.JaxRuntimeError as error:
+            needed, limit = _refused(str(error))
+            return found | {"fits": False, "peak": needed, "memory": limit, "seconds": time.monotonic() - begin}
+    stats, program = compiled.memory_analysis(), hlo.analyse(compiled.as_text(), dict(mesh.shape))
+    used = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    model = _model_flops(e, mode) * found["tokens"] / len(devices)
+    found |= {"fits": used <= memory, "peak": used, "arguments": stats.argument_size_in_bytes,
+              "temporaries": stats.temp_size_in_bytes, "seconds": time.monotonic() - begin,
+              "flops": program.flops, "flops_model": model, "ideal_s": model / peak, "unknown": program.unknown,
+              "exchanges": _exchanges(program.collectives)}
+    if program.cycles_other:        # of TPUs
+        parts = [cycles / schedule.CHIPS[chip].clock / 1e9 for cycles in (program.cycles_matrix, program.cycles_other)]
+        parts.append(program.flops_kernels / peak)
+        found |= dict(zip(("matrix_s", "other_s", "kernels_s"), parts)) | {"static_s": sum(parts)}
+    return found
+
+
+def show(found: dict):
+    """Prints a table."""
+    gb = lambda size: f"{size / 1e9:.2f} GB"
+    spare = found["memory"] - found["peak"]
+    mesh = ", ".join(f"{axis} {n}" for axis, n in found["mesh"].items())
+    table = Table("", "", title=f"{found['mode']} on {found['topology']}: {mesh}", show_header=False)
+    verdict = f"fits, {gb(spare)} to spare" if found["fits"] else f"does not fit: needs {gb(found['peak'])}"
+    table.add_row("a chip's memory", f"{verdict} of {gb(found['memory'])}")
+    if "exchanges" in found:
+        table.add_row("arguments, temporaries, peak", ", ".join(gb(found[k]) for k in ("arguments", "temporaries", "peak")))
+        table.add_row("matrix FLOPs a chip", f"{found['flops']:.4g}, {found['flops'] / found['flops_model']:.3f} times the model's"
+                      + "".join(f"; without {n:,} runs of {name}" for name, n in found["unknown"].items()))
+        table.add_row("the model's FLOPs at peak", f"{found['ideal_s']:.4g} s")
+    if "static_s" in found:
+        table.add_row("static estimate, no measured time", f"{found['static_s']:.4g} s: fusions with matrix products "
+                      f"{found['matrix_s']:.4g}, others {found['other_s']:.4g}, kernels at peak {found['kernels_s']:.4g}; "
+                      f"at most {found['ideal_s'] / found['static_s']:.1%} of peak")
+    table.add_row("compiled in", f"{found['seconds']:.0f} s")
+    console = Console()
+    console.print(table)
+    if not found.get("exchanges"):
+        return
+    table = Table("exchange", "over", "runs", "received a device", "under compute", title="a run on one device")
+    for row in found["exchanges"]:
+        table.add_row(row["kind"], row["axes"], f"{row['runs']:,}", gb(row["bytes"]), f"{row['under'] / row['bytes']:.0%}")
+    table.add_row("all", "", "", gb(sum(row["bytes"] for row in found["exchanges"])), "")
+    console.print(table)
+
+
+def _devices(topology):
+    """The chip's name and the devices of v5p:8x8x8 or h100:64x8."""
+    from jax.experimental.topologies import get_topology_desc
+    chip, shape = (re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology) or ["", "", ""])[1:]
+    if chip not in CHIPS:
+        raise ConfigError(f"--topology {topology!r} is no CHIP:SHAPE such as v5p:8x8x8 or h100:64x8; chips: {', '.join(CHIPS)}")
+    if reason := (ptx if chip == "h100" else schedule).missing():
+        raise ConfigError(f"--topology {topology}: {reason}")
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        if chip == "h100":
+            return chip, get_topology_desc(platform="cuda", topology_name=chip, target_config=ptx.target(chip),
+                                           topology=f"1x{shape}").devices
+        return chip, get_topology_desc(platform="tpu", topology_name=topology).devices
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        raise ConfigError(f"--topology {topology}: the compiler knows no such pod: {str(error).splitlines()[0]}") from None
+
+
+def _with_mesh(e, mesh) -> Experiment:
+    if mesh is None:
+        return e
+    sizes = dict.fromkeys(dataclasses.asdict(e.mesh), 1)
+    for part in mesh.split(","):
+        axis, size = (re.fullmatch(r"(\w+)=(-1|[1-9]\d*)", part) or ["", "", ""])[1:]
+        if axis not in sizes:
+            raise ConfigError(f"--mesh {mesh!r}: {part!r} is no AXIS=SIZE; axes are {', '.join(sizes)}")
+        sizes[axis] = int(size)
+    changed = dataclasses.replace(e.mesh, **sizes)
+    changed.validate()
+    return dataclasses.replace(e, mesh=changed)
+
+
+def _train(e, mesh):
+    t, model, optimizer, whole = e.train, Model(e.model), optim.adamw(e.train), sharding.whole(mesh)
+    abstract = jax.eval_shape(functools.partial(init, model, optimizer, t.seed))
+    kept, rows = sharding.tree(abstract, mesh), sharding.batch(mesh, leading=1)
+    batch = {name: _array((1, t.batch, t.length), kind, rows) for name, kind in (
+        ("tokens", jnp.int32), ("targets", jnp.int32), ("segments", jnp.int32), ("positions", jnp.int32),
+        ("weights", jnp.float32))}
+    step = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, loss_chunk=t.loss_chunk),
+                   donate_argnums=(0, 1), out_shardings=(*kept, whole))
+    return step, (*jax.tree.map(_placed, abstract, kept), batch, _array((), jnp.float32, whole))
+
+
+def _prefill(e, mesh):
+    """The prompts in one chunk, as `inference.generate` reads them."""
+    model, params, cache = _inference(e, mesh)
+    tokens_BT = _array((e.train.batch, e.train.length), jnp.int32, sharding.batch(mesh))
+    kept = jax.tree.map(lambda x: x.sharding, cache)
+    step = jax.jit(functools.partial(inference.prefill, model), donate_argnums=3, out_shardings=kept)
+    return step, (params, tokens_BT, tokens_BT, cache)
+
+
+def _decode(e, mesh):
+    """One token a row, the likeliest, behind train.length - 1."""
+    model, params, cache = _inference(e, mesh)
+    kept = jax.tree.map(lambda x: x.sharding, cache)
+    token_B = _array((e.train.batch,), jnp.int32, sharding.whole(mesh))
+    step = jax.jit(functools.partial(inference.decode_step, model), donate_argnums=2, out_shardings=(None, kept))
+    return step, (params, token_B, cache)
+
+
+def _inference(e, mesh):
+    """A model that drops no token, its parameters in the computation's dtype, a cache for the whole length."""
+    c = dataclasses.replace(e.model, capacity=0.0, transport=0.0)
+    model = Model(c)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    params = jax.tree.map(lambda x, s: _array(x.shape, c.dtype, s), params, sharding.tree(params, mesh))
+    cache = jax.eval_shape(lambda: empty_cache(c, e.train.batch, e.train.length))
+    def place(path, x):
+        letters = path[-1].key.rpartition("_")[2]
+        spec = sharding.act("L" * (x.ndim - len(letters)) + letters, x.shape, mesh)
+        return _placed(x, jax.sharding.NamedSharding(mesh, spec))
+    return model, params, jax.tree_util.tree_map_with_path(place, cache)
+
+
+def _model_flops(e, mode) -> float:
+    """A token's."""
+    length = e.train.length
+    return {"train": e.model.flops_training(length), "prefill": e.model.flops_forward(length),
+            "decode": e.model.flops_forward(2 * length - 1)}[mode]      # the last token sees twice as many as the mean one
+
+
+def _exchanges(collectives):
+    rows = collections.defaultdict(lambda: {"runs": 0, "bytes": 0, "under": 0})
+    for c in collectives:
+        row = rows[c.kind, c.axes]
+        row["runs"] += c.times
+        row["bytes"] += c.times * c.bytes
+        row["under"] += c.times * c.bytes * c.under
+    return [{"kind": kind, "axes": axes} | row for (kind, axes), row in
+            sorted(rows.items(), key=lambda item: -item[1]["bytes"]) if row["bytes"]]
+
+
+def _refused(message) -> tuple[float, float]:
+    """Bytes needed and there, of a compiler that ran out of memory; any other error goes on."""
+    sizes = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    if not sizes:
+        raise RuntimeError(message)
+    return float(sizes[1]) * UNITS[sizes[2]], float(sizes[3]) * UNITS[sizes[4]]
+
+
+def _array(shape, dtype, sharding):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _placed(x, sharding):
+    return _array(x.shape, x.dtype, sharding)
