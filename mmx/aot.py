@@ -94,8 +94,8 @@ def show(found: dict):
 def _devices(topology):
     """The chip's name and the devices of v5p:8x8x8 or h100:64x8."""
     from jax.experimental.topologies import get_topology_desc
-    chip, shape = (re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology) or ["", "", ""])[1:]
-    if chip not in CHIPS:
+    chip, _, shape = topology.partition(":")
+    if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise ConfigError(f"--topology {topology!r} is no CHIP:SHAPE such as v5p:8x8x8 or h100:64x8; chips: {', '.join(CHIPS)}")
     if reason := (ptx if chip == "h100" else schedule).missing():
         raise ConfigError(f"--topology {topology}: {reason}")
@@ -115,8 +115,8 @@ def _with_mesh(e, mesh) -> Experiment:
         return e
     sizes = dict.fromkeys(dataclasses.asdict(e.mesh), 1)
     for part in mesh.split(","):
-        axis, size = (re.fullmatch(r"(\w+)=(-1|[1-9]\d*)", part) or ["", "", ""])[1:]
-        if axis not in sizes:
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
             raise ConfigError(f"--mesh {mesh!r}: {part!r} is no AXIS=SIZE; axes are {', '.join(sizes)}")
         sizes[axis] = int(size)
     changed = dataclasses.replace(e.mesh, **sizes)
