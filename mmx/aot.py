@@ -28,16 +28,20 @@ CHIPS = {       # a device's HBM in bytes, bfloat16 FLOP/s at peak
     "v4": (32 * 2**30, 275e12), "v5e": (16 * 2**30, 197e12), "v5p": (95 * 2**30, 459e12), "v6e": (32 * 2**30, 918e12),
     "tpu7x": (96 * 2**30, 1155e12), "h100": (80e9, 989e12)}
 OPTIONS = {"tpu": {"xla_tpu_enable_async_all_to_all": "true"}, "cuda": {"xla_gpu_autotune_level": 0}}
+ENVIRONMENT = {     # no TPU is asked for and none locked, and libtpu says only what is wrong
+    "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 
-def run(e: Experiment, topology: str, mesh: str | None = None, mode: str = "train") -> dict:
+def run(e: Experiment, topology: str, mesh: str | None = None, mode: str = "train", slices: int = 1) -> dict:
     """Compiles, and returns what `show` prints. Raises ConfigError for what no pod or mesh can be."""
-    chip, devices = _devices(topology)
-    mesh = meshes.described(_with_mesh(e, mesh), devices)
+    e = _with_mesh(e, mesh)
+    chip, devices = _devices(topology, slices)
+    mesh = meshes.described(e, devices)
     memory, peak = CHIPS[chip]
     platform = "cuda" if chip == "h100" else "tpu"
-    found = {"topology": topology, "devices": len(devices), "mesh": dict(mesh.shape), "mode": mode,
+    found = {"topology": topology, "slices": slices, "devices": len(devices), "mesh": dict(mesh.shape), "mode": mode,
              "tokens": e.train.batch * (1 if mode == "decode" else e.train.length), "memory": memory}
     begin = time.monotonic()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -67,7 +71,7 @@ def show(found: dict):
     gb = lambda size: f"{size / 1e9:.2f} GB"
     spare = found["memory"] - found["peak"]
     mesh = ", ".join(f"{axis} {n}" for axis, n in found["mesh"].items())
-    table = Table("", "", title=f"{found['mode']} on {found['topology']}: {mesh}", show_header=False)
+    table = Table("", "", title=f"{found['mode']} on {found['slices']} x {found['topology']}: {mesh}", show_header=False)
     verdict = f"fits, {gb(spare)} to spare" if found["fits"] else f"does not fit: needs {gb(found['peak'])}"
     table.add_row("a chip's memory", f"{verdict} of {gb(found['memory'])}")
     if "exchanges" in found:
@@ -91,21 +95,21 @@ def show(found: dict):
     console.print(table)
 
 
-def _devices(topology):
-    """The chip's name and the devices of v5p:8x8x8 or h100:64x8."""
+def _devices(topology, slices):
+    """The chip's name and the devices of v5p:8x8x8 or h100:64x8, slice by slice."""
     from jax.experimental.topologies import get_topology_desc
     chip, _, shape = topology.partition(":")
     if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise ConfigError(f"--topology {topology!r} is no CHIP:SHAPE such as v5p:8x8x8 or h100:64x8; chips: {', '.join(CHIPS)}")
     if reason := (ptx if chip == "h100" else schedule).missing():
         raise ConfigError(f"--topology {topology}: {reason}")
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ |= ENVIRONMENT | os.environ
     jax.config.update("jax_platforms", "cpu")
     try:
         if chip == "h100":
             return chip, get_topology_desc(platform="cuda", topology_name=chip, target_config=ptx.target(chip),
-                                           topology=f"1x{shape}").devices
-        return chip, get_topology_desc(platform="tpu", topology_name=topology).devices
+                                           topology=f"{slices}x{shape}").devices
+        return chip, get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise ConfigError(f"--topology {topology}: the compiler knows no such pod: {str(error).splitlines()[0]}") from None
 

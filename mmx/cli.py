@@ -158,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--topology", required=True, metavar="CHIP:SHAPE",
                      help="v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB, tpu7x:AxBxC, h100:HOSTSx8")
     sub.add_argument("--mesh", metavar="AXES", help="edp=16,ep=32: axes not named are 1 (default: the experiment's)")
+    sub.add_argument("--slices", type=int, default=1, help="of this topology, joined by the data-centre network (default 1)")
     sub.add_argument("--mode", choices=["train", "prefill", "decode"], default="train",
                      help="a step of train; train.batch rows of train.length tokens read in; one token behind them "
                      "(default train)")
@@ -202,7 +203,7 @@ def aot(args):
     experiment = read_experiment(args.config, args.overrides)
     from mmx import aot
 
-    found = aot.run(experiment, args.topology, args.mesh, args.mode)
+    found = aot.run(experiment, args.topology, args.mesh, args.mode, args.slices)
     print(json.dumps(found, indent=1)) if args.json else aot.show(found)
 
 

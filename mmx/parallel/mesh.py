@@ -49,9 +49,9 @@ def described(e: Experiment, devices) -> Mesh:
     sizes = dataclasses.asdict(e.mesh)
     named = math.prod(n for n in sizes.values() if n != -1)
     told = ", ".join(f"mesh.{axis}={n}" for axis, n in sizes.items() if n != 1)
-    if named * max(1, len(devices) // named if -1 in sizes.values() else 1) != len(devices):
-        raise ConfigError(f"{told}: does not multiply to the pod's {len(devices)} devices; -1 on one axis takes what is left")
     sizes = {axis: n if n != -1 else len(devices) // named for axis, n in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        raise ConfigError(f"{told} does not multiply to the {len(devices)} devices of the pod; -1 on one axis takes what is left")
     _check(e, sizes)
     return _placed(devices, sizes)
 

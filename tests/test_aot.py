@@ -1,0 +1,153 @@
+"""Programs compiled for pods that are not here: what the analyser counts, and what a layer of experts exchanges."""
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mmx import aot, cli
+from mmx.compilers import hlo, schedule
+
+EXPERIMENT = """\
+from mmx.config import default
+
+def get_config():
+    config = default()
+    model, train = config.model, config.train
+    model.vocab, model.dim, model.layers, model.pattern = 256, 256, 2, "L"
+    model.heads, model.kv_heads, model.head_dim, model.rotary_dim = 2, 2, 128, 64
+    model.experts, model.expert_dim, model.capacity, model.transport, model.token_groups = 8, 256, 1.25, 1.25, 2
+    model.dtype, model.remat = "bfloat16", True
+    train.batch, train.length = 4, 512
+    return config
+"""
+X, OUTER, INNER = 64, 3, 5
+AXES = {"data": 2, "tensor": 4}
+TPU_LOOP = """
+%body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %p = (s32[], bf16[8,16]{1,0:T(8,128)(2,1)}) parameter(0)
+  %x = bf16[8,16]{1,0} get-tuple-element(%p), index=1
+  %go = ((bf16[8,16]{1,0}), bf16[8,16]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) all-to-all-start(%x), replica_groups={{0,4},{1,5},{2,6},{3,7}}
+  %work = bf16[8,16]{1,0} fusion(%x), kind=kOutput, calls=%product, backend_config={"window_config":{"estimated_cycles":"100"}}
+  %come = bf16[8,16]{1,0} all-to-all-done(%go)
+  %again = ((bf16[8,16]{1,0}), bf16[8,16]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) all-to-all-start(%come), replica_groups=[4,2]<=[2,4]T(1,0)
+  %light = bf16[8,16]{1,0} add(%x, %x), backend_config={"window_config":{"estimated_cycles":"10"}}
+  %back = bf16[8,16]{1,0} all-to-all-done(%again)
+  %all = bf16[8,16]{1,0} all-gather(%back), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={1}
+  %kernel = bf16[8,16]{1,0} custom-call(%all), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"1000"}}
+  %strange.1 = bf16[8,16]{1,0} custom-call(%kernel), custom_call_target="tpu_custom_call"
+  ROOT %t = (s32[], bf16[8,16]) tuple(%p, %strange.1)
+}
+%product (a: bf16[8,16]) -> bf16[8,16] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %b = bf16[16,16]{1,0} constant({...})
+  ROOT %ab = bf16[8,16]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+%condition (p: (s32[], bf16[8,16])) -> pred[] {
+  %n = s32[]{:T(128)} constant(7)
+  %p.1 = (s32[], bf16[8,16]) parameter(0)
+  %i = s32[] get-tuple-element(%p.1), index=0
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+ENTRY %main (x: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %start = (s32[], bf16[8,16]) parameter(0)
+  ROOT %loop = (s32[], bf16[8,16]) while(%start), condition=%condition, body=%body
+}
+"""
+needs_compiler = pytest.mark.skipif(bool(schedule.missing()), reason=schedule.missing())
+
+
+def test_loops_count_as_often_as_they_run():
+    """Two nested loops, with a product and two exchanges inside the inner and one outside."""
+    mesh = jax.make_mesh(tuple(AXES.values()), tuple(AXES), (jax.sharding.AxisType.Auto,) * 2)
+
+    def local(x_BX, w_XX):
+        def inner(x_BX, _):
+            y_BX = jax.lax.all_to_all(x_BX @ w_XX, "tensor", 0, 0, tiled=True)
+            return jax.lax.ppermute(y_BX, "data", [(0, 1), (1, 0)]), None
+
+        def outer(x_BX, _):
+            x_BX = jax.lax.scan(inner, x_BX, length=INNER)[0]
+            return x_BX + jax.lax.psum(x_BX, ("data", "tensor")), None
+        return jax.lax.scan(outer, x_BX, length=OUTER)[0]
+
+    cut = P(("data", "tensor"))
+    function = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(cut, P()), out_specs=cut, check_vma=False))
+    array = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+    text = function.lower(array((8 * X, X), cut), array((X, X), P())).compile().as_text()
+    program = hlo.analyse(text, AXES)
+    assert program.flops == OUTER * INNER * 2 * X ** 3
+    assert not program.unknown and not program.flops_kernels
+    assert sorted((c.kind, c.axes, c.bytes, c.times) for c in program.collectives) == [
+        ("all-reduce", "data+tensor", 4 * X * X * 7 // 4, OUTER), ("all-to-all", "tensor", 4 * X * X * 3 // 4, OUTER * INNER),
+        ("collective-permute", "data", 4 * X * X, OUTER * INNER)]
+
+
+def test_tpu_programs():
+    """Bounds in conditions, three ways to write groups, and what runs between a start and its done."""
+    program = hlo.analyse(TPU_LOOP, AXES)
+    assert [c[:5] for c in program.collectives] == [
+        ("all-to-all", "data", 128, 7, True), ("all-to-all", "data", 128, 7, False), ("all-gather", "tensor", 192, 7, False)]
+    assert (program.flops, program.flops_kernels) == (7 * (2 * 8 * 16 * 16 + 1000), 7000)
+    assert (program.cycles_matrix, program.cycles_other) == (700, 70)
+    assert program.unknown == {"strange": 7}
+
+
+@pytest.mark.parametrize("window, shapes, labels, flops", [
+    ("", ((8, 16), (16, 4), (8, 4)), "bf_io->bf", 2 * 8 * 16 * 4),
+    # a batch of 4 products: of its 4 x 4 pairs of places and taps 4 meet an element
+    ("window={size=4 stride=3 lhs_dilate=4}, ", ((4, 8, 16), (4, 16, 2), (4, 8, 2)), "0bf_0io->0bf", 4 * 2 * 8 * 16 * 2),
+    # heads as a place of the result: a window that reaches past both ends
+    ("window={size=1x8 pad=0_0x7_7}, ", ((2, 16, 1, 5), (1, 8, 16, 3), (2, 5, 8, 3)), "0f1b_01io->0b1f",
+     2 * 2 * 5 * 16 * 8 * 3),
+])
+def test_products_written_as_convolutions(window, shapes, labels, flops):
+    lhs, rhs, out = (f"f32[{','.join(map(str, shape))}]" for shape in shapes)
+    text = (f"ENTRY %main () -> {out} {{\n  %a = {lhs} parameter(0)\n  %b = {rhs} parameter(1)\n"
+            f"  ROOT %c = {out} convolution(%a, %b), {window}dim_labels={labels}\n}}\n")
+    assert hlo.analyse(text, AXES).flops == flops
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    (tmp_path / "small.py").write_text(EXPERIMENT)
+    return str(tmp_path / "small.py")
+
+
+@needs_compiler
+def test_a_layer_of_experts_on_v5p(experiment, capfd):
+    """Forward, recomputation and backward: each group of tokens travels there and back."""
+    assert cli.main(["aot", "--config", experiment, "--topology", "v5p:2x2x1", "--mesh", "edp=-1,ep=2", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    layers, groups = 2, 2
+    rows = {(row["kind"], row["axes"]): row for row in found["exchanges"]}
+    assert found["fits"] and found["mesh"] == {"edp": 2, "ep": 2, "etp": 1, "seq": 1} and not found["unknown"]
+    assert rows["all-to-all", "ep"]["runs"] == layers * groups * 3 * 2
+    assert rows["all-to-all", "ep"]["under"] > 0
+    assert rows["all-gather", "edp"]["runs"] == layers * 2 * 3          # w1, w3, w2: forward and recomputation
+    gradients = [rows[kind, "edp"]["runs"] for kind in ("reduce-scatter", "all-reduce")]    # small ones may be reduced whole
+    assert sum(gradients) == layers * 3 and gradients[0] >= layers * 2
+    assert 1.3 < found["flops"] / found["flops_model"] < 3
+
+
+def test_a_compiler_that_runs_out_of_memory():
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 39.80G of 31.25G hbm. Exceeded hbm capacity by 8.55G."
+    assert aot._refused(said) == (39.8 * 2**30, 31.25 * 2**30)
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        aot._refused("INTERNAL: nothing about memory")
+
+
+@pytest.mark.parametrize("topology, mesh, message", [
+    ("v9:2x2", "edp=4", "'v9:2x2' is no CHIP:SHAPE such as v5p:8x8x8"),
+    ("v5p:2xx", "edp=4", "is no CHIP:SHAPE"),
+    pytest.param("v5p:2x2x2x2", "edp=16", "the compiler knows no such pod", marks=needs_compiler),
+    pytest.param("v5p:2x2x1", "edp=3", "mesh.edp=3 does not multiply to the 4 devices of the pod", marks=needs_compiler),
+    ("v5p:2x2x1", "edp=2,tp=2", "'tp=2' is no AXIS=SIZE; axes are edp, ep, etp, seq"),
+    ("v5p:2x2x1", "edp=-1,ep=-1", "at most one is -1"),
+])
+def test_what_cannot_be_is_one_line(experiment, capfd, topology, mesh, message):
+    assert cli.main(["aot", "--config", experiment, "--topology", topology, "--mesh", mesh]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and message in err.splitlines()[-1]
