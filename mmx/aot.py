@@ -75,8 +75,10 @@ def show(found: dict):
     verdict = f"fits, {gb(spare)} to spare" if found["fits"] else f"does not fit: needs {gb(found['peak'])}"
     table.add_row("a chip's memory", f"{verdict} of {gb(found['memory'])}")
     if "exchanges" in found:
-        table.add_row("arguments, temporaries, peak", ", ".join(gb(found[k]) for k in ("arguments", "temporaries", "peak")))
-        table.add_row("matrix FLOPs a chip", f"{found['flops']:.4g}, {found['flops'] / found['flops_model']:.3f} times the model's"
+        parts = "arguments", "temporaries", "peak"
+        table.add_row(", ".join(parts), ", ".join(gb(found[part]) for part in parts))
+        times = found["flops"] / found["flops_model"]
+        table.add_row("matrix FLOPs a chip", f"{found['flops']:.4g}, {times:.3f} times the model's"
                       + "".join(f"; without {n:,} runs of {name}" for name, n in found["unknown"].items()))
         table.add_row("the model's FLOPs at peak", f"{found['ideal_s']:.4g} s")
     if "static_s" in found:

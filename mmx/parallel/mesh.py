@@ -51,7 +51,8 @@ def described(e: Experiment, devices) -> Mesh:
     told = ", ".join(f"mesh.{axis}={n}" for axis, n in sizes.items() if n != 1)
     sizes = {axis: n if n != -1 else len(devices) // named for axis, n in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
-        raise ConfigError(f"{told} does not multiply to the {len(devices)} devices of the pod; -1 on one axis takes what is left")
+        raise ConfigError(f"{told} does not multiply to the {len(devices)} devices of the pod; -1 on one axis takes "
+                          "what is left")
     _check(e, sizes)
     return _placed(devices, sizes)
 
