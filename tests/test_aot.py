@@ -31,13 +31,13 @@ TPU_LOOP = """
   %x = bf16[8,16]{1,0} get-tuple-element(%p), index=1
   %go = ((bf16[8,16]{1,0}), bf16[8,16]{1,0}, u32[]{:S(2)}) all-to-all-start(%x), replica_groups={{0,4},{1,5},{2,6},{3,7}}
   %work = bf16[8,16] fusion(%x), kind=kOutput, calls=%product, backend_config={"window_config":{"estimated_cycles":"100"}}
-  %come = bf16[8,16]{1,0} all-to-all-done(%go)
-  %again = ((bf16[8,16]{1,0}), bf16[8,16]{1,0}, u32[]{:S(2)}) all-to-all-start(%come), replica_groups=[4,2]<=[2,4]T(1,0)
+  %come = bf16[8,16] all-to-all-done(%go)
+  %again = ((bf16[8,16]), bf16[8,16]{1,0}, u32[]{:S(2)}) all-to-all-start(%come), replica_groups=[4,2]<=[2,4]T(1,0)
   %light = bf16[8,16]{1,0} add(%x, %x), backend_config={"window_config":{"estimated_cycles":"10"}}
   %back = bf16[8,16]{1,0} all-to-all-done(%again)
-  %all = bf16[8,16]{1,0} all-gather(%back), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={1}
+  %all = bf16[8,16] all-gather(%back), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={1}
   %kernel = bf16[8,16] custom-call(%all), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"1000"}}
-  %strange.1 = bf16[8,16]{1,0} custom-call(%kernel), custom_call_target="tpu_custom_call"
+  %strange.1 = bf16[8,16] custom-call(%kernel), custom_call_target="tpu_custom_call"
   ROOT %t = (s32[], bf16[8,16]) tuple(%p, %strange.1)
 }
 %product (a: bf16[8,16]) -> bf16[8,16] {
