@@ -152,8 +152,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("config", metavar="FILE", help="experiment file, such as experiments/text_01.py")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
-    sub = command("aot", aot, "Compile an experiment for a pod that is not here, by the real compilers: whether it fits, what "
-                  "it exchanges, what it computes.", True, epilog=overrides)
+    sub = command("aot", aot, "Compile for a pod that is not here: whether it fits, what it exchanges and computes.",
+                  True, epilog=overrides)
     sub.add_argument("--config", required=True, metavar="FILE", help="experiment file, such as experiments/text_01.py")
     sub.add_argument("--topology", required=True, metavar="CHIP:SHAPE",
                      help="v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB, tpu7x:AxBxC, h100:HOSTSx8")

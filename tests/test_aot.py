@@ -36,8 +36,8 @@ TPU_LOOP = """
   %light = bf16[8,16]{1,0} add(%x, %x), backend_config={"window_config":{"estimated_cycles":"10"}}
   %back = bf16[8,16]{1,0} all-to-all-done(%again)
   %all = bf16[8,16] all-gather(%back), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={1}
-  %kernel = bf16[8,16] custom-call(%all), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"1000"}}
-  %strange.1 = bf16[8,16] custom-call(%kernel), custom_call_target="tpu_custom_call"
+  %pallas = bf16[8,16] custom-call(%all), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"900"}}
+  %strange.1 = bf16[8,16] custom-call(%pallas), custom_call_target="tpu_custom_call"
   ROOT %t = (s32[], bf16[8,16]) tuple(%p, %strange.1)
 }
 %product (a: bf16[8,16]) -> bf16[8,16] {
@@ -90,7 +90,7 @@ def test_tpu_programs():
     program = hlo.analyse(TPU_LOOP, AXES)
     assert [c[:5] for c in program.collectives] == [
         ("all-to-all", "data", 128, 7, True), ("all-to-all", "data", 128, 7, False), ("all-gather", "tensor", 192, 7, False)]
-    assert (program.flops, program.flops_kernels) == (7 * (2 * 8 * 16 * 16 + 1000), 7000)
+    assert (program.flops, program.flops_kernels) == (7 * (2 * 8 * 16 * 16 + 900), 6300)
     assert (program.cycles_matrix, program.cycles_other) == (700, 70)
     assert program.unknown == {"strange": 7}
 
