@@ -194,10 +194,12 @@ def _exchanges(collectives):
 
 def _refused(message) -> tuple[float, float]:
     """Bytes needed and there, of a compiler that ran out of memory; any other error goes on."""
-    sizes = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    size = r"([\d.]+)([KMGT]?)"
+    sizes = re.search(rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM \({size}\)", message)
     if not sizes:
         raise RuntimeError(message)
-    return float(sizes[1]) * UNITS[sizes[2]], float(sizes[3]) * UNITS[sizes[4]]
+    needed, unit, there, unit_there = filter(lambda part: part is not None, sizes.groups())
+    return float(needed) * UNITS[unit], float(there) * UNITS[unit_there]
 
 
 def _array(shape, dtype, sharding):

@@ -36,7 +36,9 @@ TPU_LOOP = """
   %light = bf16[8,16]{1,0} add(%x, %x), backend_config={"window_config":{"estimated_cycles":"10"}}
   %back = bf16[8,16]{1,0} all-to-all-done(%again)
   %all = bf16[8,16] all-gather(%back), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={1}
+  %far = (bf16[4,4], u32[], token[]) recv(%token), is_host_transfer=true
   %pallas = bf16[8,16] custom-call(%all), custom_call_target="tpu_custom_call", backend_config={"cost_estimate":{"flops":"900"}}
+  %near = (bf16[4,4], token[]) recv-done(%far), is_host_transfer=true
   %strange.1 = bf16[8,16] custom-call(%pallas), custom_call_target="tpu_custom_call"
   ROOT %t = (s32[], bf16[8,16]) tuple(%p, %strange.1)
 }
@@ -89,7 +91,8 @@ def test_tpu_programs():
     """Bounds in conditions, three ways to write groups, and what runs between a start and its done."""
     program = hlo.analyse(TPU_LOOP, AXES)
     assert [c[:5] for c in program.collectives] == [
-        ("all-to-all", "data", 128, 7, True), ("all-to-all", "data", 128, 7, False), ("all-gather", "tensor", 192, 7, False)]
+        ("all-to-all", "data", 128, 7, True), ("all-to-all", "data", 128, 7, False), ("all-gather", "tensor", 192, 7, False),
+        ("recv", "slices", 32, 7, True)]
     assert (program.flops, program.flops_kernels) == (7 * (2 * 8 * 16 * 16 + 900), 6300)
     assert (program.cycles_matrix, program.cycles_other) == (700, 70)
     assert program.unknown == {"strange": 7}
@@ -132,8 +135,11 @@ def test_a_layer_of_experts_on_v5p(experiment, capfd):
     assert 1.3 < found["flops"] / found["flops_model"] < 3
 
 
-def test_a_compiler_that_runs_out_of_memory():
-    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 39.80G of 31.25G hbm."
+@pytest.mark.parametrize("said", [
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 39.80G of 31.25G hbm.",
+    "Ran out of memory on HBM, the total memory required for HLO temporaries (39.80G) exceeds available HBM (31.25G).",
+])
+def test_a_compiler_that_runs_out_of_memory(said):
     assert aot._refused(said) == (39.8 * 2**30, 31.25 * 2**30)
     with pytest.raises(RuntimeError, match="INTERNAL"):
         aot._refused("INTERNAL: nothing about memory")

@@ -33,7 +33,7 @@ class Operation(NamedTuple):
 
 class Collective(NamedTuple):
     kind: str
-    axes: str               # the mesh axes it goes over, joined by +
+    axes: str               # the mesh axes it goes over, joined by +; "slices" for what comes from another slice
     bytes: int              # a device receives in one run
     times: int
     under: bool             # whether matrix products or kernels run between its start and its done
@@ -58,6 +58,10 @@ def analyse(text: str, axes: dict[str, int]) -> Program:
         kind = op.kind.removesuffix("-start")
         if kind in SHARE:
             collectives.append(_collective(op, kind, axes, bodies[op.scheduled], works))
+        elif kind == "recv" and "is_host_transfer=true" in op.rest:        # TPU slices talk through their hosts
+            (dtype, shape), *_ = _arrays(op.result)
+            collectives.append(Collective(kind, "slices", BYTES[dtype] * math.prod(shape), op.times,
+                                          _under(op, bodies[op.scheduled], works), _source(op.rest)))
         products = _flops(op, bodies)
         flops += op.times * products
         if _is_kernel(op.rest):
