@@ -1,4 +1,7 @@
-"""What a computation is traced for: the machine's platform, or that of a mesh of described devices."""
+"""What a computation is traced for: the machine's platform, or that of a mesh of described devices; and what runs there."""
+import functools
+import warnings
+
 import jax
 from jax.sharding import AxisType
 
@@ -10,6 +13,39 @@ def name() -> str:
         return jax.default_backend()
     kind = described.device_kind.lower()
     return "tpu" if "tpu" in kind else "cpu" if "cpu" in kind else "gpu"
+
+
+def choose(op: str, impl: str | None, names: tuple[str, ...], refusal) -> str:
+    """The implementation of `op` to run: `impl`, which must be able to; for None the platform's, else XLA, and why is told.
+
+    `refusal`, of a name, says why it cannot run here or on the arrays; it is empty where it can.
+    """
+    if impl is not None:
+        if impl not in names:
+            raise NotImplementedError(f"impl={impl!r}: {op} has {', '.join(names)}")
+        if reason := refusal(impl):
+            raise NotImplementedError(f"impl={impl!r}: {reason}")
+        return impl
+    if name() not in names or splits_by_itself():
+        return "xla"
+    if reason := refusal(name()):
+        _say_once(f"{op} runs as plain XLA: {reason}")
+        return "xla"
+    return name()
+
+
+@functools.cache
+def _say_once(message):
+    warnings.warn(message, stacklevel=3)
+
+
+def refusal(wanted: str) -> str:
+    """Why a kernel for the platform `wanted` cannot run in this computation, on whatever arrays; empty where it can."""
+    if name() != wanted:
+        return f"this computation is for {name()}; give impl='xla' or None"
+    if splits_by_itself():
+        return "XLA cannot split a kernel over devices; call it inside shard_map"
+    return old_gpu() if wanted == "gpu" else ""
 
 
 def splits_by_itself() -> bool:

@@ -2,7 +2,8 @@
 
     q, k, v = SiLU(W u);   o = lightning attention;   y = W_out( sigmoid(W_gate u) * RMSNorm over all heads (o) )
 
-One token behind a cache is a step of its own, which moves the state once; both ways share the maths around attention.
+One token behind a cache is a step of its own, which moves the state once; both ways share the maths around attention. The
+step has no form in Triton: a model with impl="triton" takes the GPU's Pallas kernel for it.
 """
 import flax.linen as nn
 
@@ -28,7 +29,7 @@ class Lightning(nn.Module):
             live_B = None if context.segments_BT is None else context.segments_BT[:, 0] > 0
             token = (x_BHTK[:, :, 0] for x_BHTK in (q_BHTK, k_BHTK, v_BHTV, gate_BHTV))
             y_BHV, state_BHKV = decode.decode(*token, norm_HV, log_decay_H, state_BHKV, live_B, eps=c.head_norm_eps,
-                                              impl=c.impl if c.impl in decode.IMPLS else None)
+                                              impl="gpu" if c.impl == "triton" else c.impl or None)
             y_BHTV = y_BHV[:, :, None]
         else:
             q_BHTK, k_BHTK, v_BHTV = (decode.silu(x).astype(x.dtype) for x in (q_BHTK, k_BHTK, v_BHTV))

@@ -22,7 +22,7 @@ def impl(request, monkeypatch):
         kernel = api.IMPLS[name]
         monkeypatch.setattr(platform, "name", lambda: name)
         monkeypatch.setitem(api.IMPLS, name, types.SimpleNamespace(
-            refusal=kernel.refusal, forward=functools.partial(kernel.forward, interpret=True),
+            refusal=lambda q, v, chunk: kernel.refusal(q, v, None), forward=functools.partial(kernel.forward, interpret=True),
             backward=functools.partial(kernel.backward, interpret=True)))
     return name
 
@@ -100,8 +100,19 @@ def test_bad_arguments_say_what_would_work():
     (q, k, v, state), log_decay_H = inputs(1, 2, 8, 4, 4, (0.5, 1e-3))
     with pytest.raises(ValueError, match="k_BHTK has T=7"):
         lightning_attention(q, k[:, :, :7], v, log_decay_H)
-    with pytest.raises(ValueError, match="must not be positive"):
-        lightning_attention(q, k, v, -log_decay_H)
+    for decay_H, message in ((-log_decay_H, "must not be positive"), (log_decay_H * jnp.nan, "reaches nan"),
+                             (log_decay_H.astype(complex), "is complex64")):
+        with pytest.raises(ValueError, match=f"log_decay_H .*{message}"):
+            lightning_attention(q, k, v, decay_H)
+    for bad, message in ((None, "q_BHTK needs an array with axes BHTK, got NoneType"), (q[:0], "q_BHTK is empty"),
+                         (q.astype("float16"), "q_BHTK is float16; it needs float32, bfloat16 or float64")):
+        with pytest.raises(ValueError, match=message):
+            lightning_attention(bad, *[bad] * 2, log_decay_H)
+    for chunk in (0, 2.5):
+        with pytest.raises(ValueError, match=f"chunk={chunk} must be a whole number"):
+            lightning_attention(q, k, v, log_decay_H, chunk=chunk)
+    with pytest.raises(ValueError, match="segments_BT holds 1 to 4294967296; it needs int32"):
+        lightning_attention(q, k, v, log_decay_H, segments_BT=np.array([[1] * 7 + [2 ** 32]]))
     with pytest.raises(ValueError, match="state_BHKV needs 4 axes"):
         lightning_attention(q, k, v, log_decay_H, state_BHKV=state[0])
     with pytest.raises(NotImplementedError, match="impl='cuda'"):
@@ -113,6 +124,15 @@ def test_bad_arguments_say_what_would_work():
         lightning_attention(q, k, v.astype("bfloat16"), log_decay_H)
     with pytest.raises(ValueError, match="segments_BT needs integers"):
         lightning_attention(q, k, v, log_decay_H, segments_BT=jnp.ones((1, 8)))
+
+
+def test_segments_of_any_integers():
+    """Narrow and unsigned ones too, which sums and maxima on the way would not take."""
+    (q, k, v, state), log_decay_H = inputs(1, 2, 8, 4, 4, (0.5, 1e-3))
+    want, *others = (attend(q, k, v, state, log_decay_H, np.asarray([[1, 1, 2, 2, 2, 3, 3, 0]], dtype), "xla", None)[0]
+                     for dtype in ("int32", "int16", "uint32"))
+    for got in others:
+        np.testing.assert_array_equal(got, want)
 
 
 def test_documents_that_go_back_are_an_error():

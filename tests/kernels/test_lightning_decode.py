@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from mmx import config
 from mmx.compilers import ptx
+from mmx.kernels import platform
 from mmx.kernels.lightning import decode as decoding
 from mmx.kernels.lightning import reference
 from mmx.kernels.lightning.decode import decode
@@ -154,13 +155,25 @@ def test_bad_arguments_say_what_would_work():
     with pytest.raises(NotImplementedError, match="impl='cuda'"):
         step(*arrays, LOG_DECAY_H, state_BHKV, impl="cuda")
     for impl in "tpu", "gpu":
-        with pytest.raises(NotImplementedError, match="this is cpu, and interpret is off"):
+        with pytest.raises(NotImplementedError, match=f"impl='{impl}': this computation is for cpu; give impl='xla' or None"):
             step(*arrays, LOG_DECAY_H, state_BHKV, impl=impl)
     with pytest.raises(NotImplementedError, match="K=12"):
         short = [x[..., :12] for x in arrays[:2]]
         step(*short, *arrays[2:], LOG_DECAY_H, state_BHKV[:, :, :12], impl="gpu", interpret=True)
-    with pytest.raises(NotImplementedError, match="float16"):
-        step(*(x.astype("float16") for x in arrays), LOG_DECAY_H, state_BHKV, impl="tpu", interpret=True)
+    for dtype in ("float16", "int32"):
+        with pytest.raises(ValueError, match=f"q_BHK is {dtype}; it needs float32"):
+            step(*(x.astype(dtype) for x in arrays), LOG_DECAY_H, state_BHKV)
+    for impl in "tpu", "gpu":
+        with pytest.raises(NotImplementedError, match=f"impl='{impl}': the decode step's kernels have no gradients"):
+            jax.eval_shape(jax.grad(lambda q: run([q, *arrays[1:]], state_BHKV, impl=impl)[0].sum()), arrays[0])
+
+
+def test_an_old_gpu_is_told_of_and_decodes_by_xla(monkeypatch):
+    arrays, state_BHKV = inputs(1, "float32")
+    monkeypatch.setattr(platform, "name", lambda: "gpu")
+    monkeypatch.setattr(platform, "old_gpu", lambda: "this GPU is old")
+    with pytest.warns(UserWarning, match="the decode step runs as plain XLA: this GPU is old"):
+        jax.eval_shape(functools.partial(decode, eps=EPS), *arrays, LOG_DECAY_H, state_BHKV)
 
 
 def structs(B, H, K, V, dtype, sharding=None):

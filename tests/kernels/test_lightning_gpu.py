@@ -1,6 +1,7 @@
 """The GPU kernels of lightning attention, Pallas' and Triton's, through the compilers of GPUs that need not be here."""
 import importlib
 import importlib.util
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from mmx.compilers import ptx
-from mmx.kernels.lightning import gpu
+from mmx.kernels import platform
+from mmx.kernels.lightning import api, gpu
 
 needs_compiler = pytest.mark.skipif(bool(ptx.missing()), reason=ptx.missing())
 NO_TRITON = "" if importlib.util.find_spec("jax_triton") else "jax-triton is not installed: pip install jax-triton"
@@ -20,22 +22,36 @@ TRITON = pytest.param("triton", marks=pytest.mark.skipif(bool(NO_TRITON), reason
 def test_what_the_kernels_do_not_take_is_refused(impl):
     module = importlib.import_module(f"mmx.kernels.lightning.{impl}")
 
-    def said(K=16, V=16, dtype="float32", chunk=None):
+    def said(K=16, V=16, dtype="float32", chunk=None, interpret=True):
         q, v, state = (jnp.zeros((1, 4, *shape), dtype) for shape in ((8, K), (8, V), (K, V)))
         with pytest.raises(NotImplementedError) as caught:
-            module.forward(q, q, v, -jnp.ones(4), None, state, chunk, interpret=True)
+            module.forward(q, q, v, -jnp.ones(4), None, state, chunk, interpret=interpret)
         return str(caught.value)
     assert "K=12" in said(K=12)
     assert "q is float16" in said(dtype="float16")
     assert "chunk=48" in said(chunk=48)
+    assert said(128, 128, "bfloat16", 128, interpret=False) == (
+        "chunk=128: with bfloat16 heads of 128 on h100 the GPU kernels take a chunk of 16, 32, 64 tokens, or None, which picks")
     if impl == "triton":
         assert "V=256 in float32: the Triton kernels take up to 128, impl='gpu' up to 256" in said(V=256)
+
+
+def test_a_kernel_that_is_picked_takes_the_nearest_chunk(monkeypatch):
+    took = []
+    monkeypatch.setattr(platform, "name", lambda: "gpu")
+    monkeypatch.setitem(api.IMPLS, "gpu", types.SimpleNamespace(
+        refusal=gpu.refusal, forward=lambda *args: (took.append(args[-1]), (args[2], args[5]))[1]))
+    for dtype in ("bfloat16", "float32"):
+        x = jnp.zeros((1, 1, 4, 64), dtype)
+        for chunk in (128, 48, 5, None):
+            api.lightning_attention(x, x, x, -jnp.ones(1), chunk=chunk)
+    assert took == [64, 32, 16, None, 16, 16, 16, None]
 
 
 @pytest.fixture
 def compiled(tmp_path, monkeypatch):
     """A function that compiles a forward and a backward pass and returns their kernels, and the CTAs of each launch."""
-    def compile_for(impl, chip, H, T, K, V, dtype, segmented, chunk=None, gradients=True):
+    def compile_for(impl, chip, H, T, K, V, dtype, segmented, gradients=True):
         module, launched = importlib.import_module(f"mmx.kernels.lightning.{impl}"), []
         if impl == "triton":
             call = module.jax_triton.triton_call
@@ -51,8 +67,8 @@ def compiled(tmp_path, monkeypatch):
         segments = struct((1, T), jnp.int32) if segmented else None
 
         def run(q, k, v, do, log_decay_H, segments, state, dstate):
-            out = module.forward(q, k, v, log_decay_H, segments, state, chunk)
-            return out, gradients and module.backward(q, k, v, log_decay_H, segments, state, do, dstate, chunk)
+            out = module.forward(q, k, v, log_decay_H, segments, state, None)
+            return out, gradients and module.backward(q, k, v, log_decay_H, segments, state, do, dstate, None)
         kernels = ptx.resources(run, q, q, v, v, struct((H,), jnp.float32), segments, state, state, chip=chip)
         own = {name: kernel for name, kernel in kernels.items() if name.startswith(("contribution", "output", "carry"))}
         return own | ptx.dumped(tmp_path, chip), launched + [kernel.ctas for kernel in own.values()]
@@ -76,8 +92,9 @@ def test_resources(compiled, impl, chip, H, T, K, V, dtype):
 
 
 @needs_compiler
-def test_the_check_sees_a_spill(compiled):
-    faults = ptx.faults(compiled("gpu", "a100", 16, 8190, 128, 128, "bfloat16", True, chunk=64, gradients=False)[0], "a100")
+def test_the_check_sees_a_spill(compiled, monkeypatch):
+    monkeypatch.setitem(gpu.TILES["a100"], ("bfloat16", 128), gpu.Tile(64, 64, 4, 3))
+    faults = ptx.faults(compiled("gpu", "a100", 16, 8190, 128, 128, "bfloat16", True, gradients=False)[0], "a100")
     assert any("output_kernel" in fault and "spills" in fault for fault in faults)
 
 

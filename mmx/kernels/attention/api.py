@@ -4,7 +4,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mmx.dims import check
+from mmx.dims import as_int32, check, check_floats
 from mmx.kernels import platform
 from mmx.kernels.attention import gpu, tpu, xla
 
@@ -44,8 +44,12 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
         raise ValueError(f"k_BGSK has G={G} heads, which does not divide the H={H} of q_BHTK")
     if start_B is not None:
         check(start_B, "B", "start_B", B=B)
+        start_B = as_int32(start_B, "start_B")
     if segments_BT is not None:
         check(segments_BT, "BT", "segments_BT", B=B, T=T)
+        same = segments_BS is segments_BT
+        segments_BT = as_int32(segments_BT, "segments_BT")
+        segments_BS = segments_BT if same else segments_BS
         if segments_BS is None and start_B is None:
             segments_BS = segments_BT
         elif segments_BS is None:
@@ -54,15 +58,14 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
         if segments_BT is None:
             raise ValueError("segments_BS needs segments_BT: a query sees the keys of its own segment")
         check(segments_BS, "BS", "segments_BS", B=B, S=S)
+        segments_BS = segments_BT if segments_BS is segments_BT else as_int32(segments_BS, "segments_BS")
     arrays = q_BHTK, k_BGSK, v_BGSV
-    if impl not in (None, *IMPLS):
-        raise NotImplementedError(f"impl={impl!r}: softmax attention has {', '.join(IMPLS)}")
+    check_floats(q_BHTK=q_BHTK, k_BGSK=k_BGSK, v_BGSV=v_BGSV)
     own = start_B is None and T == S and segments_BS is segments_BT
-    if impl is None:
-        picked = platform.name()
-        impl = picked if picked in IMPLS and not _refusal(picked, *arrays, own) else "xla"
-    elif reason := _refusal(impl, *arrays, own):
-        raise NotImplementedError(f"impl={impl!r}: {reason}")
+    if own or impl:
+        impl = platform.choose("softmax attention", impl, tuple(IMPLS), lambda impl: _refusal(impl, *arrays, own))
+    else:
+        impl = "xla"        # a cache, or keys of others: nothing to tell of, no kernel here takes them
     if impl == "xla":
         o_BHTV, lse_BHT = xla.attention(*arrays, segments_BT, segments_BS, start_B, *xla.block_sizes(T, S))
     else:
@@ -74,10 +77,8 @@ def _refusal(impl, q_BHTK, k_BGSK, v_BGSV, own) -> str:
     """Why the implementation cannot run here, or on these arrays; empty where it can. `own`: keys are the queries' tokens."""
     if impl == "xla":
         return ""
-    if platform.name() != impl:
-        return f"this computation is for {platform.name()}; give impl='xla' or None"
-    if platform.splits_by_itself():
-        return "XLA cannot split a kernel over devices; call it inside shard_map"
+    if reason := platform.refusal(impl):
+        return reason
     if not own:
         return (f"T={q_BHTK.shape[2]} queries against S={k_BGSK.shape[2]} keys of a cache, or of other segments; the kernels "
                 "take whole sequences")

@@ -12,21 +12,19 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu import attention as flash
 
-from mmx.kernels import platform
-
 # Tokens a block. Chosen on 2026-11-23 among a few that compile for H100 and A100 without a spill (64 x 64 backward spills at
 # head dim 128); no time was measured.
 BLOCKS = flash.BlockSizes(block_q=128, block_k=64, block_q_dkv=32, block_kv_dkv=32, block_q_dq=32, block_kv_dq=32)
 
 
 def refusal(q_BHTK, k_BGSK, v_BGSV) -> str:
-    """Why flash attention does not take these arrays, or this GPU; empty where it does."""
+    """Why flash attention does not take these arrays; empty where it does."""
     T, K, V = q_BHTK.shape[2], q_BHTK.shape[3], v_BGSV.shape[3]
     if T % BLOCKS.block_q or K != V or K not in (64, 128):
         return f"T={T}, K={K}, V={V}: flash attention takes multiples of {BLOCKS.block_q} tokens and K = V = 64 or 128"
     if not q_BHTK.dtype == k_BGSK.dtype == v_BGSV.dtype == jnp.bfloat16:
         return f"q_BHTK is {q_BHTK.dtype}: flash attention takes bfloat16, and would round float32 to tf32"
-    return platform.old_gpu()
+    return ""
 
 
 def attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, with_lse=False, interpret=False):

@@ -32,13 +32,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
-from mmx.dims import check
+from mmx.dims import check, check_floats
 from mmx.kernels import platform
+from mmx.kernels.lightning.api import check_log_decay
 
 IMPLS = "xla", "tpu", "gpu"
 # Heads of a TPU step at most. Chosen 2026-11-23 by static schedule estimates of the TPU compiler (libtpu 0.0.42.1; cycles
@@ -63,6 +63,7 @@ def decode(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live
       live_B: bools; a row that is not live keeps its state bit for bit and gives zero, whatever its inputs. None: all.
       eps: the norm's.
       impl: "xla", "tpu", "gpu" (which run or raise NotImplementedError), or None, which picks by platform, dtype and shape.
+        XLA's form alone has gradients.
       interpret: runs a named kernel anywhere, slowly.
 
     Returns:
@@ -75,37 +76,38 @@ def decode(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live
     V = v_BHV.shape[2]
     check(gate_BHV, "BHV", "gate_BHV", B=B, H=H, V=V)
     check(norm_HV, "HV", "norm_HV", H=H, V=V)
-    check(log_decay_H, "H", "log_decay_H", H=H)
+    check_log_decay(log_decay_H, H)
     check(state_BHKV, "BHKV", "state_BHKV", B=B, H=H, K=K, V=V)
+    check_floats(q_BHK=q_BHK, norm_HV=norm_HV)
     for name, x in (("k_BHK", k_BHK), ("v_BHV", v_BHV), ("gate_BHV", gate_BHV)):
         if x.dtype != q_BHK.dtype:
             raise ValueError(f"{name} is {x.dtype} and q_BHK {q_BHK.dtype}; all four projections need one dtype")
     wide = jnp.promote_types(q_BHK.dtype, jnp.float32)
     if state_BHKV.dtype != wide:
         raise ValueError(f"state_BHKV is {state_BHKV.dtype}; beside {q_BHK.dtype} it needs {wide}, to be updated in place")
-    if not isinstance(log_decay_H, jax.core.Tracer) and np.asarray(log_decay_H).max() > 0:
-        raise ValueError(f"log_decay_H reaches {np.asarray(log_decay_H).max()}; it is minus the slope and must not be positive")
     live_B = jnp.ones(B, bool) if live_B is None else live_B
     check(live_B, "B", "live_B", B=B)
     if live_B.dtype != bool:
         raise ValueError(f"live_B is {live_B.dtype}; it needs bool")
 
-    here = platform.name()
-    if impl is None:
-        # XLA does not split a kernel over devices; inside shard_map it runs on what each has.
-        fits = here in KERNELS and not platform.splits_by_itself() and not _unfit(here, q_BHK.dtype, K, V, False)
-        impl = here if fits else "xla"
-    if impl not in IMPLS:
-        raise NotImplementedError(f"impl={impl!r}: decode has {', '.join(IMPLS)}")
-    args = q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, jnp.asarray(log_decay_H, wide), state_BHKV, live_B, eps
-    if impl == "xla":
-        return _xla(*args)
-    reason = _unfit(impl, q_BHK.dtype, K, V, interpret)
-    if not reason and not interpret and here != impl:
-        reason = f"this is {here}, and interpret is off"
-    if reason:
-        raise NotImplementedError(f"impl={impl!r}: {reason}; impl='xla' runs anywhere")
-    return KERNELS[impl](*args, interpret)
+    def refusal(impl):
+        if impl == "xla":
+            return ""
+        return (not interpret and platform.refusal(impl)) or _unfit(impl, q_BHK.dtype, K, V, interpret)
+
+    impl = platform.choose("the decode step", impl, IMPLS, refusal)
+    args = q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, jnp.asarray(log_decay_H, wide), state_BHKV, live_B
+    return _xla(*args, eps) if impl == "xla" else _kernel(*args, eps, impl, interpret)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(8, 9, 10))
+def _kernel(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B, eps, impl, interpret):
+    return KERNELS[impl](q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B, eps, interpret)
+
+
+@_kernel.defjvp
+def _refuse(eps, impl, *_):
+    raise NotImplementedError(f"impl={impl!r}: the decode step's kernels have no gradients; impl='xla' has")
 
 
 def _unfit(impl, dtype, K, V, interpret):

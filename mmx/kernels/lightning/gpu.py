@@ -35,8 +35,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from mmx.kernels import platform
-
 
 class Tile(NamedTuple):
     chunk: int      # tokens a program takes at a time
@@ -56,6 +54,7 @@ TILES = {
 PIECE = 64      # keys a product takes: whole rows of 128 or 256 spill
 CORES = {"h100": 132, "a100": 108}
 SPANS = 1024, 512, 256
+CHUNKS = 16, 32, 64, 128
 
 
 class Plan(NamedTuple):
@@ -95,8 +94,9 @@ def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BH
     return dq_BHTK, dk_BHTK, dv_BHTV, dstate_BHKV
 
 
-def refusal(q_BHTK, v_BHTV, chunk) -> str:
-    """Why the kernels do not take these arrays, or this GPU; empty where they do."""
+def refusal(q_BHTK, v_BHTV, chunk, interpret=False, tiles=None) -> str:
+    """Why the kernels do not take these arrays; empty where they do."""
+    tiles = tiles or TILES
     K, V = q_BHTK.shape[3], v_BHTV.shape[3]
     dtypes = q_BHTK.dtype.name, v_BHTV.dtype.name
     for letter, size in (("K", K), ("V", V)):
@@ -104,15 +104,29 @@ def refusal(q_BHTK, v_BHTV, chunk) -> str:
             return f"{letter}={size}: the GPU kernels take head dims 16, 32, 64, 128 and 256; impl='xla' takes any"
     if dtypes not in (("bfloat16",) * 2, ("float32",) * 2):
         return f"q is {dtypes[0]} and v {dtypes[1]}: the GPU kernels take bfloat16 or float32 for both"
-    if chunk not in (None, 16, 32, 64, 128):
-        return f"chunk={chunk}: the GPU kernels take 16, 32, 64, 128 or None, which picks"
-    return platform.old_gpu()
+    most = CHUNKS[-1] if interpret else _tile(q_BHTK, v_BHTV, tiles).chunk
+    if chunk is not None and (chunk not in CHUNKS or chunk > most):
+        return (f"chunk={chunk}: with {dtypes[0]} heads of {max(K, V)} on {_chip()} the GPU kernels take a chunk of "
+                f"{', '.join(str(c) for c in CHUNKS if c <= most)} tokens, or None, which picks")
+    return ""
+
+
+def nearest_chunk(q_BHTK, v_BHTV, chunk):
+    """The largest chunk that the kernels take, of those up to `chunk`, else the least; None stays None."""
+    most = chunk and min(chunk, _tile(q_BHTK, v_BHTV, TILES).chunk)
+    return chunk and max((c for c in CHUNKS if c <= most), default=CHUNKS[0])
+
+
+def _tile(q_BHTK, v_BHTV, tiles):
+    """What the table has for these arrays on the chip. Its chunk is the largest that neither spills nor lacks shared memory."""
+    width = max(q_BHTK.shape[3], v_BHTV.shape[3])
+    return next(t for (name, most), t in tiles[_chip()].items() if name == q_BHTK.dtype.name and width <= most)
 
 
 def _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, kernels):
     """The three passes, for these shapes, decays and documents."""
     kernels = kernels or Kernels(_contributions, _outputs, refusal, TILES)
-    if reason := kernels.refusal(q_BHTK, v_BHTV, chunk):
+    if reason := kernels.refusal(q_BHTK, v_BHTV, chunk, interpret):
         raise NotImplementedError(reason)
     plan = _plan(q_BHTK, v_BHTV, chunk, interpret, kernels.tiles)
     marks = _marks(segments_BT, plan)
@@ -122,10 +136,8 @@ def _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, kernels)
 
 def _plan(q_BHTK, v_BHTV, chunk, interpret, tiles):
     B, H, T, K = q_BHTK.shape
-    V, dtype = v_BHTV.shape[3], q_BHTK.dtype.name
-    chip = _chip()
-    width = max(K, V)
-    tile = next(t for (name, most), t in tiles[chip].items() if name == dtype and width <= most)
+    V, chip = v_BHTV.shape[3], _chip()
+    tile = _tile(q_BHTK, v_BHTV, tiles)
     tile = tile._replace(chunk=chunk or tile.chunk)
     programs = lambda span: B * H * pl.cdiv(T, span) * max(1, min(K, V) // tile.values)
     span = next((s for s in SPANS if programs(s) >= CORES[chip]), SPANS[-1])

@@ -38,12 +38,12 @@ TILES = {
 }
 
 
-def refusal(q_BHTK, v_BHTV, chunk) -> str:
-    """Why the kernels do not take these arrays, or this GPU; empty where they do."""
+def refusal(q_BHTK, v_BHTV, chunk, interpret=False) -> str:
+    """Why the kernels do not take these arrays; empty where they do."""
     K, V = q_BHTK.shape[3], v_BHTV.shape[3]
     if q_BHTK.dtype == jnp.float32 and max(K, V) > 128:
         return f"K={K}, V={V} in float32: the Triton kernels take up to 128, impl='gpu' up to 256"
-    return gpu.refusal(q_BHTK, v_BHTV, chunk)
+    return gpu.refusal(q_BHTK, v_BHTV, chunk, interpret, TILES)
 
 
 def _contributions(k_BHTK, v_BHTV, log_decay_H, marks, plan, reverse):
