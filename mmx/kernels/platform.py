@@ -45,6 +45,8 @@ def refusal(wanted: str) -> str:
         return f"this computation is for {name()}; give impl='xla' or None"
     if splits_by_itself():
         return "XLA cannot split a kernel over devices; call it inside shard_map"
+    if jax.config.jax_enable_x64:
+        return "jax_enable_x64 is on, and the kernels' compilers fail on the int64 indices that it brings"
     return old_gpu() if wanted == "gpu" else ""
 
 

@@ -216,7 +216,7 @@ def test_remat_and_scan_change_nothing():
     (dict(impl="cuda"), NotImplementedError, "impl='cuda': softmax attention has xla, tpu, gpu")])
 def test_errors(change, error, message):
     args = dict(q_BHTK=(2, 4, 9, 8), k_BGSK=(2, 2, 9, 8), v_BGSV=(2, 2, 9, 8)) | change
-    args = {name: x if name == "impl" else np.zeros(x, np.int32 if name in ("segments_BT", "segments_BS", "start_B") else np.float32)
+    args = {name: x if name == "impl" else np.zeros(x, np.float32 if name[0] in "qkv" else np.int32)
             for name, x in args.items()}
     with pytest.raises(error, match=message) as caught:
         softmax_attention(args.pop("q_BHTK"), args.pop("k_BGSK"), args.pop("v_BGSV"), **args)

@@ -51,6 +51,8 @@ def test_refusals_say_why(monkeypatch):
         assert "T=100, K=128, V=128" in said(impl, *(x[:, :, :100] for x in (q, k, v)))
         assert "of a cache" in said(impl, q, k, v, start_B=jnp.zeros(1, jnp.int32))
         assert "of other segments" in said(impl, q, k, v, segments_BT=seg, segments_BS=2 * seg)
+        with jax.enable_x64(True):
+            assert "jax_enable_x64 is on" in said(impl, q, k, v)
     assert "q_BHTK is float32: flash attention takes bfloat16" in said("gpu", q, k, v)
 
 
