@@ -9,8 +9,10 @@ import functools
 import importlib
 import importlib.util
 import json
+import math
 import re
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -42,6 +44,7 @@ class Case(NamedTuple):
     documents: int
     bytes: int              # that have to move
     tpu: tuple[str, ...] = ("tpu", "xla")
+    # No XLA form: the registers of its many fusions, and of products that it leaves to a library, compare with nothing.
     gpu: tuple[str, ...] = ("gpu", "triton")
 
 
@@ -55,11 +58,12 @@ CASES = {
     "forward 8,192, documents": Case("forward", 8_192, 1, _tokens_bytes(8_192, 4)),
     "forward and backward 8,192": Case("both", 8_192, 0, _tokens_bytes(8_192, 11)),
     "decode, 64 sequences": Case("decode_step", 1, 0, STATES, gpu=("gpu",)),
-    "softmax 8,192": Case("softmax", 8_192, 0, _tokens_bytes(8_192, 4), ("splash",), ("mha",)),
+    "softmax 8,192": Case("softmax", 8_192, 0, _tokens_bytes(8_192, 4), ("splash",), ("flash",)),
     "layer 8,192": Case("layer", 8_192, 0, 0, ("fused", "apart"), ()),
 }
 GPUS = {"h100": "h100", "h20": "h100", "a100": "a100"}       # H20 has H100's SMs, fewer of them
 CHIPS = [*schedule.CHIPS, *GPUS]
+LENGTHS = "1024,2048,4096,8192,16384,32768,65536,131072"
 LIMIT = 20.0            # seconds: an implementation that would take longer at the next length is not asked
 RUNS = 5                # at least, behind two to compile and warm up
 
@@ -93,13 +97,8 @@ def decode_step(impl, T=1, documents=0):
 
 
 def softmax(impl, T, documents=0):
-    """A forward pass of softmax attention: splash, XLA in blocks, JAX's Pallas kernel for GPUs, or cuDNN's."""
+    """A forward pass of softmax attention: splash, XLA in blocks, flash (Pallas-Triton), or cuDNN's."""
     return SOFTMAX[impl], _shapes(int(T), 0)[:3]
-
-
-def _mha(q, k, v):
-    from jax.experimental.pallas.ops.gpu.attention import mha
-    return jnp.moveaxis(mha(*(jnp.moveaxis(x, 1, 2) for x in (q, k, v)), None, D ** -0.5, True), 1, 2)
 
 
 def _cudnn(q, k, v):
@@ -108,7 +107,8 @@ def _cudnn(q, k, v):
 
 
 SOFTMAX = {"splash": functools.partial(softmax_attention, impl="tpu"),
-           "xla": functools.partial(softmax_attention, impl="xla"), "mha": _mha, "cudnn": _cudnn}
+           "xla": functools.partial(softmax_attention, impl="xla"), "flash": functools.partial(softmax_attention, impl="gpu"),
+           "cudnn": _cudnn}
 
 
 def layer(form, T, documents=0):
@@ -138,17 +138,23 @@ def _shapes(T, documents):
     return x, x, x, array((H,), jnp.float32), array((1, T), jnp.int32) if documents else None, state
 
 
-def kernels(chips, as_json: bool, live: bool = False, lengths: str = "8192", out: str = "."):
+def kernels(chips, as_json: bool, live: bool = False, lengths: str | None = None, out: str | None = None) -> int:
     """Compiles for `chips` (None: those whose compiler is here), or times on the device here; prints tables, or JSON.
 
-    Times where there is an accelerator and no chip is named, or where `live` says so, over `lengths`; kernels.png goes to
-    the folder `out`.
+    Times where there is an accelerator and no chip is named, or where `live` says so, over `lengths` (None: LENGTHS);
+    kernels.png goes to the folder `out` (None: here). Returns the exit status: 1 where a GPU kernel has a fault, else 0.
     """
+    if live and chips:
+        raise ConfigError("--chip compiles for chips that are not here, --live times the device that is: give one of them")
     if live or (chips is None and jax.default_backend() != "cpu"):
+        lengths = LENGTHS if lengths is None else lengths
         if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", lengths):
             raise ConfigError(f"--lengths {lengths}: give tokens with commas, such as 1024,8192")
-        _timed([int(T) for T in lengths.split(",")], Path(out), as_json)
-        return
+        _timed([int(T) for T in lengths.split(",")], Path(out or "."), as_json)
+        return 0
+    for flag, given in (("--lengths", lengths), ("--out", out)):
+        if given is not None:
+            raise ConfigError(f"{flag} {given}: it is for times, and nothing is timed here; add --live")
     reasons = {chip: (ptx if chip in GPUS else schedule).missing() for chip in CHIPS}
     chips = chips or [chip for chip in CHIPS if not reasons[chip]] or CHIPS
     for chip in chips:
@@ -159,14 +165,23 @@ def kernels(chips, as_json: bool, live: bool = False, lengths: str = "8192", out
     work = [(chip, name) for chip in chips for name in CASES]
     rows = [row for chip, name in tqdm(work, "compiling", disable=None)
             for row in (_gpu if chip in GPUS else _tpu)(chip, name)]
+    faults = [f"{row['chip']}, {row['case']}: {fault}" for row in rows for fault in row.get("faults", ())]
     if as_json:
         print(json.dumps(rows, indent=1))
-        return
+    else:
+        _tables(rows)
+    for fault in faults:
+        print(f"mmx: {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def _tables(rows):
     _show([row for row in rows if row["chip"] not in GPUS], "static schedule estimate by the TPU compiler")
     for fused, apart in zip(*([row for row in rows if row.get("impl") == form] for form in ("fused", "apart"))):
         print(f"{fused['chip']}, {fused['case']}: with SiLU, norm and gate apart {apart['GB moved']} GB, fused in "
               f"{fused['GB moved']} GB, saved {apart['GB moved'] - fused['GB moved']:.2f} GB")
-    _show([row for row in rows if row["chip"] in GPUS], "compiled resources of the GPU kernels")
+    gpus = [{name: x for name, x in row.items() if name != "faults"} for row in rows if row["chip"] in GPUS]
+    _show(gpus, "compiled resources of the GPU kernels")
 
 
 def _tpu(chip, name):
@@ -194,18 +209,27 @@ def _gpu(chip, name):
         compiled = _triton_resources(run, shapes, chip) if impl == "triton" else ptx.resources(run, *shapes, chip=GPUS[chip])
         for kernel, cost in compiled.items():
             if cost.tensor or any(part in kernel for part in ("carry", "decode")):
-                yield {"chip": chip, "case": name, "impl": impl, "kernel": kernel.partition(" ")[0],
+                short = kernel.partition(" ")[0]
+                yield {"chip": chip, "case": name, "impl": impl, "kernel": short,
                        "registers": cost.registers, "spills": cost.spills, "shared B": cost.shared, "CTAs": cost.ctas,
-                       "tensor-core instructions": cost.tensor, "tf32": cost.tf32}
+                       "tensor-core instructions": cost.tensor, "tf32": cost.tf32,
+                       "faults": ptx.faults({short: cost}, GPUS[chip])}
 
 
 def _triton_resources(run, shapes, chip):
-    """jax-triton compiles its kernels itself, and writes them where it is told to."""
+    """jax-triton compiles its kernels itself, and writes them where it is told to; their grids only its caller knows."""
     import jax_triton
-    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(      # what it has compiled before it writes no more
-            jax_triton.triton_lib, _JAX_TRITON_DUMP_DIR=folder, _COMPILED_KERNEL_CACHE={}):
+    call, grids = jax_triton.triton_call, {}
+
+    def recorded(*args, kernel, grid, **kwargs):
+        grids[kernel.fn.__name__] = math.prod(grid)
+        return call(*args, kernel=kernel, grid=grid, **kwargs)
+    with (tempfile.TemporaryDirectory() as folder, mock.patch.object(jax_triton, "triton_call", recorded),
+          mock.patch.multiple(      # what it has compiled before it writes no more
+              jax_triton.triton_lib, _JAX_TRITON_DUMP_DIR=folder, _COMPILED_KERNEL_CACHE={})):
         ptx.resources(run, *shapes, chip=GPUS[chip])
-        return ptx.dumped(folder, GPUS[chip])
+        return {name: cost._replace(ctas=grids[name.partition(" ")[0]])
+                for name, cost in ptx.dumped(folder, GPUS[chip]).items()}
 
 
 def _timed(lengths, out, as_json):

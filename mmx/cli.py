@@ -172,9 +172,9 @@ def build_parser() -> argparse.ArgumentParser:
                      help="compile for these, of v4, v5e, v5p, v6e, tpu7x, h100, h20, a100, with commas (default: all whose "
                           "compiler is installed)")
     sub.add_argument("--live", action="store_true", help="time on the device that is here, be it a CPU")
-    sub.add_argument("--lengths", metavar="TOKENS", default="1024,2048,4096,8192,16384,32768,65536,131072",
+    sub.add_argument("--lengths", metavar="TOKENS",
                      help="timed sequence lengths, with commas (default: powers of two from 1024 to 131072)")
-    sub.add_argument("--out", metavar="DIR", default=".", help="kernels.png, times over length, goes here (default .)")
+    sub.add_argument("--out", metavar="DIR", help="kernels.png, times over length, goes here (default .)")
     sub.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -209,7 +209,7 @@ def aot(args):
 
 def bench_kernels(args):
     from mmx import bench
-    bench.kernels(args.chip, args.json, args.live, args.lengths, args.out)
+    return bench.kernels(args.chip, args.json, args.live, args.lengths, args.out)
 
 
 def _get_config(path: str):

@@ -56,6 +56,24 @@ def test_lengths_that_are_none(lengths, tmp_path, capsys):
     assert f"--lengths {lengths}: give tokens" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("flags, said", [
+    (["--lengths", "64"], "--lengths 64: it is for times"), (["--out", "x"], "--out x: it is for times"),
+    (["--live", "--chip", "v5p"], "--live times the device that is: give one of them")])
+def test_flags_that_would_do_nothing(flags, said, capsys):
+    assert cli.main(["bench", "kernels", *flags]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_fault_is_told_and_fails_the_command(capsys, monkeypatch):
+    kernel = bench.ptx.Kernel(registers=255, spills=72, shared=1024, ctas=8, threads=128, tensor=4, tf32=False)
+    monkeypatch.setattr(bench.ptx, "missing", str)
+    monkeypatch.setattr(bench.ptx, "resources", lambda *args, chip: {"output_kernel": kernel})
+    monkeypatch.setattr(bench, "CASES", {"softmax 8,192": bench.CASES["softmax 8,192"]})
+    assert cli.main(["bench", "kernels", "--chip", "a100"]) == 1
+    assert capsys.readouterr().err.endswith(
+        "a100, softmax 8,192: output_kernel spills 72 bytes a thread; a smaller tile or more warps would not\n")
+
+
 @needs_compiler
 def test_cycles_of_products_are_those_of_the_matrix_units(tmp_path, monkeypatch):
     (tmp_path / "known_length.py").write_text(MODULE)
@@ -94,4 +112,4 @@ def test_the_layer_moves_what_its_products_and_attention_take(tmp_path, monkeypa
 def test_gpu_kernels_and_those_of_triton():
     rows = list(bench._gpu("h100", "forward 8,192"))
     assert {row["impl"] for row in rows} == {"gpu", *(["triton"] if importlib.util.find_spec("jax_triton") else [])}
-    assert all(row["registers"] and not row["spills"] for row in rows)
+    assert all(row["registers"] and row["CTAs"] >= 132 and not row["faults"] for row in rows)

@@ -40,7 +40,6 @@ CHIPS = {"v4": Chip(1.05, 2, 1.23e12, "v4:2x2x1"), "v5e": Chip(1.5, 1, 8.2e11, "
 class Cost(NamedTuple):
     """Of one run on one device, `cycles` and what follows on one of its cores."""
     us: float               # static schedule estimate
-    us_most: float          # with every region that may be jumped over
     mxu: float              # share of the cycles in which the matrix units multiply
     vmem: int               # bytes, of the largest kernel
     spills: int             # registers stored for want of them, in the text
@@ -76,7 +75,7 @@ def cost(case: str, chip: str) -> Cost:
     total = lambda what: sum(what(kernel) * times for kernel, times in done)
     cycles = total(lambda k: k.cycles)
     scale = 1e3 * CHIPS[chip].clock
-    return Cost(cycles / scale, total(lambda k: k.cycles_most) / scale, total(lambda k: k.mxu) / max(cycles, 1),
+    return Cost(cycles / scale, total(lambda k: k.mxu) / max(cycles, 1),
                 max((k.vmem for k, _ in done), default=0), sum(k.spills for k, _ in done), *memory)
 
 
@@ -101,7 +100,6 @@ def _compile(case: str, chip: str, folder: str):
 
 class _Kernel(NamedTuple):
     cycles: float
-    cycles_most: float
     mxu: float              # cycles' worth of multiplying
     vmem: int
     spills: int
@@ -135,7 +133,6 @@ def _kernel(path: str):
     for begin, end, trips in loops:
         for i in range(begin, end):
             weight[i] *= trips
-    most = list(weight)
     for begin, end in jumps:
         works = any(row["MATMUL"] for row in used[begin:end]) or end - begin > 0.3 * len(bundles) or end - begin <= SMALL
         around = min((loop for loop in loops if loop[0] <= begin and end <= loop[1]), key=lambda l: l[1] - l[0], default=None)
@@ -144,10 +141,9 @@ def _kernel(path: str):
             share = (around[2] - 2) / around[2]         # a pipelined loop fills and drains: two trips do no work
         for i in range(begin, end):
             weight[i] *= share
-            most[i] *= share or 1
     original = "".join(Path(p).read_text(errors="replace") for p in glob.glob(glob.escape(base[1]) + "*-02-original.txt"))
     vmem = dict(re.findall(r"(#allocation\d+) \[[^\n]*?space=vmem, size = (0x[0-9a-f]+)", original))
-    return base[2], _Kernel(sum(weight), sum(most), sum(w * row["MATMUL"] for w, row in zip(weight, used)) / capacity["MATMUL"],
+    return base[2], _Kernel(sum(weight), sum(w * row["MATMUL"] for w, row in zip(weight, used)) / capacity["MATMUL"],
                             sum(int(size, 16) for size in vmem.values()), sum(row["SPILL"] for row in used))
 
 

@@ -36,7 +36,7 @@ def choose(op: str, impl: str | None, names: tuple[str, ...], refusal) -> str:
 
 @functools.cache
 def _say_once(message):
-    warnings.warn(message, stacklevel=3)
+    warnings.warn(message, stacklevel=4)
 
 
 def refusal(wanted: str) -> str:
