@@ -189,9 +189,9 @@ def _tpu(chip, name):
     floor = case.bytes / schedule.CHIPS[chip].bandwidth * 1e6
     for impl in case.tpu:
         cost = schedule.cost(f"mmx.bench:{case.function}:{impl}:{case.tokens}:{case.documents}", chip)
-        # What loops move is counted once a loop, so it is told of programs without one. The cycles of the layer's large
+        # What XLA's loops move is counted once a loop, so it is told of programs without one. The cycles of the layer's large
         # products come out below the matrix units' own limit, so they are not told.
-        straight, timed = case.function in ("decode_step", "layer"), case.function != "layer"
+        straight, timed = impl == "tpu" or case.function in ("decode_step", "layer"), case.function != "layer"
         yield {"chip": chip, "case": name, "impl": impl, "static us": round(cost.us) if timed else None,
                "HBM floor us": round(floor) if timed else None, "static / floor": round(cost.us / floor, 2) if timed else None,
                "MXU busy": f"{cost.mxu:.0%}" if timed else None,

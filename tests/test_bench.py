@@ -1,4 +1,5 @@
 """The kernels' static schedules, from the TPU's compiler, and the command that prints them."""
+import functools
 import importlib.util
 import json
 import math
@@ -29,6 +30,11 @@ def products(times):
 """
 
 
+@functools.cache
+def rows(chip, name):
+    return list(bench._tpu(chip, name))
+
+
 def test_operations_in_loops_count_as_often_as_they_run():
     assert hlo.operations(HLO) == [("inner", 7), ("last", 1)]
 
@@ -43,10 +49,10 @@ def test_times_and_a_plot_on_the_device_that_is_here(tmp_path, capsys, monkeypat
         monkeypatch.setattr(bench, name, value)
     out = tmp_path / "new"
     assert cli.main(["bench", "kernels", "--live", "--lengths", "64,128", "--out", str(out), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    timed = json.loads(capsys.readouterr().out)
     ops = [f"{op} {case}" for op in ("lightning", "softmax") for case in ("forward", "forward and backward")]
-    assert [(row["case"], row["length"]) for row in rows] == [(op, T) for op in ops for T in (64, 128)] + [("decode", 1)]
-    assert all(row["impl"] == "xla" and row["ms"] > 0 for row in rows)
+    assert [(row["case"], row["length"]) for row in timed] == [(op, T) for op in ops for T in (64, 128)] + [("decode", 1)]
+    assert all(row["impl"] == "xla" and row["ms"] > 0 for row in timed)
     assert (out / "kernels.png").stat().st_size > 10_000
 
 
@@ -86,13 +92,24 @@ def test_cycles_of_products_are_those_of_the_matrix_units(tmp_path, monkeypatch)
 @needs_compiler
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
 def test_forward_leaves_memory_the_only_limit(chip):
-    row, xla = bench._tpu(chip, "forward 8,192")
+    row, xla = rows(chip, "forward 8,192")
     assert row["static / floor"] <= 0.95 and row["HBM temporaries MiB"] == 0 and xla["static us"] > 2 * row["static us"]
+    assert row["moved / floor"] <= 1.05
+
+
+@needs_compiler
+def test_time_is_linear_and_documents_cost_little(monkeypatch):
+    monkeypatch.setattr(bench, "CASES", {name: case._replace(tpu=("tpu",)) for name, case in bench.CASES.items()})
+    us = {name: rows("v5p", name)[0]["static us"] for name in (
+        "forward 8,192", "forward 32,768", "forward 8,192, documents", "forward and backward 8,192")}
+    one, four, documents, both = us.values()
+    assert four <= 4.05 * one and documents <= 1.15 * one and both <= 1000, us
 
 
 @needs_compiler
 def test_command_prints_json(capsys, monkeypatch):
     monkeypatch.setattr(bench, "CASES", {"forward 8,192": bench.CASES["forward 8,192"]})
+    monkeypatch.setattr(bench, "_tpu", rows)
     assert cli.main(["bench", "kernels", "--chip", "v5p", "--json"]) == 0
     assert [row["impl"] for row in json.loads(capsys.readouterr().out)] == ["tpu", "xla"]
 
@@ -110,6 +127,6 @@ def test_the_layer_moves_what_its_products_and_attention_take(tmp_path, monkeypa
 
 @pytest.mark.skipif(bool(bench.ptx.missing()), reason=bench.ptx.missing())
 def test_gpu_kernels_and_those_of_triton():
-    rows = list(bench._gpu("h100", "forward 8,192"))
-    assert {row["impl"] for row in rows} == {"gpu", *(["triton"] if importlib.util.find_spec("jax_triton") else [])}
-    assert all(row["registers"] and row["CTAs"] >= 132 and not row["faults"] for row in rows)
+    compiled = list(bench._gpu("h100", "forward 8,192"))
+    assert {row["impl"] for row in compiled} == {"gpu", *(["triton"] if importlib.util.find_spec("jax_triton") else [])}
+    assert all(row["registers"] and row["CTAs"] >= 132 and not row["faults"] for row in compiled)

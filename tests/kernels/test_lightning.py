@@ -39,8 +39,9 @@ def values_and_gradients(args, cotangents, log_decay_H, segments_BT, impl, chunk
 
 
 @pytest.mark.parametrize("T, K, V, dtype, segmented, chunk", [
-    (1, 16, 32, "float32", True, None), (17, 16, 128, "bfloat16", True, 16), (128, 128, 16, "float32", False, 32),
-    (300, 16, 32, "float32", True, 64), (300, 16, 32, "bfloat16", False, 64), (1024, 16, 32, "float32", True, None)])
+    (1, 16, 32, "float32", True, None), (17, 16, 128, "bfloat16", True, 16), (20, 256, 16, "float32", False, 16),
+    (300, 16, 32, "float32", True, 64), (300, 16, 32, "bfloat16", False, 64), (1024, 16, 32, "float32", True, None),
+    (20, 64, 128, "float32", False, 16)])
 def test_against_recurrence(impl, T, K, V, dtype, segmented, chunk):
     *problem, want = case(T, K, V, dtype, segmented)
     assert_close(values_and_gradients(*problem, impl, chunk), want, dtype)

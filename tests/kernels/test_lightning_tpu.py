@@ -17,10 +17,12 @@ from mmx.kernels.lightning import tpu
 TOPOLOGY = "v5p:2x2x1"
 
 
-@pytest.mark.parametrize("answers", [("o", "state"), ("dq",), ("dv", "dk", "dstate")])
-def test_no_races_and_nothing_uninitialized(answers):
+@pytest.mark.parametrize("answers, dtype, segmented", [
+    (("o", "state"), "float32", True), (("dq",), "float32", True), (("dv", "dk", "dstate"), "float32", True),
+    (("o", "state"), "bfloat16", False), (("dv", "dk", "dstate"), "bfloat16", False)])
+def test_no_races_and_nothing_uninitialized(answers, dtype, segmented):
     """One pass at a time, waited for: the race detector's memory is one for the process."""
-    (q, k, v, state), (do, dstate), g, segments_BT, want = case(20, 16, 32, "float32", True, slopes=(1.0, 0.0))
+    (q, k, v, state), (do, dstate), g, segments_BT, want = case(20, 16, 32, dtype, segmented, slopes=(1.0, 0.0))
     passes = {"o": ((q,), k, v, state, False), "dq": ((do,), v, k, jnp.einsum("BHKV->BHVK", state), False),
               "dv": ((k, v), q, do, dstate, True)}
     queries, keys, values, start, down = passes[answers[0]]
@@ -29,8 +31,8 @@ def test_no_races_and_nothing_uninitialized(answers):
     assert not interpret_pallas_call.races.races_found
     got, want = dict(zip(answers, [*got, last])), dict(zip(NAMES, want))
     for name in answers:
-        error = np.linalg.norm(got[name] - want[name]) / np.linalg.norm(want[name])
-        assert error <= TOLERANCE["float32"], f"{name}: relative error {error:.1e}"
+        error = np.linalg.norm(np.asarray(got[name], np.float64) - want[name]) / np.linalg.norm(want[name])
+        assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
