@@ -11,8 +11,8 @@ its `silu` and `norm_and_gate` around attention over more of them (which rounds 
 FLOPs a row and head: 5 K V, far below any roof. Bytes: 8 K V for the state, read and written once, and z (2 K + 3 V) for
 q, k, v, gate and y of z bytes an element: 1.01 times the state's at K = V = 128 in bf16. So an implementation must read S
 once, use it twice, and write it where it was: the kernels alias it, and a caller that donates the state to its jit pays no
-copy. XLA's form does so as well, in one large fusion among small ones (static estimates on v5p, 64 rows of 64 heads: 118 us,
-here 144-169, memory 194): what the kernels add is that a row that is not live (an idle slot) moves nothing of its own but
+copy. XLA's form does so as well, in one large fusion among small ones (static estimates on v5p, 64 rows of 64 heads: 125 us,
+here 145, memory 194): what the kernels add is that a row that is not live (an idle slot) moves nothing of its own but
 zeros of y, where XLA moves every state.
 
 TPU. Grid (cores, rows of a core, parts of the heads), in order but for the cores. A step holds the state of its part's heads
@@ -42,7 +42,7 @@ from mmx.kernels.lightning.api import check_log_decay
 
 IMPLS = "xla", "tpu", "gpu"
 # Heads of a TPU step at most. Chosen 2026-11-23 by static schedule estimates of the TPU compiler (libtpu 0.0.42.1; cycles
-# without memory stalls; never run on a TPU), 64 rows, 64 heads, K = V = 128, bf16: 144-169, 326-386 and 227-260 us on v5p,
+# without memory stalls; never run on a TPU), 64 rows, 64 heads, K = V = 128, bf16: 145, 326 to 386 and 227 to 260 us on v5p,
 # v5e and v6e, where the states take 194, 655 and 327 us of HBM; with 16 heads 185-218, 412-488 and 291-339.
 HEADS = 32
 INTERPRETED = 2, 2              # cores and heads, so that small tests take several steps
