@@ -42,7 +42,7 @@ from mmx.kernels.lightning.api import check_log_decay
 
 IMPLS = "xla", "tpu", "gpu"
 # Heads of a TPU step at most. Chosen 2026-11-23 by static schedule estimates of the TPU compiler (libtpu 0.0.42.1; cycles
-# without memory stalls; never run on a TPU), 64 rows, 64 heads, K = V = 128, bf16: 145, 326 to 386 and 227 to 260 us on v5p,
+# without memory stalls; never run on a TPU), 64 rows, 64 heads, K = V = 128, bf16: 145, 327 and 227 us on v5p,
 # v5e and v6e, where the states take 194, 655 and 327 us of HBM; with 16 heads 185-218, 412-488 and 291-339.
 HEADS = 32
 INTERPRETED = 2, 2              # cores and heads, so that small tests take several steps
