@@ -1,6 +1,7 @@
 """The command line: every command once on a small run, and every mistake in one line with exit code 2."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -294,7 +295,9 @@ def test_sigterm_saves_and_the_screen_stays_clean(place):
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate(timeout=60)
     assert run.returncode == 0, err
-    assert all(line.startswith("train:") for line in err.replace("\r", "\n").splitlines() if line.strip()), err
+    # the CUDA plugin, which the tests' compilers bring, says that it finds no GPU before anyone can stop it
+    said = [line for line in err.replace("\r", "\n").splitlines() if not re.search("absl::Init|cudart_stub", line)]
+    assert all(line.startswith("train:") for line in said if line.strip()), err
     step = metrics.read(place / "stopped")[-1]["step"]
     assert out == f"stopped at step {step:,} and saved; the same command goes on from there\n"
     assert (steps / str(step)).is_dir()

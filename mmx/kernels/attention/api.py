@@ -4,8 +4,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mmx.dims import as_int32, check, check_floats
+from mmx.dims import check
 from mmx.kernels import platform
+from mmx.kernels.arguments import as_int32, check_floats
 from mmx.kernels.attention import gpu, tpu, xla
 
 IMPLS = {"xla": xla, "tpu": tpu, "gpu": gpu}

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from mmx.dims import as_int32, check, check_floats
+from mmx.dims import check
 from mmx.kernels import platform
+from mmx.kernels.arguments import as_int32, check_floats
 from mmx.kernels.lightning import gpu, tpu, xla
 
 IMPLS = {"xla": xla, "tpu": tpu, "gpu": gpu}

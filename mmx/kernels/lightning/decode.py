@@ -36,8 +36,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 
-from mmx.dims import check, check_floats
+from mmx.dims import check
 from mmx.kernels import platform
+from mmx.kernels.arguments import check_floats
 from mmx.kernels.lightning.api import check_log_decay
 
 IMPLS = "xla", "tpu", "gpu"
