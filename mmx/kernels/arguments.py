@@ -16,7 +16,7 @@ def as_int32(array, name: str):
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} needs integers, got {array.dtype}")
     if not isinstance(array, jax.core.Tracer) and not np.can_cast(array.dtype, np.int32):
-        low, high, most = np.min(array), np.max(array), np.iinfo(np.int32)
+        low, high, most = np.asarray(array).min(), np.asarray(array).max(), np.iinfo(np.int32)
         if low < most.min or high > most.max:
             raise ValueError(f"{name} holds {low} to {high}; it needs int32, {most.min} to {most.max}")
     return array.astype(jnp.int32)

@@ -143,6 +143,9 @@ def test_documents_that_go_back_are_an_error():
     attend(good)
     with pytest.raises(ValueError, match="segments_BT must count documents upwards"):
         attend(back)
+    jax.jit(lambda: attend(good))()             # known to the trace, too
+    with pytest.raises(ValueError, match="segments_BT"):
+        jax.jit(lambda: attend(back))()
     checked = jax.jit(checkify.checkify(jax.jit(attend)))
     assert checked(good)[0].get() is None
     assert "segments_BT must count documents upwards" in checked(back)[0].get()

@@ -78,6 +78,7 @@ def check_log_decay(log_decay_H, H: int) -> None:
 
 def _check_documents(segments_BT):
     concrete = not isinstance(segments_BT, jax.core.Tracer)
+    segments_BT = np.asarray(segments_BT) if concrete else segments_BT      # a known jax.Array too: jit would trace its sums
     numbers = np if concrete else jnp
     latest_BT = np.maximum.accumulate(segments_BT, axis=1) if concrete else jax.lax.cummax(segments_BT, axis=1)
     rise = numbers.all((segments_BT == 0) | (segments_BT == latest_BT)) & numbers.all(segments_BT >= 0)
