@@ -130,8 +130,7 @@ def test_a_layer_of_experts_on_v5p(experiment, capfd):
     assert rows["all-to-all", "ep"]["runs"] == layers * groups * 3 * 2
     assert rows["all-to-all", "ep"]["under"] > 0
     assert rows["all-gather", "edp"]["runs"] == layers * 2 * 3          # w1, w3, w2: forward and recomputation
-    gradients = [rows[kind, "edp"]["runs"] for kind in ("reduce-scatter", "all-reduce")]    # small ones may be reduced whole
-    assert sum(gradients) == layers * 3 and gradients[0] >= layers * 2
+    assert rows["reduce-scatter", "edp"]["runs"] >= layers * 3
     assert 1.3 < found["flops"] / found["flops_model"] < 3
 
 
