@@ -98,10 +98,10 @@ class Model(nn.Module):
 
 
 def _rematerialised(layer, c: config.Model):
+    """Each layer's activations are made anew for its backward pass, and not before it (prevent_cse): one layer's at a time."""
     if not c.remat:
         return layer
-    kept = jax.checkpoint_policies.save_only_these_names(*[ARRIVED] * c.keep_arrived)
-    return nn.remat(layer, prevent_cse=False, policy=kept)
+    return nn.remat(layer, policy=jax.checkpoint_policies.save_only_these_names(*[ARRIVED] * c.keep_arrived))
 
 
 def logits(params, x_BTD):

@@ -9,8 +9,9 @@ to their experts:
 
 Slots are sorted by expert, so that the counts, known everywhere, say what is in them. The router's weights travel ahead of
 the tokens and scale what is inside the experts: then nothing that comes back is needed for any gradient, and a backward
-pass that recomputes the layer does not send it again. Inside `shard_map` every letter is a local extent. Letters beyond `dims`: J choices, A = J M assignments, P peers over ep, C slots for a peer, X devices
-before their peers' exchange (etp x ep), I all slots.
+pass that recomputes the layer does not send it again. Inside `shard_map` every letter is a local extent. Letters beyond
+`dims`: J choices, A = J M assignments, P peers over ep, C slots for a peer, X devices before their peers' exchange
+(etp x ep), I all slots.
 """
 import functools
 import itertools
