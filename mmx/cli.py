@@ -35,9 +35,9 @@ examples:
   mmx bench kernels --chip v5p,h100                       the kernels, by the TPU's and the GPU's compiler
 """
 PROCESSES = """\
-under SLURM, Open MPI, Kubernetes and on TPU pods they are found; elsewhere give these to each process. All see one
---workdir. SIGTERM to one saves and ends all at the same step. Exit codes: 2 where they cannot all start, 3 where one
-died or left (the others say which within a minute, and the last checkpoint stands)."""
+under SLURM, Open MPI and Kubernetes and on TPU pods they are found; elsewhere give these to each process.
+All see one --workdir. SIGTERM to one saves and ends all at the same step. Exit code 2: they cannot all
+start; 3: one died or left, which the others say within a minute, and the last checkpoint stands."""
 CHECKPOINT = "a workdir (its latest step), one of its checkpoints/STEP, or a Hugging Face directory"
 Formatter = argparse.RawDescriptionHelpFormatter
 

@@ -173,7 +173,9 @@ def _run(run, alive: int, say: int):
         os.dup2(say, number)
     try:
         code = run()
-    except BaseException:
+    except BaseException as error:
+        if type(error).__name__ == "JaxRuntimeError":       # a collective lost another process: the runtime will say which
+            time.sleep(2 * HEARTBEAT)
         traceback.print_exc()
         code = 1
     if "jax" in sys.modules:        # all go together; who fails alone does not wait for ever
