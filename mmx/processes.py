@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import glob
 import json
+import logging
 import os
 import re
 import resource
@@ -25,8 +26,9 @@ LEAVE = 10          # seconds that a process which failed waits for others that 
 DEAD = 3            # the exit code where another process died or left
 LAUNCHERS = {"SLURM_NTASKS": "SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE": "OMPI_MCA_orte_hnp_uri"}    # how many, where
 PODS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
-LINE = re.compile(r"([IWEF])\d{4} [\d:.]+ +\d+ (\w+)\.\w+:\d+\] ")
-RUNTIME = {"client", "service", "coordination_service", "coordination_service_agent", "preemption_sync_manager"}
+LINE = re.compile(r"([IWEF])\d{4} [\d:.]+ +\d+ (\w+)\.\w+:\d+\] |[A-Z]+:(absl):")        # native code's, Orbax's
+RUNTIME = {"absl", "client", "service", "coordination_service", "coordination_service_agent", "preemption_notifier",
+           "preemption_sync_manager"}
 NOISE = "[Gloo] ", "WARNING: All log messages before absl::InitializeLog"
 
 
@@ -164,17 +166,18 @@ def guarded(world: World, run) -> int:
 
 
 def _run(run, alive: int, say: int):
-    """The child: what Python prints goes where it always went, what native code prints goes to the parent."""
+    """The child: what Python prints goes where it always went, what native code and the log print goes to the parent."""
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent makes one SIGTERM of it
     for number, name in ((1, "stdout"), (2, "stderr")):
         setattr(sys, name, os.fdopen(os.dup(number), "w", buffering=1))
         os.dup2(say, number)
+    logging.basicConfig(stream=os.fdopen(say, "w", buffering=1))
     try:
         code = run()
     except BaseException as error:
-        if type(error).__name__ == "JaxRuntimeError":       # a collective lost another process: the runtime will say which
+        if _of_runtime(error):      # perhaps a collective lost another process: then the runtime says which, and ends this
             time.sleep(2 * HEARTBEAT)
         traceback.print_exc()
         code = 1
@@ -183,6 +186,10 @@ def _run(run, alive: int, say: int):
         last.start()
         last.join(LEAVE if code else None)
     os._exit(code)
+
+
+def _of_runtime(error: BaseException | None) -> bool:
+    return error is not None and (type(error).__name__ == "JaxRuntimeError" or _of_runtime(error.__context__))
 
 
 def _end_with_parent(alive: int):
@@ -209,8 +216,7 @@ def _watch(world: World, child: int, said: int) -> int:
     if code >= 0 or signal.SIGINT in asked:
         return 130 if signal.SIGINT in asked else code
     gone = _gone(world, "".join(held))
-    if not gone:
-        print(*held, sep="", end="", file=sys.stderr)
+    print(*([] if gone else held), sep="", file=sys.stderr)     # ends the progress bar's line, too
     print(f"mmx: {gone or f'ended by {signal.Signals(-code).name}'}", file=sys.stderr)
     return DEAD if gone else 128 - code
 
@@ -222,7 +228,7 @@ def _pass_on(said: int, held):
     with os.fdopen(said, errors="replace") as lines:
         for line in lines:
             if begin := LINE.match(line):       # what does not begin so goes on with the message before
-                shown = begin[1] != "I" and begin[2] not in RUNTIME
+                shown = begin[1] != "I" and (begin[2] or begin[3]) not in RUNTIME
             if not shown:
                 held.append(line)
             elif not line.startswith(NOISE):

@@ -40,7 +40,7 @@ def make(e: Experiment, processes: int = 1) -> Mesh:
                           "axis takes what is there")
     if world < len(devices) and jax.process_count() > 1:
         raise ConfigError(f"{told or 'the mesh'} needs {world} of the {len(devices)} devices of {jax.process_count()} "
-                          "processes, but each process must have its share; -1 on one axis takes what is there")
+                          "processes, but each must have its share; -1 on one axis takes all")
     return _placed(devices[:world], sizes)
 
 
@@ -56,8 +56,8 @@ def reader(mesh: Mesh) -> tuple[int, int]:
             rows.setdefault(device.process_index, {})[row] = None
     blocks = sorted({tuple(held) for held in rows.values()})
     if sum(blocks, ()) != tuple(range(len(devices_BT))) or len({len(block) for block in blocks}) > 1:
-        raise ConfigError(f"a process's {jax.local_device_count()} devices must be a multiple or a part of mesh.etp x mesh.seq "
-                          f"= {devices_BT.shape[1]}, or else processes hold rows in part")
+        raise ConfigError(f"a process's {jax.local_device_count()} devices are neither a multiple nor a part of mesh.etp x "
+                          f"mesh.seq = {devices_BT.shape[1]}: processes would share some rows, but not all")
     return blocks.index(tuple(rows[jax.process_index()])), len(blocks)
 
 

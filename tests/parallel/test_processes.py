@@ -1,7 +1,6 @@
-"""Several processes, as real ones: the run of one process, whoever makes, saves and resumes it; and one line for every fault."""
+"""Several processes, as real ones: they make, save and resume the run of one process, and tell every fault in a line."""
 import contextlib
 import io
-import json
 import os
 import re
 import shutil
@@ -16,14 +15,14 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
-from mmx import checkpoint, cli, config, inference, metrics, processes, train
+from mmx import checkpoint, cli, metrics, processes
+from mmx.config import ConfigError
 from mmx.parallel import mesh as meshes
 
 ROOT = Path(__file__).parents[2]
-FROM, STEPS = 2, 22
-EXPERIMENT = """\
+FROM, STEPS = 5, 25
+EXPERIMENT = f"""\
 from mmx.config import default
 
 def get_config():
@@ -35,7 +34,7 @@ def get_config():
     config.train.steps, config.train.batch, config.train.length, config.train.decay = 1_000_000, 4, 32, 0.0
     config.train.ramp, config.train.warmup, config.train.lr = ((0, 2),), 2, 1e-2
     config.train.tensorboard, config.train.eval_every, config.train.eval_bytes = False, 10, 500
-    config.checkpoint.every, config.checkpoint.keep = 2, 1_000
+    config.checkpoint.every, config.checkpoint.keep = {FROM}, 1_000
     return config
 """
 
@@ -84,12 +83,12 @@ def by_slurm(command, count):
 
 
 def ended(started, within):
-    """(exit code, standard output, lines of standard error but for the bar's and Orbax's) of each; none is left running."""
+    """(exit code, standard output, lines of standard error but for the bar's) of each; none is left running."""
     until, found = time.monotonic() + within, []
     try:
         for process in started:
             out, err = process.communicate(timeout=max(until - time.monotonic(), 1))
-            lines = [line for line in re.split("[\r\n]", err) if line.strip() and not re.match("train: |WARNING:absl:", line)]
+            lines = [line for line in re.split("[\r\n]", err) if line.strip() and not line.startswith("train: ")]
             found.append((process.returncode, out, lines))
     finally:
         for process in started:
@@ -141,7 +140,8 @@ def two(place):
 def four(two, place):
     """Four processes of two devices go on, and halves of the same rows are in two; one is killed on the way."""
     resumed(two, place, "four")
-    started = by_slurm(arguments(place, "four", {"edp": 2, "etp": 2, "seq": 2}, **{"train.seconds": 1e6}), 4)
+    options = {"checkpoint.every": STEPS, "train.eval_every": 0}
+    started = by_slurm(arguments(place, "four", {"edp": 2, "etp": 2, "seq": 2}, **options), 4)
     wait_for(place / "four", STEPS, started)
     started[2].kill()
     return place / "four", started, time.monotonic()
@@ -183,31 +183,72 @@ def test_one_process_goes_on(mesh, two, whole, place):
     assert_same_run(place / name, whole[0], FROM + 1)
 
 
-@pytest.mark.parametrize("command, which, within, told", [
-    (("--processes", 3), (0, 1), 3, r"process 2 of 3 did not come to 127.0.0.1:\d+ in 3 s"),
-    (("--processes", 2), (1,), 1, r"nothing answers at 127.0.0.1:\d+, where process 0 should be, in 1 s \(Connection refused\)"),
-    (("--processes", 3), (0, 1, 1), 30, r"two processes were started with --process=1")])
-def test_processes_that_do_not_meet(command, which, within, told, place):
-    started = by_hand(arguments(place, "never", {}), command[1], which, timeout=within)
+@pytest.mark.parametrize("count, which, within, told", [
+    (3, (0, 1), 3, r"process 2 of 3 did not come to 127.0.0.1:\d+ in 3 s"),
+    (2, (1,), 1, r"nothing answers at 127.0.0.1:\d+, where process 0 should be, in 1 s \(Connection refused\)"),
+    (3, (0, 1, 1), 30, r"two processes were started with --process=1")])
+def test_processes_that_do_not_meet(count, which, within, told, place):
+    started = by_hand(arguments(place, "never", {}), count, which, timeout=within)
     for code, out, lines in ended(started, 30):
         assert code == 2 and out == "" and len(lines) == 1 and re.fullmatch(f"mmx: {told}", lines[0]), lines
     assert not (place / "never").exists()
 
 
-def test_a_mesh_of_too_few_devices_is_told_by_all(place):
-    for code, _, lines in ended(by_hand(arguments(place, "never", {}), 2), 90):
-        assert code == 2 and lines == ["mmx: the mesh needs 1 of the 2 devices of 2 processes, but each process must have "
-                                       "its share; -1 on one axis takes what is there"]
+@pytest.mark.parametrize("edp, rates, told", [
+    (1, (1, 1), "the mesh needs 1 of the 2 devices of 2 processes, but each must have its share; -1 on one axis takes all"),
+    (2, (1, 2), "process 1 was given another experiment than process 0: all need the same command, but for --process")])
+def test_what_does_not_fit_is_told_by_all(edp, rates, told, place):
+    port = free_port()
+    started = [by_hand(arguments(place, "never", {"edp": edp}, **{"train.lr": rates[process]}), 2, (process,), port)[0]
+               for process in range(2)]
+    for code, _, lines in ended(started, 90):
+        assert code == 2 and lines == [f"mmx: {told}"]
+    assert not (place / "never").exists()
+
+
+@pytest.mark.parametrize("given, told", [
+    ((None, 2, 0), "^--coordinator, --processes, --process go together: --coordinator is missing$"),
+    (("here", 2, 0), "^--coordinator=here is no HOST:PORT of process 0, such as 10.0.0.1:9000$"),
+    (("here:1", 2, 2), "^--process=2 is not among --processes=2, which count from 0$")])
+def test_arguments_that_cannot_be(given, told):
+    with pytest.raises(ConfigError, match=told):
+        processes.world(*given, 300)
+
+
+@pytest.mark.parametrize("variables, where", [
+    ({}, None), ({"SLURM_NTASKS": "4"}, None), ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, None),
+    ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]"}, "SLURM_STEP_NODELIST=n[1-4]"),
+    ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "uri"}, "OMPI_MCA_orte_hnp_uri=uri"),
+    ({"TPU_WORKER_HOSTNAMES": "a"}, None), ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES=a,b"),
+    ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "TPU_WORKER_HOSTNAMES=a")])
+def test_the_environment_is_asked_where_it_names_several(variables, where, monkeypatch):
+    monkeypatch.setattr(os, "environ", {"TPU_SKIP_MDS_QUERY": "1", **variables})
+    world = processes.world(None, None, None, 300)
+    assert (world and world.where) == (where and f"the coordinator of {where}")
+
+
+@pytest.mark.parametrize("sizes, local, process, want", [
+    ((4, 1, 1, 2), 4, 1, (1, 2)), ((2, 2, 2, 1), 8, 0, (0, 1)), ((2, 1, 2, 4), 4, 1, (0, 2)), ((2, 1, 2, 4), 4, 2, (1, 2)),
+    ((1, 1, 1, 8), 2, 3, (0, 1)), ((4, 1, 1, 3), 4, 0, None)])
+def test_who_reads_which_rows(sizes, local, process, want, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(jax, "local_device_count", lambda: local)
+    devices = np.array([SimpleNamespace(process_index=n // local) for n in range(np.prod(sizes))]).reshape(sizes)
+    mesh = SimpleNamespace(devices=devices, shape=dict(zip(("edp", "ep", "etp", "seq"), sizes)))
+    if want:
+        assert meshes.reader(mesh) == want
+    else:
+        with pytest.raises(ConfigError, match="^a process's 4 devices are neither a multiple nor a part of .* = 3: "):
+            meshes.reader(mesh)
 
 
 def test_the_others_say_who_was_killed(four):
     """Within a minute; what was saved stands."""
     workdir, started, killed = four
-    before = checkpoint.find_step(workdir)[1].name
     found = ended(started, 60)
     assert time.monotonic() - killed < 60
     assert found.pop(2)[0] == -signal.SIGKILL
     for code, _, lines in found:
         assert code == processes.DEAD and len(lines) == 1, lines
         assert re.match(r"mmx: process 2 died: no sign of life for 30 s; .* goes on from the last checkpoint$", lines[0])
-    assert checkpoint.find_step(workdir)[1].name == before
+    assert int(checkpoint.find_step(workdir)[1].name) in (FROM, STEPS)      # the latter was being saved
