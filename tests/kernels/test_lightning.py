@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import checkify
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from lightning_cases import TOLERANCE, assert_close, case, errors
 
 from mmx.kernels import platform
@@ -125,6 +127,21 @@ def test_bad_arguments_say_what_would_work():
         lightning_attention(q, k, v.astype("bfloat16"), log_decay_H)
     with pytest.raises(ValueError, match="segments_BT needs integers"):
         lightning_attention(q, k, v, log_decay_H, segments_BT=jnp.ones((1, 8)))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_arrays_over_several_devices_go_to_xla(kind, monkeypatch):
+    """No jax.set_mesh: the arrays alone tell of the mesh, as they are and within jit."""
+    (q, k, v, _), log_decay_H = inputs(4, 2, 8, 16, 16, (0.5, 1e-3))
+    mesh = jax.make_mesh((4,), ("rows",), (kind,), devices=jax.devices()[:4])
+    q, k, v = jax.device_put((q, k, v), NamedSharding(mesh, P("rows")))
+    attend = lambda *qkv, impl=None: lightning_attention(*qkv, log_decay_H, impl=impl)[0]
+    want = attend(q, k, v)
+    monkeypatch.setattr(platform, "name", lambda: "tpu")
+    for run in (attend, jax.jit(attend)):
+        np.testing.assert_allclose(run(q, k, v), want, atol=1e-5)
+    with pytest.raises(NotImplementedError, match="impl='tpu': XLA cannot split a kernel over devices; call it"):
+        jax.jit(functools.partial(attend, impl="tpu"))(2 * q, k, v)
 
 
 def test_segments_of_any_integers():
