@@ -15,10 +15,10 @@ def name() -> str:
     return "tpu" if "tpu" in kind else "cpu" if "cpu" in kind else "gpu"
 
 
-def choose(op: str, impl: str | None, names: tuple[str, ...], refusal) -> str:
+def choose(op: str, impl: str | None, names: tuple[str, ...], refusal, array) -> str:
     """The implementation of `op` to run: `impl`, which must be able to; for None the platform's, else XLA, and why is told.
 
-    `refusal`, of a name, says why it cannot run here or on the arrays; it is empty where it can.
+    `refusal`, of a name, says why it cannot run here or on the arrays, `array` among them; it is empty where it can.
     """
     if impl is not None:
         if impl not in names:
@@ -26,7 +26,7 @@ def choose(op: str, impl: str | None, names: tuple[str, ...], refusal) -> str:
         if reason := refusal(impl):
             raise NotImplementedError(f"impl={impl!r}: {reason}")
         return impl
-    if name() not in names or splits_by_itself():
+    if name() not in names or splits_by_itself(array):
         return "xla"
     if reason := refusal(name()):
         _say_once(f"{op} runs as plain XLA: {reason}")
@@ -39,21 +39,21 @@ def _say_once(message):
     warnings.warn(message, stacklevel=4)
 
 
-def refusal(wanted: str) -> str:
-    """Why a kernel for the platform `wanted` cannot run in this computation, on whatever arrays; empty where it can."""
+def refusal(wanted: str, array) -> str:
+    """Why a kernel for the platform `wanted` cannot run in this computation, of which `array` is; empty where it can."""
     if name() != wanted:
         return f"this computation is for {name()}; give impl='xla' or None"
-    if splits_by_itself():
+    if splits_by_itself(array):
         return "XLA cannot split a kernel over devices; call it inside shard_map"
     if jax.config.jax_enable_x64:
         return "jax_enable_x64 is on, and the kernels' compilers fail on the int64 indices that it brings"
     return old_gpu() if wanted == "gpu" else ""
 
 
-def splits_by_itself() -> bool:
+def splits_by_itself(array) -> bool:
     """Whether XLA splits this computation over several devices, which it cannot do to a Pallas kernel."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return any(size > 1 and kind != AxisType.Manual for size, kind in zip(mesh.axis_sizes, mesh.axis_types))
+    meshes = jax.sharding.get_abstract_mesh(), jax.typeof(array).sharding.mesh
+    return any(size > 1 and kind != AxisType.Manual for mesh in meshes for size, kind in zip(mesh.axis_sizes, mesh.axis_types))
 
 
 def old_gpu() -> str:

@@ -64,7 +64,7 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
     check_floats(q_BHTK=q_BHTK, k_BGSK=k_BGSK, v_BGSV=v_BGSV)
     own = start_B is None and T == S and segments_BS is segments_BT
     if own or impl:
-        impl = platform.choose("softmax attention", impl, tuple(IMPLS), lambda impl: _refusal(impl, *arrays, own))
+        impl = platform.choose("softmax attention", impl, tuple(IMPLS), lambda impl: _refusal(impl, *arrays, own), q_BHTK)
     else:
         impl = "xla"        # a cache, or keys of others: nothing to tell of, no kernel here takes them
     if impl == "xla":
@@ -78,7 +78,7 @@ def _refusal(impl, q_BHTK, k_BGSK, v_BGSV, own) -> str:
     """Why the implementation cannot run here, or on these arrays; empty where it can. `own`: keys are the queries' tokens."""
     if impl == "xla":
         return ""
-    if reason := platform.refusal(impl):
+    if reason := platform.refusal(impl, q_BHTK):
         return reason
     if not own:
         return (f"T={q_BHTK.shape[2]} queries against S={k_BGSK.shape[2]} keys of a cache, or of other segments; the kernels "

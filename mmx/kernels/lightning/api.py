@@ -61,7 +61,7 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
     # A chunk moves the speed alone: a kernel that is picked takes the nearest that it can, one that is named the one asked for.
     given = impl
     impl = platform.choose("lightning attention", given, NAMES,
-                           lambda impl: refusal(impl, q_BHTK, v_BHTV, chunk if given else None))
+                           lambda impl: refusal(impl, q_BHTK, v_BHTV, chunk if given else None), q_BHTK)
     if given is None and impl == "gpu":
         chunk = gpu.nearest_chunk(q_BHTK, v_BHTV, chunk)
     return _attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV.astype(dtype), impl, chunk)
@@ -93,7 +93,7 @@ def refusal(impl, q_BHTK, v_BHTV, chunk=None) -> str:
     """Why the implementation cannot run here, or on these arrays; empty where it can."""
     if impl == "xla":
         return ""
-    if reason := platform.refusal("gpu" if impl == "triton" else impl):
+    if reason := platform.refusal("gpu" if impl == "triton" else impl, q_BHTK):
         return reason
     try:
         return _module(impl).refusal(q_BHTK, v_BHTV, chunk)

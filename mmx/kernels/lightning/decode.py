@@ -94,9 +94,9 @@ def decode(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live
     def refusal(impl):
         if impl == "xla":
             return ""
-        return (not interpret and platform.refusal(impl)) or _unfit(impl, q_BHK.dtype, K, V, interpret)
+        return (not interpret and platform.refusal(impl, state_BHKV)) or _unfit(impl, q_BHK.dtype, K, V, interpret)
 
-    impl = platform.choose("the decode step", impl, IMPLS, refusal)
+    impl = platform.choose("the decode step", impl, IMPLS, refusal, state_BHKV)
     args = q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, jnp.asarray(log_decay_H, wide), state_BHKV, live_B
     return _xla(*args, eps) if impl == "xla" else _kernel(*args, eps, impl, interpret)
 

@@ -35,6 +35,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from mmx.kernels.lightning import documents
+
 
 class Tile(NamedTuple):
     chunk: int      # tokens a program takes at a time
@@ -164,17 +166,8 @@ class Marks(NamedTuple):
 def _marks(segments_BT, plan):
     if segments_BT is None:
         return None
-    segments_BT = segments_BT.astype(jnp.int32)
-    T, chunk = plan.T, plan.tile.chunk
-    real_BT = segments_BT > 0
-    begin_B = jnp.argmax(real_BT, axis=1)
-    end_B = jnp.max(jnp.where(real_BT, jnp.arange(1, T + 1), begin_B[:, None]), axis=1)
-    # Documents only rise, so the state's is the largest so far; the given state belongs to the first real one.
-    first_B = jnp.min(jnp.where(real_BT, segments_BT, jnp.iinfo(jnp.int32).max), axis=1)
-    padded_BT = jnp.pad(segments_BT, ((0, 0), (0, -T % plan.span)))
-    last_BN = jax.lax.cummax(padded_BT.reshape(len(padded_BT), -1, chunk).max(2), axis=1)
-    documents_BN = jnp.maximum(jnp.pad(last_BN, ((0, 0), (1, 0))), first_B[:, None])
-    return Marks(segments_BT, jnp.stack([begin_B, end_B], 1).astype(jnp.int32), documents_BN)
+    spans_BT = jnp.pad(segments_BT, ((0, 0), (0, -plan.T % plan.span)))     # the last span's chunks all have a place
+    return Marks(segments_BT, documents.bounds(segments_BT), documents.between(spans_BT, plan.tile.chunk))
 
 
 def _carry(own_NBHKV, start_BHKV, log_decay_H, marks, plan, reverse):

@@ -40,6 +40,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from mmx.kernels.lightning import documents
+
 # Tokens a chunk and heads a step. Chosen 2026-11-23 by static schedule estimates of the TPU compiler (libtpu 0.0.42.1; cycles
 # without memory stalls; never run on a TPU) at B=1 H=64 T=8192 K=V=128 bf16: the fewer of 16 and 32 heads with which every
 # pass takes at most 0.95 of the time its bytes take from HBM on v5e, v5p and v6e. More heads hide more of a step's first
@@ -95,8 +97,8 @@ def _scan(queries, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk, 
     widths = (V, K)[:len(queries)]
     scalars, segments, segments_spec = (log_decay_H.astype(jnp.float32),), (), ()
     if segmented:
-        scalars += _documents(segments_BT, Q)
-        segments = (segments_BT.astype(jnp.int32)[:, None],)
+        scalars += documents.bounds(segments_BT), documents.between(segments_BT, Q)
+        segments = (segments_BT[:, None],)
         segments_spec = (pl.BlockSpec((1, 1, Q), lambda b, h, n, *_: (b, 0, N - 1 - n if down else n)),)
     arrays = *queries, k_BHTK, v_BHTV, state_BHKV
     *answers, state_BHKV = pl.pallas_call(
@@ -126,7 +128,7 @@ def _kernel(*refs, queries, T, down, segmented):
     """One chunk of some heads. Scalars; segments; queries, k, v, state; answers, last state; D and a."""
     refs = list(refs)
     take = lambda count: [refs.pop(0) for _ in range(count)]
-    log_decay_H, *documents = take(3 if segmented else 1)
+    log_decay_H, *marks = take(3 if segmented else 1)
     segments_ref = take(1)[0] if segmented else None
     query_refs = take(queries)
     k_ref, v_ref, initial_ref = take(3)
@@ -138,7 +140,7 @@ def _kernel(*refs, queries, T, down, segmented):
 
     def span(n):
         """The chunk's tokens within time."""
-        begin, end = (documents[0][b, 0], documents[0][b, 1]) if segmented else (0, T)
+        begin, end = (marks[0][b, 0], marks[0][b, 1]) if segmented else (0, T)
         return jnp.clip(begin - n * Q, 0, Q), jnp.clip(end - n * Q, 0, Q)
 
     s, e = span(n)
@@ -166,7 +168,7 @@ def _kernel(*refs, queries, T, down, segmented):
     age_1Q = jnp.maximum(j_1Q + 1 - s if down else e - 1 - j_1Q, 0).astype(jnp.float32)
     age_1V = jnp.full((1, V), e - s, jnp.int32).astype(jnp.float32)
     if segmented:
-        before, after = documents[1][b, n], documents[1][b, n + 1]
+        before, after = marks[1][b, n], marks[1][b, n + 1]
         enter, leave = (after, before) if down else (before, after)
         segments_1Q = segments_ref[0]
         segments_QQ = jnp.broadcast_to(segments_1Q, (Q, Q)).T
@@ -216,19 +218,6 @@ def _dot(x, y, x_axis, y_axis):
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision=precision,
                                preferred_element_type=jnp.float32)
-
-
-def _documents(segments_BT, Q):
-    """The span of time of each row, and the document that is open before each chunk and after the last."""
-    real_BT = segments_BT > 0
-    T = real_BT.shape[1]
-    begin_B = jnp.argmax(real_BT, axis=1)
-    end_B = jnp.max(jnp.where(real_BT, jnp.arange(1, T + 1), 0), axis=1)
-    first_B1 = jnp.min(jnp.where(real_BT, segments_BT, jnp.iinfo(segments_BT.dtype).max), axis=1, keepdims=True)
-    last_BN = jnp.pad(segments_BT, ((0, 0), (0, -T % Q))).reshape(len(segments_BT), -1, Q).max(2)
-    # Documents only rise, so the open one is the largest so far; the given state belongs to the first real one.
-    after_BN = jnp.maximum(jax.lax.cummax(last_BN, axis=1), first_B1)
-    return (jnp.stack([begin_B, end_B], 1).astype(jnp.int32), jnp.concatenate([first_B1, after_BN], 1).astype(jnp.int32))
 
 
 def _blocks(chunk, B, H, T, K, V, queries, itemsize, interpret):

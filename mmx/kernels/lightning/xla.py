@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.kernels import platform
+from mmx.kernels.lightning import documents
 
 
 class Chunks(NamedTuple):
@@ -114,24 +115,18 @@ def _put(x_BHTK, x_BHQK, n):
 
 
 def _chunks(log_decay_H, segments_BT, T, chunk):
-    begin_B1, end_B1 = jnp.zeros((1, 1), int), jnp.full((1, 1), T)
-    if segments_BT is not None:
-        begin_B1 = jnp.argmax(segments_BT > 0, axis=1, keepdims=True)
-        end_B1 = jnp.max(jnp.where(segments_BT > 0, jnp.arange(1, T + 1), 0), axis=1, keepdims=True)
+    bounds_B2 = jnp.array([[0, T]]) if segments_BT is None else documents.bounds(segments_BT)
     segments_BT = jnp.ones((1, T), jnp.int32) if segments_BT is None else segments_BT
+    documents_NB = documents.between(segments_BT, chunk).T
+    before_NB, after_NB = documents_NB[:-1], documents_NB[1:]
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, -T % chunk)))
     segments_NBQ = jnp.moveaxis(segments_BT.reshape(len(segments_BT), -1, chunk), 1, 0)
-    place_NB1 = jnp.arange(len(segments_NBQ))[:, None, None] * chunk
-    before_NB1, time_NBQ = (jnp.clip(place_NB1 + offset, begin_B1, jnp.maximum(begin_B1, end_B1))
-                            for offset in (0, jnp.arange(1, chunk + 1)))
-    time_NBQ = (time_NBQ - before_NB1).astype(log_decay_H.dtype)
-    total_NB1 = time_NBQ[:, :, -1:]
 
-    # Documents only rise, so the document that a chunk leaves behind is the largest so far; the given state belongs
-    # to the first real one.
-    first_B = jnp.min(jnp.where(segments_BT > 0, segments_BT, jnp.iinfo(segments_BT.dtype).max), axis=1)
-    after_NB = jnp.maximum(jax.lax.cummax(segments_NBQ.max(2)), first_B)
-    before_NB = jnp.concatenate([first_B[None], after_NB[:-1]])
+    place_NB1 = jnp.arange(len(segments_NBQ))[:, None, None] * chunk
+    begin_B1, end_B1 = jnp.split(bounds_B2, 2, axis=1)
+    start_NB1, time_NBQ = (jnp.clip(place_NB1 + offset, begin_B1, end_B1) for offset in (0, jnp.arange(1, chunk + 1)))
+    time_NBQ = (time_NBQ - start_NB1).astype(log_decay_H.dtype)
+    total_NB1 = time_NBQ[:, :, -1:]
 
     g_H1 = log_decay_H[:, None]
     from_state_NBQ = (segments_NBQ > 0) & (segments_NBQ == before_NB[..., None])
