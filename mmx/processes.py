@@ -177,7 +177,7 @@ def _run(run, alive: int, say: int):
     try:
         code = run()
     except BaseException as error:
-        if _of_runtime(error):      # perhaps a collective lost another process: then the runtime says which, and ends this
+        if _of_others(error):       # the runtime will say which, and end this process
             time.sleep(2 * HEARTBEAT)
         traceback.print_exc()
         code = 1
@@ -188,8 +188,10 @@ def _run(run, alive: int, say: int):
     os._exit(code)
 
 
-def _of_runtime(error: BaseException | None) -> bool:
-    return error is not None and (type(error).__name__ == "JaxRuntimeError" or _of_runtime(error.__context__))
+def _of_others(error: BaseException | None) -> bool:
+    """Whether an error may come of another process's end."""
+    return error is not None and (re.search("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED", str(error)) is not None
+                                  or _of_others(error.__context__))
 
 
 def _end_with_parent(alive: int):

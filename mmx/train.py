@@ -166,7 +166,10 @@ def _check_same(experiment: Experiment) -> None:
 
 def _first_process(seconds: float) -> float:
     """Process 0's clock, by which all agree when time is up and what the rate is."""
-    return float(multihost_utils.broadcast_one_to_all(np.float32(seconds))) if jax.process_count() > 1 else seconds
+    if jax.process_count() == 1:
+        return seconds
+    with jax.transfer_guard_host_to_device("allow"):
+        return float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
 
 
 def _global(sharding, x, hosts: int = 1):
