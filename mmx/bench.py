@@ -10,11 +10,14 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import re
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -27,7 +30,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from mmx import config
-from mmx.compilers import ptx, schedule
+from mmx.compilers import hlo, ptx, schedule
 from mmx.config import ConfigError
 from mmx.kernels.attention import softmax_attention
 from mmx.kernels.lightning import api, decode, lightning_attention
@@ -44,8 +47,7 @@ class Case(NamedTuple):
     documents: int
     bytes: int              # that have to move
     tpu: tuple[str, ...] = ("tpu", "xla")
-    # No XLA form: the registers of its many fusions, and of products that it leaves to a library, compare with nothing.
-    gpu: tuple[str, ...] = ("gpu", "triton")
+    gpu: tuple[str, ...] = ("gpu", "triton", "xla")
 
 
 def _tokens_bytes(T, arrays):
@@ -57,12 +59,17 @@ CASES = {
     "forward 32,768": Case("forward", 32_768, 0, _tokens_bytes(32_768, 4)),
     "forward 8,192, documents": Case("forward", 8_192, 1, _tokens_bytes(8_192, 4)),
     "forward and backward 8,192": Case("both", 8_192, 0, _tokens_bytes(8_192, 11)),
-    "decode, 64 sequences": Case("decode_step", 1, 0, STATES, gpu=("gpu",)),
-    "softmax 8,192": Case("softmax", 8_192, 0, _tokens_bytes(8_192, 4), ("splash",), ("flash",)),
+    "decode, 64 sequences": Case("decode_step", 1, 0, STATES, gpu=("gpu", "xla")),
+    "softmax 8,192": Case("softmax", 8_192, 0, _tokens_bytes(8_192, 4), ("splash",), ("flash", "xla")),
     "layer 8,192": Case("layer", 8_192, 0, 0, ("fused", "apart"), ()),
 }
 GPUS = {"h100": "h100", "h20": "h100", "a100": "a100"}       # H20 has H100's SMs, fewer of them
 CHIPS = [*schedule.CHIPS, *GPUS]
+TPU_COLUMNS = ("chip", "case", "impl", "static us", "HBM floor us", "static / floor", "MXU busy", "VMEM MiB", "spills",
+               "HBM temporaries MiB", "GB moved", "moved / floor")
+GPU_COLUMNS = ("chip", "case", "impl", "kernel", "registers", "spills", "shared B", "CTAs", "tensor-core instructions", "tf32",
+               "GB moved", "moved / floor", "faults")
+GPU = threading.Lock()      # jax-triton keeps what it has compiled, and where it writes, for the whole process
 LENGTHS = "1024,2048,4096,8192,16384,32768,65536,131072"
 LIMIT = 20.0            # seconds: an implementation that would take longer at the next length is not asked
 RUNS = 5                # at least, behind two to compile and warm up
@@ -162,9 +169,11 @@ def kernels(chips, as_json: bool, live: bool = False, lengths: str | None = None
             raise ConfigError(f"--chip {chip}: known are {', '.join(CHIPS)}")
         if reasons[chip]:
             raise ConfigError(f"--chip {chip}: {reasons[chip]}")
-    work = [(chip, name) for chip in chips for name in CASES]
-    rows = [row for chip, name in tqdm(work, "compiling", disable=None)
-            for row in (_gpu if chip in GPUS else _tpu)(chip, name)]
+    forms = [(chip, name, impl) for chip in chips for name, case in CASES.items()
+             for impl in (case.gpu if chip in GPUS else case.tpu)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:        # a TPU form is compiled in a process of its own
+        found = pool.map(lambda form: (_gpu if form[0] in GPUS else _tpu)(*form), forms)
+        rows = [row for some in tqdm(found, "compiling", len(forms), disable=None) for row in some]
     faults = [f"{row['chip']}, {row['case']}: {fault}" for row in rows for fault in row.get("faults", ())]
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -181,42 +190,58 @@ def _tables(rows):
         print(f"{fused['chip']}, {fused['case']}: with SiLU, norm and gate apart {apart['GB moved']} GB, fused in "
               f"{fused['GB moved']} GB, saved {apart['GB moved'] - fused['GB moved']:.2f} GB")
     gpus = [{name: x for name, x in row.items() if name != "faults"} for row in rows if row["chip"] in GPUS]
-    _show(gpus, "compiled resources of the GPU kernels")
+    _show(gpus, "compiled resources of the GPU kernels",
+          "GB moved: each operation's operands and results once, of what it slices the slice. XLA's form is told as a whole: "
+          "the registers of its many fusions, and of products left to a library, compare with nothing.")
 
 
-def _tpu(chip, name):
+def _tpu(chip, name, impl):
     case = CASES[name]
+    what = f"mmx.bench:{case.function}:{impl}:{case.tokens}:{case.documents}"
+    row = dict.fromkeys(TPU_COLUMNS) | {"chip": chip, "case": name, "impl": impl}
+    if case.function == "layer":        # its large products' cycles come out below the matrix units' own limit: not told
+        temporaries, moved = schedule.memory(what, chip)
+        return [row | {"HBM temporaries MiB": temporaries >> 20, "GB moved": round(moved / 1e9, 2)}]
     floor = case.bytes / schedule.CHIPS[chip].bandwidth * 1e6
-    for impl in case.tpu:
-        cost = schedule.cost(f"mmx.bench:{case.function}:{impl}:{case.tokens}:{case.documents}", chip)
-        # What XLA's loops move is counted once a loop, so it is told of programs without one. The cycles of the layer's large
-        # products come out below the matrix units' own limit, so they are not told.
-        straight, timed = impl == "tpu" or case.function in ("decode_step", "layer"), case.function != "layer"
-        yield {"chip": chip, "case": name, "impl": impl, "static us": round(cost.us) if timed else None,
-               "HBM floor us": round(floor) if timed else None, "static / floor": round(cost.us / floor, 2) if timed else None,
-               "MXU busy": f"{cost.mxu:.0%}" if timed else None,
-               "VMEM MiB": round(cost.vmem / 2 ** 20, 1), "spills": cost.spills, "HBM temporaries MiB": cost.temporaries >> 20,
-               "GB moved": round(cost.bytes / 1e9, 2) if straight else None,
-               "moved / floor": round(cost.bytes / case.bytes, 2) if straight and case.bytes else None}
+    cost = schedule.cost(what, chip)
+    # What XLA's loops move is counted once a loop, so it is told of programs without one.
+    straight = impl == "tpu" or case.function == "decode_step"
+    return [row | {"static us": round(cost.us), "HBM floor us": round(floor), "static / floor": round(cost.us / floor, 2),
+                   "MXU busy": f"{cost.mxu:.0%}", "VMEM MiB": round(cost.vmem / 2 ** 20, 1), "spills": cost.spills,
+                   "HBM temporaries MiB": cost.temporaries >> 20, "GB moved": round(cost.bytes / 1e9, 2) if straight else None,
+                   "moved / floor": round(cost.bytes / case.bytes, 2) if straight else None}]
 
 
-def _gpu(chip, name):
+def _gpu(chip, name, impl):
+    """Rows of the kernels with tensor cores or a state, and one of all that runs."""
+    if impl == "triton" and not importlib.util.find_spec("jax_triton"):
+        return []
+    target, case = GPUS[chip], CASES[name]
+    with GPU:
+        compiled, (moved, launches) = _compiled(target, name, impl)
+    rows = []
+    for kernel, cost in compiled.items() if impl != "xla" else ():
+        if cost.tensor or any(part in kernel for part in ("carry", "decode")):
+            short = kernel.partition(" ")[0]
+            rows.append({"kernel": short, "registers": cost.registers, "spills": cost.spills, "shared B": cost.shared,
+                         "CTAs": cost.ctas, "tensor-core instructions": cost.tensor, "tf32": cost.tf32,
+                         "faults": ptx.faults({short: cost}, target)})
+    # Softmax reads keys and values once a block of queries: how much of that the L2 cache saves, HLO does not say.
+    known = case.function != "softmax"
+    rows.append({"kernel": f"all, {launches} launches", "GB moved": round(moved / 1e9, 2) if known else None,
+                 "moved / floor": round(moved / case.bytes, 2) if known else None})
+    return [dict.fromkeys(GPU_COLUMNS) | {"chip": chip, "case": name, "impl": impl, "faults": []} | row for row in rows]
+
+
+@functools.cache
+def _compiled(target, name, impl):
     case = CASES[name]
-    for impl in case.gpu:
-        if impl == "triton" and not importlib.util.find_spec("jax_triton"):
-            continue
-        run, shapes = globals()[case.function](impl, case.tokens, case.documents)
-        compiled = _triton_resources(run, shapes, chip) if impl == "triton" else ptx.resources(run, *shapes, chip=GPUS[chip])
-        for kernel, cost in compiled.items():
-            if cost.tensor or any(part in kernel for part in ("carry", "decode")):
-                short = kernel.partition(" ")[0]
-                yield {"chip": chip, "case": name, "impl": impl, "kernel": short,
-                       "registers": cost.registers, "spills": cost.spills, "shared B": cost.shared, "CTAs": cost.ctas,
-                       "tensor-core instructions": cost.tensor, "tf32": cost.tf32,
-                       "faults": ptx.faults({short: cost}, GPUS[chip])}
+    run, shapes = globals()[case.function](impl, case.tokens, case.documents)
+    kernels, text = (_triton_program if impl == "triton" else ptx.program)(run, *shapes, chip=target)
+    return kernels, hlo.moved(text)
 
 
-def _triton_resources(run, shapes, chip):
+def _triton_program(run, *shapes, chip):
     """jax-triton compiles its kernels itself, and writes them where it is told to; their grids only its caller knows."""
     import jax_triton
     call, grids = jax_triton.triton_call, {}
@@ -227,9 +252,9 @@ def _triton_resources(run, shapes, chip):
     with (tempfile.TemporaryDirectory() as folder, mock.patch.object(jax_triton, "triton_call", recorded),
           mock.patch.multiple(      # what it has compiled before it writes no more
               jax_triton.triton_lib, _JAX_TRITON_DUMP_DIR=folder, _COMPILED_KERNEL_CACHE={})):
-        ptx.resources(run, *shapes, chip=GPUS[chip])
-        return {name: cost._replace(ctas=grids[name.partition(" ")[0]])
-                for name, cost in ptx.dumped(folder, GPUS[chip]).items()}
+        kernels, text = ptx.program(run, *shapes, chip=chip)
+        return kernels | {name: cost._replace(ctas=grids[name.partition(" ")[0]])
+                          for name, cost in ptx.dumped(folder, chip).items()}, text
 
 
 def _timed(lengths, out, as_json):
@@ -307,9 +332,9 @@ def _plot(rows, path):
     return path
 
 
-def _show(rows, title):
+def _show(rows, title, note=None):
     if rows:
-        table = Table(*rows[0], title=title)
+        table = Table(*rows[0], title=title, caption=note)
         for row in rows:
             table.add_row(*("" if x is None else f"{x:,}" if isinstance(x, int) and not isinstance(x, bool) else str(x)
                             for x in row.values()))

@@ -22,6 +22,33 @@ ENTRY %main (x: s32[]) -> s32[] {
   ROOT %last = s32[] fusion(%loop), kind=kLoop
 }
 """
+SLICES = """
+%rows (x: f32[7,1024], y: f32[7,1024], n: s32[]) -> f32[7,1024] {
+  %x = f32[7,1024]{1,0} parameter(0)
+  %n = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %row = f32[1,1024]{1,0} dynamic-slice(%x, %n, %zero), dynamic_slice_sizes={1,1024}
+  %y = f32[7,1024]{1,0} parameter(1)
+  ROOT %put = f32[7,1024]{1,0} dynamic-update-slice(%y, %row, %n, %zero)
+}
+%body (all: (s32[], f32[7,1024], f32[7,1024])) -> (s32[], f32[7,1024], f32[7,1024]) {
+  %all = (s32[], f32[7,1024], f32[7,1024]) parameter(0)
+  %n = s32[] get-tuple-element(%all), index=0
+  %x = f32[7,1024]{1,0} get-tuple-element(%all), index=1
+  %y = f32[7,1024]{1,0} get-tuple-element(%all), index=2
+  %new = f32[7,1024]{1,0} fusion(%x, %y, %n), kind=kLoop, calls=%rows
+  ROOT %next = (s32[], f32[7,1024], f32[7,1024]) tuple(%n, %x, %new)
+}
+%condition (all: (s32[], f32[7,1024], f32[7,1024])) -> pred[] {
+  %bound = s32[] constant(7)
+}
+ENTRY %main (x: (s32[], f32[7,1024], f32[7,1024])) -> f32[1024] {
+  %x = (s32[], f32[7,1024], f32[7,1024]) parameter(0)
+  %loop = (s32[], f32[7,1024], f32[7,1024]) while(%x), condition=%condition, body=%body
+  %y = f32[7,1024]{1,0} get-tuple-element(%loop), index=2
+  ROOT %sum = f32[1024]{0} reduce(%y), dimensions={0}
+}
+"""
 MODULE = """
 import jax, jax.numpy as jnp
 def products(times):
@@ -31,12 +58,18 @@ def products(times):
 
 
 @functools.cache
-def rows(chip, name):
-    return list(bench._tpu(chip, name))
+def row(chip, name, impl):
+    row, = bench._tpu(chip, name, impl)
+    return row
 
 
 def test_operations_in_loops_count_as_often_as_they_run():
     assert hlo.operations(HLO) == [("inner", 7), ("last", 1)]
+
+
+def test_bytes_moved_are_those_of_slices_and_of_loops():
+    """What runs 7 times takes a number and a row of 4 KB, and puts a row into the result; the sum takes 28 KB and gives 4."""
+    assert hlo.moved(SLICES) == (7 * (4 + 4096 + 4096) + 8 * 4096, 8)
 
 
 def test_chips_that_are_not_known(capsys):
@@ -73,7 +106,7 @@ def test_flags_that_would_do_nothing(flags, said, capsys):
 def test_a_fault_is_told_and_fails_the_command(capsys, monkeypatch):
     kernel = bench.ptx.Kernel(registers=255, spills=72, shared=1024, ctas=8, threads=128, tensor=4, tf32=False)
     monkeypatch.setattr(bench.ptx, "missing", str)
-    monkeypatch.setattr(bench.ptx, "resources", lambda *args, chip: {"output_kernel": kernel})
+    monkeypatch.setattr(bench.ptx, "program", lambda *args, chip: ({"output_kernel": kernel}, SLICES))
     monkeypatch.setattr(bench, "CASES", {"softmax 8,192": bench.CASES["softmax 8,192"]})
     assert cli.main(["bench", "kernels", "--chip", "a100"]) == 1
     assert capsys.readouterr().err.endswith(
@@ -84,32 +117,30 @@ def test_a_fault_is_told_and_fails_the_command(capsys, monkeypatch):
 def test_cycles_of_products_are_those_of_the_matrix_units(tmp_path, monkeypatch):
     (tmp_path / "known_length.py").write_text(MODULE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    one, five = (schedule.cost(f"known_length:products:{times}", "v5p") for times in (1, 5))
-    assert math.isclose(one.us, 2 * 4096 ** 3 / 4.59e14 * 1e6, rel_tol=0.1)
-    assert math.isclose(five.us, 5 * one.us, rel_tol=0.05)
+    five = schedule.cost("known_length:products:5", "v5p")
+    assert math.isclose(five.us, 5 * 2 * 4096 ** 3 / 4.59e14 * 1e6, rel_tol=0.1)
 
 
 @needs_compiler
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
 def test_forward_leaves_memory_the_only_limit(chip):
-    row, xla = rows(chip, "forward 8,192")
-    assert row["static / floor"] <= 0.95 and row["HBM temporaries MiB"] == 0 and xla["static us"] > 2 * row["static us"]
-    assert row["moved / floor"] <= 1.05
+    ours = row(chip, "forward 8,192", "tpu")
+    assert ours["static / floor"] <= 0.95 and ours["HBM temporaries MiB"] == 0 and ours["moved / floor"] <= 1.05
 
 
 @needs_compiler
-def test_time_is_linear_and_documents_cost_little(monkeypatch):
-    others = "forward 32,768", "forward 8,192, documents", "forward and backward 8,192"
-    monkeypatch.setattr(bench, "CASES", bench.CASES | {name: bench.CASES[name]._replace(tpu=("tpu",)) for name in others})
-    us = {name: rows("v5p", name)[0]["static us"] for name in ("forward 8,192", *others)}
-    one, four, documents, both = us.values()
-    assert four <= 4.05 * one and documents <= 1.15 * one and both <= 1000, us
+def test_time_is_linear_documents_cost_little_and_xla_takes_twice_as_long():
+    one, four, documents, both = (row("v5p", f"forward {case}", "tpu")["static us"] for case in (
+        "8,192", "32,768", "8,192, documents", "and backward 8,192"))
+    assert four <= 4.05 * one and documents <= 1.15 * one and both <= 1000, (one, four, documents, both)
+    assert row("v5p", "forward 8,192", "xla")["static us"] > 2 * one
 
 
 @needs_compiler
 def test_command_prints_json(capsys, monkeypatch):
     monkeypatch.setattr(bench, "CASES", {"forward 8,192": bench.CASES["forward 8,192"]})
-    monkeypatch.setattr(bench, "_tpu", rows)
+    compiled = [row("v5p", "forward 8,192", impl) for impl in ("tpu", "xla")]
+    monkeypatch.setattr(bench, "_tpu", lambda chip, name, impl: [row for row in compiled if row["impl"] == impl])
     assert cli.main(["bench", "kernels", "--chip", "v5p", "--json"]) == 0
     assert [row["impl"] for row in json.loads(capsys.readouterr().out)] == ["tpu", "xla"]
 
@@ -127,6 +158,14 @@ def test_the_layer_moves_what_its_products_and_attention_take(tmp_path, monkeypa
 
 @pytest.mark.skipif(bool(bench.ptx.missing()), reason=bench.ptx.missing())
 def test_gpu_kernels_and_those_of_triton():
-    compiled = list(bench._gpu("h100", "forward 8,192"))
-    assert {row["impl"] for row in compiled} == {"gpu", *(["triton"] if importlib.util.find_spec("jax_triton") else [])}
-    assert all(row["registers"] and row["CTAs"] >= 132 and not row["faults"] for row in compiled)
+    for impl in ("gpu", *(["triton"] if importlib.util.find_spec("jax_triton") else [])):
+        *kernels, whole = bench._gpu("h100", "forward 8,192", impl)
+        assert all(row["registers"] and row["CTAs"] >= 132 and not row["faults"] for row in kernels) and len(kernels) == 3
+        assert whole["moved / floor"] <= 1.8
+
+
+@pytest.mark.skipif(bool(bench.ptx.missing()), reason=bench.ptx.missing())
+@pytest.mark.parametrize("name, most, xla", [("forward and backward 8,192", 2.1, 10), ("decode, 64 sequences", 1.1, 1)])
+def test_bytes_moved_on_gpu(name, most, xla):
+    assert bench._gpu("h100", name, "gpu")[-1]["moved / floor"] <= most
+    assert bench._gpu("h100", name, "xla")[-1]["moved / floor"] >= xla

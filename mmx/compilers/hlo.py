@@ -18,6 +18,7 @@ SHARE = {       # what a device receives over a group of X, in bytes of its resu
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
          "s64": 8, "u64": 8}
 KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call")
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")     # move nothing
 
 
 class Operation(NamedTuple):
@@ -79,6 +80,52 @@ def analyse(text: str, axes: dict[str, int]) -> Program:
 def operations(text: str):
     """(name, times) of the operations that run, those in while loops as often as the loop does."""
     return [(op.name, op.times) for op in _walk(*_computations(text)) if op.body == op.scheduled]
+
+
+def moved(text: str) -> tuple[int, int]:
+    """The bytes that operations read and write, and how many run. Every operand and result counts once, whatever reads it
+    how often; one that is sliced, or updated in its place, by its slice."""
+    bodies, entry = _computations(text)
+    runs = [op for op in _walk(bodies, entry) if op.body == op.scheduled and op.kind not in FREE]
+    return sum(op.times * _traffic(op, bodies) for op in runs), sum(op.times for op in runs)
+
+
+def _traffic(op, bodies) -> int:
+    if op.kind == "fusion":
+        inside = bodies[_called(op.kind, op.rest)[0]]
+    else:       # by itself, on parameters
+        inside = [(name, "parameter", result, "") for name, _, result, _ in bodies[op.body] if name in _names(op.rest)]
+        inside += [(op.name, op.kind, op.result, op.rest)]
+    types = {name: result for name, _, result, _ in inside}
+
+    def read(name):
+        total = 0
+        for _, kind, result, rest in inside:
+            operands = _names(rest)
+            if kind == "parameter" or name not in operands:
+                continue
+            if kind in ("dynamic-slice", "slice"):
+                total += _size(result)
+            elif kind != "dynamic-update-slice" or operands[0] != name:
+                return _size(types[name])
+        return total
+
+    def written(name):
+        kind, rest = next((kind, rest) for other, kind, _, rest in inside if other == name)
+        if kind == "tuple":
+            return sum(map(written, _names(rest)))
+        return _size(types[_names(rest)[1]] if kind == "dynamic-update-slice" else types[name])
+    return sum(read(name) for name, kind, _, _ in inside if kind == "parameter") + written(inside[-1][0])
+
+
+def _names(rest):
+    """Of an operation's operands."""
+    return re.findall(r"%([\w.\-<>]+)", rest.partition(")")[0])
+
+
+def _size(result):
+    """Bytes; s8 arrays are the workspace of a library's products."""
+    return sum(BYTES.get(dtype, 1) * math.prod(shape) for dtype, shape in _arrays(result) if dtype != "s8")
 
 
 def _computations(text):

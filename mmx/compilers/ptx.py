@@ -42,14 +42,20 @@ def missing() -> str:
 
 def resources(function, *args, chip: str) -> dict[str, Kernel]:
     """Compiles `function` for `chip`, on args that have a shape and a dtype; its kernels by name."""
+    return program(function, *args, chip=chip)[0]
+
+
+def program(function, *args, chip: str) -> tuple[dict[str, Kernel], str]:
+    """Its kernels, and its HLO."""
     mesh = _mesh(chip)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), args)
     with tempfile.TemporaryDirectory() as dump:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",))
-            lowered.compile(compiler_options={"xla_dump_to": dump, "xla_gpu_autotune_level": 0,
-                                              "xla_backend_optimization_level": 3})
+            function = function if hasattr(function, "trace") else jax.jit(function)       # one that donates is jitted
+            lowered = function.trace(*args).lower(lowering_platforms=("cuda",))
+            compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_gpu_autotune_level": 0,
+                                                         "xla_backend_optimization_level": 3})
         plan = "".join(Path(p).read_text() for p in glob.glob(f"{dump}/*thunk_sequence.txt"))
         sizes = r"\[(\d+), (\d+), (\d+)\]"
         launches = re.findall(rf"(\S+) grid: {sizes} threads: {sizes}\s+shared_memory: (\d+)", plan)
@@ -61,7 +67,7 @@ def resources(function, *args, chip: str) -> dict[str, Kernel]:
         x, y, z, tx, ty, tz, shared = map(int, numbers)
         registers, spills, tensor, tf32 = assembled[name]
         kernels[name] = Kernel(registers, spills, shared, x * y * z, tx * ty * tz, tensor, tf32)
-    return kernels
+    return kernels, compiled.as_text()
 
 
 def dumped(folder, chip: str) -> dict[str, Kernel]:

@@ -58,12 +58,7 @@ def cost(case: str, chip: str) -> Cost:
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder, "dump")
         flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
-        env = os.environ | {"LIBTPU_INIT_ARGS": flags, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1",
-                            "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": ""}
-        run = subprocess.run([sys.executable, "-m", "mmx.compilers.schedule", case, chip, folder], env=env,
-                             capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(f"{case} does not compile for {chip}: {run.stderr.strip().splitlines()[-1]}")
+        memory = _run(case, chip, folder, flags)
         kernels = {name: kernel for name, kernel in map(_kernel, glob.glob(f"{dump}/*pre-delay*-per-bundle-utilization.txt"))
                    if kernel}
         # A Pallas kernel that is called twice is compiled and dumped once, under the name of one of its calls.
@@ -71,12 +66,28 @@ def cost(case: str, chip: str) -> Cost:
         found = [(kernels.get(name) or called.get(name.partition(".")[0]), times)
                  for name, times in hlo.operations(Path(folder, "hlo").read_text())]
         done = [(kernel, times) for kernel, times in found if kernel]
-        memory = json.loads(Path(folder, "memory").read_text())
     total = lambda what: sum(what(kernel) * times for kernel, times in done)
     cycles = total(lambda k: k.cycles)
     scale = 1e3 * CHIPS[chip].clock
     return Cost(cycles / scale, total(lambda k: k.mxu) / max(cycles, 1),
                 max((k.vmem for k, _ in done), default=0), sum(k.spills for k, _ in done), *memory)
+
+
+def memory(case: str, chip: str) -> tuple[int, int]:
+    """The last two of `cost` alone; without the schedule, which takes minutes to write for large products."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _run(case, chip, folder)
+
+
+def _run(case, chip, folder, flags=""):
+    """Compiles in a process of its own; returns bytes of temporaries, and bytes moved."""
+    env = os.environ | {"LIBTPU_INIT_ARGS": flags, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1",
+                        "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": ""}
+    run = subprocess.run([sys.executable, "-m", "mmx.compilers.schedule", case, chip, folder], env=env,
+                         capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{case} does not compile for {chip}: {run.stderr.strip().splitlines()[-1]}")
+    return json.loads(Path(folder, "memory").read_text())
 
 
 def _compile(case: str, chip: str, folder: str):

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import triton.language as tl
-from lightning_cases import assert_close, case
+from lightning_cases import SLOPES, assert_close, case
 from test_lightning_in_model import compare
 from triton.runtime import interpreter
 
@@ -77,11 +77,11 @@ def mended(monkeypatch):
     monkeypatch.setattr(triton.jax_triton, "triton_call", triton_call)
 
 
-@pytest.mark.parametrize("T, K, V, dtype, segmented, chunk", [
-    (1, 16, 32, "float32", True, None), (17, 128, 16, "bfloat16", True, None), (300, 16, 32, "float32", True, 64),
-    (600, 16, 16, "float32", False, 32)])
-def test_against_recurrence(T, K, V, dtype, segmented, chunk):
-    args, cotangents, *shared, want = case(T, K, V, dtype, segmented)
+@pytest.mark.parametrize("T, K, V, dtype, segmented, chunk, slopes", [
+    (1, 16, 32, "float32", True, None, SLOPES), (17, 128, 16, "bfloat16", True, None, SLOPES),
+    (300, 16, 32, "float32", True, 64, (1.0, 4e-8)), (600, 16, 16, "float32", False, 32, SLOPES)])
+def test_against_recurrence(T, K, V, dtype, segmented, chunk, slopes):
+    args, cotangents, *shared, want = case(T, K, V, dtype, segmented, slopes)
     *qkv, state = args
     got = (triton.forward(*qkv, *shared, state, chunk, interpret=True)
            + triton.backward(*qkv, *shared, state, *cotangents, chunk, interpret=True))

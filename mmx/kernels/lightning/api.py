@@ -28,7 +28,7 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
       segments_BT: ints. Documents count upwards from 1 along T, and a token sees its own document alone; 0 is
         padding, which brings nothing and reads zero. Padding between real tokens decays the state as they do, padding
         at either end is skipped. None: one document, no padding. Documents that go back are an error, under jit one
-        of `checkify.checkify`.
+        of `checkify.checkify`; without it the row's results are NaN.
       state_BHKV: the state before the first token, whose document it continues; None: zeros.
       impl: "xla"; "tpu" and "gpu", Pallas kernels; "triton", the GPU's through jax-triton; None picks one of the first
         three by platform, chip, dtype and shape. A named one runs or raises NotImplementedError with the reason.
@@ -51,11 +51,12 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
     if segments_BT is not None:
         check(segments_BT, "BT", "segments_BT", B=B, T=T)
         segments_BT = as_int32(segments_BT, "segments_BT")
-        _check_documents(segments_BT)
     if state_BHKV is None:
         state_BHKV = jnp.zeros((B, H, K, v_BHTV.shape[3]), dtype)
     check(state_BHKV, "BHKV", "state_BHKV", B=B, H=H, K=K, V=v_BHTV.shape[3])
     check_floats(state_BHKV=state_BHKV)
+    if segments_BT is not None:     # where nobody asks checkify there is no wrong answer: NaN in the state reaches every token
+        state_BHKV = jnp.where(_rise(segments_BT)[:, None, None, None], state_BHKV, jnp.nan)
     if chunk is not None and (not isinstance(chunk, (int, np.integer)) or chunk < 1):
         raise ValueError(f"chunk={chunk!r} must be a whole number, 1 at least")
     # A chunk moves the speed alone: a kernel that is picked takes the nearest that it can, one that is named the one asked for.
@@ -76,17 +77,18 @@ def check_log_decay(log_decay_H, H: int) -> None:
         raise ValueError(f"log_decay_H reaches {np.asarray(log_decay_H).max()}; it is minus the slope and must not be positive")
 
 
-def _check_documents(segments_BT):
+def _rise(segments_BT):
+    """Of each row whether its documents count upwards; where they are known an error unless they do, else a check."""
     concrete = not isinstance(segments_BT, jax.core.Tracer)
     segments_BT = np.asarray(segments_BT) if concrete else segments_BT      # a known jax.Array too: jit would trace its sums
-    numbers = np if concrete else jnp
     latest_BT = np.maximum.accumulate(segments_BT, axis=1) if concrete else jax.lax.cummax(segments_BT, axis=1)
-    rise = numbers.all((segments_BT == 0) | (segments_BT == latest_BT)) & numbers.all(segments_BT >= 0)
+    rise_B = ((segments_BT == 0) | ((segments_BT == latest_BT) & (segments_BT > 0))).all(axis=1)
     message = "segments_BT must count documents upwards along T, with 0 for padding: sort each row's documents"
     if not concrete:
-        checkify.debug_check(rise, message)
-    elif not rise:
+        checkify.debug_check(rise_B.all(), message)
+    elif not rise_B.all():
         raise ValueError(message)
+    return rise_B
 
 
 def refusal(impl, q_BHTK, v_BHTV, chunk=None) -> str:
