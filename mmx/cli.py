@@ -68,6 +68,8 @@ def _told(run, args) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:        # a full disk, a file in a folder's place
+        if isinstance(error, TimeoutError) and not error.errno:     # Orbax's, where it waited for another process
+            raise
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)

@@ -5,6 +5,7 @@ and its parent, which holds no JAX, reads that page and says it in a line. The p
 preemption service listens: it lets all processes stop at the same step.
 """
 import collections
+import contextlib
 import dataclasses
 import glob
 import json
@@ -29,6 +30,7 @@ PODS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 LINE = re.compile(r"([IWEF])\d{4} [\d:.]+ +\d+ (\w+)\.\w+:\d+\] |[A-Z]+:(absl):")        # native code's, Orbax's
 RUNTIME = {"absl", "client", "service", "coordination_service", "coordination_service_agent", "preemption_notifier",
            "preemption_sync_manager"}
+OTHERS = re.compile("Gloo|NCCL|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED")
 NOISE = "[Gloo] ", "WARNING: All log messages before absl::InitializeLog"
 
 
@@ -127,7 +129,7 @@ def _call(world: World, port: int, until: float) -> str:
     if absent and not problem:
         problem = f"{_of(absent)} of {world.processes} did not come to {world.coordinator} in {world.timeout} s"
     for connection in connections:
-        with connection:
+        with connection, contextlib.suppress(OSError):      # it may have died meanwhile
             connection.sendall(f"{problem}\n".encode())
     return problem
 
@@ -190,8 +192,7 @@ def _run(run, alive: int, say: int):
 
 def _of_others(error: BaseException | None) -> bool:
     """Whether an error may come of another process's end."""
-    return error is not None and (re.search("Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED", str(error)) is not None
-                                  or _of_others(error.__context__))
+    return error is not None and (bool(OTHERS.search(str(error))) or _of_others(error.__context__))
 
 
 def _end_with_parent(alive: int):
@@ -199,7 +200,7 @@ def _end_with_parent(alive: int):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _watch(world: World, child: int, said: int) -> int:
+def _watch(world: World, child: int, log: int) -> int:
     """The parent: hands signals on, waits, and gives the verdict."""
     asked, held = [], collections.deque(maxlen=200)
 
@@ -209,7 +210,7 @@ def _watch(world: World, child: int, said: int) -> int:
         if number == signal.SIGINT:
             os.write(2, b"\nstopping: all processes end after one step and save it; Ctrl-C once more quits at once\n")
 
-    reader = threading.Thread(target=_pass_on, args=(said, held), daemon=True)
+    reader = threading.Thread(target=_pass_on, args=(log, held), daemon=True)
     reader.start()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, hand_on)
@@ -217,7 +218,11 @@ def _watch(world: World, child: int, said: int) -> int:
     reader.join(1)      # a grandchild may hold the other end
     if code >= 0 or signal.SIGINT in asked:
         return 130 if signal.SIGINT in asked else code
-    gone = _gone(world, "".join(held))
+    said = "".join(held)
+    if "RegisterTask" in said:
+        print(f"mmx: not all processes came to {world.where} in {world.timeout} s", file=sys.stderr)
+        return 2
+    gone = _gone(said)
     print(*([] if gone else held), sep="", file=sys.stderr)     # ends the progress bar's line, too
     print(f"mmx: {gone or f'ended by {signal.Signals(-code).name}'}", file=sys.stderr)
     return DEAD if gone else 128 - code
@@ -237,14 +242,12 @@ def _pass_on(said: int, held):
                 print(line, end="", file=sys.stderr)
 
 
-def _gone(world: World, said: str) -> str:
+def _gone(said: str) -> str:
     """Which process is gone, by what the runtime said when it ended this one."""
     if match := re.search(r"stopped sending heartbeats\):([\d\s,]+)", said):
         who = f"{_of(re.findall(r'[0-9]+', match[1]))} died: no sign of life for {HEARTBEAT} s"
     elif match := re.search(r"first task at the barrier: (\d+)", said):
         who = f"process {match[1]} ended before the others, as it says itself"
-    elif "RegisterTask" in said:
-        return f"not all processes came to {world.where} in {world.timeout} s"
     elif "Failed to send RPC" in said:
         who = "process 0, the coordinator, died or left"
     else:

@@ -75,11 +75,12 @@ def by_hand(command, count, which=None, port=None, timeout=300):
                    "--timeout", str(timeout)]) for process in (range(count) if which is None else which)]
 
 
-def by_slurm(command, count):
+def by_slurm(command, count, which=None):
     """The processes of one run, as srun starts them."""
     job = free_port(65535 - 4095) - (65535 - 4095)      # by which JAX picks the port
     return [start(command, {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count),
-                            "SLURM_PROCID": str(process), "SLURM_LOCALID": str(process)}) for process in range(count)]
+                            "SLURM_PROCID": str(process), "SLURM_LOCALID": str(process)})
+            for process in (range(count) if which is None else which)]
 
 
 def ended(started, within):
@@ -192,6 +193,12 @@ def test_processes_that_do_not_meet(count, which, within, told, place):
     for code, out, lines in ended(started, 30):
         assert code == 2 and out == "" and len(lines) == 1 and re.fullmatch(f"mmx: {told}", lines[0]), lines
     assert not (place / "never").exists()
+
+
+def test_processes_that_slurm_does_not_start(place):
+    (code, out, lines), = ended(by_slurm([*arguments(place, "never", {}), "--timeout", "1"], 2, (0,)), 60)
+    assert (code, out) == (2, "")
+    assert lines == ["mmx: not all processes came to the coordinator of SLURM_STEP_NODELIST=localhost in 1 s"]
 
 
 @pytest.mark.parametrize("edp, rates, told", [
