@@ -98,7 +98,7 @@ def ended(started, within):
     return found
 
 
-def wait_for(workdir, step, started, within=200):
+def wait_for(workdir, step, started, within=600):
     until = time.monotonic() + within
     while not any(r["step"] >= step for r in metrics.read(workdir)):
         assert time.monotonic() < until and all(process.poll() is None for process in started), ended(started, 5)
@@ -135,19 +135,19 @@ def two(place):
     started = by_hand(arguments(place, "two", {"edp": 2, "ep": 2, "seq": 2}), 2)
     wait_for(place / "two", STEPS, started)
     started[1].send_signal(signal.SIGTERM)
-    return place / "two", ended(started, 60)
+    return place / "two", ended(started, 240)
 
 
 @pytest.fixture(scope="module")
 def four(two, place):
     """Four processes of two devices go on, and halves of the same rows are in two; one is killed on the way: the workdir,
-    and how they ended within a minute of it."""
+    and how they ended: within a minute of it, two where other work shares the cores."""
     resumed(two, place, "four")
     options = {"checkpoint.every": STEPS, "train.eval_every": 0}
     started = by_slurm(arguments(place, "four", {"edp": 2, "etp": 2, "seq": 2}, **options), 4)
     wait_for(place / "four", STEPS, started)
     started[2].kill()
-    return place / "four", ThreadPoolExecutor(1).submit(ended, started, 60)
+    return place / "four", ThreadPoolExecutor(1).submit(ended, started, 120)
 
 
 def resumed(two, place, name):
@@ -187,18 +187,18 @@ def test_one_process_goes_on(mesh, two, whole, place):
 
 
 @pytest.mark.parametrize("count, which, within, told", [
-    (3, (0, 1), 3, r"process 2 of 3 did not come to 127.0.0.1:\d+ in 3 s"),
+    (3, (0, 1), 8, r"process 2 of 3 did not come to 127.0.0.1:\d+ in 8 s"),
     (2, (1,), 1, r"nothing answers at 127.0.0.1:\d+, where process 0 should be, in 1 s \(Connection refused\)"),
     (3, (0, 1, 1), 30, r"two processes were started with --process=1")])
 def test_processes_that_do_not_meet(count, which, within, told, place):
     started = by_hand(arguments(place, "never", {}), count, which, timeout=within)
-    for code, out, lines in ended(started, 30):
+    for code, out, lines in ended(started, 120):
         assert code == 2 and out == "" and len(lines) == 1 and re.fullmatch(f"mmx: {told}", lines[0]), lines
     assert not (place / "never").exists()
 
 
 def test_processes_that_slurm_does_not_start(place):
-    (code, out, lines), = ended(by_slurm([*arguments(place, "never", {}), "--timeout", "1"], 2, (0,)), 60)
+    (code, out, lines), = ended(by_slurm([*arguments(place, "never", {}), "--timeout", "1"], 2, (0,)), 120)
     assert (code, out) == (2, "")
     assert lines == ["mmx: not all processes came to the coordinator of SLURM_STEP_NODELIST=localhost in 1 s"]
 
@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_told_by_all(edp, rates, told, place):
     port = free_port()
     started = [by_hand(arguments(place, "never", {"edp": edp}, **{"train.lr": rates[process]}), 2, (process,), port)[0]
                for process in range(2)]
-    for code, _, lines in ended(started, 90):
+    for code, _, lines in ended(started, 200):
         assert code == 2 and lines == [f"mmx: {told}"]
     assert not (place / "never").exists()
 
@@ -252,7 +252,7 @@ def test_who_reads_which_rows(sizes, local, process, want, monkeypatch):
 
 
 def test_the_others_say_who_was_killed(four):
-    """Within a minute; what was saved stands."""
+    """What was saved stands."""
     workdir, end = four
     found = end.result()
     assert found.pop(2)[0] == -signal.SIGKILL
