@@ -2,6 +2,7 @@
 import contextlib
 import io
 import os
+import random
 import re
 import shutil
 import signal
@@ -64,7 +65,7 @@ def start(command, environment=()):
 
 def free_port(first=0):
     """A port that nobody listens at, from `first` on."""
-    for port in range(first, first + 4096):
+    for port in range(first, first + 96):
         with contextlib.suppress(OSError), socket.create_server(("", port)) as server:
             return server.getsockname()[1]
 
@@ -78,7 +79,8 @@ def by_hand(command, count, which=None, port=None, timeout=300):
 
 def by_slurm(command, count, which=None):
     """The processes of one run, as srun starts them."""
-    job = free_port(65535 - 4095) - (65535 - 4095)      # by which JAX picks the port
+    lowest = 65535 - 4095
+    job = free_port(lowest + random.randrange(4000)) - lowest      # by which JAX picks the port
     return [start(command, {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count),
                             "SLURM_PROCID": str(process), "SLURM_LOCALID": str(process)})
             for process in (range(count) if which is None else which)]
