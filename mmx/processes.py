@@ -250,6 +250,8 @@ def _gone(said: str) -> str:
         who = f"process {match[1]} ended before the others, as it says itself"
     elif "Failed to send RPC" in said:
         who = "process 0, the coordinator, died or left"
+    elif match := re.search(r"detected fatal errors.*absl::Status: (.+)", said):
+        who = f"another process failed ({match[1]})"
     else:
         return ""
     return f"{who}; this process ends too, and the same command goes on from the last checkpoint"

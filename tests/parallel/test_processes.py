@@ -2,6 +2,7 @@
 import contextlib
 import io
 import os
+import random
 import re
 import shutil
 import signal
@@ -32,7 +33,7 @@ def get_config():
     config.model.heads, config.model.kv_heads, config.model.head_dim, config.model.rotary_dim = 2, 1, 8, 4
     config.model.experts, config.model.expert_dim, config.model.capacity = 4, 16, 1.0
     config.model.init, config.model.embed_std, config.model.dtype = "fan_in", 1.0, "float64"
-    config.train.steps, config.train.batch, config.train.length, config.train.decay = 1_000_000, 4, 32, 0.0
+    config.train.steps, config.train.batch, config.train.length, config.train.decay = 2_000, 4, 32, 0.0
     config.train.ramp, config.train.warmup, config.train.lr = ((0, 2),), 2, 1e-2
     config.train.tensorboard, config.train.eval_every, config.train.eval_bytes = False, 10, 500
     config.checkpoint.every, config.checkpoint.keep = {FROM}, 1_000
@@ -64,7 +65,7 @@ def start(command, environment=()):
 
 def free_port(first=0):
     """A port that nobody listens at, from `first` on."""
-    for port in range(first, first + 4096):
+    for port in range(first, first + 96):
         with contextlib.suppress(OSError), socket.create_server(("", port)) as server:
             return server.getsockname()[1]
 
@@ -78,7 +79,8 @@ def by_hand(command, count, which=None, port=None, timeout=300):
 
 def by_slurm(command, count, which=None):
     """The processes of one run, as srun starts them."""
-    job = free_port(65535 - 4095) - (65535 - 4095)      # by which JAX picks the port
+    lowest = 65535 - 4095
+    job = free_port(lowest + random.randrange(4000)) - lowest      # by which JAX picks the port
     return [start(command, {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count),
                             "SLURM_PROCID": str(process), "SLURM_LOCALID": str(process)})
             for process in (range(count) if which is None else which)]
@@ -101,7 +103,8 @@ def ended(started, within):
 def wait_for(workdir, step, started, within=600):
     until = time.monotonic() + within
     while not any(r["step"] >= step for r in metrics.read(workdir)):
-        assert time.monotonic() < until and all(process.poll() is None for process in started), ended(started, 5)
+        if time.monotonic() > until or any(process.poll() is not None for process in started):
+            pytest.fail("\n".join(str(end) for end in ended(started, 90)))
         time.sleep(0.1)
 
 
