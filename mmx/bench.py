@@ -338,4 +338,4 @@ def _show(rows, title, note=None):
         for row in rows:
             table.add_row(*("" if x is None else f"{x:,}" if isinstance(x, int) and not isinstance(x, bool) else str(x)
                             for x in row.values()))
-        Console().print(table)
+        Console(width=None if sys.stdout.isatty() else 200).print(table)       # a file folds nothing
