@@ -32,7 +32,7 @@ def get_config():
     model.init = "deepnorm"             # P 4.2: Xavier, DeepNorm alpha (2 layers)^(1/4), beta (8 layers)^(-1/4)
     model.embed_std = 0.02              # R: initializer_range
     model.dtype = "bfloat16"            # ours: bfloat16 computation over float32 master weights
-    model.remat = True                  # ours: activations are recomputed group by group
+    model.remat = True                  # ours: activations are recomputed layer by layer
 
     train.length = 8_192                # P 4.2
     train.batch = 2_048                 # P 4.2: 16M tokens a step, one micro-batch at the start

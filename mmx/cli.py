@@ -3,6 +3,7 @@
 A user's mistake is one line on stderr and exit code 2. Heavy modules are imported by the command that needs them.
 """
 import argparse
+import functools
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mmx
-from mmx import config, hugepages
+from mmx import config, hugepages, processes
 from mmx.config import ConfigError
 
 EPILOG = """\
@@ -33,6 +34,10 @@ examples:
   mmx aot --config experiments/text_01.py --topology v5p:8x8x8 --mesh edp=16,ep=32
   mmx bench kernels --chip v5p,h100                       the kernels, by the TPU's and the GPU's compiler
 """
+PROCESSES = """\
+under SLURM, Open MPI and Kubernetes and on TPU pods they are found; elsewhere give these to each process.
+All see one --workdir. SIGTERM to one saves and ends all at the same step. Exit code 2: they cannot all
+start; 3: one died or left, which the others say within a minute, and the last checkpoint stands."""
 CHECKPOINT = "a workdir (its latest step), one of its checkpoints/STEP, or a Hugging Face directory"
 Formatter = argparse.RawDescriptionHelpFormatter
 
@@ -48,16 +53,23 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     args, rest = parser.parse_known_args(_joined(argv))
     args.overrides = rest
+    return _told(args.run, args)
+
+
+def _told(run, args) -> int:
+    """Runs a command: a user's mistake, or a reader's, is told in one line."""
     try:
-        if rest and not args.takes_config:
-            raise ConfigError(f"unknown argument {rest[0]!r}; `mmx {args.command} --help` lists them")
-        return args.run(args) or 0
+        if args.overrides and not args.takes_config:
+            raise ConfigError(f"unknown argument {args.overrides[0]!r}; `mmx {args.command} --help` lists them")
+        return run(args) or 0
     except (ConfigError, ImportError) as error:
         return _fail(" ".join(str(error).split()), 2)
     except BrokenPipeError:         # whoever read our output left, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:        # a full disk, a file in a folder's place
+        if isinstance(error, TimeoutError) and not error.errno:     # Orbax's, where it waited for another process
+            raise
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -110,6 +122,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--config", required=True, metavar="FILE",
                      help="experiment file, such as experiments/tiny.py; FILE.py:ARG hands get_config an argument")
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl and TensorBoard go here")
+    group = sub.add_argument_group("several processes", PROCESSES)
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is, and a port that is free there")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument("--timeout", type=int, default=300, metavar="SECONDS", help="for all to come (default 300)")
 
     sub = command("generate", generate, "Continue prompts.")
     sub.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)
@@ -231,11 +248,20 @@ def _get_config(path: str):
 
 
 def train(args):
+    world = processes.world(args.coordinator, args.processes, args.process, args.timeout)
+    return processes.guarded(world, lambda: _told(functools.partial(_train, world=world), args)) if world else _train(args)
+
+
+def _train(args, world=None):
     experiment = read_experiment(args.config, args.overrides)
+    if world:
+        processes.join(world)
     from mmx import inference
     from mmx.train import run
 
-    done = run(experiment, args.workdir, sample=inference.sample)
+    done = run(experiment, args.workdir, sample=inference.sample, processes=(world and world.processes) or 1)
+    if done["process"]:
+        return
     if done["stopped"]:
         print(f"stopped at step {done['step']:,}{' and saved' * bool(done['step'])}; the same command goes on from there")
         return 130 if done["stopped"] == signal.SIGINT else 0

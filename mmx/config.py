@@ -53,7 +53,8 @@ class Model:
     init: str = "deepnorm"          # deepnorm (Xavier, gain (8 x layers)^(-1/4) on v, out and FFN) or fan_in
     embed_std: float = 0.02         # standard deviation of the embedding's initial values
     dtype: str = "float32"          # of computation; parameters keep theirs
-    remat: bool = False             # recompute a group's activations in the backward pass
+    remat: bool = False             # recompute a layer's activations in the backward pass
+    keep_arrived: bool = False      # with remat: keep what experts were sent, so that tokens travel no second time
     impl: str = ""                  # lightning attention: xla, tpu, gpu or triton; empty picks
     chunk: int = 0                  # lightning attention's tokens per chunk; 0 picks
 

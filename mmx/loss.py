@@ -23,8 +23,9 @@ def loss(model, params, batch, loss_chunk: int):
     """
     c = model.config
     x_BTD, _, stats = model.apply({"params": params}, batch["tokens"], batch["segments"], batch["positions"])
-    count = batch["weights"].sum()
-    nats_B = cross_entropy(x_BTD, params["head_WD"], batch["targets"], batch["weights"], loss_chunk)
+    weights_BT = batch["weights"].astype(jnp.promote_types(c.dtype, jnp.float32))       # the logits' type, too
+    count = weights_BT.sum()
+    nats_B = cross_entropy(x_BTD, params["head_WD"], batch["targets"], weights_BT, loss_chunk)
     cross = nats_B.sum() / jnp.maximum(count, 1)
     balance, z = router_losses(stats, c)
     metrics = {"loss": cross, "aux_loss": balance, "z_loss": z, "targets": count,

@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl (one object a step), TensorBoard, the progress bar."""
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -15,15 +16,19 @@ SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_pe
 
 
 class Log:
-    """Writes the metrics of a run in WORKDIR; lines past `step`, which a restored run makes again, are cut."""
+    """Writes the metrics of a run in WORKDIR; lines past `step`, which a restored run makes again, are cut.
 
-    def __init__(self, workdir: Path, t: config.Train, step: int, tokens: int):
+    That of a process which does not `write` tells the time alone.
+    """
+
+    def __init__(self, workdir: Path, t: config.Train, step: int, tokens: int, write: bool = True):
         path = workdir / "metrics.jsonl"
-        _cut(path, step)
-        self.file, self.seconds = path.open("a"), t.seconds
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1) if t.tensorboard else None
-        self.bar = tqdm(total=None if t.seconds else t.steps, initial=step, unit="step", desc="train",
-                        mininterval=0.5 if os.isatty(2) else 30)
+        if write:
+            _cut(path, step)
+        self.file, self.seconds = path.open("a") if write else None, t.seconds
+        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1) if t.tensorboard and write else None
+        self.bar = tqdm(total=None if t.seconds else t.steps, initial=step, unit="step", desc="train", disable=not write,
+                        mininterval=0.5 if sys.stderr.isatty() else 30)
         self.last = tokens, time.monotonic()
 
     def tokens_per_s(self, tokens: int) -> float:
@@ -33,6 +38,8 @@ class Log:
 
     def step(self, record: dict, load_LE, dropped_L, board: bool):
         """One step's figures; `board` says whether TensorBoard gets them too."""
+        if not self.file:
+            return
         self.file.write(json.dumps(record) + "\n")
         left = f", {max(0, self.seconds - record['seconds']):.0f} s left" if self.seconds else ""
         self.bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
@@ -48,7 +55,8 @@ class Log:
             self.board.add_image("expert_load/layers_by_experts", heat_LE.repeat(8, 0).repeat(8, 1), step, dataformats="HW")
 
     def scalar(self, name: str, value: float, step: int):
-        self.bar.write(f"step {step}: {name} {value:.4f}")
+        if self.file:
+            self.bar.write(f"step {step}: {name} {value:.4f}")
         if self.board:
             self.board.add_scalar(name, value, step)
 
@@ -57,12 +65,14 @@ class Log:
             self.board.add_text(name, value, step)
 
     def flush(self):
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        if self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def close(self):
         self.flush()
-        self.file.close()
+        if self.file:
+            self.file.close()
         self.bar.close()
         if self.board:
             self.board.close()

@@ -15,7 +15,8 @@ from mmx.layers.lightning import Lightning
 from mmx.layers.moe import MoE
 from mmx.layers.softmax import Softmax
 from mmx.parallel import vocabulary
-from mmx.parallel.sharding import constrain, whole_time
+from mmx.parallel.expert import ARRIVED
+from mmx.parallel.sharding import constrain
 
 MIXERS = {"L": Lightning, "S": Softmax}
 
@@ -29,7 +30,7 @@ class Layer(nn.Module):
         c = self.config
         alpha, beta = {"L": (c.alpha_lightning, c.beta_lightning), "S": (c.alpha_softmax, c.beta_softmax)}[self.kind]
         u_BTD = rms_norm(x_BTD, param(self, "norm_mixer_D"), c.norm_eps)
-        mixed_BTD, cache = MIXERS[self.kind](c, name="mixer")(whole_time(u_BTD), context, cache, log_decay_H)
+        mixed_BTD, cache = MIXERS[self.kind](c, name="mixer")(u_BTD, context, cache, log_decay_H)
         y_BTD = alpha * u_BTD + beta * constrain(mixed_BTD, "BTD")
         v_BTD = rms_norm(y_BTD, param(self, "norm_moe_D"), c.norm_eps)
         expert_BTD, logits_BTE, stats = MoE(c, name="moe")(v_BTD, context)
@@ -43,10 +44,10 @@ class Group(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, context: Context, cache, log_decay_PH):
-        caches, stats = {}, []
+        caches, stats, layer = {}, [], _rematerialised(Layer, self.config)
         for i, kind in enumerate(self.config.pattern):
             name, before_BTD = f"layer_{i}", x_BTD
-            x_BTD, caches[name], logits_BTE, layer_stats = Layer(self.config, kind, name=name)(
+            x_BTD, caches[name], logits_BTE, layer_stats = layer(self.config, kind, name=name)(
                 x_BTD, context, cache and cache[name], log_decay_PH[i])
             traced = {"hidden_BTD": before_BTD, "router_logits_BTE": logits_BTE} if self.trace else {}
             stats.append(layer_stats._asdict() | traced)
@@ -84,8 +85,7 @@ class Model(nn.Module):
         log_decay_LPH = jnp.array(c.log_decay, jnp.promote_types(c.dtype, jnp.float32)).reshape(
             c.groups, len(c.pattern), c.heads)
 
-        group = nn.remat(Group, prevent_cse=False) if c.remat else Group
-        groups = nn.scan(group, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.groups,
+        groups = nn.scan(Group, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.groups,
                          in_axes=(nn.broadcast, 0, 0))(c, trace, name="groups")
         layers = None if cache is None else cache["layers"]
         x_BTD, (layers, stats) = groups(x_BTD, context, layers, log_decay_LPH)
@@ -95,6 +95,13 @@ class Model(nn.Module):
         self.param("head_WD", nn.initializers.normal(c.dim ** -0.5), (c.vocab, c.dim))
         x_BTD = rms_norm(x_BTD, param(self, "norm_D"), c.norm_eps)
         return x_BTD, cache, {k: v.reshape(c.layers, *v.shape[2:]) for k, v in stats.items()}
+
+
+def _rematerialised(layer, c: config.Model):
+    """Each layer's activations are made anew for its backward pass, and not before it (prevent_cse): one layer's at a time."""
+    if not c.remat:
+        return layer
+    return nn.remat(layer, policy=jax.checkpoint_policies.save_only_these_names(*[ARRIVED] * c.keep_arrived))
 
 
 def logits(params, x_BTD):

@@ -9,16 +9,18 @@ import math
 import os
 import signal
 import time
+import zlib
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from mmx import optim
 from mmx.checkpoint import Checkpoints, check_config
-from mmx.config import ConfigError, Experiment
+from mmx.config import ConfigError, Experiment, to_json
 from mmx.data import pipeline, tokens
 from mmx.evals.compression import head, make_evaluator
 from mmx.loss import loss
@@ -54,17 +56,20 @@ def init(model: Model, optimizer, seed: int):
     return params, optimizer.init(params)
 
 
-def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
-    """Trains to the end, from where WORKDIR stands; returns {"step", "new" (of this run), "seconds", "stopped"}.
+def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int = 1) -> dict:
+    """Trains to the end, from where WORKDIR stands; returns {"step", "new" (of this run), "seconds", "stopped", "process"}.
 
     `sample(model, params, tokenizer, prompt) -> text` writes the samples for TensorBoard. SIGTERM or Ctrl-C saves and ends
-    the run: "stopped" is the signal's number, else 0.
+    the run: "stopped" is the signal's number, else 0. Several processes, joined by jax.distributed, all call it, with
+    one WORKDIR; "process" is which one this is.
     """
     t, workdir = experiment.train, Path(workdir)
     tokenizer = tokens.tokenizer(experiment.data.tokenizer)
     tokens.check_vocab(tokenizer, experiment.model.vocab)
-    mesh = meshes.make(experiment)
-    stream = pipeline.stream(experiment.data, t, host=jax.process_index(), hosts=jax.process_count())
+    mesh = meshes.make(experiment, processes)
+    _check_same(experiment)
+    host, hosts = meshes.reader(mesh)
+    stream = pipeline.stream(experiment.data, t, host=host, hosts=hosts)
     held_out = pipeline.validation(experiment.data)
     bytes_per_token = _bytes_per_token(tokenizer, head(held_out, t.eval_bytes and max(t.eval_bytes, 65_536)))
     if experiment.model.dtype == "float64" and not jax.config.jax_enable_x64:
@@ -94,14 +99,16 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
                          donate_argnums=(0, 1), out_shardings=(*kept, whole))
         evaluate = make_evaluator(undropped, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
                                   loss_chunk=t.loss_chunk, sharding=sharding.batch(mesh))
-        first, log = step, Log(workdir, t, step, optim.tokens_seen(t, step))
+        first, log = step, Log(workdir, t, step, optim.tokens_seen(t, step), write=jax.process_index() == 0)
         report = functools.partial(_report, log, experiment, bytes_per_token)
         total, pending, begin = optim.tokens_seen(t, t.steps), None, time.monotonic()
         try:
             while True:
                 seen, seconds = optim.tokens_seen(t, step), before + time.monotonic() - begin
-                progress = seconds / t.seconds if t.seconds else seen / total
-                done = progress >= 1 or stop.asked or checkpoints.preempted(step)
+                progress = _first_process(seconds) / t.seconds if t.seconds else seen / total
+                if checkpoints.preempted(step):
+                    stop.asked = signal.SIGTERM
+                done = progress >= 1 or stop.asked
                 if pending and (done or step % experiment.checkpoint.every == 0):
                     pending = report(*pending)
                     log.flush()
@@ -111,22 +118,23 @@ def run(experiment: Experiment, workdir: str | Path, sample=None) -> dict:
                     break
                 lr = optim.learning_rate(t, step, progress)
                 batch = [stream.next() for _ in range(optim.micro_batches(t, seen))]
-                batch = {k: jax.make_array_from_process_local_data(rows, np.stack([b[k] for b in batch])) for k in batch[0]}
-                params, opt, metrics = update(params, opt, batch, jax.device_put(np.float32(lr), whole))
+                batch = {k: _global(rows, np.stack([b[k] for b in batch]), hosts) for k in batch[0]}
+                params, opt, metrics = update(params, opt, batch, _global(whole, np.float32(lr)))
                 step += 1
                 if pending:
                     report(*pending)
                 pending = step, optim.tokens_seen(t, step), lr, metrics, before + time.monotonic() - begin
                 log.bar.update()
-                if t.eval_every and step % t.eval_every == 0:
-                    log.scalar("validation/bits_per_byte", evaluate(params, held_out, t.eval_bytes)["all"], step)
-                if sample and t.sample_every and step % t.sample_every == 0:
-                    with jax.transfer_guard_host_to_device("allow"):
+                with jax.transfer_guard_host_to_device("allow"):
+                    if t.eval_every and step % t.eval_every == 0:
+                        log.scalar("validation/bits_per_byte", evaluate(params, held_out, t.eval_bytes)["all"], step)
+                    if sample and t.sample_every and step % t.sample_every == 0:
                         log.text("sample", sample(undropped, params, tokenizer, t.sample_prompt), step)
         finally:
             log.close()
             checkpoints.close()
-    return {"step": step, "new": step - first, "seconds": before + time.monotonic() - begin, "stopped": stop.asked}
+    return {"step": step, "new": step - first, "seconds": before + time.monotonic() - begin, "stopped": stop.asked,
+            "process": jax.process_index()}
 
 
 def _report(log, experiment, bytes_per_token, step, seen, lr, metrics, seconds):
@@ -146,6 +154,31 @@ def _report(log, experiment, bytes_per_token, step, seen, lr, metrics, seconds):
     log.step(record, m["load_E"], m["dropped"], step % experiment.train.log_every == 0)
 
 
+def _check_same(experiment: Experiment) -> None:
+    """Processes of different experiments would wait for each other for ever."""
+    if jax.process_count() == 1:
+        return
+    sums_N = multihost_utils.process_allgather(np.uint32(zlib.crc32(to_json(experiment).encode())))
+    if differ := np.flatnonzero(sums_N != sums_N[0]).tolist():
+        raise ConfigError(f"process {differ[0]} was given another experiment than process 0: all need the same command, but "
+                          "for --process")
+
+
+def _first_process(seconds: float) -> float:
+    """Process 0's clock, by which all agree when time is up and what the rate is."""
+    if jax.process_count() == 1:
+        return seconds
+    with jax.transfer_guard_host_to_device("allow"):
+        return float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
+
+
+def _global(sharding, x, hosts: int = 1):
+    """The array of which this process has its rows [N, B / hosts, T], or all."""
+    shape = (x.shape[0], x.shape[1] * hosts, *x.shape[2:]) if x.ndim else x.shape
+    with jax.transfer_guard_host_to_device("allow"):        # asked for here
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+
 def _placed(x, sharding):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
@@ -156,11 +189,15 @@ def _bytes_per_token(tokenizer, documents) -> float:
 
 
 class _Stop:
-    """SIGTERM and a first Ctrl-C ask, and the loop answers between two steps; a second Ctrl-C ends it where it is."""
+    """SIGTERM and a first Ctrl-C ask, and the loop answers between two steps; a second Ctrl-C ends it where it is.
+
+    Of several processes each would ask at a step of its own: there JAX's preemption service, which has SIGTERM, asks all.
+    """
     asked = 0
 
     def __enter__(self):
-        self.old = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self.old = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
     def _ask(self, number, _):

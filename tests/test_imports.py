@@ -24,9 +24,9 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "convert": "checkpoint data inference model released torch",
     "evals": "checkpoint convert data inference loss metrics model",
     "train": "checkpoint data evals loss metrics model optim parallel",
-    "hugepages": "", "compilers": "", "bench": "compilers kernels layers",
+    "hugepages": "", "processes": "", "compilers": "", "bench": "compilers kernels layers",
     "aot": "compilers inference model optim parallel train",
-    "cli": "aot bench checkpoint convert evals hugepages inference train",
+    "cli": "aot bench checkpoint convert evals hugepages inference processes train",
 }
 FOREIGN = {     # packages that a part does without
     "dims": ("jax", "flax", "torch"), "config": ("jax", "flax", "torch"), "data": ("jax", "flax", "torch"),

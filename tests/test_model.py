@@ -97,7 +97,7 @@ def test_chunk_size_and_remat_change_nothing(change):
     assert_same(loss_and_grads(other, params, PACKED), loss_and_grads(C, params, PACKED))
 
 
-def test_remat_recomputes_a_group():
+def test_remat_recomputes_a_layer():
     params = abstract(C)["params"]
     for remat in (True, False):
         program = jax.make_jaxpr(functools.partial(forward.__wrapped__, dataclasses.replace(C, remat=remat)))(params, ids(1, T))

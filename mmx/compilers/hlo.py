@@ -201,9 +201,11 @@ def _collective(op, kind, axes, body, works):
     if op.kind.endswith("-start") and kind != "all-reduce":        # (operands, results, ...): one result an operand
         operands = len(re.findall(r"%[\w.\-<>]+", op.rest.partition(")")[0]))
         arrays = arrays[operands:2 * operands]
-    size = sum(BYTES.get(dtype, 1) * math.prod(shape) for dtype, shape in arrays)
-    return Collective(kind, _axes(groups, axes), int(size * SHARE[kind](len(groups[0]))), op.times,
-                      _under(op, body, works), _source(op.rest))
+    size, share = sum(BYTES.get(dtype, 1) * math.prod(shape) for dtype, shape in arrays), SHARE[kind]
+    if op.body.startswith("all-reduce-scatter"):        # a TPU's reduce-scatter: a fusion of a sum and the slice that is kept
+        kind, share = "reduce-scatter", SHARE["all-gather"]
+    return Collective(kind, _axes(groups, axes), int(size * share(len(groups[0]))), op.times, _under(op, body, works),
+                      _source(op.rest))
 
 
 def _under(op, body, works):

@@ -5,6 +5,7 @@
 Each file starts anew, from its beginning-of-text token: no file helps another, as none helps gzip or xz.
 """
 import dataclasses
+import functools
 import gzip
 import lzma
 import math
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tqdm.auto import tqdm
 
 from mmx import checkpoint, config, metrics
@@ -25,9 +28,11 @@ def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, context:
     """A function (params, [(name, raw bytes)], limit) -> {name: bits per byte, ..., "all": ...}, jitted once.
 
     Rows of `length` tokens, of which the first `context` only serve as context; `limit` bytes at most (0: all). Logits of
-    `loss_chunk` tokens exist at a time.
+    `loss_chunk` tokens exist at a time. `sharding` cuts a batch over a mesh, of which each process gives all of it.
     """
-    @jax.jit
+    whole = sharding and NamedSharding(sharding.mesh, P())
+
+    @functools.partial(jax.jit, out_shardings=whole)
     def nats_B(params, row):
         x_BTD, _, _ = model.apply({"params": params}, row["tokens"], row["segments"], row["positions"])
         return cross_entropy(x_BTD, params["head_WD"], row["targets"], row["weights"], loss_chunk)
@@ -39,7 +44,9 @@ def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, context:
         count = sum(len(range(0, max(len(d) - 1 - context, 1), length - context)) for d in encoded)
         nats, waiting = np.zeros(len(documents)), []
         for document_B, row in tqdm(rows, "bits per byte", -(-count // batch), unit="batch", disable=not progress):
-            waiting.append((document_B, nats_B(params, jax.device_put(row, sharding))))
+            if sharding:
+                row = {k: jax.make_array_from_process_local_data(sharding, x, x.shape) for k, x in row.items()}
+            waiting.append((document_B, nats_B(params, row)))
         for document_B, value_B in waiting:
             np.add.at(nats, document_B, jax.device_get(value_B))
         sizes = np.array([len(raw) for _, raw in documents])

@@ -9,7 +9,8 @@ row its token. Letters beyond `dims`: J choices of a token, I rows.
     "blocks"  a loop over the blocks in use that reads one expert's weights at a time, with its own backward pass that
               keeps the two products before the gate: work follows the tokens kept, not the buffer (for CPU, where
               ragged_dot is five times slower)
-    "ragged"  lax.ragged_dot over the sorted rows, differentiated by JAX (for TPU and GPU)
+    "ragged"  lax.ragged_dot over the sorted rows, differentiated by JAX (for TPU and GPU); rows are weighted before W2, so
+              that no gradient needs W2's product
 """
 import functools
 from typing import NamedTuple
@@ -72,9 +73,15 @@ def _take(x_MD, index):
 
 def _ragged(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, block):
     dot = functools.partial(jax.lax.ragged_dot, group_sizes=plan.blocks_E * block)
-    x_ID = _take(x_MD, plan.token_I)
-    y_ID = dot(jax.nn.silu(dot(x_ID, w1_EDF)) * dot(x_ID, w3_EDF), w2_EFD)
-    return jnp.einsum("MJ,MJD->MD", weight_MJ.astype(y_ID.dtype), _take(y_ID, plan.row_MJ))
+    x_ID, weight_I1 = _take(x_MD, plan.token_I), _by_row(weight_MJ, plan)[:, None]
+    h_IF = jax.nn.silu(dot(x_ID, w1_EDF)) * dot(x_ID, w3_EDF)
+    y_ID = dot((weight_I1 * h_IF).astype(h_IF.dtype), w2_EFD)
+    return _take(y_ID, plan.row_MJ).sum(1)
+
+
+def _by_row(weight_MJ, plan):
+    empty_I = jnp.zeros(len(plan.token_I), weight_MJ.dtype)
+    return empty_I.at[plan.row_MJ].set(weight_MJ, mode="drop", unique_indices=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -102,7 +109,7 @@ def _blocks_forward(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, block):
 def _blocks_backward(block, residuals, dy_MD):
     x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, up_IF, gate_IF = residuals
     plan_expert, rows = _expert_of_block(plan, block), len(plan.token_I)
-    weight_I = jnp.zeros(rows, weight_MJ.dtype).at[plan.row_MJ].set(weight_MJ, mode="drop", unique_indices=True)
+    weight_I = _by_row(weight_MJ, plan)
 
     def body(n, carry):
         dx_ID, dweight_I, dw1_EDF, dw3_EDF, dw2_EFD = carry

@@ -9,8 +9,9 @@ import flax.linen as nn
 
 from mmx import config
 from mmx.kernels.lightning import decode
-from mmx.layers.common import Context, heads, join, param
+from mmx.layers.common import Context, param
 from mmx.parallel import attention
+from mmx.parallel.projection import heads, join
 
 
 class Lightning(nn.Module):
@@ -20,10 +21,11 @@ class Lightning(nn.Module):
     def __call__(self, u_BTD, context: Context, cache, log_decay_H):
         """Returns y_BTD and the cache {"state_BHKV"} after the last token (None without one)."""
         c = self.config
-        q_BHTK, k_BHTK, v_BHTV = (heads(u_BTD, w) for w in (
-            param(self, "q_DHK", "D", "HK"), param(self, "k_DHK", "D", "HK"), param(self, "v_DHV", "D", "HV", True)))
         # a seed's initial values hang on the order in which parameters are made
-        norm_HV, gate_BHTV = param(self, "norm_HV"), heads(u_BTD, param(self, "gate_DHV", "D", "HV"))
+        q_DHK, k_DHK = param(self, "q_DHK", "D", "HK"), param(self, "k_DHK", "D", "HK")
+        v_DHV, norm_HV = param(self, "v_DHV", "D", "HV", True), param(self, "norm_HV")
+        q_BHTK, k_BHTK, v_BHTV, gate_BHTV = heads(u_BTD, q_DHK=q_DHK, k_DHK=k_DHK, v_DHV=v_DHV,
+                                                  gate_DHV=param(self, "gate_DHV", "D", "HV"))
         state_BHKV = cache and cache["state_BHKV"]
         if cache and u_BTD.shape[1] == 1:
             live_B = None if context.segments_BT is None else context.segments_BT[:, 0] > 0

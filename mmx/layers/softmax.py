@@ -5,8 +5,9 @@ import jax
 from mmx import config
 from mmx.kernels.attention import softmax_attention
 from mmx.kernels.rope import rope
-from mmx.layers.common import Context, heads, join, param
+from mmx.layers.common import Context, param
 from mmx.parallel import attention
+from mmx.parallel.projection import heads, join
 
 
 class Softmax(nn.Module):
@@ -16,9 +17,8 @@ class Softmax(nn.Module):
     def __call__(self, u_BTD, context: Context, cache, log_decay_H):
         """Returns y_BTD and the cache {"k_BGSK", "v_BGSV"} with these tokens in (None without one)."""
         c = self.config
-        q_BHTK = heads(u_BTD, param(self, "q_DHK", "D", "HK"))
-        k_BGTK = heads(u_BTD, param(self, "k_DGK", "D", "GK"))
-        v_BGTV = heads(u_BTD, param(self, "v_DGV", "D", "GV", True))
+        q_BHTK, k_BGTK, v_BGTV = heads(u_BTD, q_DHK=param(self, "q_DHK", "D", "HK"), k_DGK=param(self, "k_DGK", "D", "GK"),
+                                       v_DGV=param(self, "v_DGV", "D", "GV", True))
         q_BHTK, k_BGTK = (rope(x, context.positions_BT, rotary_dim=c.rotary_dim, theta=c.rope_theta)
                           for x in (q_BHTK, k_BGTK))
         if cache is None:

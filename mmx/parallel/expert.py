@@ -7,9 +7,11 @@ to their experts:
     slots [ep, room, D] --all-to-all over ep--> --all-gather over etp--> SwiGLU of E/ep experts with F/etp
                         <--all-to-all over ep-- <--reduce-scatter over etp--
 
-Slots are sorted by expert, so that the counts, known everywhere, say what is in them. Inside `shard_map` every letter is
-a local extent. Letters beyond `dims`: J choices, A = J M assignments, P peers over ep, C slots for a peer, X devices
-before their peers' exchange (etp x ep), I all slots.
+Slots are sorted by expert, so that the counts, known everywhere, say what is in them. The router's weights travel ahead of
+the tokens and scale what is inside the experts: then nothing that comes back is needed for any gradient, and a backward
+pass that recomputes the layer does not send it again. Inside `shard_map` every letter is a local extent. Letters beyond
+`dims`: J choices, A = J M assignments, P peers over ep, C slots for a peer, X devices before their peers' exchange
+(etp x ep), I all slots.
 """
 import functools
 import itertools
@@ -18,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from mmx.kernels import grouped
@@ -25,6 +28,7 @@ from mmx.parallel import sharding
 
 EXPERT = ("etp", "ep")      # the axes that the experts' matrices are cut over
 MATRICES = "EDF", "EDF", "EFD"
+ARRIVED = "arrived"         # what experts were sent, for a policy of jax.checkpoint
 FEW = 8     # assignments that are computed one by one (decode of a few rows)
 
 
@@ -54,7 +58,7 @@ def moe(x_BTD, live_BT, router_DE, w1_EDF, w3_EDF, w2_EFD, *, top_k: int, capaci
     (rows, time), expert = sharding.cuts(mesh), sharding.present(mesh, EXPERT)
     kept = tuple(sharding.weight(letters, w.shape, mesh) for letters, w in zip(MATRICES, weights))
     if not sharding.splits(*live_BT.shape):     # no FSDP axis holds other tokens: the matrices are gathered outside
-        rows, time, kept = (), (), tuple(P(*(axes if axes in EXPERT else None for axes in spec)) for spec in kept)
+        rows, time, kept = (), (), tuple(map(sharding.by_letters, MATRICES, kept))
     tokens = P(rows, time)
     sharded = jax.shard_map(functools.partial(local, rows=rows, time=time, expert=expert, kept=kept),
                             in_specs=(tokens, tokens, P(), *kept), out_specs=(tokens, tokens, P()))
@@ -136,8 +140,12 @@ def _by_exchange(x_MD, weight_MJ, expert_MJ, keep_MJ, limit, axes, weights, tran
     if "ep" in axes:
         sent_XNPE = sent_XNE.reshape(*sent_XNE.shape[:2], peers, E // peers)
         sent_XNE = jax.lax.dynamic_index_in_dim(sent_XNPE, jax.lax.axis_index("ep"), 2, keepdims=False)
-    y = [_travel(x_MD[g], weight_MJ[g], slot_MJ, token_PC, sent_XNE[:, n], axes, weights)
-         for n, (g, (slot_MJ, token_PC, _)) in enumerate(zip(groups, slots))]
+    weights_PC = [_at_slots(weight_MJ[g], slot_MJ, token_PC) for g, (slot_MJ, token_PC, _) in zip(groups, slots)]
+    ends = list(itertools.accumulate(weight_PC.shape[1] for weight_PC in weights_PC))
+    with jax.named_scope("weights"):        # 4 bytes a slot
+        weights_XC = jnp.split(_there(jnp.concatenate(weights_PC, 1), axes), ends[:-1], axis=1)
+    y = [_travel(x_MD[g], weight_XC, slot_MJ, token_PC, sent_XNE[:, n], axes, weights)
+         for n, (g, weight_XC, (slot_MJ, token_PC, _)) in enumerate(zip(groups, weights_XC, slots))]
     return jnp.concatenate(y), sum(sent_E.sum() for *_, sent_E in slots)
 
 
@@ -166,16 +174,24 @@ def _slots(expert_MJ, keep_MJ, E, peers, room):
     return slot_A.reshape(J, M).T, token_I.reshape(peers, room), sent_E
 
 
-def _travel(x_MD, weight_MJ, slot_MJ, token_PC, sent_XE, axes, weights):
+def _at_slots(weight_MJ, slot_MJ, token_PC):
+    slots = jnp.zeros(token_PC.size, weight_MJ.dtype).at[slot_MJ].set(weight_MJ, mode="drop", unique_indices=True)
+    return slots.reshape(token_PC.shape)
+
+
+def _there(slots_PC, axes):
+    """Slots, and what is in them, at the devices they are for, from all that send there: [X, C, ...]."""
+    if "ep" in axes:
+        slots_PC = checkpoint_name(jax.lax.all_to_all(slots_PC, "ep", 0, 0, tiled=True), ARRIVED)
+    return jax.lax.all_gather(slots_PC, "etp").reshape(-1, *slots_PC.shape[1:]) if "etp" in axes else slots_PC
+
+
+def _travel(x_MD, weight_XC, slot_MJ, token_PC, sent_XE, axes, weights):
     """There, through the experts, and back. Bytes a device sends, each way: (ep-1)/ep I D over ep, then (etp-1) I D over
     etp, with I = ep x room slots."""
     (peers, room), (X, E), D = token_PC.shape, sent_XE.shape, x_MD.shape[1]
-
-    def exchanged(x_PCD):
-        return jax.lax.all_to_all(x_PCD, "ep", 0, 0, tiled=True) if "ep" in axes else x_PCD
     with jax.named_scope("dispatch"):
-        x_PCD = exchanged(_take(x_MD, token_PC))
-        x_ID = (jax.lax.all_gather(x_PCD, "etp") if "etp" in axes else x_PCD).reshape(X * room, D)
+        x_ID = _there(_take(x_MD, token_PC), axes).reshape(X * room, D)
     # slot c of device x holds a token of the expert whose run in the sorted slots it falls in
     end_XE, slot_C = jnp.cumsum(sent_XE, axis=1), jnp.arange(room)
     expert_XC = jnp.sum(slot_C[:, None] >= end_XE[:, None], axis=2)
@@ -183,15 +199,15 @@ def _travel(x_MD, weight_MJ, slot_MJ, token_PC, sent_XE, axes, weights):
     expert_XC = jnp.minimum(expert_XC, E - 1)
     # its run's start is left behind, the runs of earlier devices come before
     rank_XC = slot_C + jnp.take_along_axis(jnp.cumsum(sent_XE, axis=0) - end_XE, expert_XC, axis=1)
-    full_I1 = full_XC.reshape(-1, 1)
+    expert_I1, rank_I1, full_I1, weight_I1 = (a.reshape(-1, 1) for a in (expert_XC, rank_XC, full_XC, weight_XC))
     block = _block_size(slot_MJ.size * X // peers, E)
-    plan = grouped.plan(expert_XC.reshape(-1, 1), rank_XC.reshape(-1, 1), full_I1, sent_XE.sum(0), block)
-    y_ID = grouped.expert_ffn(x_ID, full_I1.astype(weight_MJ.dtype), *weights, plan, block=block)
+    plan = grouped.plan(expert_I1, rank_I1, full_I1, sent_XE.sum(0), block)
+    y_ID = grouped.expert_ffn(x_ID, weight_I1, *weights, plan, block=block)
     with jax.named_scope("combine"):
         y_XPCD = y_ID.reshape(X // peers, peers, room, D)
         y_PCD = jax.lax.psum_scatter(y_XPCD, "etp") if "etp" in axes else y_XPCD[0]
-        y_ID = exchanged(y_PCD).reshape(peers * room, D)
-    return jnp.einsum("MJ,MJD->MD", weight_MJ.astype(y_ID.dtype), _take(y_ID, slot_MJ))
+        y_PCD = jax.lax.all_to_all(y_PCD, "ep", 0, 0, tiled=True) if "ep" in axes else y_PCD
+    return _take(y_PCD.reshape(peers * room, D), slot_MJ).sum(1)
 
 
 def balance_loss(load_E, prob_E, top_k: int, form: str):

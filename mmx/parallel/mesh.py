@@ -10,20 +10,21 @@ from jax.sharding import AxisType, Mesh
 from mmx.config import ConfigError, Experiment
 
 
-def make(e: Experiment) -> Mesh:
-    """The mesh of this machine's devices that the experiment names; -1 takes what the other axes leave.
+def make(e: Experiment, processes: int = 1) -> Mesh:
+    """The mesh of all processes' devices that the experiment names; -1 takes what the other axes leave.
 
     On CPU devices are simulated: as many as the mesh names, or for -1 as many as there are cores and the model fits.
+    Several processes share them, and -1 makes as few as give each its share: their machines' cores may differ.
     """
     sizes = dataclasses.asdict(e.mesh)
     free = next((axis for axis, n in sizes.items() if n == -1), None)
     named = math.prod(n for n in sizes.values() if n != -1)
     # the axes are checked before devices are made, so that a mistake costs no start-up; the free one fits by choice
     _check(e, sizes | {free: 1} if free else sizes)
-    counts = range((os.cpu_count() or 1) // named, 1, -1) if free else ()
-    fitting = next((n for n in counts if not _misfit(e, sizes | {free: n})), 1)
+    counts = range((os.cpu_count() or 1) // named, 1, -1) if processes == 1 else range(1, processes + 1)
+    fitting = next((n for n in counts if free and n * named % processes == 0 and not _misfit(e, sizes | {free: n})), 1)
     try:
-        jax.config.update("jax_num_cpu_devices", fitting * named)
+        jax.config.update("jax_num_cpu_devices", max(fitting * named // processes, 1))
     except RuntimeError:        # the devices are in use already: take them as they are
         pass
     devices = jax.devices()
@@ -37,11 +38,27 @@ def make(e: Experiment) -> Mesh:
     if world > len(devices):
         raise ConfigError(f"{told or 'the mesh'} needs {world} devices, but {len(devices)} devices are here; -1 on one "
                           "axis takes what is there")
-    whole = sizes["etp"] * sizes["seq"]
-    if jax.process_count() > 1 and jax.local_device_count() % whole:
-        raise ConfigError(f"{told}: a process reads whole rows, so its {jax.local_device_count()} devices must be a multiple "
-                          f"of mesh.etp x mesh.seq = {whole}")
+    if world < len(devices) and jax.process_count() > 1:
+        raise ConfigError(f"{told or 'the mesh'} needs {world} of the {len(devices)} devices of {jax.process_count()} "
+                          "processes, but each must have its share; -1 on one axis takes all")
     return _placed(devices[:world], sizes)
+
+
+def reader(mesh: Mesh) -> tuple[int, int]:
+    """(host, hosts): which of how many equal blocks of a batch's rows this process reads.
+
+    Processes that hold parts of the same rows read the same block.
+    """
+    devices_BT = mesh.devices.reshape(mesh.shape["edp"] * mesh.shape["ep"], -1)
+    rows = {}
+    for row, devices_T in enumerate(devices_BT):
+        for device in devices_T:
+            rows.setdefault(device.process_index, {})[row] = None
+    blocks = sorted({tuple(held) for held in rows.values()})
+    if sum(blocks, ()) != tuple(range(len(devices_BT))) or len({len(block) for block in blocks}) > 1:
+        raise ConfigError(f"a process's {jax.local_device_count()} devices are neither a multiple nor a part of mesh.etp x "
+                          f"mesh.seq = {devices_BT.shape[1]}: processes would share some rows, but not all")
+    return blocks.index(tuple(rows[jax.process_index()])), len(blocks)
 
 
 def described(e: Experiment, devices) -> Mesh:

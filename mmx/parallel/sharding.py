@@ -1,11 +1,12 @@
 """Which mesh axes cut which dimension: two tables by letter, one for weights and one for activations (paper section 3.1).
 
-Weights are kept cut as finely as their letters allow (FSDP: D over every axis that holds other tokens), and gathered
-where they are used; their gradients go back by reduce-scatter. Activations between layers are cut by rows over the data
-axes and by time over the sequence and the tensor axis (Megatron's sequence parallelism), while heads, experts' hidden
-parts and the vocabulary are cut over the tensor axis. An axis of an array that its mesh axes do not divide stays whole.
+Weights are kept cut over the tensor and the expert axis by their letters, and over the axes of other tokens too (FSDP):
+each of those cuts the first letter that it divides. They are gathered where they are used, and their gradients go back by
+reduce-scatter. Activations between layers are cut by rows over the data axes and by time over the sequence and the tensor
+axis (Megatron's sequence parallelism), while heads, experts' hidden parts and the vocabulary are cut over the tensor axis.
+An axis of an array that its mesh axes do not divide stays whole.
 """
-import functools
+import itertools
 import math
 
 import jax
@@ -13,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 ROWS, TIME, TENSOR = ("edp", "ep"), ("seq", "etp"), ("etp",)
-WEIGHTS = {"E": ("ep",), "F": TENSOR, "H": TENSOR, "G": TENSOR, "W": TENSOR, "D": ("edp", "ep", "seq")}
+FSDP = "edp", "ep", "seq"
+WEIGHTS = {"E": ("ep",), "F": TENSOR, "H": TENSOR, "G": TENSOR, "W": TENSOR}
 ACTS = {"B": ROWS, "T": TIME, "S": ("seq",), "H": TENSOR, "G": TENSOR}      # S: time, gathered over the tensor axis
 
 
@@ -32,6 +34,11 @@ def present(mesh, axes) -> tuple[str, ...]:
     return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
+def tensor(kept: P) -> bool:
+    """Whether a weight is cut over the tensor axis."""
+    return any("etp" in (names if isinstance(names, tuple) else (names,)) for names in kept)
+
+
 def cuts(mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The axes that rows and time are cut over."""
     return present(mesh, ROWS), present(mesh, TIME)
@@ -45,10 +52,13 @@ def splits(B: int, T: int) -> bool:
 
 def weight(letters: str, shape, mesh) -> P:
     """How a weight is kept: `letters` name its last axes, and what stands before them (the scanned layers) stays whole."""
-    if len(letters) == 1:       # a norm's scale: not worth an exchange
-        return P()
-    taken = {axis for letter in letters.replace("D", "") for axis in WEIGHTS.get(letter, ())}
-    axes = [[axis for axis in WEIGHTS.get(letter, ()) if letter != "D" or axis not in taken] for letter in letters]
+    extents = shape[len(shape) - len(letters):]
+    axes = [names if extent % size(mesh, names) == 0 else ()
+            for extent, names in zip(extents, (WEIGHTS.get(letter, ()) for letter in letters))]
+    for axis in FSDP if "D" in letters[:-1] + letters[1:] else ():      # a norm's scale is not worth an exchange
+        fits = (n for n, extent in enumerate(extents) if extent % size(mesh, (*axes[n], axis)) == 0)
+        if not any(axis in names for names in axes) and (n := next(fits, None)) is not None:
+            axes[n] = (*axes[n], axis)
     return _fitting([()] * (len(shape) - len(letters)) + axes, shape, mesh)
 
 
@@ -62,41 +72,30 @@ def constrain(x, letters: str):
     return jax.lax.with_sharding_constraint(x, act(letters, x.shape, mesh())) if splits(*x.shape[:2]) else x
 
 
-def gathered(w, letters: str):
-    """A weight for use: all-gathered over the data axes, cut over the tensor axis alone; its gradient is
-    reduce-scattered to where the weight is kept."""
-    here = mesh()
-    if here is None:
-        return w
-    kept = weight(letters, w.shape, here)
-    return _gather(w, kept, P(*(axes if axes == "etp" else None for axes in kept)))
-
-
-def whole_time(x_BTD):
-    """An activation gathered over the tensor axis, for a product with weights that are cut over it."""
-    if not splits(*x_BTD.shape[:2]):
-        return x_BTD
-    return _gather(x_BTD, act("BTD", x_BTD.shape, mesh()), act("BSD", x_BTD.shape, mesh()))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x, kept, used):
-    """A constraint whose transpose is not itself, which would be an all-reduce, but that to what is kept."""
-    return jax.lax.with_sharding_constraint(x, used)
-
-
-_gather.defvjp(lambda x, kept, used: (_gather(x, kept, used), None),
-               lambda kept, used, _, dx: (jax.lax.with_sharding_constraint(dx, kept),))
+def by_letters(letters: str, kept: P) -> P:
+    """A weight that FSDP's axes do not cut."""
+    own = [[axis for axis in (names if isinstance(names, tuple) else (names,)) if axis in WEIGHTS.get(letter, ())]
+           for letter, names in zip(letters, kept)]
+    return P(*(names[0] if names else None for names in own))
 
 
 def unsharded(w, letters: str, kept: P, axes):
-    """Inside `shard_map` over `axes`: a weight with all of D, for tokens that differ over all of them. The gradient is
-    reduce-scattered over the axes that D is cut over, and summed over those that nothing is."""
-    at = letters.index("D")
-    if kept[at]:
-        w = jax.lax.all_gather(w, kept[at], axis=at, tiled=True)
-    cut = {axis for part in kept for axis in ((part,) if isinstance(part, str) else part or ())}
-    return jax.lax.pcast(w, tuple(axis for axis in axes if axis not in cut), to="varying")
+    """Inside `shard_map`, for tokens that differ over all of `axes`: a weight cut by its letters alone, whole over FSDP's
+    axes. Its gradient is reduce-scattered over those that it was cut over, and summed over the rest of `axes`.
+
+    One axis after the other, the nearest first: a TPU gathers over all axes at once by a sum, twice the bytes. The parts
+    arrive behind one another and are moved to their places here, so that no exchange is of parts of a tile.
+    """
+    cut = [(names,) if isinstance(names, str) else names or () for names in kept]
+    gather = [[axis for axis in names if axis not in WEIGHTS.get(letter, ())] for letter, names in zip(letters, cut)]
+    every, shape = [axis for names in gather for axis in names], w.shape
+    for axis in reversed(every):        # 'D/(edp ep) -> ep D/(edp ep) -> edp ep D/(edp ep)': (X - 1) / X of it received
+        w = jax.lax.all_gather(w, axis)
+    behind = itertools.accumulate((len(names) for names in gather), initial=0)
+    order = [n for at, (names, begin) in enumerate(zip(gather, behind))
+             for n in (*range(begin, begin + len(names)), len(every) + at)]
+    w = w.transpose(order).reshape([extent * _size(names) for extent, names in zip(shape, gather)])
+    return jax.lax.pcast(w, tuple(axis for axis in axes if not any(axis in names for names in cut)), to="varying")
 
 
 def tree(abstract, mesh: Mesh):
@@ -114,6 +113,11 @@ def whole(mesh: Mesh) -> NamedSharding:
 def batch(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Of the batch's arrays [B, T], behind `leading` whole axes."""
     return NamedSharding(mesh, P(*[None] * leading, ROWS, TIME))
+
+
+def _size(axes):
+    """Inside `shard_map`."""
+    return math.prod(jax.lax.axis_size(axis) for axis in axes)
 
 
 def _fitting(axes, shape, mesh) -> P:

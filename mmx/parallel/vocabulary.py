@@ -20,7 +20,7 @@ def embed(embed_WD, tokens_BT, dtype):
 
     def local(embed_WD, tokens_BT):
         embed_WD = sharding.unsharded(embed_WD.astype(dtype), "WD", kept, rows + time)
-        if kept[0] is None:
+        if not sharding.tensor(kept):
             return embed_WD[tokens_BT]
         with jax.named_scope("embed"):      # 'B T/etp -> B T' ids, then 'B T D -> B T/etp D'
             tokens_BT = jax.lax.all_gather(tokens_BT, "etp", axis=1, tiled=True)
@@ -39,7 +39,7 @@ def cross_entropy(x_BTD, head_WD, targets_BT, weights_BT, chunk: int):
 
     def local(x_BTD, head_WD, targets_BT, weights_BT):
         head_WD = sharding.unsharded(head_WD.astype(x_BTD.dtype), "WD", kept, rows + time)
-        nats_B = _nats(x_BTD, head_WD, targets_BT, weights_BT, chunk // mesh.size, kept[0])
+        nats_B = _nats(x_BTD, head_WD, targets_BT, weights_BT, chunk // mesh.size, sharding.tensor(kept) and "etp")
         return jax.lax.psum(nats_B, time) if time else nats_B
     tokens = P(rows, time)
     sharded = jax.shard_map(local, in_specs=(tokens, kept, tokens, tokens), out_specs=P(rows))

@@ -36,8 +36,9 @@ def batch():
 
 
 def steps(count, mesh=None):
-    """`count` steps from the same start: each one's metrics, and the first one's gradients."""
-    model, optimizer = Model(C), optim.adamw(TRAIN)
+    """`count` steps from the same start: each one's metrics, and the first one's gradients. Layers on a mesh are recomputed."""
+    model = Model(dataclasses.replace(C, remat=True, keep_arrived=True, token_groups=2) if mesh else C)
+    optimizer = optim.adamw(TRAIN)
     step = functools.partial(train.train_step, model=model, optimizer=optimizer, loss_chunk=TRAIN.loss_chunk)
     params, opt, rows = *start(), batch()
     if mesh:

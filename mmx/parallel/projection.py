@@ -1,0 +1,71 @@
+"""The mixers' projections: to heads, which stand before time, and from heads back.
+
+On a mesh the heads are cut over the tensor axis and time between layers is too (Megatron's sequence parallelism): time is
+gathered before the products to heads, and the sums over all heads are scattered over it behind the products back. Inside
+`shard_map` every letter is a local extent. X: heads times their dims.
+"""
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from mmx.kernels import platform
+from mmx.parallel import sharding
+
+
+def heads(x_BTD, **weights):
+    """[x W for each of `weights`], each named by its axes (`q_DHK`), as [B, H, T, K]."""
+    letters, weights = [name.rpartition("_")[2] for name in weights], list(weights.values())
+    if not sharding.splits(*x_BTD.shape[:2]):
+        return [_heads(x_BTD, w) for w in weights]
+    mesh = sharding.mesh()
+    rows, time = sharding.cuts(mesh)
+    kept = [sharding.weight(axes, w.shape, mesh) for axes, w in zip(letters, weights)]
+    # heads that the tensor axis does not divide stay whole, and time stays cut
+    out = [P(rows, "etp", *_seq(time)) if sharding.tensor(spec) else P(rows, None, time) for spec in kept]
+
+    def local(x_BTD, *weights):
+        x_BSD = x_BTD
+        if any(map(sharding.tensor, kept)):     # 'B T/(seq etp) D -> B T/seq D'
+            with jax.named_scope("whole_time"):
+                x_BSD = jax.lax.all_gather(x_BTD, "etp", axis=1, tiled=True)
+        return [_heads(x_BSD if sharding.tensor(spec) else x_BTD, sharding.unsharded(w, axes, spec, rows + time))
+                for w, axes, spec in zip(weights, letters, kept)]
+    return jax.shard_map(local, in_specs=(P(rows, time), *kept), out_specs=out)(x_BTD, *weights)
+
+
+def join(x_BHTV, w_HVD):
+    """All heads' outputs through W: y_BTD."""
+    B, _, T, _ = x_BHTV.shape
+    if not sharding.splits(B, T):
+        return _join(x_BHTV, w_HVD)
+    mesh = sharding.mesh()
+    (rows, time), kept = sharding.cuts(mesh), sharding.weight("HVD", w_HVD.shape, mesh)
+
+    def local(x_BHTV, w_HVD):
+        y_BTD = _join(x_BHTV, sharding.unsharded(w_HVD, "HVD", kept, rows + time))
+        if not sharding.tensor(kept):
+            return y_BTD
+        with jax.named_scope("part_time"):      # 'B T/seq D -> B T/(seq etp) D', summed
+            return jax.lax.psum_scatter(y_BTD, "etp", scatter_dimension=1, tiled=True)
+    heads_ = P(rows, "etp", *_seq(time)) if sharding.tensor(kept) else P(rows, None, time)
+    return jax.shard_map(local, in_specs=(heads_, kept), out_specs=P(rows, time))(x_BHTV, w_HVD)
+
+
+def _seq(time):
+    return [axis for axis in time if axis != "etp"]
+
+
+def _heads(x_BTD, w_DHK):
+    if platform.name() != "cpu":        # the weights are read as they lie, and what follows joins the product's epilogue
+        return jnp.einsum("BTD,DHK->BHTK", x_BTD, w_DHK)
+    D, H, K = w_DHK.shape               # XLA's CPU dot would copy the weights to transpose them
+    x_BTX = jnp.einsum("BTD,DX->BTX", x_BTD, w_DHK.reshape(D, H * K))
+    return jnp.einsum("BTHK->BHTK", x_BTX.reshape(*x_BTX.shape[:2], H, K))
+
+
+def _join(x_BHTV, w_HVD):
+    if platform.name() != "cpu":
+        return jnp.einsum("BHTV,HVD->BTD", x_BHTV, w_HVD)
+    B, H, T, V = x_BHTV.shape
+    x_BTX = jnp.einsum("BHTV->BTHV", x_BHTV).reshape(B, T, H * V)
+    return jnp.einsum("BTX,XD->BTD", x_BTX, w_HVD.reshape(H * V, -1))

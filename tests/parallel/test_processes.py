@@ -1,0 +1,262 @@
+"""Several processes, as real ones: they make, save and resume the run of one process, and tell every fault in a line."""
+import contextlib
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from mmx import checkpoint, cli, metrics, processes
+from mmx.config import ConfigError
+from mmx.parallel import mesh as meshes
+
+ROOT = Path(__file__).parents[2]
+FROM, STEPS = 5, 25
+EXPERIMENT = f"""\
+from mmx.config import default
+
+def get_config():
+    config = default()
+    config.model.dim, config.model.layers, config.model.pattern = 16, 1, "L"
+    config.model.heads, config.model.kv_heads, config.model.head_dim, config.model.rotary_dim = 2, 1, 8, 4
+    config.model.experts, config.model.expert_dim, config.model.capacity = 4, 16, 1.0
+    config.model.init, config.model.embed_std, config.model.dtype = "fan_in", 1.0, "float64"
+    config.train.steps, config.train.batch, config.train.length, config.train.decay = 1_000_000, 4, 32, 0.0
+    config.train.ramp, config.train.warmup, config.train.lr = ((0, 2),), 2, 1e-2
+    config.train.tensorboard, config.train.eval_every, config.train.eval_bytes = False, 10, 500
+    config.checkpoint.every, config.checkpoint.keep = {FROM}, 1_000
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("processes"), np.random.default_rng(0)
+    (folder / "small.py").write_text(EXPERIMENT)
+    (folder / "text").mkdir()
+    for name in "abcdefgh":     # documents of a few words to a few rows
+        words = rng.choice(["state ", "of ", "the ", "union ", "people "], rng.integers(10, 500))
+        (folder / "text" / f"{name}.txt").write_text("".join(words))
+    return folder
+
+
+def arguments(place, workdir, mesh, **options):
+    options = {"data.sources": f"('{place / 'text'}',)", "mesh.edp": 1, **{f"mesh.{k}": v for k, v in mesh.items()}, **options}
+    return ["train", "--config", str(place / "small.py"), "--workdir", str(place / workdir),
+            *(f"--config.{key}={value}" for key, value in options.items())]
+
+
+def start(command, environment=()):
+    return subprocess.Popen([sys.executable, "-m", "mmx.cli", *command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, "JAX_ENABLE_X64": "1", **dict(environment)})
+
+
+def free_port(first=0):
+    """A port that nobody listens at, from `first` on."""
+    for port in range(first, first + 4096):
+        with contextlib.suppress(OSError), socket.create_server(("", port)) as server:
+            return server.getsockname()[1]
+
+
+def by_hand(command, count, which=None, port=None, timeout=300):
+    """The processes of one run, as one starts them by hand."""
+    port = port or free_port()
+    return [start([*command, "--coordinator", f"127.0.0.1:{port}", "--processes", str(count), "--process", str(process),
+                   "--timeout", str(timeout)]) for process in (range(count) if which is None else which)]
+
+
+def by_slurm(command, count, which=None):
+    """The processes of one run, as srun starts them."""
+    job = free_port(65535 - 4095) - (65535 - 4095)      # by which JAX picks the port
+    return [start(command, {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(count),
+                            "SLURM_PROCID": str(process), "SLURM_LOCALID": str(process)})
+            for process in (range(count) if which is None else which)]
+
+
+def ended(started, within):
+    """(exit code, standard output, lines of standard error but for the bar's) of each; none is left running."""
+    until, found = time.monotonic() + within, []
+    try:
+        for process in started:
+            out, err = process.communicate(timeout=max(until - time.monotonic(), 1))
+            lines = [line for line in re.split("[\r\n]", err) if line.strip() and not line.startswith("train: ")]
+            found.append((process.returncode, out, lines))
+    finally:
+        for process in started:
+            process.kill()
+    return found
+
+
+def wait_for(workdir, step, started, within=600):
+    until = time.monotonic() + within
+    while not any(r["step"] >= step for r in metrics.read(workdir)):
+        assert time.monotonic() < until and all(process.poll() is None for process in started), ended(started, 5)
+        time.sleep(0.1)
+
+
+def alone(place, workdir, **mesh):
+    """Steps of this process alone; what it printed."""
+    command = arguments(place, workdir, mesh, **{"train.steps": STEPS})
+    with jax.enable_x64(True), contextlib.redirect_stdout(io.StringIO()) as said:
+        assert cli.main(command) == 0
+    return said.getvalue()
+
+
+def assert_same_run(workdir, whole, first=1, last=STEPS):
+    """The same tokens at the same steps: loss and gradients from `first` to `last`."""
+    got, want = ({r["step"]: r for r in metrics.read(path)} for path in (workdir, whole))
+    for step in range(first, last + 1):
+        assert got[step]["tokens"] == want[step]["tokens"]
+        for name in ("loss", "grad_norm", "aux_loss", "drop_rate"):
+            assert got[step][name] == pytest.approx(want[step][name], rel=1e-9), (step, name)
+    assert any(r["drop_rate"] for r in want.values())
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """One process of eight devices: its workdir, and what it printed."""
+    return place / "whole", alone(place, "whole", edp=2, ep=2, seq=2)
+
+
+@pytest.fixture(scope="module")
+def two(place):
+    """Two processes of four devices, until one of them gets SIGTERM: the workdir, and how they ended."""
+    started = by_hand(arguments(place, "two", {"edp": 2, "ep": 2, "seq": 2}), 2)
+    wait_for(place / "two", STEPS, started)
+    started[1].send_signal(signal.SIGTERM)
+    return place / "two", ended(started, 240)
+
+
+@pytest.fixture(scope="module")
+def four(two, place):
+    """Four processes of two devices go on, and halves of the same rows are in two; one is killed on the way: the workdir,
+    and how they ended: within a minute of it, two where other work shares the cores."""
+    resumed(two, place, "four")
+    options = {"checkpoint.every": STEPS, "train.eval_every": 0}
+    started = by_slurm(arguments(place, "four", {"edp": 2, "etp": 2, "seq": 2}, **options), 4)
+    wait_for(place / "four", STEPS, started)
+    started[2].kill()
+    return place / "four", ThreadPoolExecutor(1).submit(ended, started, 120)
+
+
+def resumed(two, place, name):
+    """A copy of the two processes' run as it was at step FROM."""
+    (place / name / "checkpoints").mkdir(parents=True)
+    shutil.copy(two[0] / "config.json", place / name)
+    shutil.copytree(two[0] / "checkpoints" / str(FROM), place / name / "checkpoints" / str(FROM))
+
+
+def test_two_processes_run_as_one(two, whole):
+    """Loss, gradients, dropped tokens and evaluation, over packed documents."""
+    assert_same_run(two[0], whole[0])
+    (_, out, _), (_, other, _) = two[1]
+    told = re.findall(r"^step \d+: validation/bits_per_byte .*", whole[1], re.M)
+    assert len(told) == 2 and re.findall(r"^step \d+: validation/bits_per_byte .*", out, re.M)[:2] == told
+    assert other == ""
+
+
+def test_sigterm_to_one_saves_all_at_one_step(two):
+    workdir, (first, second) = two
+    assert (first[0], second[0]) == (0, 0) and (first[2], second[2]) == ([], [])
+    step = int(checkpoint.find_step(workdir)[1].name)
+    assert [r["step"] for r in metrics.read(workdir)] == list(range(1, step + 1))
+    assert f"stopped at step {step:,} and saved" in first[1]
+
+
+def test_four_processes_go_on(four, whole):
+    assert_same_run(four[0], whole[0], FROM + 1)
+
+
+@pytest.mark.parametrize("mesh", [{"edp": 2, "etp": 2, "seq": 2}, {}], ids=["1x8", "1x1"])
+def test_one_process_goes_on(mesh, two, whole, place):
+    name = f"one{len(mesh)}"
+    resumed(two, place, name)
+    alone(place, name, **mesh)
+    assert_same_run(place / name, whole[0], FROM + 1)
+
+
+@pytest.mark.parametrize("count, which, within, told", [
+    (3, (0, 1), 8, r"process 2 of 3 did not come to 127.0.0.1:\d+ in 8 s"),
+    (2, (1,), 1, r"nothing answers at 127.0.0.1:\d+, where process 0 should be, in 1 s \(Connection refused\)"),
+    (3, (0, 1, 1), 30, r"two processes were started with --process=1")])
+def test_processes_that_do_not_meet(count, which, within, told, place):
+    started = by_hand(arguments(place, "never", {}), count, which, timeout=within)
+    for code, out, lines in ended(started, 120):
+        assert code == 2 and out == "" and len(lines) == 1 and re.fullmatch(f"mmx: {told}", lines[0]), lines
+    assert not (place / "never").exists()
+
+
+def test_processes_that_slurm_does_not_start(place):
+    (code, out, lines), = ended(by_slurm([*arguments(place, "never", {}), "--timeout", "1"], 2, (0,)), 120)
+    assert (code, out) == (2, "")
+    assert lines == ["mmx: not all processes came to the coordinator of SLURM_STEP_NODELIST=localhost in 1 s"]
+
+
+@pytest.mark.parametrize("edp, rates, told", [
+    (1, (1, 1), "the mesh needs 1 of the 2 devices of 2 processes, but each must have its share; -1 on one axis takes all"),
+    (2, (1, 2), "process 1 was given another experiment than process 0: all need the same command, but for --process")])
+def test_what_does_not_fit_is_told_by_all(edp, rates, told, place):
+    port = free_port()
+    started = [by_hand(arguments(place, "never", {"edp": edp}, **{"train.lr": rates[process]}), 2, (process,), port)[0]
+               for process in range(2)]
+    for code, _, lines in ended(started, 200):
+        assert code == 2 and lines == [f"mmx: {told}"]
+    assert not (place / "never").exists()
+
+
+@pytest.mark.parametrize("given, told", [
+    ((None, 2, 0), "^--coordinator, --processes, --process go together: --coordinator is missing$"),
+    (("here", 2, 0), "^--coordinator=here is no HOST:PORT of process 0, such as 10.0.0.1:9000$"),
+    (("here:1", 2, 2), "^--process=2 is not among --processes=2, which count from 0$")])
+def test_arguments_that_cannot_be(given, told):
+    with pytest.raises(ConfigError, match=told):
+        processes.world(*given, 300)
+
+
+@pytest.mark.parametrize("variables, where", [
+    ({}, None), ({"SLURM_NTASKS": "4"}, None), ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, None),
+    ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]"}, "SLURM_STEP_NODELIST=n[1-4]"),
+    ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "uri"}, "OMPI_MCA_orte_hnp_uri=uri"),
+    ({"TPU_WORKER_HOSTNAMES": "a"}, None), ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES=a,b"),
+    ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "TPU_WORKER_HOSTNAMES=a")])
+def test_the_environment_is_asked_where_it_names_several(variables, where, monkeypatch):
+    monkeypatch.setattr(os, "environ", {"TPU_SKIP_MDS_QUERY": "1", **variables})
+    world = processes.world(None, None, None, 300)
+    assert (world and world.where) == (where and f"the coordinator of {where}")
+
+
+@pytest.mark.parametrize("sizes, local, process, want", [
+    ((4, 1, 1, 2), 4, 1, (1, 2)), ((2, 2, 2, 1), 8, 0, (0, 1)), ((2, 1, 2, 4), 4, 1, (0, 2)), ((2, 1, 2, 4), 4, 2, (1, 2)),
+    ((1, 1, 1, 8), 2, 3, (0, 1)), ((4, 1, 1, 3), 4, 0, None)])
+def test_who_reads_which_rows(sizes, local, process, want, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(jax, "local_device_count", lambda: local)
+    devices = np.array([SimpleNamespace(process_index=n // local) for n in range(np.prod(sizes))]).reshape(sizes)
+    mesh = SimpleNamespace(devices=devices, shape=dict(zip(("edp", "ep", "etp", "seq"), sizes)))
+    if want:
+        assert meshes.reader(mesh) == want
+    else:
+        with pytest.raises(ConfigError, match="^a process's 4 devices are neither a multiple nor a part of .* = 3: "):
+            meshes.reader(mesh)
+
+
+def test_the_others_say_who_was_killed(four):
+    """What was saved stands."""
+    workdir, end = four
+    found = end.result()
+    assert found.pop(2)[0] == -signal.SIGKILL
+    for code, _, lines in found:
+        assert code == processes.DEAD and len(lines) == 1, lines
+        assert re.match(r"mmx: process 2 died: no sign of life for 30 s; .* goes on from the last checkpoint$", lines[0])
+    assert int(checkpoint.find_step(workdir)[1].name) in (FROM, STEPS)      # the latter was being saved
