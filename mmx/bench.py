@@ -221,9 +221,8 @@ def _gpu(chip, name, impl):
     with GPU:
         compiled, (moved, launches) = _compiled(target, name, impl)
     rows = []
-    for kernel, cost in compiled.items() if impl != "xla" else ():
-        if cost.tensor or any(part in kernel for part in ("carry", "decode")):
-            short = kernel.partition(" ")[0]
+    for short, cost in sorted((kernel.partition(" ")[0], cost) for kernel, cost in compiled.items() if impl != "xla"):
+        if cost.tensor or any(part in short for part in ("carry", "decode")):
             rows.append({"kernel": short, "registers": cost.registers, "spills": cost.spills, "shared B": cost.shared,
                          "CTAs": cost.ctas, "tensor-core instructions": cost.tensor, "tf32": cost.tf32,
                          "faults": ptx.faults({short: cost}, target)})
@@ -339,4 +338,4 @@ def _show(rows, title, note=None):
         for row in rows:
             table.add_row(*("" if x is None else f"{x:,}" if isinstance(x, int) and not isinstance(x, bool) else str(x)
                             for x in row.values()))
-        Console().print(table)
+        Console(width=None if sys.stdout.isatty() else 200).print(table)       # a file folds nothing
