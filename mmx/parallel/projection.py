@@ -20,8 +20,6 @@ def heads(x_BTD, **weights):
     mesh = sharding.mesh()
     rows, time = sharding.cuts(mesh)
     kept = [sharding.weight(axes, w.shape, mesh) for axes, w in zip(letters, weights)]
-    # heads that the tensor axis does not divide stay whole, and time stays cut
-    out = [P(rows, "etp", *_seq(time)) if sharding.tensor(spec) else P(rows, None, time) for spec in kept]
 
     def local(x_BTD, *weights):
         x_BSD = x_BTD
@@ -30,6 +28,7 @@ def heads(x_BTD, **weights):
                 x_BSD = jax.lax.all_gather(x_BTD, "etp", axis=1, tiled=True)
         return [_heads(x_BSD if sharding.tensor(spec) else x_BTD, sharding.unsharded(w, axes, spec, rows + time))
                 for w, axes, spec in zip(weights, letters, kept)]
+    out = [_cut(spec, rows, time) for spec in kept]
     return jax.shard_map(local, in_specs=(P(rows, time), *kept), out_specs=out)(x_BTD, *weights)
 
 
@@ -47,12 +46,12 @@ def join(x_BHTV, w_HVD):
             return y_BTD
         with jax.named_scope("part_time"):      # 'B T/seq D -> B T/(seq etp) D', summed
             return jax.lax.psum_scatter(y_BTD, "etp", scatter_dimension=1, tiled=True)
-    heads_ = P(rows, "etp", *_seq(time)) if sharding.tensor(kept) else P(rows, None, time)
-    return jax.shard_map(local, in_specs=(heads_, kept), out_specs=P(rows, time))(x_BHTV, w_HVD)
+    return jax.shard_map(local, in_specs=(_cut(kept, rows, time), kept), out_specs=P(rows, time))(x_BHTV, w_HVD)
 
 
-def _seq(time):
-    return [axis for axis in time if axis != "etp"]
+def _cut(kept, rows, time):
+    """How [B, H, T, K] of a weight is cut: heads that the tensor axis does not divide stay whole, and time stays cut."""
+    return P(rows, "etp", tuple(axis for axis in time if axis != "etp")) if sharding.tensor(kept) else P(rows, None, time)
 
 
 def _heads(x_BTD, w_DHK):

@@ -6,7 +6,6 @@ reduce-scatter. Activations between layers are cut by rows over the data axes an
 axis (Megatron's sequence parallelism), while heads, experts' hidden parts and the vocabulary are cut over the tensor axis.
 An axis of an array that its mesh axes do not divide stays whole.
 """
-import itertools
 import math
 
 import jax
@@ -36,7 +35,7 @@ def present(mesh, axes) -> tuple[str, ...]:
 
 def tensor(kept: P) -> bool:
     """Whether a weight is cut over the tensor axis."""
-    return any("etp" in (names if isinstance(names, tuple) else (names,)) for names in kept)
+    return any("etp" in names for names in _axes(kept))
 
 
 def cuts(mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -74,27 +73,21 @@ def constrain(x, letters: str):
 
 def by_letters(letters: str, kept: P) -> P:
     """A weight that FSDP's axes do not cut."""
-    own = [[axis for axis in (names if isinstance(names, tuple) else (names,)) if axis in WEIGHTS.get(letter, ())]
-           for letter, names in zip(letters, kept)]
-    return P(*(names[0] if names else None for names in own))
+    return P(*(tuple(axis for axis in names if axis in WEIGHTS.get(letter, ())) for letter, names in zip(letters, _axes(kept))))
 
 
 def unsharded(w, letters: str, kept: P, axes):
     """Inside `shard_map`, for tokens that differ over all of `axes`: a weight cut by its letters alone, whole over FSDP's
     axes. Its gradient is reduce-scattered over those that it was cut over, and summed over the rest of `axes`.
 
-    One axis after the other, the nearest first: a TPU gathers over all axes at once by a sum, twice the bytes. The parts
-    arrive behind one another and are moved to their places here, so that no exchange is of parts of a tile.
+    One axis after the other, the nearest first: a TPU gathers over all axes at once by a sum, twice the bytes. Parts arrive
+    along an axis of their own, so that none has to fill a tile.
     """
-    cut = [(names,) if isinstance(names, str) else names or () for names in kept]
-    gather = [[axis for axis in names if axis not in WEIGHTS.get(letter, ())] for letter, names in zip(letters, cut)]
-    every, shape = [axis for names in gather for axis in names], w.shape
-    for axis in reversed(every):        # 'D/(edp ep) -> ep D/(edp ep) -> edp ep D/(edp ep)': (X - 1) / X of it received
-        w = jax.lax.all_gather(w, axis)
-    behind = itertools.accumulate((len(names) for names in gather), initial=0)
-    order = [n for at, (names, begin) in enumerate(zip(gather, behind))
-             for n in (*range(begin, begin + len(names)), len(every) + at)]
-    w = w.transpose(order).reshape([extent * _size(names) for extent, names in zip(shape, gather)])
+    cut, shape = _axes(kept), list(w.shape)
+    for at, axis in reversed([(at, axis) for at, names in enumerate(cut) for axis in names]):
+        if axis not in WEIGHTS.get(letters[at], ()):        # 'D/(edp ep) -> D/edp -> D': (X - 1) / X of it received
+            shape[at] *= jax.lax.axis_size(axis)
+            w = jax.lax.all_gather(w, axis, axis=at).reshape(shape)
     return jax.lax.pcast(w, tuple(axis for axis in axes if not any(axis in names for names in cut)), to="varying")
 
 
@@ -115,9 +108,9 @@ def batch(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*[None] * leading, ROWS, TIME))
 
 
-def _size(axes):
-    """Inside `shard_map`."""
-    return math.prod(jax.lax.axis_size(axis) for axis in axes)
+def _axes(kept: P) -> list[tuple[str, ...]]:
+    """The mesh axes that cut each of an array's."""
+    return [(names,) if isinstance(names, str) else names or () for names in kept]
 
 
 def _fitting(axes, shape, mesh) -> P:

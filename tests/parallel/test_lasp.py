@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from collectives import collectives
 from jax.sharding import AxisType, PartitionSpec
 
+from mmx.compilers import hlo
 from mmx.kernels.lightning import reference
 from mmx.parallel import ring
 from mmx.parallel.lightning import bytes_per_device, lightning_attention
@@ -79,8 +79,9 @@ def test_exchanges(seq, kinds):
     (q, k, v, _), (do, _) = inputs()
 
     def moved(function, *args):
-        found = collectives(jax.jit(function, compiler_options=QUICK).lower(*args).compile(), seq)
-        return sorted(kind for kind, _, _ in found), sum(size for _, size, _ in found)
+        text = jax.jit(function, compiler_options=QUICK).lower(*args).compile().as_text()
+        found = hlo.analyse(text, {"edp": 8 // seq, "seq": seq}).collectives
+        return sorted(c.kind for c in found), sum(c.bytes for c in found)
 
     def outputs(q, k, v, segments=None):
         return sharded(seq, edp=8 // seq, check_vma=seq == 4)(q, k, v, None, segments)[0]

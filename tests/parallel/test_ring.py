@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from collectives import collectives
 from jax.sharding import AxisType, PartitionSpec
 
+from mmx.compilers import hlo
 from mmx.kernels.attention import reference
 from mmx.parallel import ring
 
@@ -103,11 +103,11 @@ def test_bytes_and_memory():
     mine = dict(B=1, G=1, T=T // seq, K=64, V=64, axis_size=seq, documents=True)
     array = jax.ShapeDtypeStruct((1, 1, T, 64), jnp.float32)
     compiled = step.lower(sharded(seq), *[array] * 4, jax.ShapeDtypeStruct((1, T), jnp.int32)).compile()
-    found = collectives(compiled, seq)
-    assert {kind for kind, _, _ in found} == {"collective-permute"}
+    found = hlo.analyse(compiled.as_text(), {"seq": seq}).collectives
+    assert {c.kind for c in found} == {"collective-permute"}
     passes = ring.bytes_per_device(**mine), ring.bytes_per_device(**mine, backward=True)
     want = sum(passes) - passes[0] // (seq - 1)         # in one program both passes share the first step's keys
-    assert sum(size * times for _, size, times in found) == want
+    assert sum(c.bytes * c.times for c in found) == want
     assert compiled.memory_analysis().temp_size_in_bytes < 16 * (T // seq) * 64 * 4      # every step's keys: 28 more
 
 
