@@ -136,7 +136,8 @@ def test_a_layer_of_experts_on_v5p(experiment, capfd):
     assert found["fits"] and found["mesh"] == {"edp": 2, "ep": 2, "etp": 1, "seq": 1} and not found["unknown"]
     assert rows["all-to-all", "ep"]["runs"] == layers * (groups * 2 * 2 + 2)
     assert rows["all-to-all", "ep"]["under"] > 0
-    assert sum(row["bytes"] for kind, row in rows.items() if kind[0] == "all-reduce") < 100_000     # scales and counts
+    # scales and counts; of the step over ep alone the compiler sums some small parts
+    assert sum(row["bytes"] for (kind, over), row in rows.items() if kind == "all-reduce" and "edp" in over) < 100_000
     # five matrices of the mixer, three of the experts, forward and recomputation; embedding and head
     assert rows["all-gather", "edp"]["runs"] == layers * 2 * (5 + 3) + 2
     assert rows["reduce-scatter", "edp"]["runs"] >= layers * 3
