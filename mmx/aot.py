@@ -167,11 +167,7 @@ def _inference(e, mesh):
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
     params = jax.tree.map(lambda x, s: _array(x.shape, c.dtype, s), params, sharding.tree(params, mesh))
     cache = jax.eval_shape(lambda: empty_cache(c, e.train.batch, e.train.length))
-    def place(path, x):
-        letters = path[-1].key.rpartition("_")[2]
-        spec = sharding.act("L" * (x.ndim - len(letters)) + letters, x.shape, mesh)
-        return _placed(x, jax.sharding.NamedSharding(mesh, spec))
-    return model, params, jax.tree_util.tree_map_with_path(place, cache)
+    return model, params, jax.tree.map(_placed, cache, sharding.cache(cache, mesh))
 
 
 def _model_flops(e, mode) -> float:

@@ -99,6 +99,14 @@ def tree(abstract, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
+def cache(abstract, mesh: Mesh):
+    """The shardings of a cache: a leaf's name ends in its letters, and the scanned layers stand before them."""
+    def leaf(path, x):
+        letters = path[-1].key.rpartition("_")[2]
+        return NamedSharding(mesh, act("L" * (x.ndim - len(letters)) + letters, x.shape, mesh))
+    return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+
 def whole(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 

@@ -1,4 +1,5 @@
-"""The model on meshes of eight devices against one: loss, gradients, drops, and twenty steps of training, in float64."""
+"""The model on meshes of eight devices against one: loss, gradients, drops, twenty steps of training, inference, in float64."""
+import contextlib
 import dataclasses
 import functools
 
@@ -6,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from mmx import config, optim, train
-from mmx.model import Model
+from mmx import config, inference, optim, train
+from mmx.model import Model, empty_cache
 from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
 
@@ -16,6 +17,7 @@ C = config.Model(vocab=40, dim=16, layers=2, pattern="LS", heads=8, kv_heads=2, 
                  expert_dim=8, capacity=0.75, z_weight=0.01, init="fan_in", embed_std=1.0, chunk=8, dtype="float64")
 TRAIN = config.Train(batch=B, length=T, clip=0.0, loss_chunk=64)
 STEPS = 20
+PROMPTS, CHUNK, CAPACITY, STEPS_BEHIND = (14, 5), 8, 24, 3
 # rows of documents that end anywhere, across the cuts of time, and padding behind them
 ROWS = [(11, 21), (32,), (3, 1, 12, 9), (16, 16), (7, 8, 9, 8), (30,), (5,), (20, 4)]
 
@@ -67,6 +69,33 @@ def one_device():
     return steps(STEPS)
 
 
+def read_and_go_on(lengths, mesh=None):
+    """Logits of STEPS_BEHIND tokens behind ragged prompts that were read in chunks, and the cache."""
+    model = Model(dataclasses.replace(C, capacity=0.0))
+    params, cache = start()[0], empty_cache(model.config, len(lengths), CAPACITY)
+    tokens_BT = np.random.default_rng(1).integers(0, C.vocab, (len(lengths), CAPACITY), np.int32)
+    mask_BT = np.asarray(np.arange(CAPACITY) < np.array(lengths)[:, None], np.int32)
+    read, go_on = (functools.partial(f, model) for f in (inference.prefill, inference.decode_step))
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        if mesh:
+            params = jax.device_put(params, sharding.tree(params, mesh))
+            kept = sharding.cache(cache, mesh)
+            cache = jax.device_put(cache, kept)
+            read, go_on = jax.jit(read, out_shardings=kept), jax.jit(go_on, out_shardings=(None, kept))
+        else:
+            read, go_on = jax.jit(read), jax.jit(go_on)
+        for at in range(0, max(lengths), CHUNK):
+            cache = read(params, tokens_BT[:, at:at + CHUNK], mask_BT[:, at:at + CHUNK], cache)
+        told = []
+        for n in range(STEPS_BEHIND):
+            logits_BW, cache = go_on(params, tokens_BT[:, n], cache)
+            told.append(logits_BW)
+    # what stands behind a row's tokens is nobody's
+    seen_BS1 = (np.arange(CAPACITY) < np.array(lengths)[:, None] + STEPS_BEHIND)[:, None, :, None]
+    keys = {name: x * seen_BS1 for name, x in jax.device_get(cache["layers"]["layer_1"]).items()}
+    return jax.device_get((told, cache["length_B"], cache["layers"]["layer_0"])) + (keys,)
+
+
 @pytest.fixture(autouse=True)
 def float64():
     with jax.enable_x64(True):
@@ -96,6 +125,15 @@ def test_any_mesh_equals_one_device(sizes, count):
         assert told[n]["loss"] == pytest.approx(want[n]["loss"], rel=1e-12 if n == 0 else 1e-9), n
     if count == STEPS:
         assert_close(params, want_params, 1e-9)
+
+
+# rows, time, experts and heads are cut; a chunk is longer than the cache's part on a device; one row, experts on their own
+@pytest.mark.parametrize("sizes, lengths", [((1, 2, 2, 2), PROMPTS), ((1, 1, 2, 4), PROMPTS), ((1, 4, 2, 1), PROMPTS[:1])],
+                         ids=str)
+def test_prompts_in_chunks_and_the_tokens_behind_them(sizes, lengths):
+    mesh = make(sizes)
+    want, got = read_and_go_on(lengths), read_and_go_on(lengths, mesh)
+    assert_close(got, want, 1e-10)
 
 
 @pytest.mark.parametrize("mesh, model, message", [
