@@ -19,9 +19,10 @@ from rich.table import Table
 from mmx import inference, optim
 from mmx.compilers import hlo, ptx, schedule
 from mmx.config import ConfigError, Experiment
-from mmx.model import Model, empty_cache
+from mmx.model import Model
 from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
+from mmx.parallel.cache import empty_cache
 from mmx.train import init, train_step
 
 CHIPS = {       # a device's HBM in bytes, bfloat16 FLOP/s at peak

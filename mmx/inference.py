@@ -12,7 +12,8 @@ import numpy as np
 
 from mmx.config import ConfigError, is_text
 from mmx.data import tokens as tokenizers
-from mmx.model import Model, empty_cache, logits
+from mmx.model import Model, logits
+from mmx.parallel.cache import empty_cache
 
 PREFILL = 2048      # tokens a chunk at most: the larger, the less of an expert's time goes into reading its weights
 DECODE = 64         # steps on the device between two looks for stop strings

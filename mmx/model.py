@@ -15,6 +15,7 @@ from mmx.layers.lightning import Lightning
 from mmx.layers.moe import MoE
 from mmx.layers.softmax import Softmax
 from mmx.parallel import vocabulary
+from mmx.parallel.cache import put
 from mmx.parallel.expert import ARRIVED
 from mmx.parallel.sharding import constrain
 
@@ -67,7 +68,7 @@ class Model(nn.Module):
           segments_BT: documents from 1, 0 for padding; None: one document a row. With a cache: 1, or 0 for padding on
             the right, which is not written.
           positions_BT: positions for RoPE; None: by place (behind the cache's tokens).
-          cache: of `empty_cache`; the tokens continue it.
+          cache: of `parallel.cache.empty_cache`; the tokens continue it.
           trace: also return every layer's input and router logits in the statistics.
 
         Returns:
@@ -90,8 +91,10 @@ class Model(nn.Module):
         layers = None if cache is None else cache["layers"]
         x_BTD, (layers, stats) = groups(x_BTD, context, layers, log_decay_LPH)
         if cache is not None:
+            # 0: put in once all layers have read, in place, for XLA copies a cache that is written beside its readers
+            after_B = jnp.isnan(x_BTD).any((1, 2)).astype(jnp.int32)
             new_B = T if segments_BT is None else jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
-            cache = {"length_B": start_B + new_B, "layers": layers}
+            cache = {"length_B": start_B + new_B, "layers": put(cache["layers"], layers, start_B + after_B)}
         self.param("head_WD", nn.initializers.normal(c.dim ** -0.5), (c.vocab, c.dim))
         x_BTD = rms_norm(x_BTD, param(self, "norm_D"), c.norm_eps)
         return x_BTD, cache, {k: v.reshape(c.layers, *v.shape[2:]) for k, v in stats.items()}
@@ -108,14 +111,3 @@ def logits(params, x_BTD):
     """logits_BTW of the model's hidden states, float32."""
     return jnp.einsum("BTD,WD->BTW", x_BTD, params["head_WD"].astype(x_BTD.dtype),
                       preferred_element_type=jnp.promote_types(x_BTD.dtype, jnp.float32))
-
-
-def empty_cache(c: config.Model, batch: int, capacity: int):
-    """A cache of no tokens with room for `capacity`: constant float32 states for L, keys and values for S."""
-    L, B, H, G, K = c.groups, batch, c.heads, c.kv_heads, c.head_dim
-    state_dtype = jnp.promote_types(c.dtype, jnp.float32)
-    kinds = {"L": lambda: {"state_BHKV": jnp.zeros((L, B, H, K, K), state_dtype)},
-             "S": lambda: {"k_BGSK": jnp.zeros((L, B, G, capacity, K), c.dtype),
-                           "v_BGSV": jnp.zeros((L, B, G, capacity, K), c.dtype)}}
-    return {"length_B": jnp.zeros(batch, jnp.int32),
-            "layers": {f"layer_{i}": kinds[kind]() for i, kind in enumerate(c.pattern)}}

@@ -20,7 +20,7 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "optim": "", "metrics": "",
     "checkpoint": "released",
     "torch": "checkpoint released",
-    "inference": "data model",
+    "inference": "data model parallel",
     "convert": "checkpoint data inference model released torch",
     "evals": "checkpoint convert data inference loss metrics model",
     "train": "checkpoint data evals loss metrics model optim parallel",

@@ -11,7 +11,8 @@ import pytest
 from mmx import config
 from mmx.layers.common import Context, extents
 from mmx.loss import loss
-from mmx.model import Group, Model, empty_cache
+from mmx.model import Group, Model
+from mmx.parallel.cache import empty_cache
 
 C = config.Model(vocab=40, dim=16, layers=4, pattern="LS", heads=4, kv_heads=2, head_dim=8, rotary_dim=4, experts=4,
                  expert_dim=12, z_weight=0.01, chunk=5)

@@ -16,7 +16,8 @@ import pytest
 from mmx import convert, released
 from mmx.inference import forward, generate
 from mmx.loss import loss, router_losses
-from mmx.model import Model, empty_cache, logits
+from mmx.model import Model, logits
+from mmx.parallel.cache import empty_cache
 
 ORACLES = Path(__file__).parent / "oracles"
 STATE_ATOL = {"c_partial_orig": 5e-5, "a_7to1_hf": 2e-4}       # a_7to1_hf's depth factor divides by L - 1 + 1e-5

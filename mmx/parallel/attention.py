@@ -1,8 +1,8 @@
 """Attention on a mesh: rows over the data axes, heads over etp, sequences over seq, by LASP+ and ring attention.
 
 Behind a cache, states go on as in LASP+, while keys and values stay where they are: each device of seq has a part of the
-cache's places, all of the new queries meet it there, and results over parts are joined by their log-sum-exp. Where rows or
-time do not split it is the kernels' plain call, which XLA splits as it can.
+cache's places, all of the new queries meet it there, and results over parts, and over the new keys themselves, are joined
+by their log-sum-exp. Where rows or time do not split it is the kernels' plain call, which XLA splits as it can.
 """
 import functools
 import math
@@ -44,56 +44,59 @@ def softmax(q_BHTK, k_BGTK, v_BGTV, *, segments_BT):
     return _sharded(local, ("BHSK", "BGSK", "BGSV", "BS"), (q_BHTK, k_BGTK, v_BGTV, segments_BT), (0,))[0]
 
 
-def behind(q_BHTK, k_BGTK, v_BGTV, k_BGSK, v_BGSV, start_B):
-    """Softmax attention of T new tokens, row b's at start_b on the cache's axis. Returns o_BHTV and both caches with them in.
+def behind(q_BHTK, k_BGTK, v_BGTV, cache, start_B):
+    """o_BHTV of T new tokens: softmax attention to row b's first start_b places of a cache, and to one another.
 
-    What is padding on the right of a row lands past the row's end, where the next tokens overwrite it.
+    The cache is only read: to put the new ones in where others still read would copy it (`parallel.cache.put` does it
+    behind the last layer). What is padding stands on the right of a row, where no real token sees it.
     """
-    (G, S), mesh = k_BGSK.shape[1:3], sharding.mesh()
-    args, letters = (q_BHTK, k_BGTK, v_BGTV, k_BGSK, v_BGSV, start_B), ("BHSK", "BGSK", "BGSV", "BGSK", "BGSV", "B")
+    keys, scales = (cache["k_BGSK"], cache["v_BGSV"]), tuple(cache[name] for name in cache if "scale" in name)
+    (G, S), mesh = cache["k_BGSK"].shape[1:3], sharding.mesh()
+    args = (q_BHTK, k_BGTK, v_BGTV, start_B, *keys, *scales)
     if mesh is None or G % mesh.shape["etp"] or S % mesh.shape["seq"]:
-        k_BGSK, v_BGSV = (_write(x, new, start_B) for x, new in ((k_BGSK, k_BGTK), (v_BGSV, v_BGTV)))
-        return softmax_attention(q_BHTK, k_BGSK, v_BGSV, start_B=start_B), k_BGSK, v_BGSV
-    return _sharded(functools.partial(_parts, cut=q_BHTK.shape[2] % mesh.shape["seq"] == 0), letters, args, (0, 3, 4))
+        before = _before(q_BHTK, start_B, *keys, scales)
+        return _joined(*before, *softmax_attention(q_BHTK, k_BGTK, v_BGTV, return_lse=True))[0].astype(q_BHTK.dtype)
+    letters = ("BHSK", "BGSK", "BGSV", "B", "BGSK", "BGSV", "BGS", "BGS")[:len(args)]
+    return _sharded(functools.partial(_parts, cut=q_BHTK.shape[2] % mesh.shape["seq"] == 0), letters, args, (0,))[0]
 
 
-def _parts(q_BHTK, k_BGTK, v_BGTV, k_BGSK, v_BGSV, start_B, cut):
+def _parts(q_BHTK, k_BGTK, v_BGTV, start_B, k_BGSK, v_BGSV, *scales, cut):
     """Every letter is a local extent; `cut`: whether T is, over seq."""
+    place, mine = jax.lax.axis_index("seq"), q_BHTK
     if cut:
         with jax.named_scope("new"):        # 'B H T/seq K -> B H T K': the new queries, keys and values
             q_BHTK, k_BGTK, v_BGTV = (jax.lax.all_gather(x, "seq", axis=2, tiled=True) for x in (q_BHTK, k_BGTK, v_BGTV))
-    start_B -= jax.lax.axis_index("seq") * k_BGSK.shape[2]
-    k_BGSK, v_BGSV = (_write_part(x, new, start_B) for x, new in ((k_BGSK, k_BGTK), (v_BGSV, v_BGTV)))
-    o_BHTV, lse_BHT = softmax_attention(q_BHTK, k_BGSK, v_BGSV, start_B=start_B, return_lse=True)
+    o_BHTV, lse_BHT = _before(q_BHTK, start_B - place * k_BGSK.shape[2], k_BGSK, v_BGSV, scales)
     with jax.named_scope("join"):           # 'B H T V -> B H T/seq V', summed in float32
-        weight_BHT1 = jnp.exp(lse_BHT - jax.lax.pmax(lse_BHT, "seq"))[..., None]
+        top_BHT = jax.lax.pmax(lse_BHT, "seq")
+        weight_BHT1 = jnp.exp(lse_BHT - jnp.where(jnp.isneginf(top_BHT), 0, top_BHT))[..., None]
         both = o_BHTV * weight_BHT1, weight_BHT1
-        o_BHTV, weight_BHT1 = (jax.lax.psum_scatter(x, "seq", scatter_dimension=2, tiled=True) if cut
-                               else jax.lax.psum(x, "seq") for x in both)
-    return (o_BHTV / weight_BHT1).astype(q_BHTK.dtype), k_BGSK, v_BGSV
+        o_BHTV, sum_BHT1 = (jax.lax.psum_scatter(x, "seq", scatter_dimension=2, tiled=True) if cut
+                            else jax.lax.psum(x, "seq") for x in both)
+    T = mine.shape[2]
+    if cut:
+        top_BHT = jax.lax.dynamic_slice_in_dim(top_BHT, place * T, T, axis=2)
+    lse_BHT = top_BHT + jnp.log(sum_BHT1[..., 0])
+    first_B = jnp.full_like(start_B, place * T if cut else 0)
+    new = softmax_attention(mine, k_BGTK, v_BGTV, start_B=first_B, return_lse=True)
+    return _joined(o_BHTV / jnp.where(sum_BHT1 > 0, sum_BHT1, 1), lse_BHT, *new)[0].astype(q_BHTK.dtype),
 
 
-def _write(cache_BGSK, new_BGTK, start_B):
-    def row(cache_GSK, new_GTK, start):
-        return jax.lax.dynamic_update_slice_in_dim(cache_GSK, new_GTK.astype(cache_GSK.dtype), start, axis=1)
-    return jax.vmap(row)(cache_BGSK, new_BGTK, start_B)
+def _before(q_BHTK, start_B, k_BGSK, v_BGSV, scales):
+    """o_BHTV and lse_BHT over the keys before row b's start, which may lie before or behind all of them."""
+    (B, _, T, _), S, how = q_BHTK.shape, k_BGSK.shape[2], {"scales": scales or None, "return_lse": True}
+    if T == 1:
+        return softmax_attention(q_BHTK, k_BGSK, v_BGSV, start_B=start_B - 1, **how)
+    here_BS = jnp.asarray(jnp.arange(S) < start_B[:, None], jnp.int32)
+    return softmax_attention(q_BHTK, k_BGSK, v_BGSV, start_B=start_B, segments_BT=jnp.ones((B, T), jnp.int32),
+                             segments_BS=here_BS, **how)
 
 
-def _write_part(cache_BGSK, new_BGTK, start_B):
-    """The same of those new tokens whose places are here, from none to all; a start may lie before or behind the places."""
-    S, T = cache_BGSK.shape[2], new_BGTK.shape[2]
-    span = min(S, T)
-
-    def row(cache_GSK, new_GTK, start):
-        at = jnp.clip(start, 0, S - span)
-        first = at - start      # the token that belongs at the window's first place
-        token_T = first + jnp.arange(span)
-        padded_GTK = jnp.pad(new_GTK.astype(cache_GSK.dtype), ((0, 0), (span, span), (0, 0)))
-        window_GTK = jax.lax.dynamic_slice_in_dim(padded_GTK, first + span, span, axis=1)
-        here_T1 = ((token_T >= 0) & (token_T < T))[:, None]
-        window_GTK = jnp.where(here_T1, window_GTK, jax.lax.dynamic_slice_in_dim(cache_GSK, at, span, axis=1))
-        return jax.lax.dynamic_update_slice_in_dim(cache_GSK, window_GTK, at, axis=1)
-    return jax.vmap(row)(cache_BGSK, new_BGTK, start_B)
+def _joined(o_BHTV, lse_BHT, other_BHTV, other_BHT):
+    """Attention to two sets of keys as to their union (`parallel.ring`); every query sees one of the second."""
+    both_BHT = jnp.logaddexp(lse_BHT, other_BHT)
+    weight_BHT1, other_BHT1 = (jnp.exp(x - both_BHT)[..., None] for x in (lse_BHT, other_BHT))
+    return o_BHTV * weight_BHT1 + other_BHTV * other_BHT1, both_BHT
 
 
 def _ring(q_BHTK, k_BGTK, v_BGTV, *, segments_BT):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from mmx import config, inference, optim, train
-from mmx.model import Model, empty_cache
+from mmx.model import Model
 from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
+from mmx.parallel.cache import empty_cache
 
 T, B = 32, 8
 C = config.Model(vocab=40, dim=16, layers=2, pattern="LS", heads=8, kv_heads=2, head_dim=4, rotary_dim=2, experts=8,

@@ -12,8 +12,8 @@ from mmx.kernels.attention import gpu, tpu, xla
 IMPLS = {"xla": xla, "tpu": tpu, "gpu": gpu}
 
 
-def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=None, start_B=None, return_lse=False,
-                      impl=None):
+def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=None, start_B=None, scales=None,
+                      return_lse=False, impl=None):
     """Causal attention with grouped KV heads (model.md section 4): KV head g serves query heads g R .. (g + 1) R - 1.
 
     o_t = sum_s p_ts v_s with p_t the softmax over the keys s that t sees of q_t . k_s / sqrt(K). Query t of row b
@@ -27,6 +27,7 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
       start_B: the key index of each row's first query, for a chunk or one token against a cache of capacity S, whose
         keys past the last query are never seen; keys before the first may lie elsewhere (then a start counts from the
         first key here, and is negative where all keys come after). None: 0.
+      scales: (k_scale_BGS, v_scale_BGS), by which int8 keys and values are multiplied; no gradients then. None: floats.
       return_lse: whether to return lse_BHT too.
       impl: "xla"; "tpu", splash attention, and "gpu", flash attention, for whole sequences; None picks by platform, dtype
         and shape. A named one runs or raises NotImplementedError with the reason.
@@ -61,13 +62,20 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
         check(segments_BS, "BS", "segments_BS", B=B, S=S)
         segments_BS = segments_BT if segments_BS is segments_BT else as_int32(segments_BS, "segments_BS")
     arrays = q_BHTK, k_BGSK, v_BGSV
-    check_floats(q_BHTK=q_BHTK, k_BGSK=k_BGSK, v_BGSV=v_BGSV)
-    own = start_B is None and T == S and segments_BS is segments_BT
+    if scales:
+        check_floats(q_BHTK=q_BHTK)
+        for name, x in zip(("k_scale_BGS", "v_scale_BGS"), scales):
+            check(x, "BGS", name, B=B, G=G, S=S)
+    else:
+        check_floats(q_BHTK=q_BHTK, k_BGSK=k_BGSK, v_BGSV=v_BGSV)
+    own = start_B is None and T == S and segments_BS is segments_BT and not scales
     if own or impl:
         impl = platform.choose("softmax attention", impl, tuple(IMPLS), lambda impl: _refusal(impl, *arrays, own), q_BHTK)
     else:
         impl = "xla"        # a cache, or keys of others: nothing to tell of, no kernel here takes them
-    if impl == "xla":
+    if scales:
+        o_BHTV, lse_BHT = xla.forward(*arrays, segments_BT, segments_BS, start_B, *xla.block_sizes(T, S), scales)[0]
+    elif impl == "xla":
         o_BHTV, lse_BHT = xla.attention(*arrays, segments_BT, segments_BS, start_B, *xla.block_sizes(T, S))
     else:
         o_BHTV, lse_BHT = (_kernel_with_lse if return_lse else _kernel)(*arrays, segments_BT, impl)

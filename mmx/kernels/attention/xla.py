@@ -40,16 +40,19 @@ def block_sizes(T: int, S: int) -> tuple[int, int]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, keys):
     """o_BHTV, lse_BHT: see `api.softmax_attention`. Segments are both given or both None; `queries`, `keys` count a block's."""
-    return _forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, keys)[0]
+    return forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, keys)[0]
 
 
-def _forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, keys):
+def forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, keys, scales=None):
+    """(o_BHTV, lse_BHT) and the residuals of `backward`. With `scales` (k_scale_BGS, v_scale_BGS) keys and values are int8."""
     (B, H, T, K), (_, G, S, V) = q_BHTK.shape, v_BGSV.shape
     sight = Sight(T, S, queries, keys, segments_BT, segments_BS, start_B)
     acc, scale, R = jnp.promote_types(q_BHTK.dtype, jnp.float32), K ** -0.5, H // G
     q_BGRTK = q_BHTK.reshape(B, G, R, T, K)
     first_N, end_N = sight.spans(axis=1)
     clear_NJ = sight.clear()
+    # a key's scale and a value's stand outside their sums over K and over P: no block is ever scaled itself
+    k_scale, v_scale = ((lambda j, x=x: _keys(x, j, keys)[:, :, None]) for x in scales) if scales else [lambda j: 1] * 2
 
     def query_block(n, carry):
         o_BGRTV, lse_BGRT = carry
@@ -58,12 +61,13 @@ def _forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries,
         def meet(j, carry, clear=False):
             o_BGQV, m_BGQ, l_BGQ = carry
             k_BGPK, v_BGPV = _keys(k_BGSK, j, keys), _keys(v_BGSV, j, keys)
-            z_BGQP = _dot("BGQK,BGPK->BGQP", q_BGQK, k_BGPK)
+            z_BGQP = _dot("BGQK,BGPK->BGQP", q_BGQK, k_BGPK.astype(q_BGQK.dtype)) * k_scale(j)
             z_BGQP = z_BGQP if clear else sight.hide(z_BGQP, n, j)
             top_BGQ = jnp.maximum(m_BGQ, z_BGQP.max(-1))
             p_BGQP = jnp.exp((z_BGQP - top_BGQ[..., None]) * scale)
             keep_BGQ = jnp.exp((m_BGQ - top_BGQ) * scale)
-            o_BGQV = o_BGQV * keep_BGQ[..., None] + _dot("BGQP,BGPV->BGQV", p_BGQP.astype(v_BGPV.dtype), v_BGPV)
+            weight_BGQP = (p_BGQP * v_scale(j)).astype(q_BGQK.dtype)
+            o_BGQV = o_BGQV * keep_BGQ[..., None] + _dot("BGQP,BGPV->BGQV", weight_BGQP, v_BGPV.astype(q_BGQK.dtype))
             return o_BGQV, top_BGQ, l_BGQ * keep_BGQ + p_BGQP.sum(-1)
 
         def key_block(j, carry):
@@ -75,7 +79,10 @@ def _forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries,
         start = (jnp.zeros_like(q_BGQK, acc, shape=(B, G, R * queries, V)),
                  jnp.full_like(q_BGQK, LOWEST, acc, shape=(B, G, R * queries)),
                  jnp.zeros_like(q_BGQK, acc, shape=(B, G, R * queries)))
-        o_BGQV, m_BGQ, l_BGQ = lax.fori_loop(first_N[n], end_N[n], key_block, start)
+        if keys == S:       # for a loop a cache would be copied
+            o_BGQV, m_BGQ, l_BGQ = meet(0, start)
+        else:
+            o_BGQV, m_BGQ, l_BGQ = lax.fori_loop(first_N[n], end_N[n], key_block, start)
         o_BGQV /= jnp.where(l_BGQ > 0, l_BGQ, 1)[..., None]
         lse_BGQ = m_BGQ * scale + jnp.log(l_BGQ)        # -inf where nothing is seen
         return _put_rows(o_BGRTV, o_BGQV.astype(o_BGRTV.dtype), n, queries), _put_rows(lse_BGRT, lse_BGQ, n, queries)
@@ -129,7 +136,7 @@ def backward(queries, keys, residuals, cotangents):
     return *(g.astype(x.dtype) for g, x in zip(grads, residuals)), None, None, None
 
 
-attention.defvjp(_forward, backward)
+attention.defvjp(forward, backward)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""What a model keeps of the tokens it has read: constant float32 states for lightning layers, keys and values for softmax.
+
+A cache is {"length_B", "layers"}; a leaf's name ends in its axes, before which stand the scanned layers L. Places S are
+those of a row's tokens, in order. On a mesh (jax.set_mesh) rows, heads and places are cut by `parallel.sharding`.
+"""
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from mmx import config
+from mmx.parallel import sharding
+
+KV_DTYPES = ("bfloat16", "float32", "int8")
+
+
+def empty_cache(c: config.Model, rows: int, places: int, kv_dtype: str = ""):
+    """A cache of no tokens with room for `places` a row. `kv_dtype`: of keys and values; empty: the computation's."""
+    L, B, S, H, G, K = c.groups, rows, places, c.heads, c.kv_heads, c.head_dim
+    kv_dtype = kv_dtype or c.dtype
+
+    def softmax():
+        scales = {f"{x}_scale_BGS": jnp.zeros((L, B, G, S), jnp.float32) for x in "kv" if kv_dtype == "int8"}
+        return {"k_BGSK": jnp.zeros((L, B, G, S, K), kv_dtype), "v_BGSV": jnp.zeros((L, B, G, S, K), kv_dtype)} | scales
+
+    kinds = {"L": lambda: {"state_BHKV": jnp.zeros((L, B, H, K, K), jnp.promote_types(c.dtype, jnp.float32))},
+             "S": softmax}
+    return {"length_B": jnp.zeros(rows, jnp.int32),
+            "layers": {f"layer_{i}": kinds[kind]() for i, kind in enumerate(c.pattern)}}
+
+
+def stored(k_BGTK, v_BGTV, cache):
+    """New keys and values as this cache keeps them: int8 with a scale for every head and token, or as they are."""
+    new = {"k_BGSK": k_BGTK, "v_BGSV": v_BGTV}
+    if cache["k_BGSK"].dtype != jnp.int8:
+        return new
+    scales = {name: jnp.maximum(jnp.abs(x).max(-1).astype(jnp.float32), 1e-30) / 127 for name, x in new.items()}
+    whole = {name: jnp.round(x / scales[name][..., None]).astype(jnp.int8) for name, x in new.items()}
+    return whole | {"k_scale_BGS": scales["k_BGSK"], "v_scale_BGS": scales["v_BGSV"]}
+
+
+def put(layers, new, start_B):
+    """The layers' caches with what T new tokens left: states in place of states, keys and values behind row b's start_b."""
+    def leaf(path, x, new):
+        letters = path[-1].key.rpartition("_")[2]
+        return _put(letters, x, new.astype(x.dtype), start_B) if "S" in letters else new
+    return jax.tree_util.tree_map_with_path(leaf, layers, new)
+
+
+def _put(letters, cache_LBGSK, new_LBGTK, start_B):
+    """Tokens whose places are here, from none to all; a start may lie before or behind the places."""
+    mesh, S = sharding.mesh(), cache_LBGSK.shape[3]
+    if mesh is None or S % mesh.shape["seq"]:
+        return _write(cache_LBGSK, new_LBGTK, start_B)
+    specs = [sharding.act("L" + axes, x.shape, mesh) for axes, x in (
+        (letters, cache_LBGSK), (letters.replace("S", "N"), new_LBGTK))]
+
+    def local(cache_LBGSK, new_LBGTK, start_B):
+        return _write(cache_LBGSK, new_LBGTK, start_B - jax.lax.axis_index("seq") * cache_LBGSK.shape[3])
+    return jax.shard_map(local, in_specs=(*specs, P(specs[0][1])), out_specs=specs[0], check_vma=False)(
+        cache_LBGSK, new_LBGTK, start_B)
+
+
+def _write(cache_LBGSK, new_LBGTK, start_B):
+    L, B, G, S, *rest = cache_LBGSK.shape
+    T = new_LBGTK.shape[3]
+    span = min(S, T)
+    padded_LBGTK = jnp.pad(new_LBGTK, [(0, 0)] * 3 + [(span, span)] + [(0, 0)] * len(rest))
+
+    def row(b, cache_LBGSK):
+        at = jnp.clip(start_B[b], 0, S - span)
+        first = at - start_B[b]         # the token that belongs at the window's first place
+        token_T = first + jnp.arange(span, dtype=jnp.int32)
+        zero, wide = at * 0, (at * 0,) * len(rest)
+        size = (L, 1, G, span, *rest)
+        new_L1GTK = jax.lax.dynamic_slice(padded_LBGTK, (zero, b, zero, first + span, *wide), size)
+        old_L1GTK = jax.lax.dynamic_slice(cache_LBGSK, (zero, b, zero, at, *wide), size)
+        here_T = jnp.expand_dims((token_T >= 0) & (token_T < T), tuple(range(1, 1 + len(rest))))
+        return jax.lax.dynamic_update_slice(cache_LBGSK, jnp.where(here_T, new_L1GTK, old_L1GTK), (zero, b, zero, at, *wide))
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(B), row, cache_LBGSK)
