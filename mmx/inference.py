@@ -1,23 +1,54 @@
 """Inference: logits of whole sequences, and generation in two parts (paper section 3.3).
 
-Prefill reads all prompts but their last tokens in chunks of one fixed shape; decode then runs on the device, one token
-a row and step, each step feeding what the last one drew. Prompts may be ragged: padding on the right is written nowhere
-and leaves every state alone.
+Prefill reads a prompt but for its last token in chunks of a few fixed shapes; decode then runs on the device, one token a
+row and step, each step feeding what the last one drew. Rows are places in a batch: a sequence that has ended leaves its
+row, and the next that waits is read into it (continuous batching). Padding on the right is written nowhere and leaves
+every state alone.
 """
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm.auto import tqdm
 
 from mmx.config import ConfigError, is_text
 from mmx.data import tokens as tokenizers
 from mmx.model import Model, logits
-from mmx.parallel.cache import empty_cache
+from mmx.parallel.cache import PLACES, empty_cache
 
-PREFILL = 2048      # tokens a chunk at most: the larger, the less of an expert's time goes into reading its weights
-DECODE = 64         # steps on the device between two looks for stop strings
-ROOM = 256          # the cache's capacity and the chunks are multiples: few shapes to compile
+LEVELS = 2048, 256, 128, 64, 32     # tokens a call of prefill reads (paper section 3.3.3's levels, and a chunk)
+BLOCK = 64          # steps on the device between two looks for what has ended
+ROWS = 32           # sequences at a time
+
+
+class Request(NamedTuple):
+    """A prompt and how to go on from it; see `generate`. `seed` and `stream` make its draws, whoever is beside it."""
+    prompt: str | np.ndarray        # text, or ids [T]
+    steps: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stream: int = 0
+    stop: tuple = ()
+
+
+class Piece(NamedTuple):
+    """What came of a request since its last piece."""
+    request: int            # its number
+    text: str               # that no later token can change; empty without a tokenizer
+    ids_T: np.ndarray
+    logprobs_T: np.ndarray  # of these ids, float32, before temperature and what top-k and top-p leave
+    ended: bool
+
+
+class Prefix(NamedTuple):
+    """Tokens that were read once, to be gone on from often (`mmx.prefix` keeps it in a file)."""
+    cache: dict             # of one row
+    last: int               # the token that is not read yet
+    length: int             # of all tokens, the last too
 
 
 def forward(loaded, tokens_BT, mask_BT=None):
@@ -33,7 +64,7 @@ def forward(loaded, tokens_BT, mask_BT=None):
 
 
 def generate(loaded, prompts, *, steps: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-             stop=()):
+             stop=(), prefix: Prefix | None = None, kv_dtype: str = "", rows: int = ROWS):
     """Continuations of `prompts`, at most `steps` tokens each.
 
     Args:
@@ -41,69 +72,189 @@ def generate(loaded, prompts, *, steps: int, temperature: float = 0.0, top_k: in
       prompts: strings (a list, or one), or token ids [B, T].
       temperature: 0 takes the likeliest token.
       top_k, top_p: draw among the k likeliest (0: all), among the likeliest that make up probability p.
-      seed: same seed, same draws; row b draws from (seed, b).
+      seed: same seed, same draws; prompt b draws from (seed, b).
       stop: strings; a continuation ends before the first of them, as it does before the end-of-text token.
+      prefix: of `read`; the prompts stand behind it.
+      kv_dtype: of softmax layers' keys and values: float32, bfloat16 or int8; empty: the computation's.
+      rows: sequences at a time; the others wait.
 
     Returns:
       A list of strings for strings; the new ids [B, steps] for ids, which nothing stops.
     """
-    _check(prompts, steps, temperature, top_k, top_p, seed, stop)
-    draw = {"temperature": np.float32(temperature), "top_k": np.int32(top_k or loaded.config.vocab),
-            "top_p": np.float32(top_p)} if temperature else None
-    if not isinstance(prompts, (str, list, tuple)) or not isinstance(prompts[0], str):
-        ids_BT = _ids(loaded.config, np.asarray(prompts))
-        return np.concatenate(list(_continue(loaded.model, loaded.params, list(ids_BT), steps, steps, draw, seed)), axis=1)
+    text = isinstance(prompts, (str, list, tuple)) and (len(prompts) == 0 or isinstance(prompts[0], str))
+    if len(prompts) == 0:
+        raise ConfigError("no prompt was given")
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts) if text else _ids(loaded.config, np.asarray(prompts))
+    requests = [Request(prompt, steps, temperature, top_k, top_p, seed, b, (stop,) if isinstance(stop, str) else tuple(stop))
+                for b, prompt in enumerate(prompts)]
+    pieces = [[] for _ in requests]
+    for piece in stream(loaded, requests, prefix=prefix, kv_dtype=kv_dtype, rows=rows):
+        pieces[piece.request].append(piece)
+    if text:
+        return ["".join(piece.text for piece in row) for row in pieces]
+    return np.stack([np.concatenate([piece.ids_T for piece in row]) for row in pieces])
 
-    if not loaded.tokenizer:
-        raise ConfigError("this checkpoint has no tokenizer: give token ids, or put its tokenizer.json beside config.json")
-    tokenizer = tokenizers.tokenizer(loaded.tokenizer)
-    tokenizers.check_vocab(tokenizer, loaded.config.vocab)
-    prompts, stop = [prompts] if isinstance(prompts, str) else list(prompts), [stop] if isinstance(stop, str) else stop
-    rows = [np.append(np.int32(tokenizer.bos), tokenizer.encode(p.encode())) for p in prompts]
-    ids_BT, texts = np.zeros((len(rows), 0), np.int32), [""] * len(rows)
-    for new_BT in _continue(loaded.model, loaded.params, rows, steps, DECODE, draw, seed):
-        ids_BT = np.concatenate([ids_BT, new_BT], axis=1)
-        texts, ended = zip(*(_text(tokenizer, ids, stop) for ids in ids_BT))
-        if all(ended):
-            break
-    return list(texts)
+
+def stream(loaded, requests, *, prefix: Prefix | None = None, kv_dtype: str = "", rows: int = ROWS, progress: bool = False):
+    """Yields a `Piece` of each running request every `BLOCK` steps, and one with `ended` at its end.
+
+    `requests` are an iterable, asked for its next as a row is free: a source that waits makes all wait. What a request
+    draws does not depend on those beside it. Raises ConfigError for what no request can be, when its turn comes.
+    """
+    if not isinstance(rows, int) or rows < 1:
+        raise ConfigError(f"rows={rows} must be a whole number, at least 1")
+    tokenizer = loaded.tokenizer and tokenizers.tokenizer(loaded.tokenizer)
+    if tokenizer:
+        tokenizers.check_vocab(tokenizer, loaded.config.vocab)
+    requests = list(requests) if isinstance(requests, (list, tuple)) else requests
+    rows = min(rows, len(requests)) if isinstance(requests, list) else rows
+    waiting, batch = enumerate(requests), Batch(loaded, rows, prefix, kv_dtype, progress)
+    while True:
+        for b in batch.free():
+            number, request = next(waiting, (None, None))
+            if request is None:
+                break
+            batch.enter(b, _Row(number, request, tokenizer, loaded.config, behind=prefix is not None))
+        if not batch.running():
+            return
+        yield from batch.decode()
+
+
+def read(loaded, prompt, *, prefix: Prefix | None = None, kv_dtype: str = "", progress: bool = False) -> Prefix:
+    """Reads a prompt, text or ids [T], to be gone on from by any number of others."""
+    tokenizer = loaded.tokenizer and tokenizers.tokenizer(loaded.tokenizer)
+    row = _Row(0, Request(prompt, 1), tokenizer, loaded.config, behind=prefix is not None)
+    batch = Batch(loaded, 1, prefix, kv_dtype, progress)
+    batch.enter(0, row)
+    return Prefix(batch.cache, int(batch.token_B[0]), len(row.prompt) + (prefix.length if prefix else 0))
 
 
 def sample(model: Model, params, tokenizer, prompt: str, steps: int = 200) -> str:
     """A text drawn from a model in training, for its log."""
-    row = np.append(np.int32(tokenizer.bos), tokenizer.encode(prompt.encode()))
-    draw = {"temperature": np.float32(0.8), "top_k": np.int32(model.config.vocab), "top_p": np.float32(0.95)}
-    new_BT, = _continue(model, params, [row], steps, steps, draw, 0)
-    return prompt + _text(tokenizer, new_BT[0], ())[0]
+    row = _Row(0, Request(prompt, steps, temperature=0.8, top_p=0.95), tokenizer, model.config, behind=False)
+    batch = Batch((model, params, model.config), 1)
+    batch.enter(0, row)
+    return prompt + "".join(piece.text for _ in iter(batch.running, False) for piece in batch.decode())
 
 
-def _text(tokenizer, ids, stop) -> tuple[str, bool]:
+class _Row:
+    """A request on its way: its prompt as ids, what came of it, and what of that was told."""
+
+    def __init__(self, number: int, request: Request, tokenizer, c, behind: bool):
+        _check(request)
+        self.number, self.request, self.tokenizer = number, request, None
+        if isinstance(request.prompt, str):
+            if not tokenizer:
+                raise ConfigError("this checkpoint has no tokenizer: give token ids, or put its tokenizer.json beside "
+                                  "config.json")
+            self.tokenizer, ids_T = tokenizer, tokenizer.encode(request.prompt.encode())
+            self.prompt = ids_T if behind else np.append(np.int32(tokenizer.bos), ids_T)
+        else:
+            self.prompt = _ids(c, np.asarray(request.prompt)[None])[0]
+        self.ids, self.told = [], 0
+
+    def piece(self, ids_T, logprobs_T) -> Piece:
+        """The next, of new ids: it ends the row at the end-of-text token, a stop string, or its last step."""
+        self.ids.extend(ids_T.tolist())
+        last = len(self.ids) >= self.request.steps
+        if not self.tokenizer:
+            return Piece(self.number, "", ids_T, logprobs_T, last)
+        text, ended = _text(self.tokenizer, np.array(self.ids, np.int32), self.request.stop)
+        if not (ended or last):     # half a character, or what may be a stop string's beginning, waits
+            text = text.rstrip("\ufffd")
+            text = text[:len(text) - max((n for s in self.request.stop for n in range(1, len(s)) if text.endswith(s[:n])),
+                                         default=0)]
+        new, self.told = text[self.told:], max(self.told, len(text))
+        return Piece(self.number, new, ids_T, logprobs_T, ended or last)
+
+
+class Batch:
+    """Rows of a cache, and what each draws from: `enter` reads a prompt into one, `decode` takes all on by a block."""
+
+    def __init__(self, loaded, rows: int, prefix: Prefix | None = None, kv_dtype: str = "", progress: bool = False):
+        self.model, self.params, self.config = loaded[:3]
+        self.prefix, self.progress, self.rows = prefix, progress, [None] * rows
+        self.places = 0
+        self.cache = empty_cache(self.config, rows, 0, kv_dtype)
+        self.token_B, self.left_B, self.drawn_B = (np.zeros(rows, np.int32) for _ in range(3))
+        self.temperature_B, self.top_p_B = np.zeros(rows, np.float32), np.ones(rows, np.float32)
+        self.top_k_B, self.key_B = np.zeros(rows, np.int32), [jax.random.key(0)] * rows
+
+    def free(self) -> list[int]:
+        return [b for b, row in enumerate(self.rows) if row is None]
+
+    def running(self) -> bool:
+        return any(self.rows)
+
+    def enter(self, b: int, row: _Row):
+        """Reads all of a prompt but its last token into row b."""
+        ids_T, request, before = row.prompt, row.request, 0
+        if self.prefix:
+            ids_T, before = np.append(np.int32(self.prefix.last), ids_T), self.prefix.length - 1
+        sizes = pieces(len(ids_T) - 1)
+        self._grow(before + max(sum(sizes), len(ids_T) + request.steps))
+        self.cache = _adopt(self.cache, b, self.prefix.cache) if self.prefix else _vacate(self.cache, b)
+        at = 0
+        with tqdm(total=len(ids_T) - 1, desc="reading", unit="token", unit_scale=True, disable=not self.progress) as bar:
+            for size in sizes:
+                tokens_1T = np.zeros((1, size), np.int32)
+                real = min(size, len(ids_T) - 1 - at)
+                tokens_1T[0, :real] = ids_T[at:at + real]
+                mask_1T = np.asarray(np.arange(size) < real, np.int32)[None]
+                self.cache = _read(self.model, self.params, tokens_1T, mask_1T, self.cache, b)
+                if self.progress:
+                    jax.block_until_ready(self.cache)
+                at += real
+                bar.update(real)
+        self.rows[b], self.token_B[b], self.left_B[b], self.drawn_B[b] = row, ids_T[-1], request.steps, 0
+        self.temperature_B[b], self.top_p_B[b] = request.temperature, request.top_p
+        self.top_k_B[b] = request.top_k or self.config.vocab
+        self.key_B[b] = jax.random.fold_in(jax.random.key(request.seed), request.stream)
+
+    def decode(self):
+        """Yields each running row's piece; a row that has ended is free."""
+        eos = next((row.tokenizer.eos for row in self.rows if row and row.tokenizer), -1)
+        draw = None
+        if self.temperature_B.any():
+            draw = {"temperature_B": self.temperature_B, "top_k_B": self.top_k_B, "top_p_B": self.top_p_B}
+        live = [b for b, row in enumerate(self.rows) if row]
+        room = min(BLOCK, -(-int(self.left_B.max()) // 8) * 8)
+        new_BT, logprobs_BT, self.cache = _decode(self.model, self.params, self.token_B, self.left_B, self.drawn_B, self.cache,
+                                                  jnp.stack(self.key_B), draw, eos, room)
+        new_BT, logprobs_BT = jax.device_get((new_BT, logprobs_BT))
+        for b in live:
+            count = int((new_BT[b] >= 0).sum())
+            piece = self.rows[b].piece(new_BT[b, :count], logprobs_BT[b, :count])
+            self.token_B[b], self.left_B[b] = new_BT[b, count - 1], self.left_B[b] - count
+            self.drawn_B[b] += count
+            if piece.ended:
+                self.rows[b], self.left_B[b], self.temperature_B[b] = None, 0, 0
+            yield piece
+
+    def _grow(self, places: int):
+        """Makes room for so many tokens a row, in pages, of which many come at a time where there are many."""
+        if places > self.places:
+            pages = -(-places // PLACES)
+            step = 1 << max(pages.bit_length() - 4, 0)      # at most an eighth too many, and few shapes to compile
+            self.places = -(-pages // step) * step * PLACES
+            self.cache = _grown(self.cache, self.places)
+
+
+def pieces(count: int) -> list[int]:
+    """The sizes of calls that read `count` tokens: chunks, then smaller and smaller levels; fewer than 32 are padding."""
+    sizes, left = [], -(-count // LEVELS[-1]) * LEVELS[-1]
+    for level in LEVELS:
+        sizes += [level] * (left // level)
+        left %= level
+    return sizes
+
+
+def _text(tokenizer, ids_T, stop) -> tuple[str, bool]:
     """The text of a continuation up to its end, and whether it has one."""
-    end = np.flatnonzero(ids == tokenizer.eos)
-    text = tokenizer.decode(ids[:end[0]] if len(end) else ids)
+    end = np.flatnonzero(ids_T == tokenizer.eos)
+    text = tokenizer.decode(ids_T[:end[0]] if len(end) else ids_T)
     cuts = [at for at in (text.find(s) for s in stop) if at >= 0]
     return text[:min(cuts)] if cuts else text, bool(len(end) or cuts)
-
-
-def _continue(model, params, rows, steps, block, draw, seed):
-    """Yields the new ids [B, n] of ragged `rows`, at most `block` at a time, `steps` in all."""
-    B, longest = len(rows), max(len(row) for row in rows)
-    chunks = -(-(longest - 1) // PREFILL)
-    chunk = -(-(longest - 1) // max(chunks, 1) // ROOM) * ROOM
-    read = chunks * chunk
-    cache = empty_cache(model.config, B, -(-max(read, longest + steps) // ROOM) * ROOM)
-    tokens_BT, mask_BT = np.zeros((B, read), np.int32), np.zeros((B, read), np.int32)
-    for b, row in enumerate(rows):
-        tokens_BT[b, :len(row) - 1], mask_BT[b, :len(row) - 1] = row[:-1], 1
-    for n in range(chunks):
-        at = slice(n * chunk, (n + 1) * chunk)
-        cache = _prefill(model, params, tokens_BT[:, at], mask_BT[:, at], cache)
-    token_B = jnp.asarray([row[-1] for row in rows], jnp.int32)
-    key = jax.random.key(seed)
-    for at in range(0, steps, block):
-        count = min(block, steps - at)
-        new_BT, token_B, cache = _decode(model, params, token_B, cache, key, at, draw, min(block, steps), count)
-        yield np.asarray(new_BT)[:, :count]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -116,42 +267,92 @@ def prefill(model: Model, params, tokens_BT, mask_BT, cache):
     return model.apply({"params": params}, tokens_BT, mask_BT, cache=cache)[1]
 
 
-def decode_step(model: Model, params, token_B, cache):
-    """logits_BW of the next tokens, and the cache with these in."""
-    x_B1D, cache, _ = model.apply({"params": params}, token_B[:, None], cache=cache)
+def decode_step(model: Model, params, token_B, cache, live_B=None):
+    """logits_BW of the next tokens, and the cache with these in; a row that is not live stays as it is."""
+    live_B1 = None if live_B is None else jnp.asarray(live_B, jnp.int32)[:, None]
+    x_B1D, cache, _ = model.apply({"params": params}, token_B[:, None], live_B1, cache=cache)
     return logits(params, x_B1D)[:, 0], cache
 
 
-_prefill = jax.jit(prefill, static_argnums=0, donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _read(model: Model, params, tokens_1T, mask_1T, cache, b):
+    row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, b, 1, _rows(x)), cache)
+    row = prefill(model, params, tokens_1T, mask_1T, row)
+    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, b, _rows(x)), cache, row)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=3)
-def _decode(model: Model, params, token_B, cache, key, first, draw, room: int, count):
-    """`count` steps of at most `room`; step i draws with the key of place first + i."""
-    def step(i, carry):
-        token_B, cache, new_BT = carry
-        logits_BW, cache = decode_step(model, params, token_B, cache)
-        token_B = _draw(logits_BW, jax.random.fold_in(key, first + i), draw)
-        return token_B, cache, new_BT.at[:, i].set(token_B)
+@functools.partial(jax.jit, static_argnums=(0, 9), donate_argnums=5)
+def _decode(model: Model, params, token_B, left_B, drawn_B, cache, key_B, draw, eos, room: int):
+    """The next ids and their log-probabilities, [B, room], at most `left_B` of a row and none behind an `eos`: -1 there."""
+    B = len(token_B)
 
-    start = (token_B, cache, jnp.zeros((len(token_B), room), jnp.int32))
-    token_B, cache, new_BT = jax.lax.fori_loop(0, count, step, start)
-    return new_BT, token_B, cache
+    def step(carry):
+        i, token_B, left_B, cache, new_BT, logprobs_BT = carry
+        live_B = left_B > 0
+        logits_BW, cache = decode_step(model, params, token_B, cache, live_B)
+        token_B = jnp.where(live_B, _draw(logits_BW, jax.vmap(jax.random.fold_in)(key_B, drawn_B + i), draw), token_B)
+        logprob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BW), token_B[:, None], axis=1)[:, 0]
+        new_BT = new_BT.at[:, i].set(jnp.where(live_B, token_B, -1))
+        left_B = jnp.where(token_B == eos, 0, jnp.maximum(left_B - 1, 0))
+        return i + 1, token_B, left_B, cache, new_BT, logprobs_BT.at[:, i].set(logprob_B.astype(jnp.float32))
+
+    start = (jnp.int32(0), token_B, left_B, cache, jnp.full((B, room), -1, jnp.int32), jnp.zeros((B, room), jnp.float32))
+    *_, cache, new_BT, logprobs_BT = jax.lax.while_loop(lambda carry: (carry[0] < room) & (carry[2] > 0).any(), step, start)
+    return new_BT, logprobs_BT, cache
 
 
-def _draw(logits_BW, key, draw):
-    """The next tokens. Without `draw` the likeliest; else a Gumbel draw among those that top-k and top-p leave."""
+def _draw(logits_BW, key_B, draw):
+    """The next tokens: the likeliest without `draw` and where its temperature_B is 0; else a Gumbel draw among those that
+    top-k and top-p leave."""
+    likeliest_B = jnp.argmax(logits_BW, axis=1).astype(jnp.int32)
     if draw is None:
-        return jnp.argmax(logits_BW, axis=1).astype(jnp.int32)
-    B, W = logits_BW.shape
-    logits_BW = logits_BW.astype(jnp.float32) / draw["temperature"]
+        return likeliest_B
+    W = logits_BW.shape[1]
+    temperature_B, top_k_B, top_p_B = (jnp.asarray(draw[name]) for name in ("temperature_B", "top_k_B", "top_p_B"))
+    logits_BW = logits_BW.astype(jnp.float32) / jnp.where(temperature_B > 0, temperature_B, 1)[:, None]
     sorted_BW = jnp.sort(logits_BW, axis=1, descending=True)
-    p_BW = jax.nn.softmax(jnp.where(jnp.arange(W) < draw["top_k"], sorted_BW, -jnp.inf))
+    p_BW = jax.nn.softmax(jnp.where(jnp.arange(W) < top_k_B[:, None], sorted_BW, -jnp.inf))
     above_BW = jnp.cumsum(p_BW, axis=1) - p_BW              # probability of all likelier ones
-    kept_B = jnp.sum((above_BW < draw["top_p"]) & (p_BW > 0), axis=1, keepdims=True)
-    least_B1 = jnp.take_along_axis(sorted_BW, jnp.maximum(kept_B, 1) - 1, axis=1)
-    noise_BW = jax.vmap(lambda b: jax.random.gumbel(jax.random.fold_in(key, b), (W,)))(jnp.arange(B))
-    return jnp.argmax(jnp.where(logits_BW >= least_B1, logits_BW + noise_BW, -jnp.inf), axis=1).astype(jnp.int32)
+    kept_B1 = jnp.sum((above_BW < top_p_B[:, None]) & (p_BW > 0), axis=1, keepdims=True)
+    least_B1 = jnp.take_along_axis(sorted_BW, jnp.maximum(kept_B1, 1) - 1, axis=1)
+    noise_BW = jax.vmap(lambda key: jax.random.gumbel(key, (W,)))(key_B)
+    drawn_B = jnp.argmax(jnp.where(logits_BW >= least_B1, logits_BW + noise_BW, -jnp.inf), axis=1).astype(jnp.int32)
+    return jnp.where(temperature_B > 0, drawn_B, likeliest_B)
+
+
+def _rows(x) -> int:
+    """The axis of rows in a leaf of a cache: length_B has it first, the others behind their layers."""
+    return min(x.ndim - 1, 1)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _vacate(cache, b):
+    """Row b with no tokens. Keys and values behind its length are nobody's: they stay."""
+    def leaf(path, x):
+        return x if "S" in _letters(path) else x.at[(slice(None),) * _rows(x) + (b,)].set(0)
+    return jax.tree_util.tree_map_with_path(leaf, cache)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _adopt(cache, b, row):
+    """Row b with the tokens of a cache of one row that has no more places."""
+    def leaf(x, new):
+        at = [0] * x.ndim
+        at[_rows(x)] = b
+        return jax.lax.dynamic_update_slice(x, new.astype(x.dtype), at)
+    return jax.tree.map(leaf, cache, row)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _grown(cache, places: int):
+    def leaf(path, x):
+        axis = _letters(path).find("S") + 1
+        return jnp.pad(x, [(0, (places - n) * (at == axis)) for at, n in enumerate(x.shape)]) if axis else x
+    return jax.tree_util.tree_map_with_path(leaf, cache)
+
+
+def _letters(path) -> str:
+    return path[-1].key.rpartition("_")[2]
 
 
 def _ids(c, ids_BT):
@@ -162,16 +363,14 @@ def _ids(c, ids_BT):
     return ids_BT.astype(np.int32)
 
 
-def _check(prompts, steps, temperature, top_k, top_p, seed, stop):
-    if len(prompts) == 0:
-        raise ConfigError("no prompt was given")
-    for prompt in prompts if isinstance(prompts, (list, tuple)) else [prompts]:
-        if isinstance(prompt, str) and not is_text(prompt):
-            raise ConfigError(f"prompt {prompt!a} is no text: it holds bytes that are not UTF-8, or half of a surrogate pair")
+def _check(request: Request):
+    prompt, steps, temperature, top_k, top_p, seed, _, stop = request
+    if isinstance(prompt, str) and not is_text(prompt):
+        raise ConfigError(f"prompt {prompt!a} is no text: it holds bytes that are not UTF-8, or half of a surrogate pair")
     for name, value in (("steps", steps), ("top_k", top_k), ("seed", seed)):
         if not isinstance(value, (int, np.integer)):
             raise ConfigError(f"{name}={value!r} is no whole number")
-    if any(not s for s in ([stop] if isinstance(stop, str) else stop)):
+    if not all(stop):
         raise ConfigError("stop holds an empty string, which every text begins with")
     for name, value, good in (("steps", steps, steps >= 1), ("temperature", temperature, temperature >= 0),
                               ("top_k", top_k, 0 <= top_k < 2**31), ("top_p", top_p, 0 < top_p <= 1),

@@ -21,7 +21,7 @@ def loaded():
 
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch):
-    for name, value in (("PREFILL", 32), ("DECODE", 8), ("ROOM", 16)):
+    for name, value in (("LEVELS", (32, 16, 8)), ("BLOCK", 8), ("PLACES", 16)):
         monkeypatch.setattr(inference, name, value)
 
 
@@ -69,15 +69,15 @@ def test_same_seed_same_draws(loaded):
 def test_draws_do_not_depend_on_the_block(loaded, monkeypatch):
     draw = lambda: mmx.generate(loaded, ["one", "three"], steps=20, temperature=1.0, seed=3)
     first = draw()
-    monkeypatch.setattr(inference, "DECODE", 20)
+    monkeypatch.setattr(inference, "BLOCK", 24)
     assert draw() == first
 
 
 def draws(logits_W, count=4000, **how):
-    how = {"temperature": np.float32(how.get("temperature", 1)), "top_k": np.int32(how.get("top_k", len(logits_W))),
-           "top_p": np.float32(how.get("top_p", 1))}
+    draw = {f"{name}_B": np.full(count, how.get(name, default)) for name, default in (
+        ("temperature", 1.0), ("top_k", len(logits_W)), ("top_p", 1.0))}
     logits_BW = jnp.broadcast_to(jnp.asarray(logits_W), (count, len(logits_W)))
-    taken = np.asarray(inference._draw(logits_BW, jax.random.key(0), how))
+    taken = np.asarray(inference._draw(logits_BW, jax.random.split(jax.random.key(0), count), draw))
     return np.bincount(taken, minlength=len(logits_W)) / count
 
 

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 from mmx import config
 from mmx.parallel import sharding
 
-KV_DTYPES = ("bfloat16", "float32", "int8")
+KV_DTYPES = "float32", "bfloat16", "int8"
+PLACES = 256        # a page: rooms of a cache are multiples
 
 
 def empty_cache(c: config.Model, rows: int, places: int, kv_dtype: str = ""):
