@@ -238,6 +238,8 @@ def _get_config(path: str):
         raise ConfigError(f"no experiment file {file}" + (config.nearest(file, names) if names else ""))
     try:
         found = runpy.run_path(file)["get_config"](*([] if argument is None else [argument]))
+    except ConfigError as error:        # of the argument
+        raise ConfigError(f"{file}: {error}") from None
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1

@@ -5,6 +5,7 @@ A source gives slices of leaves, a conversion writes them: both walk `released.l
 """
 import contextlib
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -68,6 +69,10 @@ class ReleasedSource:
             array[piece.index] = self.read(files, leaf, piece)
         return array
 
+    def slices(self, files, leaf):
+        """A function of an index; the whole leaf stands in memory meanwhile."""
+        return self.read_leaf(files, leaf).__getitem__
+
 
 class WorkdirSource:
     """The params of a committed step of a workdir; one that nobody has trained yet has the side files of its origin."""
@@ -102,6 +107,9 @@ class WorkdirSource:
 
     def read_leaf(self, files, leaf) -> np.ndarray:
         return checkpoint.read(self.arrays[leaf.path])
+
+    def slices(self, files, leaf):
+        return functools.partial(checkpoint.read, self.arrays[leaf.path])
 
 
 def open_source(path: str | Path) -> ReleasedSource | WorkdirSource:
@@ -263,6 +271,25 @@ def _nest(flat: dict[tuple[str, ...], object]) -> dict:
             at = at.setdefault(key, {})
         at[path[-1]] = value
     return tree
+
+
+def open_start(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
+    """A checkpoint in either form that `model` can start from: one with tensors of its shapes."""
+    source = open_source(path)
+    there, wanted = ({"/".join(leaf.path): leaf.shape for leaf in released.leaves(m)} for m in (source.model, model))
+    released.check_shapes(there, wanted, f"train.init_from={str(path)!r}", "this model")
+    return source
+
+
+def start(source: ReleasedSource | WorkdirSource, params: dict) -> dict:
+    """Its parameters in the place, type and sharding of the abstract leaves of `params`. A workdir is read in slices; of a
+    Hugging Face directory a stacked leaf at a time stands in memory."""
+    made = {}
+    with released.Files(os.O_RDONLY) as files, jax.transfer_guard_host_to_device("allow"):
+        for leaf in released.leaves(source.model):
+            want, read = functools.reduce(dict.get, leaf.path, params), source.slices(files, leaf)
+            made[leaf.path] = jax.make_array_from_callback(want.shape, want.sharding, lambda at: read(at).astype(want.dtype))
+    return _nest(made)
 
 
 def load(path: str | Path, dtype=None) -> Loaded:

@@ -23,7 +23,7 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "inference": "data model",
     "convert": "checkpoint data inference model released torch",
     "evals": "checkpoint convert data inference loss metrics model",
-    "train": "checkpoint data evals loss metrics model optim parallel",
+    "train": "checkpoint convert data evals loss metrics model optim parallel",
     "hugepages": "", "processes": "", "compilers": "", "bench": "compilers kernels layers parallel",
     "aot": "compilers inference model optim parallel train",
     "cli": "aot bench checkpoint convert evals hugepages inference processes train",
