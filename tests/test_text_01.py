@@ -10,12 +10,14 @@ from mmx.parallel import mesh as meshes
 
 FILE = str(Path(__file__).parents[1] / "experiments" / "text_01.py")
 CHIPS = {"v5p-512": 8 * 8 * 8, "v5p-2048": 8 * 16 * 16, "v6e-256": 16 * 16, "h100-512": 64 * 8}
-STAGES = {"8k": (8192, 1e4, 11.4e12), "128k": (131_072, 5e6, 300e9), "512k": (524_288, 1e7, 32e9), "1m": (1_048_576, 1e7, 26e9)}
+STAGES = {"8k": (8192, 1e4, 11.4e12), "128k": (131_072, 5e6, 300e9), "512k": (524_288, 1e7, 32e9),
+          "1m": (1_048_576, 1e7, 26e9)}
 MIX = {"128k": (30, 70, 0), "512k": (35, 35, 30), "1m": (30, 30, 40)}
-TOY = {"model.vocab": 264, "model.remat": False, "model.dim": 16, "model.layers": 2, "model.pattern": "LS", "model.heads": 2, "model.kv_heads": 1,
+TOY = {"model.vocab": 264, "model.dim": 16, "model.layers": 2, "model.pattern": "LS", "model.heads": 2, "model.kv_heads": 1,
        "model.head_dim": 8, "model.rotary_dim": 4, "model.experts": 4, "model.expert_dim": 16, "model.dtype": "float32",
-       "model.token_groups": 1, "train.batch": 2, "train.length": 32, "train.loss_chunk": 64, "train.ramp": "()",
-       "train.tensorboard": False, "data.tokenizer": "bytes", "data.shards": 2, "mesh.edp": 1, "mesh.ep": 1, "mesh.seq": 1}
+       "model.remat": False, "model.token_groups": 1, "train.batch": 2, "train.length": 32, "train.loss_chunk": 64,
+       "train.ramp": "()", "train.tensorboard": False, "data.tokenizer": "bytes", "data.shards": 2, "mesh.edp": 1,
+       "mesh.ep": 1, "mesh.seq": 1}
 
 
 @pytest.mark.parametrize("pod, stage", list(itertools.product(CHIPS, STAGES)))
@@ -29,7 +31,7 @@ def test_every_pod_and_stage(pod, stage):
     assert ends == ([2**24, 2**25, 2**26, 2**27] if stage == "8k" else [2**27])
     if stage != "8k":
         assert 0 <= t.steps * 2**27 - tokens < 2**27
-        (begin, old), (moved, mix), (asked, same), (late, last) = e.data.weights
+        (begin, _), (moved, mix), (asked, same), (late, last) = e.data.weights
         assert e.data.interpolate and mix == same == (*MIX[stage], 0) and (begin, asked) == (0, t.steps * 4 // 5)
         assert 0 < moved < asked < late < t.steps
         assert last == (*(pytest.approx(0.9 * share) for share in MIX[stage]), 10)
@@ -64,7 +66,7 @@ def test_two_stages_at_toy_size(tmp_path, monkeypatch, capsys):
         return cli.main(["train", "--config", f"{FILE}:{stage}", "--workdir", workdir, *given])
 
     assert train("v5p-512", "8k", **{"train.steps": 20, "train.warmup": 2, "train.lr": 0.01, "train.rates": "((0,0.01),)"}) == 0
-    later = {"train.length": 64, "data.lengths": "((0,40),(40,68),(68,0),(0,0))", "train.warmup": 1,
+    later = {"train.length": 64, "data.lengths": "((0,40),(40,100),(100,0),(0,0))", "train.warmup": 1,
              "data.weights": "((0,(100,0,0,0)),(2,(30,70,0,0)),(4,(27,63,0,10)))"}
     assert train("128k,v5p-512", "128k", **later, **{"train.steps": 3}) == 0
     first, second = (metrics.read(tmp_path / workdir) for workdir in ("8k", "128k"))
