@@ -28,7 +28,8 @@ from mmx.train import init, train_step
 CHIPS = {       # a device's HBM in bytes, bfloat16 FLOP/s at peak
     "v4": (32 * 2**30, 275e12), "v5e": (16 * 2**30, 197e12), "v5p": (95 * 2**30, 459e12), "v6e": (32 * 2**30, 918e12),
     "tpu7x": (96 * 2**30, 1155e12), "h100": (80e9, 989e12)}
-OPTIONS = {"tpu": {"xla_tpu_enable_async_all_to_all": "true"}, "cuda": {"xla_gpu_autotune_level": 0}}
+OPTIONS = {"tpu": {f"xla_tpu_enable_async_{kind}": "true" for kind in ("all_to_all", "ragged_all_to_all")},
+           "cuda": {"xla_gpu_autotune_level": 0}}
 ENVIRONMENT = {     # no TPU is asked for and none locked, and libtpu says only what is wrong
     "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}

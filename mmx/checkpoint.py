@@ -21,7 +21,7 @@ from mmx.released import check_shapes, read_json
 
 CHUNK_BYTES = 64 << 20      # of an array on disk: bounds what reading a slice decodes
 FREE = {    # what a resumed run may change, beside checkpoint and mesh: how long, how fast, what is shown
-    "model": {"remat", "keep_arrived", "impl", "chunk", "token_groups"},
+    "model": {"remat", "keep_arrived", "impl", "chunk", "token_groups", "ragged"},
     "train": {"steps", "seconds", "log_every", "eval_every", "eval_bytes", "sample_every", "sample_prompt",
               "tensorboard"},
 }

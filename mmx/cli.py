@@ -31,7 +31,7 @@ examples:
   mmx convert to-hf --checkpoint run --out run-hf         for transformers, vLLM and others
   mmx convert verify --checkpoint run --against run-hf
   mmx config experiments/text_01.py                       parameters, FLOPs, shapes
-  mmx aot --config experiments/text_01.py --topology v5p:8x8x8 --mesh edp=16,ep=32
+  mmx aot --config experiments/text_01.py:v5p-512 --topology v5p:8x8x8
   mmx bench kernels --chip v5p,h100                       the kernels, by the TPU's and the GPU's compiler
 """
 PROCESSES = """\
@@ -130,7 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("generate", generate, "Continue prompts.")
     sub.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)
-    sub.add_argument("--prompt", required=True, action="append", help="text to continue; may be given several times")
+    sub.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; several times")
+    sub.add_argument("--prompt-file", action="append", default=[], metavar="FILE",
+                     help="a prompt in a file of UTF-8; several times")
     sub.add_argument("--steps", type=int, default=200, help="tokens at most (default 200)")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
     sub.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest; 0: all (default)")
@@ -138,6 +140,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="same seed, same text (default 0)")
     sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; several times")
     sub.add_argument("--dtype", choices=["float32", "bfloat16"], help="of parameters and computation (default: as stored)")
+    sub.add_argument("--weights-dtype", choices=["int8"], help="matrices as int8, a scale each output channel")
+    sub.add_argument("--kv-dtype", choices=["float32", "bfloat16", "int8"],
+                     help="of softmax layers' keys and values (default: the computation's)")
+    sub.add_argument("--rows", type=int, default=32, help="sequences at a time; the others wait (default 32)")
+    sub.add_argument("--save-cache", metavar="FILE", help="keep what reading the one prompt made, to go on from it often")
+    sub.add_argument("--load-cache", metavar="FILE", help="prompts stand behind what --save-cache kept")
+    sub.add_argument("--json", action="store_true", help="print a JSON object a prompt: text, ids, log-probabilities")
 
     sub = command("eval", evaluate, "Held-out bits per byte, beside gzip -9 and xz -9e of the same files, each alone.")
     sub.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)
@@ -238,6 +247,8 @@ def _get_config(path: str):
         raise ConfigError(f"no experiment file {file}" + (config.nearest(file, names) if names else ""))
     try:
         found = runpy.run_path(file)["get_config"](*([] if argument is None else [argument]))
+    except ConfigError as error:        # of the argument
+        raise ConfigError(f"{file}: {error}") from None
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
@@ -270,11 +281,40 @@ def _train(args, world=None):
 
 
 def generate(args):
-    loaded = mmx.load(args.checkpoint, dtype=args.dtype)
-    texts = mmx.generate(loaded, args.prompt, steps=args.steps, temperature=args.temperature, top_k=args.top_k,
-                         top_p=args.top_p, seed=args.seed, stop=args.stop)
-    for prompt, text in zip(args.prompt, texts):
-        print(prompt + text)
+    texts = [*args.prompt, *(_read_text(file) for file in args.prompt_file)]
+    if not texts and not args.load_cache:
+        raise ConfigError("no prompt was given: --prompt TEXT or --prompt-file FILE, or --load-cache FILE to go on from")
+    if args.save_cache and len(texts) != 1:
+        raise ConfigError(f"--save-cache keeps one prompt, {len(texts)} are given")
+    from mmx import inference, prefix
+
+    loaded = mmx.load(args.checkpoint, dtype=args.dtype, weights_dtype=args.weights_dtype)
+    kept = prefix.load(args.load_cache, loaded) if args.load_cache else None
+    how = {"kv_dtype": args.kv_dtype or "", "progress": sys.stderr.isatty()}
+    if args.save_cache:
+        kept = inference.read(loaded, texts[0], prefix=kept, **how)
+        prefix.save(args.save_cache, loaded, kept)
+    requests = [inference.Request("" if args.save_cache else text, args.steps, args.temperature, args.top_k, args.top_p,
+                                  args.seed, number, tuple(args.stop)) for number, text in enumerate(texts or [""])]
+    told, pieces, at_once = texts or [""], [[] for _ in requests], len(requests) == 1 and not args.json
+    if at_once:
+        print(told[0], end="", flush=True)
+    for piece in inference.stream(loaded, requests, prefix=kept, rows=args.rows, **how):
+        pieces[piece.request].append(piece)
+        if at_once:
+            print(piece.text, end="\n" * piece.ended, flush=True)
+    for prompt, row in zip(told, pieces) if not at_once else ():
+        text = "".join(piece.text for piece in row)
+        print(json.dumps({"prompt": prompt, "text": text} | {
+            name: [x for piece in row for x in getattr(piece, f"{name}_T").tolist()] for name in ("ids", "logprobs")})
+            if args.json else prompt + text)
+
+
+def _read_text(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 at byte {error.start}") from None
 
 
 def evaluate(args):

@@ -38,6 +38,7 @@ class Model:
     capacity: float = 0.0           # tokens an expert takes, over tokens x top_k / experts; 0 drops none
     transport: float = 0.0          # slots to each device of the expert axis, over the even share; 0: all that could be needed
     token_groups: int = 1           # parts of a device's tokens whose exchange runs under one another's experts
+    ragged: bool = False            # tokens travel by ragged all-to-all (TPU and GPU), transport bounds all peers' together
     aux: str = "switch"             # load-balancing loss: switch E sum(f P), paper (1/E) sum(f m), hf over all layers
     aux_weight: float = 0.01        # paper section 4.2
     z_weight: float = 0.0           # router z-loss, mean of logsumexp(logits)^2
@@ -157,6 +158,7 @@ class Train:
     batch: int = 8                  # sequences a micro-batch
     length: int = 512               # T, tokens a sequence
     ramp: tuple = ()                # ((tokens seen, micro-batches a step), ...): batch ramp by gradient accumulation
+    init_from: str = ""             # start from the parameters of this workdir, checkpoints/STEP or Hugging Face directory
     lr: float = 3e-3                # peak learning rate
     lr_end: float = 0.0             # last learning rate
     schedule: str = "wsd"           # wsd (linear warm-up, stable, decay), cosine, stepwise
@@ -206,7 +208,9 @@ class Train:
 class Data:
     """Text. Each source is "sotu" (embedded), or a path to .txt, .jsonl (a "text" field) or a folder of them."""
     sources: tuple = ("sotu",)
+    lengths: tuple = ()             # ((least, below), ...), one a source: tokens of its training documents; (9, 0): 9 or more
     weights: tuple = ()             # ((step, (weight, ...)), ...): mixture that changes by step; empty: by size
+    interpolate: bool = False       # the mixture moves linearly from each of these steps to the next, not at once
     tokenizer: str = "bytes"        # or a path to a tokenizer.json
     shards: int = 8                 # virtual shards: fixes the stream, whatever the number of hosts
     seed: int = 0
@@ -220,6 +224,10 @@ class Data:
             ok = (isinstance(point, tuple) and len(point) == 2 and type(point[0]) is int and isinstance(point[1], tuple)
                   and len(point[1]) == len(self.sources) and all(isinstance(w, (int, float)) and w >= 0 for w in point[1]))
             _require(ok, f"data.weights={self.weights} needs (step, one weight a source) pairs; {len(self.sources)} sources")
+        ranges = all(isinstance(p, tuple) and len(p) == 2 and all(type(n) is int for n in p) and 0 <= p[0] and
+                     (p[1] == 0 or p[0] < p[1]) for p in self.lengths)
+        _require(ranges and len(self.lengths) in (0, len(self.sources)), f"data.lengths={self.lengths} needs a pair of tokens, "
+                 f"at least and below (0: no end), for each of {len(self.sources)} sources")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ A source gives slices of leaves, a conversion writes them: both walk `released.l
 """
 import contextlib
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -18,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from mmx import checkpoint, config, released
+from mmx import checkpoint, config, int8, released
 from mmx.config import ConfigError
 from mmx.data import tokens
 
@@ -68,6 +69,10 @@ class ReleasedSource:
             array[piece.index] = self.read(files, leaf, piece)
         return array
 
+    def slices(self, files, leaf):
+        """A function of an index; the whole leaf stands in memory meanwhile."""
+        return self.read_leaf(files, leaf).__getitem__
+
 
 class WorkdirSource:
     """The params of a committed step of a workdir; one that nobody has trained yet has the side files of its origin."""
@@ -102,6 +107,9 @@ class WorkdirSource:
 
     def read_leaf(self, files, leaf) -> np.ndarray:
         return checkpoint.read(self.arrays[leaf.path])
+
+    def slices(self, files, leaf):
+        return functools.partial(checkpoint.read, self.arrays[leaf.path])
 
 
 def open_source(path: str | Path) -> ReleasedSource | WorkdirSource:
@@ -265,19 +273,53 @@ def _nest(flat: dict[tuple[str, ...], object]) -> dict:
     return tree
 
 
-def load(path: str | Path, dtype=None) -> Loaded:
+def open_start(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
+    """A checkpoint in either form that `model` can start from: one with tensors of its shapes."""
+    source = open_source(path)
+    there, wanted = ({"/".join(leaf.path): leaf.shape for leaf in released.leaves(m)} for m in (source.model, model))
+    released.check_shapes(there, wanted, f"train.init_from={str(path)!r}", "this model")
+    return source
+
+
+def start(source: ReleasedSource | WorkdirSource, params: dict) -> dict:
+    """Its parameters in the place, type and sharding of the abstract leaves of `params`. A workdir is read in slices; of a
+    Hugging Face directory a stacked leaf at a time stands in memory."""
+    made = {}
+    with released.Files(os.O_RDONLY) as files, jax.transfer_guard_host_to_device("allow"):
+        for leaf in released.leaves(source.model):
+            want, read = functools.reduce(dict.get, leaf.path, params), source.slices(files, leaf)
+            made[leaf.path] = jax.make_array_from_callback(want.shape, want.sharding, lambda at: read(at).astype(want.dtype))
+    return _nest(made)
+
+
+def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Loaded:
     """A checkpoint in either form, ready to run: no tokens are dropped; parameters in `dtype` (a name, or what NumPy and
-    JAX take for one), or as stored."""
+    JAX take for one), or as stored. `weights_dtype` "int8": matrices as `mmx.int8` has them, made slice by slice."""
     from mmx.model import Model  # here, for a conversion needs no Flax
 
     source = open_source(path)
     kind = _dtype(dtype)
+    if weights_dtype not in (None, "int8"):
+        raise ConfigError(f"weights_dtype {weights_dtype!r} is not int8")
     with released.Files(os.O_RDONLY) as files:
-        params = {leaf.path: jnp.asarray(source.read_leaf(files, leaf), kind) for leaf in released.leaves(source.model)}
+        params = {leaf.path: _read_int8(source, files, leaf) if weights_dtype and int8.summed(leaf.path[-1])
+                  else jnp.asarray(source.read_leaf(files, leaf), kind) for leaf in released.leaves(source.model)}
     half = params[("embed_WD",)].dtype == jnp.bfloat16
     compute = "bfloat16" if half else source.model.dtype if dtype is None else "float32"
     model = dataclasses.replace(source.model, capacity=0.0, transport=0.0, dtype=compute)
     return Loaded(Model(model), _nest(params), model, source.tokenizer)
+
+
+def _read_int8(source, files, leaf) -> int8.Int8:
+    axes = int8.summed(leaf.path[-1])
+    scale_shape = [1 if at - len(leaf.shape) in axes else n for at, n in enumerate(leaf.shape)]
+    whole, scale = np.empty(leaf.shape, np.int8), np.empty(scale_shape, np.float32)
+    for piece in leaf.pieces(source.dtype(leaf).itemsize):      # a slice cuts none of the axes: a channel is whole
+        at = [*piece.index, *[slice(None)] * (len(leaf.shape) - len(piece.index))]
+        for axis in axes:
+            at[axis] = slice(None)
+        whole[piece.index], scale[tuple(at)] = int8.quantised(source.read(files, leaf, piece), axes)
+    return int8.Int8(jnp.asarray(whole), jnp.asarray(scale))
 
 
 def verify(a: str | Path, b: str | Path, torch: bool = False, batch: int = 2, length: int = 64, seed: int = 0) -> dict:

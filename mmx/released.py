@@ -399,15 +399,15 @@ def check_tensors(tensors: dict[str, Tensor], model: Model, where) -> None:
                  {name: leaf.tensor_shape for leaf in leaves(model) for _, name in leaf.tensors()}, where)
 
 
-def check_shapes(shapes: dict[str, tuple], wanted: dict[str, tuple], where) -> None:
-    """Raises ConfigError unless no array is missing, none extra, and all have the shape that the config wants."""
+def check_shapes(shapes: dict[str, tuple], wanted: dict[str, tuple], where, what: str = "its config.json") -> None:
+    """Raises ConfigError unless no array is missing, none extra, and all have the shape that `what` wants."""
     problems = (("misses", [name for name in wanted if name not in shapes]),
                 ("has unknown", sorted(shapes.keys() - wanted.keys())),
                 ("has misshapen", [f"{name} {list(shapes[name])} instead of {list(shape)}"
                                    for name, shape in wanted.items() if shapes.get(name, shape) != shape]))
     found = [f"{label} {few(names)}" for label, names in problems if names]
     if found:
-        raise ConfigError(f"{where} does not hold the tensors of its config.json: it {'; it '.join(found)}")
+        raise ConfigError(f"{where} does not hold the tensors of {what}: it {'; it '.join(found)}")
 
 
 class Files:

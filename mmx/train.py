@@ -18,8 +18,8 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from mmx import optim
-from mmx.checkpoint import Checkpoints, check_config
+from mmx import convert, optim
+from mmx.checkpoint import Checkpoints, check_config, find_step
 from mmx.config import ConfigError, Experiment, to_json
 from mmx.data import pipeline, tokens
 from mmx.evals.compression import head, make_evaluator
@@ -74,6 +74,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
     bytes_per_token = _bytes_per_token(tokenizer, head(held_out, t.eval_bytes and max(t.eval_bytes, 65_536)))
     if experiment.model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ConfigError("model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment: without it JAX has float32 alone")
+    origin = convert.open_start(t.init_from, experiment.model) if t.init_from and not find_step(workdir) else None
     check_config(workdir, experiment)
 
     model, optimizer = Model(experiment.model), optim.adamw(t)
@@ -84,13 +85,15 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
         make = functools.partial(init, model, optimizer, t.seed)
         abstract = jax.eval_shape(make)
         kept = sharding.tree(abstract, mesh)
-        make = jax.jit(make, out_shardings=kept)
-        step, before, state = 0, 0.0, checkpoints.restore(*jax.tree.map(_placed, abstract, kept))
+        make, placed = jax.jit(make, out_shardings=kept), jax.tree.map(_placed, abstract, kept)
+        step, before, state = 0, 0.0, checkpoints.restore(*placed)
+        if origin:
+            state = 0, convert.start(origin, placed[0]), None, None
         if state is None:
             params, opt = make()
         else:
             step, params, opt, data = state
-            if opt is None:         # a converted checkpoint: its parameters, a new run
+            if opt is None:         # train.init_from or a converted checkpoint: its parameters, a new run
                 opt = jax.jit(optimizer.init, out_shardings=kept[1])(params)
             else:
                 stream.restore(data["stream"])

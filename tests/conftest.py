@@ -7,6 +7,30 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
+import jax.numpy as jnp
+import pytest
+from jax.interpreters import mlir
+from jax.sharding import PartitionSpec as P
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()       # the devices are made now: `mesh.make` would ask for as many as it needs itself
+
+
+@pytest.fixture(scope="session")
+def ragged_on_cpu():
+    """JAX's primitive with its own transpose, which no CPU has, made of gathers as its documentation says."""
+    def from_all(x, into, stood_P, sent_P, lands_P, came_P, *, axis_name, axis_index_groups):
+        x_PI, stood_PP, sent_PP, lands_PP = (jax.lax.all_gather(a, axis_name) for a in (x, stood_P, sent_P, lands_P))
+        here, places = jax.lax.axis_index(axis_name), jnp.arange(len(into))
+        for part, stood, sent, lands in zip(x_PI, stood_PP[:, here], sent_PP[:, here], lands_PP[:, here]):
+            came = (places >= lands) & (places < lands + sent)
+            into = jnp.where(came[:, None], part[jnp.clip(stood + places - lands, 0, len(x) - 1)], into)
+        return into
+
+    counts = [jnp.zeros(1, jnp.int32)] * 4
+    exchange = jax.shard_map(lambda x: jax.lax.ragged_all_to_all(x, x, *counts, axis_name="ep"),
+                             mesh=jax.make_mesh((1,), ("ep",)),
+                             in_specs=P(), out_specs=P(), check_vma=False)
+    traced = jax.make_jaxpr(exchange)(jnp.zeros((1, 1)))
+    primitive = next(eqn.primitive for eqn in traced.eqns[0].params["jaxpr"].eqns if "ragged" in eqn.primitive.name)
+    mlir.register_lowering(primitive, mlir.lower_fun(from_all, multiple_results=False), platform="cpu")

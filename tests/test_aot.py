@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmx import aot, cli
-from mmx.compilers import hlo, schedule
+from mmx.compilers import hlo, ptx, schedule
 
 EXPERIMENT = """\
 from mmx.config import default
@@ -142,6 +142,34 @@ def test_a_layer_of_experts_on_v5p(experiment, capfd):
     assert rows["all-gather", "edp"]["runs"] == layers * 2 * (5 + 3) + 2
     assert rows["reduce-scatter", "edp"]["runs"] >= layers * 3
     assert 1.3 < found["flops"] / found["flops_model"] < 3
+
+
+def test_a_ragged_exchange_counts_at_most_its_result():
+    """Of TPUs and of GPUs, with a start and by itself."""
+    takes = "(bf16[8,16], bf16[24,16], s32[2], s32[2], s32[2], /*index=5*/s32[2])"
+    operands = "(%x, %empty, %at, %sent, %lands, /*index=5*/%came), replica_groups={{0,4},{1,5},{2,6},{3,7}}"
+    text = f"""ENTRY %main () -> bf16[24,16] {{
+  %go = ({takes}, bf16[24,16], u32[], u32[]) ragged-all-to-all-start{operands}
+  %come = bf16[24,16] ragged-all-to-all-done(%go)
+  %gpu = ({takes}, bf16[24,16]) ragged-all-to-all-start{operands}
+  ROOT %ragged_all_to_all.1 = bf16[24,16]{{1,0}} ragged-all-to-all{operands}
+}}
+"""
+    assert [c[:4] for c in hlo.analyse(text, AXES).collectives] == 3 * [("ragged-all-to-all", "data", 2 * 24 * 16, 1)]
+
+
+# TPUs pad a weight to 512 bytes, a token's here
+@pytest.mark.parametrize("topology, times", [pytest.param("v5p:2x2x1", 3, marks=needs_compiler), pytest.param(
+    "h100:1x4", 2, marks=pytest.mark.skipif(bool(ptx.missing()), reason=ptx.missing() or ""))])
+def test_ragged_experts(topology, times, experiment, capfd):
+    """Weights, tokens and what comes back: three exchanges a group forward, as many backward, none when recomputed."""
+    assert cli.main(["aot", "--config", experiment, "--topology", topology, "--mesh", "edp=-1,ep=2", "--json",
+                     "--config.model.ragged", "--config.model.layers=1", "--config.model.token_groups=2"]) == 0
+    rows = {(row["kind"], row["axes"]): row for row in json.loads(capfd.readouterr().out)["exchanges"]}
+    assert rows["ragged-all-to-all", "ep"]["runs"] == 2 * 6
+    tokens = 4 * 512 // 4
+    places, share = 1.25 * tokens * 2 / 2, tokens * 2 / 2       # of a group: what arrives, and what may come back
+    assert rows["ragged-all-to-all", "ep"]["bytes"] == pytest.approx(2 * times * (places + share) * 256 * 2, rel=0.02)
 
 
 @pytest.mark.parametrize("said", [

@@ -1,13 +1,16 @@
 """Generation against recomputation, ragged batches against single prompts, sampling against its definition."""
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import mmx
-from mmx import config, inference
+from mmx import config, inference, int8, prefix
 from mmx.convert import Loaded
 from mmx.model import Model
+from mmx.parallel.cache import empty_cache
 
 C = config.Model(dim=16, layers=4, pattern="LS", heads=2, kv_heads=1, head_dim=8, rotary_dim=4, experts=4, expert_dim=16,
                  init="fan_in", embed_std=1.0)
@@ -114,3 +117,121 @@ def test_bad_input_says_what_would_work(loaded, prompts, how, message):
 def test_without_a_tokenizer_text_is_refused(loaded):
     with pytest.raises(config.ConfigError, match="no tokenizer"):
         mmx.generate(loaded._replace(tokenizer=""), ["a"], steps=2)
+
+
+def requests(**how):
+    """Of several lengths, that end at several steps, and draw or not."""
+    prompts = [ids(1, T)[0] for T in (1, 9, 50, 33, 17)]
+    return [inference.Request(prompt, 3 + 5 * b, temperature=b % 2, seed=b, **how) for b, prompt in enumerate(prompts)]
+
+
+def told(loaded, asked, **how):
+    """Each request's ids and log-probabilities."""
+    rows = [[] for _ in asked]
+    for piece in inference.stream(loaded, asked, **how):
+        rows[piece.request].append(piece)
+    assert all(row[-1].ended and not any(piece.ended for piece in row[:-1]) for row in rows)
+    return [tuple(np.concatenate([getattr(piece, name) for piece in row]) for name in ("ids_T", "logprobs_T")) for row in rows]
+
+
+def test_whoever_is_beside_a_request_changes_nothing(loaded):
+    """Rows that are left early are entered late; one row takes all, one after the other."""
+    asked, alone = requests(), [told(loaded, [request])[0] for request in requests()]
+    for rows in (1, 2, 5):
+        for (ids_T, logprobs_T), (want_T, want_logprobs_T), request in zip(told(loaded, asked, rows=rows), alone, asked):
+            assert len(ids_T) == request.steps
+            np.testing.assert_array_equal(ids_T, want_T)
+            np.testing.assert_allclose(logprobs_T, want_logprobs_T, atol=1e-5)
+
+
+def test_log_probabilities_are_the_models(loaded):
+    request = inference.Request(ids(1, 20)[0], 9, temperature=1.5, top_k=5, seed=2)
+    (ids_T, logprobs_T), = told(loaded, [request])
+    whole_BTW = jax.nn.log_softmax(mmx.forward(loaded, np.concatenate([request.prompt, ids_T])[None]))
+    np.testing.assert_allclose(logprobs_T, whole_BTW[0, 19 + np.arange(9), ids_T], atol=1e-5)
+
+
+@pytest.mark.parametrize("count, sizes", [(0, []), (1, [32]), (32, [32]), (70, [64, 32]), (300, [256, 64]),
+                                          (4321, [2048, 2048, 256]), (4300, [2048, 2048, 128, 64, 32])])
+def test_levels_leave_less_than_the_least_to_padding(count, sizes, monkeypatch):
+    monkeypatch.undo()
+    assert inference.pieces(count) == sizes
+    assert 0 <= sum(sizes) - count < 32
+
+
+def test_text_comes_in_pieces_that_never_change(loaded):
+    whole = mmx.generate(loaded, ["abc"], steps=40, temperature=1.0, seed=5)[0]
+    stop = whole[30:33]
+    pieces = list(inference.stream(loaded, [inference.Request("abc", 40, temperature=1.0, seed=5, stop=(stop,))]))
+    assert len(pieces) > 2 and "".join(piece.text for piece in pieces) == whole[:whole.find(stop)]
+
+
+@pytest.mark.parametrize("kv_dtype", ["", "bfloat16", "int8"])
+def test_a_prefix_in_a_file_goes_on_bit_for_bit(loaded, tmp_path, kv_dtype):
+    kept = inference.read(loaded, "The state of the Union", kv_dtype=kv_dtype)
+    prefix.save(tmp_path / "kept.npz", loaded, kept)
+    again = prefix.load(tmp_path / "kept.npz", loaded)
+    asked = [inference.Request(text, 12) for text in (" is", "", " was strong, and")]
+    before, after = (told(loaded, asked, prefix=p, kv_dtype=kv_dtype) for p in (kept, again))
+    for (ids_T, logprobs_T), (want_T, want_logprobs_T) in zip(after, before):
+        np.testing.assert_array_equal(ids_T, want_T)
+        np.testing.assert_array_equal(logprobs_T, want_logprobs_T)
+    if not kv_dtype:
+        want = mmx.generate(loaded, [f"The state of the Union{request.prompt}" for request in asked], steps=12)
+        assert mmx.generate(loaded, [request.prompt for request in asked], steps=12, prefix=again) == want
+
+
+def test_a_file_that_is_no_prefix_is_one_line(loaded, tmp_path):
+    path = tmp_path / "kept.npz"
+    prefix.save(path, loaded, inference.read(loaded, "abc"))
+    other = loaded._replace(params=jax.tree.map(lambda x: x + 1, loaded.params))
+    with pytest.raises(config.ConfigError, match="another model"):
+        prefix.load(path, other)
+    for damage in (path.read_bytes()[:200], b"text", b""):
+        path.write_bytes(damage)
+        with pytest.raises(config.ConfigError, match="no prefix that --save-cache wrote"):
+            prefix.load(path, loaded)
+
+
+def test_int8_keys_and_values_change_little(loaded):
+    request = inference.Request(ids(1, 40)[0], 1)
+    rows = {kind: np.asarray(last_logits(loaded, request, kind)) for kind in ("", "bfloat16", "int8")}
+    for kind in ("bfloat16", "int8"):
+        error = np.abs(rows[kind] - rows[""]).max() / np.abs(rows[""]).max()
+        assert 0 < error < 0.02, (kind, error)
+
+
+def last_logits(loaded, request, kv_dtype):
+    kept = inference.read(loaded, request.prompt, kv_dtype=kv_dtype)
+    return jax.jit(inference.decode_step, static_argnums=0)(loaded.model, loaded.params, jnp.array([kept.last]), kept.cache)[0]
+
+
+def test_int8_weights_are_channels_of_their_own():
+    rng = np.random.default_rng(0)
+    for name, shape, scale_shape in (("q_DHK", (3, 16, 2, 4), (3, 1, 2, 4)), ("out_HVD", (3, 2, 4, 16), (3, 1, 1, 16)),
+                                     ("w1_EDF", (3, 2, 16, 8), (3, 2, 1, 8)), ("w2_EFD", (3, 2, 8, 16), (3, 2, 1, 16))):
+        w = rng.standard_normal(shape).astype(np.float32) * rng.uniform(0.01, 100, scale_shape)
+        whole, scale = int8.quantised(w, int8.summed(name))
+        assert scale.shape == scale_shape and whole.dtype == np.int8
+        np.testing.assert_array_less(np.abs(whole * scale - w), scale * 0.501 + 0 * w)
+    assert not any(map(int8.summed, ("embed_WD", "head_WD", "router_DE", "norm_D", "norm_HV")))
+
+
+def compiled(loaded, function, T):
+    cache = empty_cache(C, 1, 48)
+    args = (jnp.zeros((1, T), jnp.int32), jnp.ones((1, T), jnp.int32), cache, 0) if T > 1 else (
+        *(np.ones(1, np.int32),) * 3, cache, jax.random.split(jax.random.key(0), 1), None, -1, 8)
+    return function.lower(loaded.model, loaded.params, *args).compile().as_text()
+
+
+def test_a_step_moves_no_cache(loaded):
+    """Keys and values [.., 48 places, 8] are read where they are, and written in place: nothing as large is made of them."""
+    made = re.findall(r"= f32\[[\d,]*48,8\]\S* (copy|select|concatenate)\(", compiled(loaded, inference._decode, 1))
+    assert made == []
+
+
+def test_state_products_of_prefill_are_one_matmul_over_heads(loaded):
+    """k^T v of a chunk, [rows x heads, K, V]: one batched product a lightning layer, no loop over heads."""
+    text = compiled(loaded, inference._read, 16)
+    states = re.findall(r"= f32\[(?:1,)?2,8,8\]\S* (?:dot|custom-call)\(", text)
+    assert len(states) == C.pattern.count("L"), states

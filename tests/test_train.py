@@ -2,6 +2,7 @@
 import functools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmx import checkpoint, config, inference, metrics, optim, train
+from mmx import checkpoint, config, convert, inference, metrics, optim, train
+from mmx import loss as losses
 from mmx.config import ConfigError
 from mmx.convert import load
+from mmx.data import pipeline
 from mmx.model import Model
 
 ROOT = Path(__file__).parents[1]
@@ -193,6 +196,36 @@ def test_any_devices_give_the_losses_of_one(whole, text, tmp_path, monkeypatch):
     train.run(ramped(text, mesh={"edp": 2}), tmp_path)
     for one, many in zip(told(whole), told(tmp_path), strict=True):
         assert many == pytest.approx(one, rel=1e-5, abs=1e-7)
+
+
+def test_a_run_starts_from_another_one_s_parameters(whole, text, tmp_path, monkeypatch):
+    """From a workdir and from its Hugging Face form, on any mesh: the first loss is that of those parameters; where the run
+    has a checkpoint it goes on from there, though the origin is gone."""
+    origin, later = shutil.copytree(whole, tmp_path / "origin"), {"steps": 2, "seed": 1}
+    convert.to_hf(whole, tmp_path / "hf", progress=False)
+    e, params = experiment(text, **later), load(whole).params
+    batch = pipeline.stream(e.data, e.train).next()
+    want = jax.jit(functools.partial(losses.loss, Model(e.model), loss_chunk=e.train.loss_chunk))(params, batch)[1]["loss"]
+    runs = {"from_hf": ("hf", {}), "mesh": ("origin/checkpoints/12", {"edp": 2}), "one": ("origin", {})}
+    for name, (source, mesh) in runs.items():
+        run = functools.partial(train.run, experiment(text, mesh=mesh, init_from=str(tmp_path / source), **later),
+                                tmp_path / name)
+        assert run()["new"] == 2
+        first = metrics.read(tmp_path / name)[0]
+        assert first["loss"] == pytest.approx(float(want), rel=1e-5) and first["step"] == 1
+        assert first["lr"] == optim.learning_rate(e.train, 0, 0)
+    shutil.rmtree(origin)
+    assert run()["new"] == 0
+
+
+@pytest.mark.parametrize("source, message", [
+    ("nowhere", "is no directory"), ("", "neither a workdir"),
+    ("whole", r"whole' does not hold the tensors of this model: it has misshapen embed_WD \[264, 16\] instead of \[264, 32\]")])
+def test_a_start_that_does_not_fit_leaves_nothing_behind(source, message, whole, text, tmp_path):
+    path = whole if source == "whole" else tmp_path / source
+    with pytest.raises(ConfigError, match=message):
+        train.run(experiment(text, model={"dim": 32}, init_from=str(path)), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def batch_of(micro_batches, rows, length=16):

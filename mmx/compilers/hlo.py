@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-SHARE = {       # what a device receives over a group of X, in bytes of its result
+SHARE = {       # what a device receives over a group of X, in bytes of its result; of a ragged exchange at most
     "all-gather": lambda X: (X - 1) / X, "all-reduce": lambda X: 2 * (X - 1) / X, "reduce-scatter": lambda X: X - 1,
-    "all-to-all": lambda X: (X - 1) / X, "ragged-all-to-all": lambda X: (X - 1) / X, "collective-permute": lambda X: 1,
+    "all-to-all": lambda X: (X - 1) / X, "ragged-all-to-all": lambda X: 1, "collective-permute": lambda X: 1,
 }
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
          "s64": 8, "u64": 8}
@@ -198,9 +198,9 @@ def _is_gemm(rest):
 def _collective(op, kind, axes, body, works):
     groups = _groups(op.rest, math.prod(axes.values()))
     arrays = _arrays(op.result)
-    if op.kind.endswith("-start") and kind != "all-reduce":        # (operands, results, ...): one result an operand
-        operands = len(re.findall(r"%[\w.\-<>]+", op.rest.partition(")")[0]))
-        arrays = arrays[operands:2 * operands]
+    if op.kind.endswith("-start") and kind != "all-reduce":        # (operands, results, ...): one an operand, ragged one in all
+        operands = len(_names(op.rest))
+        arrays = arrays[operands:operands + 1 if kind.startswith("ragged") else 2 * operands]
     size, share = sum(BYTES.get(dtype, 1) * math.prod(shape) for dtype, shape in arrays), SHARE[kind]
     if op.body.startswith("all-reduce-scatter"):        # a TPU's reduce-scatter: a fusion of a sum and the slice that is kept
         kind, share = "reduce-scatter", SHARE["all-gather"]

@@ -9,7 +9,8 @@ The rows of a batch fall into gcd(B, V) equal blocks, which own equal blocks of 
 of H makes rows [hB/H, (h+1)B/H), so it reads shards [hV/H, (h+1)V/H) alone, and the hosts' batches, concatenated in
 their order, are the same global batch for every H that divides B and V.
 
-A row's source is drawn from (seed, micro-batch, row) with the weights of the current step. Every host draws for the
+A row's source is drawn from (seed, micro-batch, row) with the weights of the current step: those of the last step that
+data.weights names or, with data.interpolate, on the line to those of the next. Every host draws for the
 whole batch (it costs microseconds), so each knows the state of all V shards, how many rows of each source they have
 given: the state is the same everywhere, and any number of hosts resumes from it.
 """
@@ -40,9 +41,9 @@ def test(data: config.Data) -> list[tuple[str, bytes]]:
 
 def _held_out(data: config.Data, split: str) -> list[tuple[str, bytes]]:
     """Of several sources, as SOURCE/NAME: each has names of its own."""
-    several = len(data.sources) > 1
-    return [(f"{source}/{name}" if several else name, raw)
-            for source in data.sources for name, raw in sources.documents(source, split)]
+    names = dict.fromkeys(data.sources)         # one that is there for several lengths is held out once
+    return [(f"{source}/{name}" if len(names) > 1 else name, raw)
+            for source in names for name, raw in sources.documents(source, split)]
 
 
 class Stream:
@@ -50,7 +51,10 @@ class Stream:
         _check_hosts(train.batch, data.shards, hosts)
         self.data, self.train = data, train
         self._own = slice(host * train.batch // hosts, (host + 1) * train.batch // hosts)
-        packed = [_packed(source, tokens.tokenizer(data.tokenizer), train.length) for source in data.sources]
+        tokenizer = tokens.tokenizer(data.tokenizer)
+        documents = {source: _documents(source, tokenizer) for source in dict.fromkeys(data.sources)}
+        packed = [packing.Packed(_between(documents[source], *span, source), train.length)
+                  for source, span in zip(data.sources, data.lengths or [(0, 0)] * len(data.sources))]
         self._shards = [_deal(rows, data, number) for number, rows in enumerate(packed)]
         self._sizes = [len(rows) for rows in packed]
         self._weights = _weights(data, self._sizes)
@@ -99,16 +103,32 @@ class Stream:
         return block * (shards // blocks) + turn % (shards // blocks)
 
     def _sources_B(self):
-        weights = next((w for begin, w in reversed(self._weights) if begin <= self._step), self._weights[0][1])
+        weights = self._mixture()
         draws = np.random.default_rng((self.data.seed % 2**32, self._micro)).random(self.train.batch)
         return np.searchsorted(np.cumsum(weights) / np.sum(weights), draws, side="right")
 
+    def _mixture(self):
+        """The sources' weights in the current step."""
+        if self.data.interpolate:
+            steps, weights = zip(*self._weights)
+            return [np.interp(self._step, steps, source) for source in zip(*weights)]
+        return next((w for begin, w in reversed(self._weights) if begin <= self._step), self._weights[0][1])
 
-def _packed(source: str, tokenizer, length: int) -> packing.Packed:
-    """A source's training rows; its tokens are kept in the smallest integers that hold them."""
+
+def _documents(source: str, tokenizer) -> list[np.ndarray]:
+    """A source's training documents, in the smallest integers that hold their tokens."""
     kind = np.min_scalar_type(tokenizer.vocab)
-    texts = sources.documents(source, "train")
-    return packing.Packed([tokens.document(tokenizer, raw, name).astype(kind) for name, raw in texts], length)
+    return [tokens.document(tokenizer, raw, name).astype(kind) for name, raw in sources.documents(source, "train")]
+
+
+def _between(documents: list, least: int, below: int, source: str) -> list:
+    """Those of at least and below so many tokens, bos and eos included."""
+    found = [d for d in documents if least <= len(d) < (below or math.inf)]
+    if not found:
+        sizes = sorted(map(len, documents))
+        raise ConfigError(f"data.lengths: {source!r} has no training document of {least:,} tokens or more"
+                          + f" and below {below:,}" * bool(below) + f"; its {len(sizes):,} have {sizes[0]:,} to {sizes[-1]:,}")
+    return found
 
 
 def _deal(rows: packing.Packed, data: config.Data, source: int) -> list[grain.MapDataset]:

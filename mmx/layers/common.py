@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx import config
+from mmx.int8 import floats
 
 
 class Context(NamedTuple):
@@ -38,7 +39,7 @@ def param(module: nn.Module, name: str, fan_in: str = "", fan_out: str = "", sca
         std = (2 / (wide_in + wide_out)) ** 0.5 * ((8 * c.layers) ** -0.25 if scaled else 1)
     else:
         std = wide_in ** -0.5
-    return module.param(name, nn.initializers.normal(std), shape).astype(c.dtype)
+    return floats(module.param(name, nn.initializers.normal(std), shape), c.dtype)
 
 
 def rms_norm(x_BTD, scale_D, eps: float):

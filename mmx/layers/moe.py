@@ -18,4 +18,4 @@ class MoE(nn.Module):
         return expert.moe(
             u_BTD, live_BT, param(self, "router_DE", "D", "E"), param(self, "w1_EDF", "D", "F", True),
             param(self, "w3_EDF", "D", "F", True), param(self, "w2_EFD", "F", "D", True), top_k=c.top_k,
-            capacity=c.capacity, transport=c.transport, token_groups=c.token_groups)
+            capacity=c.capacity, transport=c.transport, token_groups=c.token_groups, ragged=c.ragged)

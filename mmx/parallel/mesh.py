@@ -28,6 +28,8 @@ def make(e: Experiment, processes: int = 1) -> Mesh:
     except RuntimeError:        # the devices are in use already: take them as they are
         pass
     devices = jax.devices()
+    if e.model.ragged and devices[0].platform == "cpu":
+        raise ConfigError("model.ragged=True needs TPUs or GPUs: CPUs have no ragged all-to-all; leave it False here")
     told = ", ".join(f"mesh.{axis}={n}" for axis, n in sizes.items() if n != 1)
     if free:
         sizes[free] = len(devices) // named

@@ -24,6 +24,12 @@ def both(texts, **changes):
     return Data(**{"sources": texts, "weights": ((0, (1, 3)), (3, (2, 1)), (7, (0, 1))), **changes})
 
 
+def by_length(texts, **changes):
+    """Short and long documents of one folder and the other folder's, weights on a line from step 1 to step 5."""
+    return both((texts[0], *texts), **{"lengths": ((0, 150), (150, 0), (0, 0)), "interpolate": True,
+                                       "weights": ((1, (1, 0, 0)), (5, (0, 3, 1))), **changes})
+
+
 TRAIN = Train(batch=8, length=32, ramp=((0, 1), (1500, 3)))
 
 
@@ -60,8 +66,9 @@ def test_a_host_reads_its_own_shards_alone(texts, batch):
 
 @pytest.mark.parametrize("stop", [0, 1, 5, 8])
 @pytest.mark.parametrize("before,after", [(1, 1), (1, 4), (4, 2), (2, 1)])
-def test_resume_is_exact_with_any_number_of_hosts(texts, stop, before, after):
-    data = both(texts)
+@pytest.mark.parametrize("make", [both, by_length])
+def test_resume_is_exact_with_any_number_of_hosts(texts, make, stop, before, after):
+    data = make(texts)
     whole = pipeline.stream(data, TRAIN)
     first = [pipeline.stream(data, TRAIN, host=h, hosts=before) for h in range(before)]
     for _ in range(stop):
@@ -133,6 +140,35 @@ def test_mixture_changes_at_its_step(texts):
     found = shares(pipeline.stream(data, Train(batch=8, length=32)), 110)
     assert found[:5] == [1] * 5 and found[105:] == [0] * 5
     assert abs(np.mean(found[5:105]) - 0.25) < 0.05 and min(found[5:15]) < 1
+
+
+def test_mixture_moves_on_a_line(texts):
+    data = both(texts, weights=((10, (3, 0)), (210, (0, 1)), (211, (1, 0))), interpolate=True)
+    found = np.array(shares(pipeline.stream(data, Train(batch=8, length=32)), 214))
+    assert (found[:10] == 1).all() and found[209] < 0.3 and (found[211:] == 1).all()
+    steps = np.arange(10, 210)
+    left = (210 - steps) / 200
+    expected = 3 * left / (3 * left + (1 - left))       # the weights move on a line, and the shares are theirs
+    for part in np.split(np.arange(200), 4):
+        assert abs(np.mean(found[steps[part]] - expected[part])) < 0.06
+
+
+def test_documents_of_a_length_make_up_a_source(texts):
+    """Bos and eos count; a folder that is there twice is held out once."""
+    sizes = [len(raw) + 2 for _, raw in sources.documents(texts[0], "train")]
+    bound = sizes[7]
+    data = Data(sources=(texts[0],) * 2, lengths=((0, bound), (bound, 0)))
+    stream = pipeline.stream(data, TRAIN)
+    short, long = (sum(size for size in sizes if (size < bound) == side) for side in (True, False))
+    assert stream.state()["rows"] == [-(-short // 32), -(-long // 32)]
+    read = np.concatenate([stream._shards[0][shard][0]["tokens"] for shard in range(8)])
+    text = bytes(read[read < 256].tolist())
+    assert any(text[:20] in raw for _, raw in sources.documents(texts[0], "train") if len(raw) + 2 < bound)
+    assert pipeline.validation(data) == sources.documents(texts[0], "validation")
+    with pytest.raises(ConfigError, match="no training document of 9,999 tokens or more; its .* have .* to "):
+        pipeline.stream(Data(sources=texts[:1], lengths=((9999, 0),)), TRAIN)
+    with pytest.raises(ConfigError, match="of 0 tokens or more and below 3; its"):
+        pipeline.stream(Data(sources=texts[:1], lengths=((0, 3),)), TRAIN)
 
 
 def test_mixture_counts_optimizer_steps_along_the_ramp(texts):

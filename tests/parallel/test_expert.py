@@ -28,7 +28,7 @@ def live(M=M):
     return np.arange(M) % 7 != 3
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("top_k", "capacity", "transport", "token_groups"),
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("top_k", "capacity", "transport", "token_groups", "ragged"),
                    compiler_options=QUICK)
 def step(function, args, cotangents, given_M, **how):
     """Outputs and the gradients of all that depends on the inputs."""
@@ -153,6 +153,34 @@ def test_what_finds_no_slot_is_counted_apart():
     with jax.set_mesh(on((1, 4, 1, 1))):
         got = step(moe, args, cotangents, live(), top_k=2, capacity=1.0, transport=1.0)
     assert_same(got, want | {"overflow": overflow, "dropped": want["dropped"] - overflow})
+
+
+@pytest.mark.parametrize("sizes, capacity, how", [
+    ((2, 4, 1, 1), 0.75, {"token_groups": 3}), ((2, 2, 2, 1), 0.75, {}), ((1, 4, 1, 2), 0.0, {"transport": 9.0})])
+def test_ragged_exchange_equals_one_device(sizes, capacity, how, ragged_on_cpu):
+    args, cotangents = inputs()
+    one = step(moe, args, cotangents, live(), top_k=2, capacity=capacity)
+    with jax.set_mesh(on(sizes)):
+        many = step(moe, args, cotangents, live(), top_k=2, capacity=capacity, ragged=True, **how)
+    assert_same(many, one)
+
+
+def test_ragged_room_is_for_all_peers(ragged_on_cpu):
+    """Devices of ten tokens with twenty places each: what comes of earlier devices goes first, and their first choices."""
+    args, cotangents = inputs()
+    keep_MJ = greedy(np.asarray(args[0] @ args[1]), live(), 2, 0.0)
+    expert_MJ, sent_MJ, taken_E = np.argsort(-np.asarray(args[0] @ args[1]), axis=1), keep_MJ.copy(), np.zeros(E, int)
+    for device in np.split(np.arange(M), 4):
+        for j in range(2):
+            for m in device[keep_MJ[device, j]]:
+                sent_MJ[m, j] = taken_E[expert_MJ[m, j]] < 20
+                taken_E[expert_MJ[m, j]] += 1
+    want = step(token_by_token, args, cotangents, (live(), sent_MJ), top_k=2)
+    overflow = (keep_MJ.sum() - sent_MJ.sum()) / (2 * live().sum())
+    assert overflow > 0.05
+    with jax.set_mesh(on((1, 4, 1, 1))):
+        got = step(moe, args, cotangents, live(), top_k=2, capacity=0.0, transport=1.0, ragged=True)
+    assert_same(got, want | {"overflow": overflow, "dropped": 0.0})
 
 
 def test_what_travels():

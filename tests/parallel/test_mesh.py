@@ -38,9 +38,9 @@ def batch():
     return arrays
 
 
-def steps(count, mesh=None):
+def steps(count, mesh=None, **changes):
     """`count` steps from the same start: each one's metrics, and the first one's gradients. Layers on a mesh are recomputed."""
-    model = Model(dataclasses.replace(C, remat=True, keep_arrived=True, token_groups=2) if mesh else C)
+    model = Model(dataclasses.replace(C, remat=True, keep_arrived=True, token_groups=2, **changes) if mesh else C)
     optimizer = optim.adamw(TRAIN)
     step = functools.partial(train.train_step, model=model, optimizer=optimizer, loss_chunk=TRAIN.loss_chunk)
     params, opt, rows = *start(), batch()
@@ -137,12 +137,23 @@ def test_prompts_in_chunks_and_the_tokens_behind_them(sizes, lengths):
     assert_close(got, want, 1e-10)
 
 
+def test_ragged_exchange_equals_one_device(ragged_on_cpu):
+    want, want_grads, _ = one_device()
+    mesh = make((2, 2, 2, 1))
+    with jax.set_mesh(mesh):
+        told, grads, _ = steps(1, mesh, ragged=True)
+    for name in ("loss", "load_E", "dropped", "overflow"):
+        np.testing.assert_allclose(told[0][name], want[0][name], rtol=1e-12, err_msg=name)
+    assert_close(grads, want_grads, 1e-10)
+
+
 @pytest.mark.parametrize("mesh, model, message", [
     ({"edp": 3}, {}, "^train.batch=8 does not split over mesh.edp=3 devices$"),
     ({"edp": 2, "ep": 8}, {}, "^train.batch=8 does not split over mesh.edp=2 x mesh.ep=8 devices$"),
     ({"seq": 3}, {}, "^train.length=32 does not split over mesh.seq=3 devices$"),
     ({"etp": 4}, {"heads": 6}, "^model.heads=6 does not split over mesh.etp=4 devices$"),
     ({"etp": 8}, {"expert_dim": 12}, "^model.expert_dim=12 does not split over mesh.etp=8 devices$"),
+    ({"ep": 2}, {"ragged": True}, "^model.ragged=True needs TPUs or GPUs: CPUs have no ragged all-to-all"),
     ({"ep": 4}, {"experts": 6}, "^model.experts=6 does not split over mesh.ep=4 devices$"),
     ({"edp": 8, "ep": 1, "etp": 2}, {}, "^mesh.edp=8, mesh.etp=2 needs 16 devices, but 8 devices are here; -1 on one"),
     ({"seq": 16}, {}, "^mesh.edp=-1, mesh.seq=16: the other axes' product 16 does not divide the 8 devices here$")])

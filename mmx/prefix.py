@@ -1,0 +1,82 @@
+"""A prefix that was read once, in a file: a long document's states, keys and values, to be asked often.
+
+The file is NumPy's .npz, without pickles: the arrays of one row's cache up to its tokens, and a line of JSON that says
+whose they are. It stands beside its destination until it is whole.
+"""
+import dataclasses
+import hashlib
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from mmx.config import ConfigError
+from mmx.inference import Prefix
+from mmx.parallel.cache import empty_cache
+
+SAMPLE = 64     # values at either end of a parameter that tell a model from another
+SAME = "pattern", "layers", "dim", "heads", "kv_heads", "head_dim", "vocab"     # what gives a cache its shapes
+
+
+def save(path: str | Path, loaded, prefix: Prefix) -> None:
+    """Writes a prefix of `inference.read`; an existing file is replaced once the new one is whole."""
+    path, names = Path(path), {}
+    for name, x in _flat(prefix.cache).items():
+        axis = _letters(name).find("S") + 1
+        x = jax.lax.slice_in_dim(x, 0, prefix.length - 1, axis=axis) if axis else x
+        x = np.asarray(x)
+        names[name] = x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
+    about = {"last": prefix.last, "length": prefix.length, "model": _model(loaded), "kv_dtype": _kv_dtype(prefix.cache)}
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            np.savez(file, about=np.array(json.dumps(about)), **names)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: str | Path, loaded) -> Prefix:
+    """A prefix as `save` wrote it. Raises ConfigError where it is damaged, or another model's."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            about, arrays = json.loads(str(file["about"])), {name: file[name] for name in file.files if name != "about"}
+        last, length, kv_dtype = (about[name] for name in ("last", "length", "kv_dtype"))
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        raise ConfigError(f"{path} is no prefix that --save-cache wrote, or it is damaged") from None
+    if about["model"] != _model(loaded):
+        raise ConfigError(f"{path} was read by another model: give the checkpoint and the dtypes that it was saved with")
+    whole = jax.eval_shape(lambda: empty_cache(loaded.config, 1, length - 1, kv_dtype))
+    want = _flat(whole)
+    for name, x in want.items():
+        if name not in arrays or arrays[name].shape != x.shape:
+            raise ConfigError(f"{path} is damaged: {name} should have shape {x.shape}")
+    leaves = [jnp.asarray(arrays[name].view(x.dtype) if x.dtype == jnp.bfloat16 else arrays[name]) for name, x in want.items()]
+    return Prefix(jax.tree.unflatten(jax.tree.structure(whole), leaves), last, length)
+
+
+def _model(loaded) -> str:
+    """What tells a model and its parameters from others, short of reading all of them."""
+    shape = {name: value for name, value in dataclasses.asdict(loaded.config).items() if name in (*SAME, "dtype")}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    for path, w in jax.tree_util.tree_leaves_with_path(loaded.params):
+        ends = jnp.concatenate([w.reshape(-1)[:SAMPLE], w.reshape(-1)[-SAMPLE:]])
+        digest.update(f"{jax.tree_util.keystr(path)}{w.shape}{w.dtype}".encode() + np.asarray(ends).tobytes())
+    return digest.hexdigest()
+
+
+def _flat(cache) -> dict:
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree_util.tree_leaves_with_path(cache)}
+
+
+def _letters(name: str) -> str:
+    return name.rpartition("_")[2]
+
+
+def _kv_dtype(cache) -> str:
+    return next((str(x.dtype) for name, x in _flat(cache).items() if name.endswith("k_BGSK")), "")
