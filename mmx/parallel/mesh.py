@@ -1,4 +1,4 @@
-"""Device meshes whose axes mirror the paper's groups (paper section 3.1): world = edp x ep x etp x seq."""
+"""Device meshes whose axes mirror the paper's groups (paper section 3.1): world = slice x edp x ep x etp x seq."""
 import dataclasses
 import math
 import os
@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from mmx.config import ConfigError, Experiment
+from mmx.parallel import sharding
 
 
 def make(e: Experiment, processes: int = 1) -> Mesh:
@@ -49,7 +50,7 @@ def reader(mesh: Mesh) -> tuple[int, int]:
 
     Processes that hold parts of the same rows read the same block.
     """
-    devices_BT = mesh.devices.reshape(mesh.shape["edp"] * mesh.shape["ep"], -1)
+    devices_BT = mesh.devices.reshape(sharding.size(mesh, sharding.ROWS), -1)
     rows = {}
     for row, devices_T in enumerate(devices_BT):
         for device in devices_T:
@@ -86,7 +87,7 @@ def _check(e, sizes):
 
 def _misfit(e: Experiment, sizes) -> str | None:
     """What of the experiment does not split over the mesh axes."""
-    parts = [("train.batch", e.train.batch, ("edp", "ep")), ("train.length", e.train.length, ("seq", "etp")),
+    parts = [("train.batch", e.train.batch, sharding.ROWS), ("train.length", e.train.length, sharding.TIME),
              ("model.experts", e.model.experts, ("ep",)), ("model.expert_dim", e.model.expert_dim, ("etp",)),
              ("model.heads", e.model.heads, ("etp",))]
     for name, extent, axes in parts:
