@@ -133,7 +133,7 @@ def _by_exchange(x_MD, weight_MJ, expert_MJ, keep_MJ, limit, axes, weights, tran
     E = peers * len(weights[0])
     cuts = [M * n // token_groups for n in range(token_groups + 1)]
     groups = [slice(*cut) for cut in itertools.pairwise(cuts) if cut[0] < cut[1]]
-    slots = [_slots(expert_MJ[g], keep_MJ[g], E, peers, _room(g.stop - g.start, J, E // peers, limit, peers, transport))
+    slots = [_slots(expert_MJ[g], keep_MJ[g], E, peers, room(g.stop - g.start, J, E // peers, limit, peers, transport))
              for g in groups]
     # X P E: 4 bytes a count from every device that exchanges with this one
     sent_XNE = jax.lax.all_gather(jnp.stack([sent_E for *_, sent_E in slots]), axes)
@@ -149,7 +149,7 @@ def _by_exchange(x_MD, weight_MJ, expert_MJ, keep_MJ, limit, axes, weights, tran
     return jnp.concatenate(y), sum(sent_E.sum() for *_, sent_E in slots)
 
 
-def _room(M, J, experts, limit, peers, transport):
+def room(M, J, experts, limit, peers, transport):
     """Slots for each peer: all that could go there, or `transport` times the even share where that is less."""
     most = min(M * min(J, experts), limit * experts)
     return min(most, math.ceil(transport * M * J / peers)) if transport else most
