@@ -2,15 +2,16 @@
 
 The model counts, for one device, what the sharding tables say. Memory:
 
-    weights and two moments (float32), or weights as computed with and a cache; gradients (float32)
+    weights and two moments (float32), or weights as computed with and a cache; gradients
     + what layers keep for their backward pass: with remat each one's input
-    + the larger of a layer's and the vocabulary's working set, each array beside its gradient: weights gathered, heads,
-      slots for tokens and what experts make of them; a chunk of logits
+    + embedding and head, gathered
+    + the larger of a chunk of logits and the layers' work: one layer's weights and heads, gradients beside them, and what
+      experts take and make in all layers of the pattern, since the compiler makes their weights' gradients last
 
-Time: matrix FLOPs of every slot, with recomputation, at peak, or what must be read from memory, whichever is longer; under
-it the exchanges that run under compute in the programs as they are today (all but one of the token groups' all-to-alls, the
-ring's keys); behind it the rest. An exchange takes its bytes over all of a chip's links; on a torus of n dimensions
-all-to-all over X devices goes n X^(1/n) / 4 hops. Both are bounds to rank by, no measured time.
+Time: matrix FLOPs of every row that experts have, with recomputation, at peak, or what must be read from memory, whichever
+is longer; under it the exchanges that run under compute in the programs as they are today (all but one of the token groups'
+all-to-alls, the ring's keys); behind it the rest. An exchange takes its bytes over all of a chip's links; on a torus of n
+dimensions all-to-all over X devices goes n X^(1/n) / 4 hops. Both are for ranking, no measured time.
 """
 import collections
 import dataclasses
@@ -34,6 +35,7 @@ from mmx.parallel import expert, lightning, sharding
 from mmx.parallel import mesh as meshes
 
 ROWS = 20       # of the table
+BEGIN = 0.25    # of a ragged product's rows: what each further expert adds as TPU's compiler tiles and counts them
 
 
 def run(e: Experiment, topology: str, mode: str = "train", slices: int = 1, best: int = 3, out: str = ".") -> dict:
@@ -93,8 +95,10 @@ def estimate(e: Experiment, sizes: dict[str, int], chip: str, shape: list[int], 
 
 def seconds(kind: str, axes: str, size: float, sizes: dict[str, int], chip: str, shape: list[int]) -> float:
     """What receiving `size` bytes over `axes` (joined by +) takes."""
-    hardware, over = aot.CHIPS[chip], axes.replace("slices", "slice").split("+")
-    order = list(sizes)
+    hardware, order = aot.CHIPS[chip], list(sizes)
+    over = [axis for axis in axes.replace("slices", "slice").split("+") if axis in order]
+    if not over:        # "one device"
+        return 0.0
     inside = math.prod(sizes[axis] for axis in order[min(map(order.index, over)):])
     if "slice" in over or (chip == "h100" and inside > shape[-1]):     # GPUs of one host are near
         return size / hardware.far
@@ -123,7 +127,8 @@ class Work(NamedTuple):
     rows: int
     tokens: int             # between layers
     sent: int               # slots on the way to experts, of one layer
-    slots: int              # that this device's experts compute
+    computed: int           # rows of this device's experts, with the padding of their blocks
+    ragged: float           # rows that are multiplied, with what BEGIN adds
     cache: int              # bytes
 
 
@@ -136,14 +141,19 @@ def _work(e, sizes, mode) -> Work:
     else:
         axes = sum(sharding.cuts(mesh), ())
     B, M, J, ep, etp = e.train.batch // rows, e.train.batch * T // rows // time, c.top_k, sizes["ep"], sizes["etp"]
-    slots = sent = M * J
-    if axes and ep * etp > 1:
-        limit = math.ceil(c.capacity * M * rows * time * J / c.experts) if c.capacity else M * rows * time * J
+    here, cuts, travels = c.experts // ep, [0, M], axes and ep * etp > 1
+    if travels:
         cuts = [M * n // c.token_groups for n in range(c.token_groups + 1)]
-        sent = ep * sum(expert.room(b - a, J, c.experts // ep, limit, ep, c.transport) for a, b in itertools.pairwise(cuts))
-        slots = etp * sent
-    return Work(sizes, [_weight(*w, mesh, axes) for w in _weights(c)], B, M, sent, slots,
-                0 if mode == "train" else _cache(c, e, mesh))
+    groups = [b - a for a, b in itertools.pairwise(cuts) if b > a]
+    limit = math.ceil(c.capacity * M * rows * time * J / c.experts) if c.capacity else M * rows * time * J
+    sent_N = [ep * expert.room(m, J, here, limit, ep, c.transport) if travels else m * J for m in groups]
+    rows_N = []
+    for m, sent in zip(groups, sent_N):
+        X = etp if travels else 1
+        block = expert.block_size(m * J * X, here)
+        rows_N.append(-(-sent * X // block) * block + here * block)
+    return Work(sizes, [_weight(*w, mesh, axes) for w in _weights(c)], B, M, sum(sent_N), sum(rows_N),
+                sum(rows_N) * (1 + BEGIN * (here - 1)), 0 if mode == "train" else _cache(c, e, mesh))
 
 
 def _model(e, mode):
@@ -189,15 +199,16 @@ def _memory(e, w: Work, mode) -> dict[str, float]:
     D, F, etp, M, width = c.dim, c.expert_dim, w.sizes["etp"], w.tokens, c.heads * c.head_dim
     numbers = sum(weight.times * weight.kept for weight in w.weights)
     heads = {"L": 5 * M * width, "S": 2 * M * (width + c.head_dim * max(c.kv_heads, min(etp, c.heads)))}
-    moe = w.sent * 2 * D + w.slots * (2 * D * (etp > 1) + 3 * F // etp)
-    layers = [sum(weight.whole for weight in w.weights if weight.part == f"layer_{i}") + heads[kind] + moe + 4 * M * D
+    moe = w.computed * (2 * D + 3 * F // etp)
+    layers = [sum(weight.whole for weight in w.weights if weight.part == f"layer_{i}") + heads[kind] + 2 * M * D + w.sent * D
               for i, kind in enumerate(c.pattern)]
-    head = sum(weight.whole for weight in w.weights if weight.part == "head_WD")
+    work = max(layers) * (1 + train) + moe * (len(c.pattern) if train and c.remat else 1)
     logits = 3 * 4 * c.vocab * min(M, max(1, e.train.loss_chunk // math.prod(w.sizes.values()))) if train else 0
     each = M * D + w.sent * D * c.keep_arrived if c.remat else sum(heads[kind] for kind in c.pattern) / len(c.pattern) + moe
-    return {"state": numbers * (12 if train else item), "cache": w.cache, "gradients": 4 * numbers * train,
+    return {"state": numbers * (12 if train else item), "cache": w.cache, "gradients": numbers * item * train,
             "saved": c.layers * each * item * train,
-            "work": max(max(layers) * (1 + train) * item, head * (1 + train) * item + logits)}
+            "vocabulary": item * sum(weight.whole for weight in w.weights if weight.part in ("embed_WD", "head_WD")),
+            "work": max(work * item, logits)}
 
 
 def _flops(e, w: Work, mode) -> float:
@@ -205,7 +216,7 @@ def _flops(e, w: Work, mode) -> float:
     tokens, length = (e.train.batch, 2 * T - 1) if mode == "decode" else (e.train.batch * T, T)
     experts = 6 * c.layers * c.dim * c.expert_dim
     dense = (c.flops_forward(length) - c.top_k * experts) * tokens / math.prod(w.sizes.values())
-    return (dense + w.slots * experts / w.sizes["etp"]) * _passes(c, mode)
+    return (dense + w.ragged * experts / w.sizes["etp"]) * _passes(c, mode)
 
 
 def _passes(c, mode) -> int:

@@ -1,6 +1,5 @@
 """The search for a mesh: the model against what the compiler said, and the command."""
 import json
-import math
 from pathlib import Path
 
 import pytest

@@ -112,7 +112,7 @@ def _on_the_spot(x_MD, weight_MJ, expert_MJ, keep_MJ, *weights):
     if M * J <= FEW:
         return grouped.expert_ffn_few(x_MD, weight_MJ * keep_MJ, expert_MJ, *weights)
     rank_A, count_E = _rank(_queue(expert_MJ), _queue(keep_MJ), E)
-    block = _block_size(M * J, E)
+    block = block_size(M * J, E)
     plan = grouped.plan(expert_MJ, rank_A.reshape(J, M).T, keep_MJ, count_E, block)
     return grouped.expert_ffn(x_MD, weight_MJ, *weights, plan, block=block)
 
@@ -200,7 +200,7 @@ def _travel(x_MD, weight_XC, slot_MJ, token_PC, sent_XE, axes, weights):
     # its run's start is left behind, the runs of earlier devices come before
     rank_XC = slot_C + jnp.take_along_axis(jnp.cumsum(sent_XE, axis=0) - end_XE, expert_XC, axis=1)
     expert_I1, rank_I1, full_I1, weight_I1 = (a.reshape(-1, 1) for a in (expert_XC, rank_XC, full_XC, weight_XC))
-    block = _block_size(slot_MJ.size * X // peers, E)
+    block = block_size(slot_MJ.size * X // peers, E)
     plan = grouped.plan(expert_I1, rank_I1, full_I1, sent_XE.sum(0), block)
     y_ID = grouped.expert_ffn(x_ID, weight_I1, *weights, plan, block=block)
     with jax.named_scope("combine"):
@@ -270,7 +270,7 @@ def _wide(x):
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _block_size(assignments, experts):
+def block_size(assignments, experts):
     """Rows a block: about half of an expert's share, so that padding stays small; 128 at most, 8 at least."""
     share = max(assignments // (2 * experts), 1)
     return min(128, max(8, 1 << (share.bit_length() - 1)))
