@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -286,7 +287,7 @@ def show(found: dict):
             said += [gb(sum(x["bytes"] for x in compiled["exchanges"]))] if "exchanges" in compiled else []
         table.add_row(name(row["mesh"]), gb(model["peak"]), f"{model['seconds']:.3g}", f"{model['compute_s']:.3g}",
                       f"{model['under_s'] + model['rest_s']:.3g}", *said)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 200)       # a file folds nothing
     console.print(table)
     fitting = sum(row["model"]["peak"] <= found["memory"] for row in found["meshes"])
     console.print(f"{len(found['meshes'])} meshes, {fitting} of them fit {gb(found['memory'])} GB by the model; "
