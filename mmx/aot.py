@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,27 @@ from mmx.parallel import sharding
 from mmx.parallel.cache import empty_cache
 from mmx.train import init, train_step
 
-CHIPS = {       # a device's HBM in bytes, bfloat16 FLOP/s at peak
-    "v4": (32 * 2**30, 275e12), "v5e": (16 * 2**30, 197e12), "v5p": (95 * 2**30, 459e12), "v6e": (32 * 2**30, 918e12),
-    "tpu7x": (96 * 2**30, 1155e12), "h100": (80e9, 989e12)}
+
+class Chip(NamedTuple):
+    """A device."""
+    memory: float           # HBM, bytes
+    peak: float             # bfloat16 FLOP/s
+    bandwidth: float        # of HBM, bytes/s
+    near: float             # bytes/s received over all links to its slice's chips, or its host's GPUs
+    far: float              # bytes/s received over the data-centre network, or between hosts of GPUs
+
+
+# Links: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x} ("bidirectional ICI bandwidth per chip" of 400, 1200, 800 and 1200
+# GB/s, half of it each way; a tpu7x device is half a chip) and six of 50 GB/s for v4 (arXiv 2304.01433); the data-centre
+# network from there and jax-ml.github.io/scaling-book (25, 50, 100 Gbit/s a chip of v5e, v5p and v4, v6e and tpu7x); NVLink 4
+# and a ConnectX-7 of 400 Gbit/s a GPU (NVIDIA's DGX H100 data sheet).
+CHIPS = {
+    "v4": Chip(32 * 2**30, 275e12, schedule.CHIPS["v4"].bandwidth, 300e9, 6.25e9),
+    "v5e": Chip(16 * 2**30, 197e12, schedule.CHIPS["v5e"].bandwidth, 200e9, 3.125e9),
+    "v5p": Chip(95 * 2**30, 459e12, schedule.CHIPS["v5p"].bandwidth, 600e9, 6.25e9),
+    "v6e": Chip(32 * 2**30, 918e12, schedule.CHIPS["v6e"].bandwidth, 400e9, 12.5e9),
+    "tpu7x": Chip(96 * 2**30, 1155e12, schedule.CHIPS["tpu7x"].bandwidth, 300e9, 6.25e9),
+    "h100": Chip(80e9, 989e12, 3.35e12, 450e9, 50e9)}
 OPTIONS = {"tpu": {f"xla_tpu_enable_async_{kind}": "true" for kind in ("all_to_all", "ragged_all_to_all")},
            "cuda": {"xla_gpu_autotune_level": 0}}
 ENVIRONMENT = {     # no TPU is asked for and none locked, and libtpu says only what is wrong
@@ -39,9 +58,9 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 def run(e: Experiment, topology: str, mesh: str | None = None, mode: str = "train", slices: int = 1) -> dict:
     """Compiles, and returns what `show` prints. Raises ConfigError for what no pod or mesh can be."""
     e = _with_mesh(e, mesh)
-    chip, devices = _devices(topology, slices)
+    chip, devices = pod(topology, slices)
     mesh = meshes.described(e, devices)
-    memory, peak = CHIPS[chip]
+    memory, peak, *_ = CHIPS[chip]
     platform = "cuda" if chip == "h100" else "tpu"
     found = {"topology": topology, "slices": slices, "devices": len(devices), "mesh": dict(mesh.shape), "mode": mode,
              "tokens": e.train.batch * (1 if mode == "decode" else e.train.length), "memory": memory}
@@ -99,7 +118,7 @@ def show(found: dict):
     console.print(table)
 
 
-def _devices(topology, slices):
+def pod(topology, slices):
     """The chip's name and the devices of v5p:8x8x8 or h100:64x8, slice by slice."""
     from jax.experimental.topologies import get_topology_desc
     chip, _, shape = topology.partition(":")

@@ -32,6 +32,7 @@ examples:
   mmx convert verify --checkpoint run --against run-hf
   mmx config experiments/text_01.py                       parameters, FLOPs, shapes
   mmx aot --config experiments/text_01.py:v5p-512 --topology v5p:8x8x8
+  mmx aot --config experiments/text_01.py:v5p-512 --topology v5p:8x8x8 --search    all meshes ranked, the best compiled
   mmx bench kernels --chip v5p,h100                       the kernels, by the TPU's and the GPU's compiler
 """
 PROCESSES = """\
@@ -188,6 +189,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--mode", choices=["train", "prefill", "decode"], default="train",
                      help="a step of train; train.batch rows of train.length tokens read in; one token behind them "
                      "(default train)")
+    sub.add_argument("--search", action="store_true",
+                     help="rank all meshes by an analytic model of memory and time, and compile the best")
+    sub.add_argument("--best", type=int, default=3, metavar="N", help="how many --search compiles (default 3)")
+    sub.add_argument("--out", default=".", metavar="DIR", help="--search's search.png, time over memory, goes here (default .)")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     bench = command("bench", None, "What the kernels cost.")
@@ -227,10 +232,15 @@ def read_experiment(path: str, overrides: list[str]) -> config.Experiment:
 
 def aot(args):
     experiment = read_experiment(args.config, args.overrides)
-    from mmx import aot
+    from mmx import aot, search
 
-    found = aot.run(experiment, args.topology, args.mesh, args.mode, args.slices)
-    print(json.dumps(found, indent=1)) if args.json else aot.show(found)
+    if args.search and args.mesh:
+        raise ConfigError(f"--mesh {args.mesh} names the mesh that --search looks for: give one of them")
+    if args.search:
+        found = search.run(experiment, args.topology, args.mode, args.slices, args.best, args.out)
+    else:
+        found = aot.run(experiment, args.topology, args.mesh, args.mode, args.slices)
+    print(json.dumps(found, indent=1)) if args.json else (search if args.search else aot).show(found)
 
 
 def bench_kernels(args):

@@ -242,6 +242,7 @@ class Checkpoint:
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     """Devices by axis; at most one -1, which takes what is left."""
+    slice: int = dataclasses.field(default=1, kw_only=True)     # rows alone, across slices that a slow network joins
     edp: int = -1                   # expert data parallel: rows; weights and optimizer state are cut over it too (FSDP)
     ep: int = 1                     # expert parallel: rows, and experts
     etp: int = 1                    # expert tensor parallel: heads, experts' hidden parts, vocabulary; time between them

@@ -133,7 +133,7 @@ def test_a_layer_of_experts_on_v5p(experiment, capfd):
     found = json.loads(capfd.readouterr().out)
     layers, groups = 2, 4
     rows = {(row["kind"], row["axes"]): row for row in found["exchanges"]}
-    assert found["fits"] and found["mesh"] == {"edp": 2, "ep": 2, "etp": 1, "seq": 1} and not found["unknown"]
+    assert found["fits"] and found["mesh"] == {"slice": 1, "edp": 2, "ep": 2, "etp": 1, "seq": 1} and not found["unknown"]
     assert rows["all-to-all", "ep"]["runs"] == layers * (groups * 2 * 2 + 2)
     assert rows["all-to-all", "ep"]["under"] > 0
     # scales and counts; of the step over ep alone the compiler sums some small parts
@@ -170,6 +170,15 @@ def test_ragged_experts(topology, times, experiment, capfd):
     tokens = 4 * 512 // 4
     places, share = 1.25 * tokens * 2 / 2, tokens * 2 / 2       # of a group: what arrives, and what may come back
     assert rows["ragged-all-to-all", "ep"]["bytes"] == pytest.approx(2 * times * (places + share) * 256 * 2, rel=0.02)
+@needs_compiler
+def test_between_slices_gradients_travel_alone(experiment, capfd):
+    """Once, in the parts that a device keeps; what else does are scales, counts and statistics."""
+    assert cli.main(["aot", "--config", experiment, "--topology", "v5e:2x2", "--slices", "2", "--mesh", "slice=2,edp=2,ep=2",
+                     "--config.train.batch=8", "--config.model.layers=1", "--config.model.token_groups=1", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    between, = (row for row in found["exchanges"] if "slice" in row["axes"])
+    matrices, devices, matrix = 5 + 3 * 8 + 2, 4, 2 * 256 * 256
+    assert 1 <= between["bytes"] / (matrices * matrix / devices) < 1.03
 
 
 @pytest.mark.parametrize("said", [
@@ -187,7 +196,7 @@ def test_a_compiler_that_runs_out_of_memory(said):
     ("v5p:2xx", "edp=4", "is no CHIP:SHAPE"),
     pytest.param("v5p:2x2x2x2", "edp=16", "the compiler knows no such pod", marks=needs_compiler),
     pytest.param("v5p:2x2x1", "edp=3", "mesh.edp=3 does not multiply to the 4 devices of the pod", marks=needs_compiler),
-    ("v5p:2x2x1", "edp=2,tp=2", "'tp=2' is no AXIS=SIZE; axes are edp, ep, etp, seq"),
+    ("v5p:2x2x1", "edp=2,tp=2", "'tp=2' is no AXIS=SIZE; axes are slice, edp, ep, etp, seq"),
     ("v5p:2x2x1", "edp=-1,ep=-1", "at most one is -1"),
 ])
 def test_what_cannot_be_is_one_line(experiment, capfd, topology, mesh, message):

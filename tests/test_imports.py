@@ -28,7 +28,8 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "train": "checkpoint convert data evals loss metrics model optim parallel",
     "hugepages": "", "processes": "", "compilers": "", "bench": "compilers kernels layers parallel",
     "aot": "compilers inference model optim parallel train",
-    "cli": "aot bench checkpoint convert evals hugepages inference prefix processes train",
+    "search": "aot model parallel",
+    "cli": "aot bench checkpoint convert evals hugepages inference prefix processes search train",
 }
 FOREIGN = {     # packages that a part does without
     "dims": ("jax", "flax", "torch"), "config": ("jax", "flax", "torch"), "data": ("jax", "flax", "torch"),
@@ -37,7 +38,7 @@ FOREIGN = {     # packages that a part does without
     "convert": ("flax",), "checkpoint": ("flax",),
 }
 LATER = {       # what a part imports only inside functions
-    "convert": "inference model torch", "evals": "convert", "cli": "aot bench checkpoint convert evals inference train",
+    "convert": "inference model torch", "evals": "convert", "cli": "aot bench checkpoint convert evals inference search train",
 }
 FILES = sorted((ROOT / "mmx").rglob("*.py"))
 

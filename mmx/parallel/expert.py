@@ -129,7 +129,7 @@ def _on_the_spot(x_MD, weight_MJ, expert_MJ, keep_MJ, *weights):
     if M * J <= FEW:
         return grouped.expert_ffn_few(x_MD, weight_MJ * keep_MJ, expert_MJ, *weights)
     rank_A, count_E = _rank(_queue(expert_MJ), _queue(keep_MJ), E)
-    block = _block_size(M * J, E)
+    block = block_size(M * J, E)
     plan = grouped.plan(expert_MJ, rank_A.reshape(J, M).T, keep_MJ, count_E, block)
     return grouped.expert_ffn(x_MD, weight_MJ, *weights, plan, block=block)
 
@@ -150,7 +150,7 @@ def _by_exchange(x_MD, weight_MJ, expert_MJ, keep_MJ, limit, axes, weights, tran
     E = peers * len(weights[0])
     cuts = [M * n // token_groups for n in range(token_groups + 1)]
     groups = [slice(*cut) for cut in itertools.pairwise(cuts) if cut[0] < cut[1]]
-    rooms = [_room(g.stop - g.start, J, E // peers, limit, peers, transport, ragged) for g in groups]
+    rooms = [room_for(g.stop - g.start, J, E // peers, limit, peers, transport, ragged) for g in groups]
     make = _assignments if ragged else _slots
     slots = [make(expert_MJ[g], keep_MJ[g], E, peers, room) for g, room in zip(groups, rooms)]
     # X P E: 4 bytes a count from every device that exchanges with this one
@@ -172,7 +172,7 @@ def _by_exchange(x_MD, weight_MJ, expert_MJ, keep_MJ, limit, axes, weights, tran
     return jnp.concatenate(y), sum(sent_E.sum() for *_, sent_E in slots)
 
 
-def _room(M, J, experts, limit, peers, transport, ragged):
+def room_for(M, J, experts, limit, peers, transport, ragged=False):
     """Slots for each peer, or ragged places for all of them: all that could come, or `transport` times the even share where
     that is less."""
     senders = peers if ragged else 1
@@ -263,7 +263,7 @@ def _travel(x_MD, weight_XC, slot_MJ, token_PC, sent_XRE, axes, weights, route):
     until_XA = jnp.cumsum(sent_XRE.reshape(-1, E), axis=0).reshape(end_XA.shape)
     rank_XC = slot_C + jnp.take_along_axis(until_XA - end_XA, run_XC, axis=1)
     expert_I1, rank_I1, full_I1, weight_I1 = (a.reshape(-1, 1) for a in (run_XC % E, rank_XC, full_XC, weight_XC))
-    block = _block_size(slot_MJ.size * X // len(token_PC), E)
+    block = block_size(slot_MJ.size * X // len(token_PC), E)
     plan = grouped.plan(expert_I1, rank_I1, full_I1, sent_XRE.sum((0, 1)), block)
     y_ID = grouped.expert_ffn(x_ID, weight_I1, *weights, plan, block=block)
     with jax.named_scope("combine"):
@@ -336,7 +336,7 @@ def _wide(x):
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _block_size(assignments, experts):
+def block_size(assignments, experts):
     """Rows a block: about half of an expert's share, so that padding stays small; 128 at most, 8 at least."""
     share = max(assignments // (2 * experts), 1)
     return min(128, max(8, 1 << (share.bit_length() - 1)))

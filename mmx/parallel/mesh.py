@@ -1,4 +1,4 @@
-"""Device meshes whose axes mirror the paper's groups (paper section 3.1): world = edp x ep x etp x seq."""
+"""Device meshes whose axes mirror the paper's groups (paper section 3.1): world = slice x edp x ep x etp x seq."""
 import dataclasses
 import math
 import os
@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from mmx.config import ConfigError, Experiment
+from mmx.parallel import sharding
 
 
 def make(e: Experiment, processes: int = 1) -> Mesh:
@@ -22,7 +23,7 @@ def make(e: Experiment, processes: int = 1) -> Mesh:
     # the axes are checked before devices are made, so that a mistake costs no start-up; the free one fits by choice
     _check(e, sizes | {free: 1} if free else sizes)
     counts = range((os.cpu_count() or 1) // named, 1, -1) if processes == 1 else range(1, processes + 1)
-    fitting = next((n for n in counts if free and n * named % processes == 0 and not _misfit(e, sizes | {free: n})), 1)
+    fitting = next((n for n in counts if free and n * named % processes == 0 and not misfit(e, sizes | {free: n})), 1)
     try:
         jax.config.update("jax_num_cpu_devices", max(fitting * named // processes, 1))
     except RuntimeError:        # the devices are in use already: take them as they are
@@ -51,7 +52,7 @@ def reader(mesh: Mesh) -> tuple[int, int]:
 
     Processes that hold parts of the same rows read the same block.
     """
-    devices_BT = mesh.devices.reshape(mesh.shape["edp"] * mesh.shape["ep"], -1)
+    devices_BT = mesh.devices.reshape(sharding.size(mesh, sharding.ROWS), -1)
     rows = {}
     for row, devices_T in enumerate(devices_BT):
         for device in devices_T:
@@ -82,13 +83,13 @@ def _placed(devices, sizes) -> Mesh:
 
 
 def _check(e, sizes):
-    if misfit := _misfit(e, sizes):
-        raise ConfigError(misfit)
+    if reason := misfit(e, sizes):
+        raise ConfigError(reason)
 
 
-def _misfit(e: Experiment, sizes) -> str | None:
+def misfit(e: Experiment, sizes) -> str | None:
     """What of the experiment does not split over the mesh axes."""
-    parts = [("train.batch", e.train.batch, ("edp", "ep")), ("train.length", e.train.length, ("seq", "etp")),
+    parts = [("train.batch", e.train.batch, sharding.ROWS), ("train.length", e.train.length, sharding.TIME),
              ("model.experts", e.model.experts, ("ep",)), ("model.expert_dim", e.model.expert_dim, ("etp",)),
              ("model.heads", e.model.heads, ("etp",))]
     for name, extent, axes in parts:

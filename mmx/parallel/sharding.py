@@ -2,9 +2,10 @@
 
 Weights are kept cut over the tensor and the expert axis by their letters, and over the axes of other tokens too (FSDP):
 each of those cuts the first letter that it divides. They are gathered where they are used, and their gradients go back by
-reduce-scatter. Activations between layers are cut by rows over the data axes and by time over the sequence and the tensor
-axis (Megatron's sequence parallelism), while heads, experts' hidden parts and the vocabulary are cut over the tensor axis.
-An axis of an array that its mesh axes do not divide stays whole.
+reduce-scatter. Slices, which a slow network joins, all keep the same, and sum their parts of gradients. Activations between
+layers are cut by rows over the data axes and by time over the sequence and the tensor axis (Megatron's sequence parallelism),
+while heads, experts' hidden parts and the vocabulary are cut over the tensor axis. An axis of an array that its mesh axes do
+not divide stays whole.
 """
 import math
 
@@ -12,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-ROWS, TIME, TENSOR = ("edp", "ep"), ("seq", "etp"), ("etp",)
+ROWS, TIME, TENSOR = ("slice", "edp", "ep"), ("seq", "etp"), ("etp",)
 FSDP = "edp", "ep", "seq"
 WEIGHTS = {"E": ("ep",), "F": TENSOR, "H": TENSOR, "G": TENSOR, "W": TENSOR}
 ACTS = {"B": ROWS, "T": TIME, "S": ("seq",), "H": TENSOR, "G": TENSOR}      # S: time, gathered over the tensor axis
@@ -83,12 +84,24 @@ def unsharded(w, letters: str, kept: P, axes):
     One axis after the other, the nearest first: a TPU gathers over all axes at once by a sum, twice the bytes. Parts arrive
     along an axis of their own, so that none has to fill a tile.
     """
-    cut, shape = _axes(kept), list(w.shape)
-    for at, axis in reversed([(at, axis) for at, names in enumerate(cut) for axis in names]):
-        if axis not in WEIGHTS.get(letters[at], ()):        # 'D/(edp ep) -> D/edp -> D': (X - 1) / X of it received
-            shape[at] *= jax.lax.axis_size(axis)
-            w = jax.lax.all_gather(w, axis, axis=at).reshape(shape)
-    return jax.lax.pcast(w, tuple(axis for axis in axes if not any(axis in names for names in cut)), to="varying")
+    shape = list(w.shape)
+    # before it is gathered, so that gradients are summed over the rest of `axes` in parts as small as they are kept in
+    w = jax.lax.pcast(w, summed(kept, axes), to="varying")
+    for at, axis in gathered(letters, kept):        # 'D/(edp ep) -> D/edp -> D': (X - 1) / X of it received
+        shape[at] *= jax.lax.axis_size(axis)
+        w = jax.lax.all_gather(w, axis, axis=at).reshape(shape)
+    return w
+
+
+def gathered(letters: str, kept: P) -> list[tuple[int, str]]:
+    """FSDP's cuts of a weight, each an array's axis and a mesh axis, in the order in which `unsharded` gathers them."""
+    return [(at, axis) for at, names in reversed([*enumerate(_axes(kept))]) for axis in reversed(names)
+            if axis not in WEIGHTS.get(letters[at], ())]
+
+
+def summed(kept: P, axes) -> tuple[str, ...]:
+    """Those of the tokens' `axes` that do not cut a weight: over them its gradient is summed."""
+    return tuple(axis for axis in axes if not any(axis in names for names in _axes(kept)))
 
 
 def tree(abstract, mesh: Mesh):

@@ -120,7 +120,8 @@ def test_bfloat16_routes_in_float32():
 
 def on(sizes):
     """A mesh of edp, ep, etp, seq."""
-    return jax.make_mesh(sizes, ("edp", "ep", "etp", "seq"), (AxisType.Auto,) * 4, devices=jax.devices()[:math.prod(sizes)])
+    return jax.make_mesh((1, *sizes), ("slice", "edp", "ep", "etp", "seq"), (AxisType.Auto,) * 5,
+                         devices=jax.devices()[:math.prod(sizes)])
 
 
 # of 16 tokens on 8 devices each assignment is computed by itself; one row of 3, and rows of 5 cut by two, do not split:

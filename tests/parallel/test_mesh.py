@@ -23,8 +23,8 @@ PROMPTS, CHUNK, CAPACITY, STEPS_BEHIND = (14, 5), 8, 24, 3
 ROWS = [(11, 21), (32,), (3, 1, 12, 9), (16, 16), (7, 8, 9, 8), (30,), (5,), (20, 4)]
 
 
-def make(sizes):
-    return meshes.make(config.Experiment(C, TRAIN, mesh=config.Mesh(*sizes)))
+def make(sizes, slices=1):
+    return meshes.make(config.Experiment(C, TRAIN, mesh=config.Mesh(*sizes, slice=slices)))
 
 
 def batch():
@@ -109,13 +109,14 @@ def assert_close(got, want, tolerance):
         assert error <= tolerance, f"{jax.tree_util.keystr(path)}: relative error {error:.1e}"
 
 
-# edp, ep, etp, seq; the last column: how many steps
-@pytest.mark.parametrize("sizes, count", [
-    ((8, 1, 1, 1), 1), ((1, 8, 1, 1), 1), ((1, 1, 8, 1), 1), ((1, 1, 1, 8), 1), ((2, 4, 1, 1), 1), ((4, 1, 2, 1), 1),
-    ((1, 2, 4, 1), 1), ((2, 2, 2, 1), STEPS), ((1, 2, 2, 2), STEPS), ((2, 1, 2, 2), STEPS)], ids=str)
-def test_any_mesh_equals_one_device(sizes, count):
+# edp, ep, etp, seq; how many steps; slices
+@pytest.mark.parametrize("sizes, count, slices", [
+    ((8, 1, 1, 1), 1, 1), ((1, 8, 1, 1), 1, 1), ((1, 1, 8, 1), 1, 1), ((1, 1, 1, 8), 1, 1), ((2, 4, 1, 1), 1, 1),
+    ((4, 1, 2, 1), 1, 1), ((1, 2, 4, 1), 1, 1), ((2, 2, 2, 1), STEPS, 1), ((1, 2, 2, 2), STEPS, 1), ((2, 1, 2, 2), STEPS, 1),
+    ((2, 2, 1, 1), STEPS, 2)], ids=str)
+def test_any_mesh_equals_one_device(sizes, count, slices):
     want, want_grads, want_params = one_device()
-    mesh = make(sizes)
+    mesh = make(sizes, slices)
     with jax.set_mesh(mesh):
         told, grads, params = steps(count, mesh)
     assert (told[0]["dropped"] > 0.01).all() and (told[0]["overflow"] == 0).all()
@@ -150,6 +151,7 @@ def test_ragged_exchange_equals_one_device(ragged_on_cpu):
 @pytest.mark.parametrize("mesh, model, message", [
     ({"edp": 3}, {}, "^train.batch=8 does not split over mesh.edp=3 devices$"),
     ({"edp": 2, "ep": 8}, {}, "^train.batch=8 does not split over mesh.edp=2 x mesh.ep=8 devices$"),
+    ({"slice": 3}, {}, "^train.batch=8 does not split over mesh.slice=3 devices$"),
     ({"seq": 3}, {}, "^train.length=32 does not split over mesh.seq=3 devices$"),
     ({"etp": 4}, {"heads": 6}, "^model.heads=6 does not split over mesh.etp=4 devices$"),
     ({"etp": 8}, {"expert_dim": 12}, "^model.expert_dim=12 does not split over mesh.etp=8 devices$"),
@@ -164,7 +166,8 @@ def test_meshes_that_cannot_be(mesh, model, message):
 
 
 @pytest.mark.parametrize("named, sizes", [
-    ({}, (8, 1, 1, 1)), ({"edp": 2}, (2, 1, 1, 1)), ({"ep": 4}, (2, 4, 1, 1)), ({"edp": 1, "seq": -1, "etp": 2}, (1, 1, 2, 4))])
+    ({}, (1, 8, 1, 1, 1)), ({"edp": 2}, (1, 2, 1, 1, 1)), ({"ep": 4}, (1, 2, 4, 1, 1)), ({"slice": 2}, (2, 4, 1, 1, 1)),
+    ({"edp": 1, "seq": -1, "etp": 2}, (1, 1, 1, 2, 4))])
 def test_a_mesh_takes_what_it_names_and_one_axis_the_rest(named, sizes):
     mesh = meshes.make(config.Experiment(C, TRAIN, mesh=config.Mesh(**named)))
-    assert tuple(mesh.shape.items()) == tuple(zip(("edp", "ep", "etp", "seq"), sizes))
+    assert tuple(mesh.shape.items()) == tuple(zip(("slice", "edp", "ep", "etp", "seq"), sizes))

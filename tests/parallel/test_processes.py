@@ -240,13 +240,14 @@ def test_the_environment_is_asked_where_it_names_several(variables, where, monke
 
 
 @pytest.mark.parametrize("sizes, local, process, want", [
-    ((4, 1, 1, 2), 4, 1, (1, 2)), ((2, 2, 2, 1), 8, 0, (0, 1)), ((2, 1, 2, 4), 4, 1, (0, 2)), ((2, 1, 2, 4), 4, 2, (1, 2)),
-    ((1, 1, 1, 8), 2, 3, (0, 1)), ((4, 1, 1, 3), 4, 0, None)])
+    ((1, 4, 1, 1, 2), 4, 1, (1, 2)), ((1, 2, 2, 2, 1), 8, 0, (0, 1)), ((1, 2, 1, 2, 4), 4, 1, (0, 2)),
+    ((1, 2, 1, 2, 4), 4, 2, (1, 2)), ((2, 1, 2, 1, 2), 2, 3, (3, 4)), ((2, 1, 1, 2, 2), 2, 1, (0, 2)),
+    ((1, 1, 1, 1, 8), 2, 3, (0, 1)), ((1, 4, 1, 1, 3), 4, 0, None)])
 def test_who_reads_which_rows(sizes, local, process, want, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: process)
     monkeypatch.setattr(jax, "local_device_count", lambda: local)
     devices = np.array([SimpleNamespace(process_index=n // local) for n in range(np.prod(sizes))]).reshape(sizes)
-    mesh = SimpleNamespace(devices=devices, shape=dict(zip(("edp", "ep", "etp", "seq"), sizes)))
+    mesh = SimpleNamespace(devices=devices, shape=dict(zip(("slice", "edp", "ep", "etp", "seq"), sizes)))
     if want:
         assert meshes.reader(mesh) == want
     else:

@@ -1,0 +1,121 @@
+"""The search for a mesh: the model against what the compiler said, and the command."""
+import json
+from pathlib import Path
+
+import pytest
+
+from mmx import aot, cli, search
+from mmx.compilers import schedule
+
+TEXT_01 = str(Path(__file__).parent.parent / "experiments" / "text_01.py")
+needs_compiler = pytest.mark.skipif(bool(schedule.missing()), reason=schedule.missing())
+FULL = ["--config.train.batch=512", "--config.model.transport=1.25", "--config.model.token_groups=8",
+        "--config.train.loss_chunk=524288"]
+
+
+@pytest.mark.parametrize("more, peak, all_to_all", [([], 55.6, 98), (["--config.model.keep_arrived=True"], 84.3, 78)])
+def test_the_full_size_as_it_was_compiled(more, peak, all_to_all):
+    """docs/scale.md: 456 B on 512 v5p."""
+    sizes = {"slice": 1, "edp": 16, "ep": 32, "etp": 1, "seq": 1}
+    e = cli.read_experiment(TEXT_01, FULL + more)
+    found = search.estimate(e, sizes, "v5p", [8, 8, 8], "train")
+    received = {(row["kind"], row["axes"]): row["bytes"] / 1e9 for row in found["exchanges"]}
+    assert received["all-gather", "edp"] == pytest.approx(126, rel=0.02)
+    assert received["reduce-scatter", "edp"] == pytest.approx(65, rel=0.02)
+    assert received["all-to-all", "ep"] == pytest.approx(all_to_all, rel=0.02)
+    model = e.model.flops_training(8192) * 8192 / aot.CHIPS["v5p"].peak
+    assert found["compute_s"] / model == pytest.approx(1.474, rel=0.08)       # which is without splash attention
+    assert 0.7 < found["peak"] / peak / 1e9 < 1
+    assert found["seconds"] == found["compute_s"] + found["rest_s"]
+
+
+@pytest.mark.parametrize("mode, sizes, part, size", [
+    # of each row states of 70 layers in float32, and keys and values of 10 layers in bfloat16, which are cut over time too
+    ("prefill", {"edp": 4, "seq": 2}, "cache", 2 * (70 * 64 * 128 * 128 * 4 + 10 * 2 * 8 * 8192 // 2 * 128 * 2)),
+    # 456,089,655,296 parameters, norms and routers whole
+    ("decode", {"ep": 8}, "state", 456_089_655_296 * 2 / 8)])
+def test_memory_of_inference(mode, sizes, part, size):
+    e = cli.read_experiment(TEXT_01, ["--config.train.batch=8"])
+    sizes = {"slice": 1, "edp": 1, "ep": 1, "etp": 1, "seq": 1} | sizes
+    found = search.estimate(e, sizes, "v5p", [2, 2, 2], mode)["memory"]
+    assert found[part] == pytest.approx(size, rel=1e-3)
+    assert found["gradients"] == found["saved"] == 0
+
+
+EXPERIMENT = """\
+from mmx.config import default
+
+def get_config():
+    config = default()
+    model, train = config.model, config.train
+    model.vocab, model.dim, model.layers, model.pattern = 4096, 1024, 1, "L"
+    model.heads, model.kv_heads, model.head_dim, model.rotary_dim = 8, 4, 128, 64
+    model.experts, model.expert_dim, model.capacity, model.transport = 8, 2048, 1.25, 1.25
+    model.dtype, model.remat = "bfloat16", True
+    train.batch, train.length = 4, 2048
+    return config
+"""
+SMALL = [f"--config.model.{key}" for key in ("dim=256", "expert_dim=512", "heads=2", "kv_heads=2")] + ["--config.train.length=1024"]
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    (tmp_path / "small.py").write_text(EXPERIMENT)
+    return str(tmp_path / "small.py")
+
+
+def test_the_order_of_compiled_meshes(experiment):
+    """All meshes of v5p:2x2x1 as libtpu 0.0.42.1 compiled them: GB at peak, and ms by its static estimate and exchanges."""
+    compiled = {"ep=4": (0.436, 3.285), "ep=2,etp=2": (0.472, 4.079), "edp=2,ep=2": (0.447, 4.142),
+                "ep=2,seq=2": (0.450, 4.355), "edp=2,etp=2": (0.475, 4.881), "etp=2,seq=2": (0.480, 4.973),
+                "etp=4": (0.545, 5.049), "edp=4": (0.544, 5.170), "edp=2,seq=2": (0.492, 5.404), "seq=4": (0.554, 5.447)}
+    e = cli.read_experiment(experiment, [])
+    found = {search.name(sizes): search.estimate(e, sizes, "v5p", [2, 2, 1], "train") for sizes in search.candidates(e, 4, 1)}
+    assert sorted(found, key=lambda name: found[name]["seconds"]) == list(compiled)
+    for name, (peak, _) in compiled.items():
+        assert 0.85 < found[name]["peak"] / peak / 1e9 < 1.3, name
+
+
+@needs_compiler
+def test_the_best_is_compiled(experiment, tmp_path, capfd):
+    assert cli.main(["aot", "--config", experiment, "--topology", "v5p:2x2x1", "--search", "--best", "1", "--json",
+                     "--out", str(tmp_path), *SMALL]) == 0
+    found = json.loads(capfd.readouterr().out)
+    best, *others = found["meshes"]
+    model, compiled = best["model"], best["compiled"]
+    assert not any("compiled" in row for row in others) and compiled["fits"] and compiled["mesh"] == best["mesh"]
+    assert 0.7 < model["peak"] / compiled["peak"] < 1.3
+    assert model["compute_s"] == pytest.approx(compiled["flops"] / aot.CHIPS["v5p"].peak, rel=0.1)
+    sums = [sum(row["bytes"] for row in said["exchanges"]) for said in (model, compiled)]
+    assert sums[0] == pytest.approx(sums[1], rel=0.05)
+    assert compiled["total_s"] > compiled["static_s"]
+    assert Path(found["plot"]).stat().st_size > 10_000
+
+
+def test_what_does_not_fit_is_a_row_too(monkeypatch, tmp_path, capsys):
+    """A compiler that runs out of memory, and one that fails."""
+    said = iter([{"fits": False, "peak": 2e11}, RuntimeError("INTERNAL: a fault\nand where")])
+
+    def compiled(*args):
+        if isinstance(found := next(said), Exception):
+            raise found
+        return found
+    monkeypatch.setattr(aot, "pod", lambda topology, slices: ("v5p", range(512 * slices)))
+    monkeypatch.setattr(aot, "run", compiled)
+    assert cli.main(["aot", "--config", TEXT_01, "--topology", "v5p:8x8x8", "--slices", "2", "--search", "--best", "2",
+                     "--out", str(tmp_path), *FULL]) == 0
+    out = capsys.readouterr().out
+    assert "200.0 does not fit" in out and "INTERNAL: a fault" in out and "and where" not in out
+    assert out.count("slice=2,") == search.ROWS
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--mesh", "edp=4"], "--mesh edp=4 names the mesh that --search looks for: give one of them"),
+    (["--best", "0"], "--best 0 compiles nothing: it must be at least 1"),
+    pytest.param(["--config.train.batch=3", "--config.train.length=11"],
+                 "no mesh of 1 x 4 devices splits the experiment, say edp=4: train.batch=3 does not split over mesh.edp=4",
+                 marks=needs_compiler)])
+def test_what_cannot_be_is_one_line(experiment, capfd, more, message):
+    assert cli.main(["aot", "--config", experiment, "--topology", "v5p:2x2x1", "--search", *more]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and message in err.splitlines()[-1]
