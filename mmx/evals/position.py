@@ -1,0 +1,33 @@
+"""Perplexity by position: how well the next token is told, by how many tokens stand before it.
+
+The text is running text of the embedded corpus. Rows are 0-63, 64-127, 128-255 and so on, and all positions together.
+"""
+import numpy as np
+
+from mmx.evals import haystack
+from mmx.evals.examples import Ask, Example, draws, fit
+
+FIRST = 64      # positions of the first row
+
+
+def example(length: int, row: str, seed, ask: Ask) -> Example:
+    """`length` ids, one unit (a word) less at most; the answers are the tokens that follow."""
+    essay = haystack.Essay(draws("position", length, seed), length)
+    words, text = fit(lambda n: " ".join(essay.take(n)), length + 1, ask.tokenizer, "position")
+    ids = np.append(np.int32(ask.tokenizer.bos), ask.tokenizer.encode(text.encode()))
+    return Example(ids[:-1], ids[1:], meta={"seen": essay.seen(words)})
+
+
+def score(output, example: Example) -> dict[str, float]:
+    """Mean nats a token, by row."""
+    nats_T, _ = output
+    found, begin = {"all": float(np.mean(nats_T))}, 0
+    while begin < len(nats_T):
+        end = max(2 * begin, FIRST)
+        found[f"{begin}-{end - 1}"] = float(np.mean(nats_T[begin:end]))
+        begin = end
+    return found
+
+
+def perplexity(records) -> float:
+    return float(np.exp(np.mean([record["score"] for record in records])))
