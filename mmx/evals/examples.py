@@ -58,7 +58,8 @@ def grid(example, lengths, rows, examples: int, most: int = -1) -> Callable[[Ask
 def check_rows(rows, known, most: int = -1):
     for row in rows:
         if row not in known and not (row.isdecimal() and int(row) <= most):
-            raise ConfigError(f"--rows: there is no row {row!r}{nearest(row, known)}")
+            hint = f"; known: {', '.join(known)}" if row.isdecimal() else nearest(row, known)
+            raise ConfigError(f"--rows: there is no row {row!r}{hint}")
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:

@@ -1,8 +1,12 @@
 """MQAR, multi-query associative recall (Zoology, arXiv 2312.04927): pairs of tokens, then their keys again, in any order.
 
 At each key the next token is its value. Gaps between a pair and its query follow Zoology's power law (exponent 0.01), what
-is left is random tokens. Keys are drawn from the lower half of the tokenizer's ids, values from the upper, none twice.
+is left is random tokens. Keys are drawn from the lower half of the tokens that stand for text, values from the upper, none
+twice.
 """
+import functools
+import itertools
+
 import numpy as np
 
 from mmx.config import ConfigError
@@ -16,8 +20,8 @@ POWER = 0.01
 def example(length: int, pairs: str, seed, ask: Ask) -> Example:
     """Exactly `length` ids, the beginning of text among them."""
     count, tokenizer = int(pairs), ask.tokenizer
-    ids = np.setdiff1d(np.arange(tokenizer.vocab), [tokenizer.bos, tokenizer.eos, tokenizer.pad])[:VOCAB]
-    keys, values = np.split(ids[:len(ids) // 2 * 2], 2)
+    ids = _ids(tokenizer)
+    keys, values = np.split(ids, 2)
     if not 0 < count <= len(keys):
         raise ConfigError(f"mqar: {count} pairs are not among 1 to {len(keys)}, which this tokenizer has ids for")
     if length < 1 + 4 * count:
@@ -32,6 +36,13 @@ def example(length: int, pairs: str, seed, ask: Ask) -> Example:
     queries = 1 + 2 * count + 2 * draw.choice(space, count, replace=False, p=share / share.sum())
     prompt[queries], answers[queries] = keys, values
     return Example(prompt.astype(np.int32), answers.astype(np.int32))
+
+
+@functools.cache
+def _ids(tokenizer) -> np.ndarray:
+    """An even number of them, VOCAB at most: specials and spare ids are no text."""
+    found = list(itertools.islice((i for i in range(tokenizer.vocab) if tokenizer.decode([i])), VOCAB))
+    return np.array(found[:len(found) // 2 * 2])
 
 
 def score(output, example: Example) -> float:

@@ -97,24 +97,32 @@ def _chain(length: int, letters: int, draw, tokenizer, before: str = "") -> tupl
 
 
 def cwe(task: str, length: int, draw, tokenizer) -> Example:
-    """Common words: ten that come 30 times among others that come 3 times (6 and 1 below 4,096 tokens)."""
-    short = length < 4096
-    shown, common = _list(haystack.words(draw, 20 if short else 40), *((3, 1) if short else (10, 3)), draw)
-    shown += " " + " ".join(f"{i}. {word}" for i, word in enumerate(common, 1)) + "\n"
-    pool = haystack.words(draw, 10 + length // (2 if short else 6))       # a word and its number are two tokens or more
-    order = draw.integers(2**63)
-    build = lambda n: shown + _list(pool[:10 + n], *((6, 1) if short else (30, 3)), np.random.default_rng(order))[0]
-    answers = tuple(pool[:10])
-    return Example(fit(build, length, tokenizer, "cwe", len(pool) - 10)[1], answers, budget(tokenizer, 120, answers))
+    """Common words: ten that come 30 times among others that come 3 times; 6 and 1 below 4,096 tokens.
+
+    RULER's tokens are parts of words: where they are bytes, 30 may not fit at 4,096 either, and 6 and 1 are taken.
+    """
+    size = length // (2 if length < 4096 else 6)        # more than fit: a word and its number are two tokens or more
+    pool, order = haystack.words(draw, 50 + size), draw.integers(2**63)
+    shown, pool = pool[:40], pool[40:]
+
+    def build(n, short):
+        draw = np.random.default_rng(order)
+        worked = _list(shown[:20], 3, 1, draw) if short else _list(shown, 10, 3, draw)
+        common = " ".join(f"{i}. {word}" for i, word in enumerate(shown[:10], 1))
+        return f"{worked} {common}\n{_list(pool[:10 + n], *((6, 1) if short else (30, 3)), draw)}"
+
+    short = length < 4096 or count(build(0, False), tokenizer) > length
+    _, prompt = fit(lambda n: build(n, short), length, tokenizer, "cwe", len(pool) - 10)
+    return Example(prompt, tuple(pool[:10]), budget(tokenizer, 120, pool[:10]), meta={"repeats": 6 if short else 30})
 
 
-def _list(words: list[str], often: int, rarely: int, draw) -> tuple[str, list[str]]:
-    common = words[:10]
-    listed = common * often + words[10:] * rarely
+def _list(words: list[str], often: int, rarely: int, draw) -> str:
+    """The task for the first ten words and the others."""
+    listed = words[:10] * often + words[10:] * rarely
     draw.shuffle(listed)
     return ("Here is a numbered list of words. Some of them come up more often than others. Keep the ones in mind that come up "
             f"most often.\n{' '.join(f'{i}. {word}' for i, word in enumerate(listed, 1))}\n"
-            "Question: which 10 words come up most often in the list? Answer: the 10 most frequent words are:"), common
+            "Question: which 10 words come up most often in the list? Answer: the 10 most frequent words are:")
 
 
 def fwe(task: str, length: int, draw, tokenizer) -> Example:
