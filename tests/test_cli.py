@@ -145,8 +145,9 @@ def test_eval(place, tmp_path, capsys):
 
 
 def test_eval_of_long_contexts(place, tmp_path, capsys, monkeypatch):
-    command = ["eval", "--checkpoint", str(place / "run"), "--out", str(tmp_path / "out"), "--lengths", "256,250", "--examples", "1"]
-    assert cli.main([*command, "--suite", "needle", "--rows", "0,100"]) == 0
+    command = ["eval", "--checkpoint", str(place / "run"), "--out", str(tmp_path / "out"), "--suite", "needle",
+               "--lengths", "256,250", "--rows", "0,100", "--examples", "1"]
+    assert cli.main(command) == 0
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "needle.json").read_text())
     assert found["examples"] == 4 and found["score"] == 0 and list(found["scores"]) == ["0", "100"] and found["step"] == 4
@@ -155,15 +156,15 @@ def test_eval_of_long_contexts(place, tmp_path, capsys, monkeypatch):
     lines = (tmp_path / "out" / "needle.jsonl").read_text()
     assert len(lines.splitlines()) == 5 and all(0 < json.loads(line)["tokens"] <= 256 for line in lines.splitlines()[1:])
     monkeypatch.setattr("mmx.inference.generate", None)         # what is done is not done again
-    assert cli.main([*command, "--suite", "needle", "--rows", "0,100"]) == 0
+    assert cli.main(command) == 0
     assert (tmp_path / "out" / "needle.jsonl").read_text() == lines
 
 
 def test_eval_by_position_is_that_of_the_logits(place, tmp_path):
     from mmx.evals import examples, position
 
-    assert cli.main(["eval", "--checkpoint", str(place / "run"), "--out", str(tmp_path), "--suite", "position", "--lengths", "96",
-                     "--examples", "1"]) == 0
+    assert cli.main(["eval", "--checkpoint", str(place / "run"), "--out", str(tmp_path), "--suite", "position",
+                     "--lengths", "96", "--examples", "1"]) == 0
     asked = position.example(96, "all", (0, 0), examples.Ask(tokens.tokenizer("bytes")))
     logits_TW = np.array(mmx.forward(mmx.load(place / "run"), asked.prompt[None])[0], np.float64)
     nats_T = np.log(np.exp(logits_TW).sum(1)) - logits_TW[np.arange(len(logits_TW)), asked.answers]
@@ -176,7 +177,7 @@ def test_eval_by_position_is_that_of_the_logits(place, tmp_path):
     (["--suite", "needel"], "there is no suite 'needel'; did you mean needle?"),
     (["--suite", "needle", "--lengths", "4x"], "--lengths '4x' does not parse"),
     (["--suite", "needle", "--lengths", "1k", "--context", "1000"], "prompts of 1,024 tokens are longer than --context 1,000"),
-    (["--suite", "needle", "--lengths", "100"], "length 100 is too short for needle, whose shortest prompt has"),
+    (["--suite", "needle", "--lengths", "1k,100"], "length 100 is too short for needle, whose shortest prompt has"),
     (["--suite", "needle", "--examples", "0"], "--examples 0 is out of range"),
     (["--suite", "needle", "--split", "test"], "--split does not go with --suite"),
     (["--lengths", "1k"], "--lengths needs --suite"),
@@ -188,6 +189,7 @@ def test_eval_by_position_is_that_of_the_logits(place, tmp_path):
 def test_mistakes_with_suites(more, message, place, tmp_path, monkeypatch, mmx_fails):
     monkeypatch.chdir(tmp_path)
     assert message in mmx_fails("eval", "--checkpoint", place / "run", "--out", "out", *more)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_suite_needs_the_vocabulary_of_the_model(place, tmp_path, mmx_fails):

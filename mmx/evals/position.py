@@ -11,11 +11,12 @@ FIRST = 64      # positions of the first row
 
 
 def example(length: int, row: str, seed, ask: Ask) -> Example:
-    """`length` ids, one unit (a word) less at most; the answers are the tokens that follow."""
+    """Exactly `length` ids, so that one shape is compiled for all; the answers are the tokens that follow."""
     essay = haystack.Essay(draws("position", length, seed), length)
-    words, text = fit(lambda n: " ".join(essay.take(n)), length + 1, ask.tokenizer, "position")
-    ids = np.append(np.int32(ask.tokenizer.bos), ask.tokenizer.encode(text.encode()))
-    return Example(ids[:-1], ids[1:], meta={"seen": essay.seen(words)})
+    words, _ = fit(lambda n: " ".join(essay.take(n)), length + 1, ask.tokenizer, "position")
+    text = " ".join(essay.take(words + 2))      # more than fit; cut inside a word, if need be
+    ids = np.append(np.int32(ask.tokenizer.bos), ask.tokenizer.encode(text.encode()))[:length + 1]
+    return Example(ids[:-1], ids[1:], meta={"seen": essay.seen(words + 2)})
 
 
 def score(output, example: Example) -> dict[str, float]:

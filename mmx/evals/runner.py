@@ -82,6 +82,9 @@ def run(name: str, ask: Ask, model: Reader, out: Path, about: dict, progress: bo
     tasks = list(suite.plan(ask))
     if not tasks:
         raise ConfigError(f"{name}: nothing of --data {ask.data} is in the --rows and --lengths asked for")
+    shortest = {task.row: task for task in sorted(tasks, key=lambda t: -int(t.column) if t.column.isdecimal() else 0)}
+    for task in shortest.values():      # what is too short, or wrong with a file, is told before anything runs
+        task.make()
     about = {"suite": name, **about, "seed": ask.seed, "context": ask.context,
              "data": ask.data and str(Path(ask.data).resolve())}
     out.mkdir(parents=True, exist_ok=True)
@@ -189,8 +192,8 @@ def show(result: dict) -> Table:
     notes = ["* holds text of the embedded corpus' training part"] * bool(result["seen"])
     notes += [f"{result['cut']} prompts lost their middle to --context"] * bool(result["cut"])
     heads = (show_length(c) + "*" * (c in result["seen"]) for c in columns)
-    table = Table(suite.rows, *heads, caption="; ".join(notes) or None,
-                  title=f"{suite.title}, {suite.unit}{' %' * (scale == 100)}, {result['examples']} examples")
+    title = f"{suite.title}, {suite.unit}{' %' * (scale == 100)}, {result['examples']} examples"
+    table = Table(suite.rows, *heads, title=title, caption="; ".join(notes) or None, min_width=len(title))
     for row, cells in result["scores"].items():
         table.add_row(row, *(f"{scale * cells[c]:.1f}" if c in cells else "" for c in columns))
     table.add_section()

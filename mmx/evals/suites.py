@@ -25,6 +25,6 @@ SUITES = {
     "mqar": Suite("MQAR", "pairs", grid(recall.example, (512, 1024), recall.PAIRS, 20, 10**6), recall.score),
     "mtob": Suite("MTOB", "direction", translation.plan, translation.score, translation.chrf, "chrF"),
     "longbench2": Suite("LongBench v2", "difficulty", longbench.plan, longbench.score),
-    "position": Suite("Perplexity by position", "position", grid(position.example, (1024, 4096), ("all",), 10), position.score,
-                      position.perplexity, "perplexity"),
+    "position": Suite("Running text by position", "position", grid(position.example, (1024, 4096), ("all",), 10),
+                      position.score, position.perplexity, "perplexity"),
 }

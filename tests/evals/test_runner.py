@@ -118,7 +118,7 @@ def test_ids_are_read_and_scores_are_by_row(tmp_path):
     result = runner.run("position", Ask(BYTES, lengths=(256,), examples=2), reader, tmp_path, {})
     by_row = {row: cells["256"] for row, cells in result["scores"].items()}
     assert by_row == pytest.approx({"0-63": 2, "64-127": 8, "128-255": 8})
-    assert result["score"] == result["by_column"]["256"] == pytest.approx(2 ** ((64 + 3 * 190) / 254), rel=0.02)
+    assert result["score"] == result["by_column"]["256"] == pytest.approx(2 ** ((64 + 3 * 192) / 256))
     result = runner.run("mqar", Ask(BYTES, lengths=(65,), rows=("16",), examples=2), reader, tmp_path, {})
     assert result["score"] == 1
 

@@ -17,7 +17,7 @@ from mmx.evals.suites import SUITES
 
 BYTES = tokens.tokenizer("bytes")
 UNITS = {       # tokens (bytes) of the largest unit by which a prompt can be short of its length
-    "needle": 30, "mr-niah": 60, "position": 30, "mqar": 1, "niah_single_1": 90, "niah_single_2": 30, "niah_single_3": 30,
+    "needle": 30, "mr-niah": 60, "position": 1, "mqar": 1, "niah_single_1": 90, "niah_single_2": 30, "niah_single_3": 30,
     "niah_multikey_1": 30, "niah_multikey_2": 70, "niah_multikey_3": 110, "niah_multivalue": 30, "niah_multiquery": 30,
     "vt": 90, "cwe": 55, "fwe": 60, "qa_1": 60, "qa_2": 600}
 
