@@ -183,6 +183,7 @@ def test_eval_by_position_is_that_of_the_logits(place, tmp_path):
     (["--lengths", "1k"], "--lengths needs --suite"),
     (["--suite", "ruler", "--rows", "qa_1"], "qa_1 needs a file squad.json of yours: give its folder as --data DIR"),
     (["--suite", "ruler", "--data", "nowhere"], "qa_1: no file nowhere/squad.json"),
+    (["--suite", "needle", "--data", "nowhere"], "needle makes its own text: leave --data out"),
     (["--suite", "longbench2", "--lengths", "1k"], "longbench2 has texts of their own lengths"),
     (["--suite", "mtob", "--data", "nowhere"], "mtob: no file nowhere/grammar_book.txt"),
 ])
@@ -200,7 +201,8 @@ def test_a_suite_needs_the_vocabulary_of_the_model(place, tmp_path, mmx_fails):
     table["added_tokens"] = [{"id": 0, "content": "</s>", "special": True, "single_word": False, "lstrip": False,
                               "rstrip": False, "normalized": False}]
     (run / "tokenizer.json").write_text(json.dumps(table))
-    error = mmx_fails("eval", "--checkpoint", run, "--suite", "needle", "--out", tmp_path / "out")
+    error = mmx_fails("eval", "--checkpoint", run, "--suite", "needle", "--out", tmp_path / "out", "--lengths", "300",
+                      "--rows", "0", "--examples", "1")
     assert "ids reach 299, out of range of model.vocab=264" in error
     assert "no tokenizer" in mmx_fails("eval", "--checkpoint", ORACLE, "--suite", "needle", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""MR-NIAH, needles in dialogues of many rounds (MiniMax-01, section 5.7): repeat what you answered long ago.
+"""MR-NIAH, needles in dialogues of many rounds (MiniMax-01, figure 15): repeat what you answered long ago.
 
 Three rounds stand at 25, 50 and 75 % of the others: the one asked for, another of the very same request, and one of the
 same kind on another subject, so that request and order both matter. The others go on with text of the embedded corpus.

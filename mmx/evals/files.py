@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from mmx.config import ConfigError
+from mmx.config import ConfigError, is_text
 
 
 def find(data: Path | None, name: str, what: str, under=("",)) -> Path:
@@ -30,7 +30,7 @@ def records(path: Path) -> list[dict]:
         found = [(path, value) for value in _list(read(path), path)]
     else:
         found = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
             if line.strip():
                 try:
                     found.append((f"{path}:{number}", json.loads(line)))
@@ -47,6 +47,8 @@ def column(record, name: str, place, kind: type):
     value = record.get(name) if isinstance(record, dict) else None
     if not isinstance(value, kind):
         raise ConfigError(f"{place}: an entry lacks the column {name!r} ({kind.__name__})")
+    if kind is str and not is_text(value):
+        raise ConfigError(f"{place}: column {name!r} is no text: it holds half of a surrogate pair")
     return value
 
 

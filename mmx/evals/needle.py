@@ -1,6 +1,6 @@
 """Needle in a haystack: one sentence in a long text, over the text's length and the sentence's depth.
 
-The needle is the one that MiniMax-01 was measured with (section 5.7), the haystack the embedded corpus.
+The needle is the one that MiniMax-01 was measured with (its figure 14), the haystack the embedded corpus.
 """
 from mmx.evals import haystack
 from mmx.evals.examples import Ask, Example, budget, draws, fit

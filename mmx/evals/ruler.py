@@ -192,7 +192,10 @@ def hotpot(path):
     """As `squad`; a question has ten documents of its own."""
     places, questions = {}, []
     for q in files.records(path):
-        texts = [f"{title}\n{''.join(sentences)}" for title, sentences in files.column(q, "context", path, list)]
+        try:
+            texts = [f"{title}\n{''.join(sentences)}" for title, sentences in files.column(q, "context", path, list)]
+        except (TypeError, ValueError):
+            raise ConfigError(f"{path}: column 'context' needs [title, [sentence, ...]] for each document") from None
         own = list(dict.fromkeys(places.setdefault(text, len(places)) for text in texts))
         questions.append((files.column(q, "question", path, str), (files.column(q, "answer", path, str),), own, []))
     return _some(questions, path), list(places)

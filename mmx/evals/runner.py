@@ -76,6 +76,8 @@ def run(name: str, ask: Ask, model: Reader, out: Path, about: dict, progress: bo
     `about` says what is measured: with the seed, the context and the files of `ask` it must be what OUT holds a run of.
     """
     suite, path = find(name), out / f"{name}.jsonl"
+    if ask.data and not suite.data:
+        raise ConfigError(f"{name} makes its own text: leave --data out")
     too_long = [length for length in ask.lengths if ask.context and length > ask.context]
     if too_long:
         raise ConfigError(f"prompts of {too_long[0]:,} tokens are longer than --context {ask.context:,}")
