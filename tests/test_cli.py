@@ -15,6 +15,7 @@ import tokenizers
 
 import mmx
 from mmx import cli, convert, metrics
+from mmx.data import tokens
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "experiments" / "tiny.py")
@@ -141,6 +142,70 @@ def test_eval(place, tmp_path, capsys):
     assert found["steps"] == 4 and found["train_seconds"] > 0
     assert (tmp_path / "out" / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert all(f"{found[name]:.4f}" in out for name in ("bits_per_byte", "gzip", "xz"))
+
+
+def test_eval_of_long_contexts(place, tmp_path, capsys, monkeypatch):
+    command = ["eval", "--checkpoint", str(place / "run"), "--out", str(tmp_path / "out"), "--suite", "needle",
+               "--lengths", "256,250", "--rows", "0,100", "--examples", "1"]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "needle.json").read_text())
+    assert found["examples"] == 4 and found["score"] == 0 and list(found["scores"]) == ["0", "100"] and found["step"] == 4
+    assert "Needle in a haystack, accuracy %, 4 examples" in out and "needle.png" in out
+    assert (tmp_path / "out" / "needle.png").read_bytes()[:4] == b"\x89PNG"
+    lines = (tmp_path / "out" / "needle.jsonl").read_text()
+    assert len(lines.splitlines()) == 5 and all(0 < json.loads(line)["tokens"] <= 256 for line in lines.splitlines()[1:])
+    monkeypatch.setattr("mmx.inference.generate", None)         # what is done is not done again
+    assert cli.main(command) == 0
+    assert (tmp_path / "out" / "needle.jsonl").read_text() == lines
+
+
+def test_eval_by_position_is_that_of_the_logits(place, tmp_path):
+    from mmx.evals import examples, position
+
+    assert cli.main(["eval", "--checkpoint", str(place / "run"), "--out", str(tmp_path), "--suite", "position",
+                     "--lengths", "96", "--examples", "1"]) == 0
+    asked = position.example(96, "all", (0, 0), examples.Ask(tokens.tokenizer("bytes")))
+    logits_TW = np.array(mmx.forward(mmx.load(place / "run"), asked.prompt[None])[0], np.float64)
+    nats_T = np.log(np.exp(logits_TW).sum(1)) - logits_TW[np.arange(len(logits_TW)), asked.answers]
+    found = json.loads((tmp_path / "position.json").read_text())
+    assert found["scores"]["0-63"]["96"] == pytest.approx(np.exp(nats_T[:64].mean()), rel=1e-5)
+    assert found["score"] == pytest.approx(np.exp(nats_T.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--suite", "needel"], "there is no suite 'needel'; did you mean needle?"),
+    (["--suite", "needle", "--lengths", "4x"], "--lengths '4x' does not parse"),
+    (["--suite", "needle", "--lengths", "1k", "--context", "1000"], "prompts of 1,024 tokens are longer than --context 1,000"),
+    (["--suite", "needle", "--lengths", "1k,100"], "length 100 is too short for needle, whose shortest prompt has"),
+    (["--suite", "needle", "--examples", "0"], "--examples 0 is out of range"),
+    (["--suite", "needle", "--split", "test"], "--split does not go with --suite"),
+    (["--lengths", "1k"], "--lengths needs --suite"),
+    (["--suite", "ruler", "--rows", "qa_1"], "qa_1 needs a file squad.json of yours: give its folder as --data DIR"),
+    (["--suite", "ruler", "--data", "nowhere"], "qa_1: no file nowhere/squad.json"),
+    (["--suite", "needle", "--data", "nowhere"], "needle makes its own text: leave --data out"),
+    (["--suite", "longbench2", "--lengths", "1k"], "longbench2 has texts of their own lengths"),
+    (["--suite", "mtob", "--data", "nowhere"], "mtob: no file nowhere/grammar_book.txt"),
+])
+def test_mistakes_with_suites(more, message, place, tmp_path, monkeypatch, mmx_fails):
+    monkeypatch.chdir(tmp_path)
+    assert message in mmx_fails("eval", "--checkpoint", place / "run", "--out", "out", *more)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_suite_needs_the_vocabulary_of_the_model(place, tmp_path, mmx_fails):
+    run = shutil.copytree(place / "run", tmp_path / "run")
+    vocabulary = {"</s>": 0} | {f"w{n}": n for n in range(1, 300)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w1")).save(str(run / "tokenizer.json"))
+    table = json.loads((run / "tokenizer.json").read_text())
+    table["added_tokens"] = [{"id": 0, "content": "</s>", "special": True, "single_word": False, "lstrip": False,
+                              "rstrip": False, "normalized": False}]
+    (run / "tokenizer.json").write_text(json.dumps(table))
+    error = mmx_fails("eval", "--checkpoint", run, "--suite", "needle", "--out", tmp_path / "out", "--lengths", "300",
+                      "--rows", "0", "--examples", "1")
+    assert "ids reach 299, out of range of model.vocab=264" in error
+    assert "no tokenizer" in mmx_fails("eval", "--checkpoint", ORACLE, "--suite", "needle", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_convert_there_and_back(place, capsys, mmx_fails):

@@ -112,5 +112,6 @@ def test_what_is_imported_is_declared():
     packages = [re.match(r"[\w-]+", line)[0] for line in lines if line]
     declared = {modules.get(name, name.lower().replace("-", "_")) for name in packages} | {"mmx"} | sys.stdlib_module_names
     for path in FILES:
-        extra = {"torch": {"torch", "transformers"}, "kernels": {"jax_triton", "triton"}, "bench": {"jax_triton"}}
+        extra = {"torch": {"torch", "transformers"}, "kernels": {"jax_triton", "triton"}, "bench": {"jax_triton"},
+                 "evals": {"sacrebleu"}}
         assert {name.partition(".")[0].lower() for name in imported(path)} - extra.get(part(path), set()) <= declared, path

@@ -1,0 +1,135 @@
+"""What suites are made of: an example, what a run asks for, and prompts that fit a length.
+
+A length is what the model has read when it begins to answer: the beginning-of-text token and the prompt, in tokens of
+the checkpoint's tokenizer. (RULER's lengths count the tokens of the answer, too.)
+"""
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from mmx.config import ConfigError, nearest
+
+
+class Example(NamedTuple):
+    prompt: str | np.ndarray        # a text to be continued, or token ids [T] to be read
+    answers: tuple | np.ndarray     # what the continuation should hold, or the next ids [T], -1 where none is asked for
+    steps: int = 0                  # tokens to generate at most
+    stop: tuple[str, ...] = ()
+    meta: dict = {}                 # more about it, for its line of the result
+
+
+class Ask(NamedTuple):
+    """What a run asks a suite for; zero and empty mean the suite's own."""
+    tokenizer: object               # of mmx.data.tokens
+    lengths: tuple[int, ...] = ()
+    rows: tuple[str, ...] = ()
+    examples: int = 0               # in each cell of the table
+    seed: int = 0
+    data: Path | None = None        # the user's files
+    context: int = 0                # tokens of a prompt at most
+
+
+class Task(NamedTuple):
+    """One example to come: its place in the table, its number there, and how it is made."""
+    row: str
+    column: str
+    index: int
+    make: Callable[[], Example]
+
+
+def grid(example, lengths, rows, examples: int, most: int = -1) -> Callable[[Ask], Iterator[Task]]:
+    """The plan of a generated suite: `example(length, row, seed, ask)` over lengths x rows.
+
+    Lengths, rows and examples of a cell are defaults; other rows may be the numbers from 0 to `most`.
+    """
+    def plan(ask):
+        check_rows(ask.rows, rows, most)
+        for length in ask.lengths or lengths:
+            for row in ask.rows or rows:
+                for index in range(ask.examples or examples):
+                    yield Task(row, str(length), index,
+                               lambda length=length, row=row, index=index: example(length, row, (ask.seed, index), ask))
+    return plan
+
+
+def check_rows(rows, known, most: int = -1):
+    for row in rows:
+        if row not in known and not (row.isdecimal() and int(row) <= most):
+            hint = f"; known: {', '.join(known)}" if row.isdecimal() else nearest(row, known)
+            raise ConfigError(f"--rows: there is no row {row!r}{hint}")
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """"512,1k,4m" in tokens; 1k is 1,024, 1m is 1,048,576."""
+    found = [re.fullmatch(r"(\d+)([km]?)", part.strip().lower()) for part in text.split(",")]
+    lengths = [int(m[1]) * {"": 1, "k": 1024, "m": 1024**2}[m[2]] if m else 0 for m in found]
+    if not all(lengths):
+        raise ConfigError(f"--lengths {text!r} does not parse: give tokens with commas, as 512,1k,4k (1k = 1,024), 1m")
+    return tuple(dict.fromkeys(lengths))
+
+
+def show_length(column: str) -> str:
+    """A column of lengths as users write it."""
+    if not column.isdecimal():
+        return column
+    value, unit = int(column), ""
+    for unit_above in "km":
+        if value % 1024 or not value:
+            break
+        value, unit = value // 1024, unit_above
+    return f"{value}{unit}"
+
+
+def draws(*key) -> np.random.Generator:
+    """The random numbers of an example: a function of `key` alone."""
+    return np.random.default_rng(list(repr(key).encode()))
+
+
+def count(text: str, tokenizer) -> int:
+    """Tokens of a prompt, the beginning of text among them."""
+    return 1 + len(tokenizer.encode(text.encode()))
+
+
+def budget(tokenizer, least: int, answers) -> int:
+    """Tokens to generate: at least those that a benchmark gives, which count words; bytes need more."""
+    return max(least, 2 * count(", ".join(answers), tokenizer))
+
+
+def fit(build, length: int, tokenizer, what: str, most: int | None = None) -> tuple[int, str]:
+    """(n, build(n)): the most units (sentences, words) with which a prompt has at most `length` tokens.
+
+    The search goes by proportion: prompts may be millions of tokens long, and few are built.
+    """
+    low, text = 0, build(0)
+    size = count(text, tokenizer)
+    if size > length:
+        raise ConfigError(f"length {length:,} is too short for {what}, whose shortest prompt has {size:,} tokens")
+    if most == 0:
+        return low, text
+    unit, high, turn = (length - size) / 16, most and most + 1, 0        # so that 16 units are tried first
+    while high is None or high - low > 1:
+        guess = low + max(1, int((length - size) / unit))
+        if high is not None:
+            guess = (low + high) // 2 if turn % 3 == 2 else min(guess, high - 1)
+        turn += 1
+        tried = build(guess)
+        found = count(tried, tokenizer)
+        unit = max((found - size) / (guess - low), 0.5)
+        if found <= length:
+            low, text, size = guess, tried, found
+        else:
+            high = guess
+    return low, text
+
+
+def match_all(output: str, example: Example) -> float:
+    """RULER's string_match_all: the share of the answers that the output holds, whatever their case."""
+    return float(np.mean([answer.lower() in output.lower() for answer in example.answers]))
+
+
+def match_part(output: str, example: Example) -> float:
+    """RULER's string_match_part: whether the output holds one of the answers."""
+    return float(any(answer.lower() in output.lower() for answer in example.answers))

@@ -1,0 +1,25 @@
+"""Needle in a haystack: one sentence in a long text, over the text's length and the sentence's depth.
+
+The needle is the one that MiniMax-01 was measured with (its figure 14), the haystack the embedded corpus.
+"""
+from mmx.evals import haystack
+from mmx.evals.examples import Ask, Example, budget, draws, fit
+
+DEPTHS = tuple(str(depth) for depth in range(0, 101, 10))       # percent of the text before it
+CITIES = ("Lisbon", "Nairobi", "Quito", "Hanoi", "Tallinn", "Adelaide", "Havana", "Kyoto", "Bergen", "Marrakesh", "Tbilisi",
+          "Montevideo", "Vancouver", "Dakar", "Krakow", "Samarkand")
+
+
+def example(length: int, depth: str, seed, ask: Ask) -> Example:
+    draw = draws("needle", length, depth, seed)
+    city, number = CITIES[draw.integers(len(CITIES))], str(draw.integers(1_000_000, 10_000_000))
+    essay = haystack.Essay(draw, length)
+    needle = f"The special magic {city} number is: {number}."
+
+    def build(words):
+        text = haystack.hide(essay.take(words), [needle], [int(depth) / 100])
+        return (f"There is a special magic number in this text.\n\n{text}\n\nWhat is the special magic {city} number?\n"
+                f"The special magic {city} number is:")
+
+    words, prompt = fit(build, length, ask.tokenizer, "needle")
+    return Example(prompt, (number,), budget(ask.tokenizer, 16, [number]), meta={"seen": essay.seen(words)})

@@ -1,0 +1,31 @@
+"""The suites by name: what a run plans, how an answer is scored, what a cell of the table says."""
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from mmx.evals import dialogue, longbench, needle, position, recall, ruler, translation
+from mmx.evals.examples import Ask, Task, grid, match_all
+
+
+class Suite(NamedTuple):
+    title: str
+    rows: str           # what a row of the table is
+    plan: Callable[[Ask], Iterable[Task]]
+    score: Callable     # (output, example) -> a number, or one by row
+    cell: Callable[[list[dict]], float] = lambda records: float(np.mean([record["score"] for record in records]))
+    unit: str = "accuracy"
+    data: bool = False  # whether it reads files of the user
+
+
+SUITES = {
+    "needle": Suite("Needle in a haystack", "depth %", grid(needle.example, (1024, 4096, 16384), needle.DEPTHS, 5, 100),
+                    match_all),
+    "ruler": Suite("RULER", "task", ruler.plan, ruler.score, data=True),
+    "mr-niah": Suite("MR-NIAH", "depth %", dialogue.plan, dialogue.score, data=True),
+    "mqar": Suite("MQAR", "pairs", grid(recall.example, (512, 1024), recall.PAIRS, 20, 10**6), recall.score),
+    "mtob": Suite("MTOB", "direction", translation.plan, translation.score, translation.chrf, "chrF", data=True),
+    "longbench2": Suite("LongBench v2", "difficulty", longbench.plan, longbench.score, data=True),
+    "position": Suite("Running text by position", "position", grid(position.example, (1024, 4096), ("all",), 10),
+                      position.score, position.perplexity, "perplexity"),
+}
