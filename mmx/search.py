@@ -31,9 +31,10 @@ from rich.table import Table
 
 from mmx import aot
 from mmx.config import ConfigError, Experiment
-from mmx.model import Model, empty_cache
+from mmx.model import Model
 from mmx.parallel import expert, lightning, sharding
 from mmx.parallel import mesh as meshes
+from mmx.parallel.cache import empty_cache
 
 ROWS = 20       # of the table
 BEGIN = 0.25    # of a ragged product's rows: what each further expert adds as TPU's compiler tiles and counts them

@@ -55,7 +55,8 @@ def get_config():
     train.batch, train.length = 4, 2048
     return config
 """
-SMALL = [f"--config.model.{key}" for key in ("dim=256", "expert_dim=512", "heads=2", "kv_heads=2")] + ["--config.train.length=1024"]
+SMALL = [f"--config.{key}" for key in ("model.dim=256", "model.expert_dim=512", "model.heads=2", "model.kv_heads=2",
+                                       "train.length=1024")]
 
 
 @pytest.fixture
