@@ -38,7 +38,7 @@ def main():
     args = flags.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         stock().save_pretrained(folder)
-        run = {side: start(side, folder, args.threads) for side in ("theirs", "ours")}
+        run = {side.__name__: start(side, folder, args.threads) for side in SIDES}
         print(f"largest logit difference on 512 tokens: {np.abs(run['ours']('logits') - run['theirs']('logits')).max():.1e}")
         times = {name: {side: [] for side in run} for name in TOKENS}
         for number in tqdm(range(args.rounds + 1), "rounds"):
@@ -57,7 +57,8 @@ def main():
 
 
 def start(side, folder, threads):
-    """A process of its own, so that neither side's threads or memory disturb the other's; returns what asks it."""
+    """A process of its own, so that neither side's threads or memory disturb the other's; returns what asks it. `side`
+    makes its cases, {name: run}, of the checkpoint's folder and tokens."""
     here, there = multiprocessing.get_context("spawn").Pipe()
     multiprocessing.get_context("spawn").Process(target=serve, args=(side, folder, threads, there), daemon=True).start()
 
@@ -72,7 +73,7 @@ def serve(side, folder, threads, pipe):
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
     tokens_BT = np.random.default_rng(0).integers(0, MODEL.vocab, (1, 8192))
-    cases = (ours if side == "ours" else theirs)(folder, tokens_BT)
+    cases = side(folder, tokens_BT)
     try:
         while True:
             pipe.send(cases[pipe.recv()]())
@@ -166,6 +167,8 @@ def ours(folder, tokens_BT):
             "prefill 8,192": timed(lambda: generate(tokens_BT, 1)),
             "decode from 2,048": after(generate, tokens_BT[:, :2048]), "train step 4x512": timed(step)}
 
+
+SIDES = theirs, ours
 
 if __name__ == "__main__":
     hugepages.restart(hugepages.KEPT)

@@ -33,7 +33,7 @@ examples:
   mmx convert verify --checkpoint run --against run-hf
   mmx config experiments/text_01.py                       parameters, FLOPs, shapes
   mmx aot --config experiments/text_01.py:v5p-512 --topology v5p:8x8x8
-  mmx aot --config experiments/text_01.py:v5p-512 --topology v5p:8x8x8 --search    all meshes ranked, the best compiled
+  mmx aot --config experiments/text_01.py:v5p-512 --topology v5p:8x8x8 --search    ranks all meshes
   mmx bench kernels --chip v5p,h100                       the kernels, by the TPU's and the GPU's compiler
 """
 PROCESSES = """\
@@ -322,12 +322,10 @@ def generate(args):
     requests = [inference.Request("" if args.save_cache else text, args.steps, args.temperature, args.top_k, args.top_p,
                                   args.seed, number, tuple(args.stop)) for number, text in enumerate(texts or [""])]
     told, pieces, at_once = texts or [""], [[] for _ in requests], len(requests) == 1 and not args.json
-    if at_once:
-        print(told[0], end="", flush=True)
     for piece in inference.stream(loaded, requests, prefix=kept, rows=args.rows, **how):
-        pieces[piece.request].append(piece)
         if at_once:
-            print(piece.text, end="\n" * piece.ended, flush=True)
+            print(("" if pieces[0] else told[0]) + piece.text, end="\n" * piece.ended, flush=True)
+        pieces[piece.request].append(piece)
     for prompt, row in zip(told, pieces) if not at_once else ():
         text = "".join(piece.text for piece in row)
         print(json.dumps({"prompt": prompt, "text": text} | {

@@ -1,0 +1,130 @@
+"""Decode at batch 1, 8 and 32 beside transformers' generate, and time to first token of short prompts.
+
+    python benchmarks/decode.py             # about 3 minutes on 2 cores
+
+The 28 M-parameter model of benchmarks/vs_transformers.py, the same weights in both, each in its process, alternating;
+greedy, behind 512 tokens a row. Bandwidth is that of a sum over 512 MB here; a step's bytes are the weights that its tokens
+touch (of the experts the expected number, were routing uniform), read once, keys and values up to the row's length, and
+states both ways. Short prompts of 7 to 300 tokens are read in the engine's levels, and once more padded to multiples of 256.
+"""
+import argparse
+import statistics
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from vs_transformers import MODEL, start, stock, timed
+
+import mmx
+from mmx import hugepages, inference
+
+BATCHES = 1, 8, 32
+PROMPT, STEPS = 512, 64
+TARGET = {1: 5.0}
+
+
+def main():
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--rounds", type=int, default=5, help="alternating rounds, medians are shown (default 5)")
+    flags.add_argument("--threads", type=int, default=2, help="torch's threads; XLA takes the cores it sees (default 2)")
+    args = flags.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        stock().save_pretrained(folder)
+        run = {side.__name__: start(side, folder, args.threads) for side in SIDES}
+        cases = [*BATCHES, "levels", "padded"]
+        times = {case: {side: [] for side in run if side == "ours" or case in BATCHES} for case in cases}
+        for number in tqdm(range(args.rounds + 1), "rounds"):
+            for case, sides in times.items():
+                for side, kept in sides.items():
+                    seconds = run[side](case)
+                    if number:                                  # round 0 compiles and warms up
+                        kept.append(seconds)
+        bandwidth = run["ours"]("bandwidth")
+    median = {case: {side: statistics.median(kept) for side, kept in sides.items()} for case, sides in times.items()}
+    table = Table("batch", "transformers tokens/s", "mmx tokens/s", "mmx / transformers", "target", "MB a step", "of bandwidth",
+                  title=f"medians of {args.rounds} alternating rounds, torch {torch.__version__}, transformers "
+                        f"{transformers.__version__}, jax {jax.__version__}; reads {bandwidth / 1e9:.1f} GB/s here")
+    for batch in BATCHES:
+        rates = {side: batch * STEPS / seconds for side, seconds in median[batch].items()}
+        size = touched(batch)
+        table.add_row(f"{batch}", f"{rates['theirs']:,.0f}", f"{rates['ours']:,.0f}", f"{rates['ours'] / rates['theirs']:.2f}",
+                      f"{TARGET.get(batch, '')}", f"{size / 1e6:.1f}", f"{size * rates['ours'] / batch / bandwidth:.0%}")
+    Console().print(table)
+    lengths = short_lengths()
+    levels, padded = (sum(sum(f(n - 1)) for n in lengths) for f in (inference.pieces, pad))
+    print(f"{len(lengths)} prompts of 7 to 300 tokens, {sum(lengths):,} in all: {levels:,} computed in levels, {padded:,} "
+          f"padded to 256s, {1 - levels / padded:.0%} of the work saved; all read and first tokens drawn in "
+          f"{median['levels']['ours']:.2f} s against {median['padded']['ours']:.2f} s")
+
+
+def touched(batch: int) -> float:
+    """Bytes that a step reads, and writes of states."""
+    c, mean = MODEL, PROMPT + STEPS / 2
+    experts = c.experts * (1 - (1 - c.top_k / c.experts) ** batch)
+    weights = c.params_total - c.vocab * c.dim - c.layers * (c.experts - experts) * 3 * c.dim * c.expert_dim
+    states = 2 * c.layer_kinds.count("L") * c.heads * c.head_dim ** 2
+    keys = c.layer_kinds.count("S") * 2 * c.kv_heads * c.head_dim * mean
+    return 4 * (weights + batch * (states + keys))
+
+
+def short_lengths() -> list[int]:
+    return np.random.default_rng(0).integers(7, 301, 32).tolist()
+
+
+def pad(count: int) -> list[int]:
+    return [256] * -(-count // 256)
+
+
+def prompts(batch: int, length: int = PROMPT):
+    return np.random.default_rng(batch).integers(0, MODEL.vocab, (batch, length))
+
+
+def after(run, prompt_BT):
+    """The time of STEPS greedy tokens a row: that of one more less that of one."""
+    return lambda: timed(lambda: run(prompt_BT, STEPS + 1))() - timed(lambda: run(prompt_BT, 1))()
+
+
+def theirs(folder, _):
+    model = transformers.MiniMaxForCausalLM.from_pretrained(folder).float().eval()
+
+    @torch.no_grad()
+    def generate(prompt_BT, count):
+        ids_BT = torch.tensor(prompt_BT)
+        model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=count, min_new_tokens=count,
+                       do_sample=False)
+
+    return {batch: after(generate, prompts(batch)) for batch in BATCHES}
+
+
+def ours(folder, _):
+    loaded = mmx.load(folder)
+    asked = [inference.Request(prompts(1, n)[0], 1) for n in short_lengths()]
+    levels = inference.pieces
+
+    def first_tokens(cut):
+        inference.pieces = cut
+        list(inference.stream(loaded, asked, rows=8))
+        inference.pieces = levels
+
+    def bandwidth():
+        x, total = jnp.ones(1 << 27), jax.jit(jnp.sum)
+        best = min(timed(lambda: total(x).block_until_ready())() for _ in range(8))
+        return x.nbytes / best
+
+    cases = {batch: after(lambda prompt_BT, count: mmx.generate(loaded, prompt_BT, steps=count), prompts(batch))
+             for batch in BATCHES}
+    return cases | {"levels": timed(lambda: first_tokens(levels)), "padded": timed(lambda: first_tokens(pad)),
+                    "bandwidth": bandwidth}
+
+
+SIDES = theirs, ours
+
+if __name__ == "__main__":
+    hugepages.restart(hugepages.KEPT)
+    main()

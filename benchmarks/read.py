@@ -1,0 +1,91 @@
+"""Tokens/s and memory of the engine as it reads a long text, part by part, and then goes on from it.
+
+    python benchmarks/read.py                                       # 4 M tokens, pure lightning: about 5 minutes on 2 cores
+    python benchmarks/read.py --pattern LLLS --tokens 262144        # the hybrid of experiments/tiny.py
+
+The geometry of experiments/tiny.py (width 128, 4 layers, 8 experts top-2 of 128), random weights, float32, random tokens.
+Each part goes on from the last one's prefix, as a document does that is read once and asked often.
+"""
+import argparse
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from mmx import config, hugepages, inference
+from mmx.convert import Loaded
+from mmx.model import Model
+
+GEOMETRY = {"dim": 128, "layers": 4, "heads": 4, "kv_heads": 1, "rotary_dim": 16, "expert_dim": 128, "init": "fan_in",
+            "embed_std": 1.0, "capacity": 0.0}
+ROWS = 12       # of the table
+
+
+def main():
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--pattern", default="LLLL", help="of 4 layers (default LLLL)")
+    flags.add_argument("--tokens", type=int, default=1 << 22, help="(default 4194304)")
+    flags.add_argument("--part", type=int, default=0, help="tokens between two points (default: a 32nd)")
+    flags.add_argument("--steps", type=int, default=64, help="decoded at the end (default 64)")
+    flags.add_argument("--out", default="read.png", help="the plot (default read.png)")
+    args = flags.parse_args()
+    c = config.Model(pattern=args.pattern, **GEOMETRY)
+    params = jax.jit(lambda: Model(c).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])()
+    loaded, part = Loaded(Model(c), params, c, ""), args.part or args.tokens // 32
+    ids_T = np.random.default_rng(0).integers(0, c.vocab, args.tokens).astype(np.int32)
+
+    inference.read(loaded, ids_T[:min(part, 3 * inference.LEVELS[0])])      # compiles
+    prefix, points = None, []
+    with tqdm(total=args.tokens, unit="token", unit_scale=True) as bar:
+        for at in range(0, args.tokens, part):
+            begin, ids_N = time.perf_counter(), ids_T[at:at + part]
+            prefix = inference.read(loaded, ids_N, prefix=prefix)
+            jax.block_until_ready(prefix.cache)
+            seconds = time.perf_counter() - begin
+            points.append((at + len(ids_N), len(ids_N) / seconds, resident()))
+            bar.update(len(ids_N))
+            bar.set_postfix(tokens_per_s=f"{points[-1][1]:,.0f}", MiB=f"{points[-1][2]:,.0f}")
+    begin = time.perf_counter()
+    pieces = list(inference.stream(loaded, [inference.Request(ids_T[:1], args.steps)], prefix=prefix))
+    decoded = time.perf_counter() - begin
+    table = Table("tokens read", "tokens/s", "resident MiB", title=f"{args.pattern}, {c.params_total:,} parameters")
+    for read, rate, memory in points[::max(len(points) // ROWS, 1)] + points[-1:]:
+        table.add_row(f"{read:,}", f"{rate:,.0f}", f"{memory:,.0f}")
+    Console().print(table)
+    seconds = sum(part / rate for _, rate, _ in points)
+    few = max(len(points) // 8, 1)
+    first, last = (np.mean([rate for _, rate, _ in some]) for some in (points[:few], points[-few:]))
+    print(f"{args.tokens:,} tokens read in {seconds:.0f} s: the last eighth at {last / first:.0%} of the first's speed; "
+          f"{sum(len(piece.ids_T) for piece in pieces)} tokens decoded behind them in {decoded:.1f} s, compiled in it")
+    plot(points, args)
+
+
+def resident() -> float:
+    """MiB of memory of this process."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2 ** 20
+
+
+def plot(points, args):
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    read, rates, memory = zip(*points)
+    figure, both = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axes, values, name in zip(both, (rates, memory), ("tokens/s", "resident MiB")):
+        axes.plot(read, values, "o-")
+        axes.set(xlabel="tokens read", ylabel=name, title=f"{args.pattern}: {name}", ylim=(0, 1.1 * max(values)))
+        axes.grid(alpha=0.3)
+    figure.savefig(args.out, dpi=120)
+    print(f"plot: {args.out}")
+
+
+if __name__ == "__main__":
+    hugepages.restart(hugepages.KEPT)
+    main()
