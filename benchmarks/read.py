@@ -1,10 +1,10 @@
-"""Tokens/s and memory of the engine as it reads a long text, part by part, and then goes on from it.
+"""Tokens/s and memory of the engine as it reads a long text and then goes on from it.
 
     python benchmarks/read.py                                       # 4 M tokens, pure lightning: about 5 minutes on 2 cores
     python benchmarks/read.py --pattern LLLS --tokens 262144        # the hybrid of experiments/tiny.py
 
 The geometry of experiments/tiny.py (width 128, 4 layers, 8 experts top-2 of 128), random weights, float32, random tokens.
-Each part goes on from the last one's prefix, as a document does that is read once and asked often.
+The first point holds the compilation.
 """
 import argparse
 import os
@@ -40,27 +40,28 @@ def main():
     loaded, part = Loaded(Model(c), params, c, ""), args.part or args.tokens // 32
     ids_T = np.random.default_rng(0).integers(0, c.vocab, args.tokens).astype(np.int32)
 
-    inference.read(loaded, ids_T[:min(part, 3 * inference.LEVELS[0])])      # compiles
-    prefix, points = None, []
-    with tqdm(total=args.tokens, unit="token", unit_scale=True) as bar:
-        for at in range(0, args.tokens, part):
-            begin, ids_N = time.perf_counter(), ids_T[at:at + part]
-            prefix = inference.read(loaded, ids_N, prefix=prefix)
-            jax.block_until_ready(prefix.cache)
-            seconds = time.perf_counter() - begin
-            points.append((at + len(ids_N), len(ids_N) / seconds, resident()))
-            bar.update(len(ids_N))
+    points, begin = [], [time.perf_counter()]
+    bar = tqdm(total=args.tokens, unit="token", unit_scale=True)
+
+    def progress(count):
+        bar.update(count)
+        if bar.n // part > (bar.n - count) // part or bar.n == args.tokens - 1:
+            begin.append(time.perf_counter())
+            points.append((bar.n, (bar.n - (points[-1][0] if points else 0)) / (begin[-1] - begin[-2]), resident()))
             bar.set_postfix(tokens_per_s=f"{points[-1][1]:,.0f}", MiB=f"{points[-1][2]:,.0f}")
-    begin = time.perf_counter()
+
+    prefix = inference.read(loaded, ids_T, progress=progress)
+    bar.close()
+    start = time.perf_counter()
     pieces = list(inference.stream(loaded, [inference.Request(ids_T[:1], args.steps)], prefix=prefix))
-    decoded = time.perf_counter() - begin
+    decoded = time.perf_counter() - start
     table = Table("tokens read", "tokens/s", "resident MiB", title=f"{args.pattern}, {c.params_total:,} parameters")
     for read, rate, memory in points[::max(len(points) // ROWS, 1)] + points[-1:]:
         table.add_row(f"{read:,}", f"{rate:,.0f}", f"{memory:,.0f}")
     Console().print(table)
-    seconds = sum(part / rate for _, rate, _ in points)
+    seconds = begin[-1] - begin[0]
     few = max(len(points) // 8, 1)
-    first, last = (np.mean([rate for _, rate, _ in some]) for some in (points[:few], points[-few:]))
+    first, last = (np.mean([rate for _, rate, _ in some]) for some in (points[1:few + 1], points[-few:]))
     print(f"{args.tokens:,} tokens read in {seconds:.0f} s: the last eighth at {last / first:.0%} of the first's speed; "
           f"{sum(len(piece.ids_T) for piece in pieces)} tokens decoded behind them in {decoded:.1f} s, compiled in it")
     plot(points, args)

@@ -311,11 +311,14 @@ def generate(args):
         raise ConfigError("no prompt was given: --prompt TEXT or --prompt-file FILE, or --load-cache FILE to go on from")
     if args.save_cache and len(texts) != 1:
         raise ConfigError(f"--save-cache keeps one prompt, {len(texts)} are given")
+    from tqdm import tqdm
+
     from mmx import inference, prefix
 
     loaded = mmx.load(args.checkpoint, dtype=args.dtype, weights_dtype=args.weights_dtype)
     kept = prefix.load(args.load_cache, loaded) if args.load_cache else None
-    how = {"kv_dtype": args.kv_dtype or "", "progress": sys.stderr.isatty()}
+    bar = tqdm(desc="reading", unit=" tokens", unit_scale=True, leave=False, disable=None)
+    how = {"kv_dtype": args.kv_dtype or "", "progress": bar.update}
     if args.save_cache:
         kept = inference.read(loaded, texts[0], prefix=kept, **how)
         prefix.save(args.save_cache, loaded, kept)
@@ -323,6 +326,7 @@ def generate(args):
                                   args.seed, number, tuple(args.stop)) for number, text in enumerate(texts or [""])]
     told, pieces, at_once = texts or [""], [[] for _ in requests], len(requests) == 1 and not args.json
     for piece in inference.stream(loaded, requests, prefix=kept, rows=args.rows, **how):
+        bar.close()
         if at_once:
             print(("" if pieces[0] else told[0]) + piece.text, end="\n" * piece.ended, flush=True)
         pieces[piece.request].append(piece)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 
 from mmx.config import ConfigError, is_text
 from mmx.data import tokens as tokenizers
@@ -95,11 +94,12 @@ def generate(loaded, prompts, *, steps: int, temperature: float = 0.0, top_k: in
     return np.stack([np.concatenate([piece.ids_T for piece in row]) for row in pieces])
 
 
-def stream(loaded, requests, *, prefix: Prefix | None = None, kv_dtype: str = "", rows: int = ROWS, progress: bool = False):
+def stream(loaded, requests, *, prefix: Prefix | None = None, kv_dtype: str = "", rows: int = ROWS, progress=None):
     """Yields a `Piece` of each running request every `BLOCK` steps, and one with `ended` at its end.
 
     `requests` are an iterable, asked for its next as a row is free: a source that waits makes all wait. What a request
-    draws does not depend on those beside it. Raises ConfigError for what no request can be, when its turn comes.
+    draws does not depend on those beside it. `progress` is called with the number of tokens that a call of prefill has
+    read. Raises ConfigError for what no request can be, when its turn comes.
     """
     if not isinstance(rows, int) or rows < 1:
         raise ConfigError(f"rows={rows} must be a whole number, at least 1")
@@ -120,7 +120,7 @@ def stream(loaded, requests, *, prefix: Prefix | None = None, kv_dtype: str = ""
         yield from batch.decode()
 
 
-def read(loaded, prompt, *, prefix: Prefix | None = None, kv_dtype: str = "", progress: bool = False) -> Prefix:
+def read(loaded, prompt, *, prefix: Prefix | None = None, kv_dtype: str = "", progress=None) -> Prefix:
     """Reads a prompt, text or ids [T], to be gone on from by any number of others."""
     tokenizer = loaded.tokenizer and tokenizers.tokenizer(loaded.tokenizer)
     row = _Row(0, Request(prompt, 1), tokenizer, loaded.config, behind=prefix is not None)
@@ -171,7 +171,7 @@ class _Row:
 class Batch:
     """Rows of a cache, and what each draws from: `enter` reads a prompt into one, `decode` takes all on by a block."""
 
-    def __init__(self, loaded, rows: int, prefix: Prefix | None = None, kv_dtype: str = "", progress: bool = False):
+    def __init__(self, loaded, rows: int, prefix: Prefix | None = None, kv_dtype: str = "", progress=None):
         self.model, self.params, self.config = loaded[:3]
         self.prefix, self.progress, self.rows = prefix, progress, [None] * rows
         self.places = 0
@@ -195,17 +195,16 @@ class Batch:
         self._grow(before + max(sum(sizes), len(ids_T) + request.steps))
         self.cache = _adopt(self.cache, b, self.prefix.cache) if self.prefix else _vacate(self.cache, b)
         at = 0
-        with tqdm(total=len(ids_T) - 1, desc="reading", unit="token", unit_scale=True, disable=not self.progress) as bar:
-            for size in sizes:
-                tokens_1T = np.zeros((1, size), np.int32)
-                real = min(size, len(ids_T) - 1 - at)
-                tokens_1T[0, :real] = ids_T[at:at + real]
-                mask_1T = np.asarray(np.arange(size) < real, np.int32)[None]
-                self.cache = _read(self.model, self.params, tokens_1T, mask_1T, self.cache, b)
-                if self.progress:
-                    jax.block_until_ready(self.cache)
-                at += real
-                bar.update(real)
+        for size in sizes:
+            tokens_1T = np.zeros((1, size), np.int32)
+            real = min(size, len(ids_T) - 1 - at)
+            tokens_1T[0, :real] = ids_T[at:at + real]
+            mask_1T = np.asarray(np.arange(size) < real, np.int32)[None]
+            self.cache = _read(self.model, self.params, tokens_1T, mask_1T, self.cache, b)
+            at += real
+            if self.progress:
+                jax.block_until_ready(self.cache)
+                self.progress(real)
         self.rows[b], self.token_B[b], self.left_B[b], self.drawn_B[b] = row, ids_T[-1], request.steps, 0
         self.temperature_B[b], self.top_p_B[b] = request.temperature, request.top_p
         self.top_k_B[b] = request.top_k or self.config.vocab
