@@ -28,7 +28,7 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    # H100's but for the links, which are no part of this. NVIDIA H100 data sheet, SXM: 1,979 TFLOP/s with sparsity, half without.
+    # H100's but for the links, which are no part of this: NVIDIA H100 data sheet, SXM, 1,979 TFLOP/s with sparsity.
     "h800": Chip(989e12, 80e9, 3.35e12),
     # NVIDIA publishes no data sheet; 148 TFLOP/s, 96 GB, 4.0 TB/s is what vendors of it and the press give.
     "h20": Chip(148e12, 96e9, 4.0e12),

@@ -78,6 +78,16 @@ def test_json_gives_the_experiment_back(path):
     assert hash(experiment.model) == hash(dataclasses.replace(experiment.model))
 
 
+def test_lengths():
+    assert config.lengths("8k, 128K,1M,4M,100") == [8192, 131_072, 2 ** 20, 2 ** 22, 100]
+
+
+@pytest.mark.parametrize("text", ["", "0", "8k,", "1.5k", "1m", "-1", "8kk", "k"])
+def test_lengths_that_are_none(text):
+    with pytest.raises(ConfigError, match=f"--lengths {text}: give tokens with commas, such as 1024,8k,1M"):
+        config.lengths(text)
+
+
 def test_defaults_stand_in_one_place():
     assert build(config.default()) == build({}) == config.Experiment()
 
