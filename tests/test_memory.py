@@ -9,7 +9,7 @@ import pytest
 
 from mmx import cli, config, memory
 from mmx.memory import CHIPS, decode, held, prefill, sequence, twin
-from mmx.model import empty_cache
+from mmx.parallel.cache import empty_cache
 
 ROOT = Path(__file__).parent.parent
 FILE = str(ROOT / "experiments" / "text_01.py")
@@ -88,7 +88,7 @@ def test_the_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--lengths", "8k,many"], "--lengths 8k,many: give tokens with commas, such as 1024,8k,1M"),
+    (["--lengths", "8k,many"], "--lengths '8k,many' does not parse: give tokens with commas, as 512,1k,4M (1k = 1,024)"),
     (["--chips", "h20"], "--chips h20: give CHIP:COUNT with commas, such as h20:8,v6e:32; chips are h800, h20, v5p, v6e"),
     (["--chips", "h99:8"], "--chips h99:8: give CHIP:COUNT"), (["--chips", "h20:0"], "--chips h20:0: give CHIP:COUNT")])
 def test_mistakes_are_one_line(flags, said, tmp_path, capsys):

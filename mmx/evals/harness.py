@@ -8,7 +8,6 @@ beginning-of-text token, as in training. Requests are grouped by length, the lon
 """
 import functools
 import itertools
-import json
 import sys
 
 import jax
@@ -35,7 +34,7 @@ GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top
 @register_model("mmx")
 class Mmx(TemplateLM):
     """--model_args: path (a workdir or a Hugging Face directory), dtype (as stored), max_length (tokens that are scored in
-    one row: model.context). `batch_size` counts rows; auto takes as many as make up TOKENS. `device` is for PyTorch: JAX
+    one row: model.context). `batch_size` counts rows; auto scores as many as make up TOKENS. `device` is for PyTorch: JAX
     takes what JAX_PLATFORMS says."""
 
     def __init__(self, path=None, dtype=None, max_length=0, batch_size=1, max_batch_size=None, device=None, **unknown):
@@ -95,21 +94,18 @@ class Mmx(TemplateLM):
         return found
 
     def generate_until(self, requests, disable_tqdm=False) -> list[str]:
-        """Continuations of prompts, each up to the first of its stop strings. Batch n draws with seed n."""
-        found, kinds, seeds = [""] * len(requests), {}, itertools.count()
-        for i, (_, arguments) in enumerate(request.args for request in requests):
-            kinds.setdefault(json.dumps(arguments, sort_keys=True), []).append(i)
-        with tqdm(total=len(requests), desc="generate", disable=disable_tqdm) as bar:
-            for arguments, members in kinds.items():
-                steps, settings = _settings(json.loads(arguments))
-                prompts = [requests[i].args[0] for i in members]
-                for T, places in self._batches([len(self.tok_encode(prompt)) + steps for prompt in prompts]):
-                    batch = [prompts[n] for n in _filled(places, self._size(T, len(places)))]
-                    texts = inference.generate(self.loaded, batch, steps=steps, seed=next(seeds), **settings)
-                    for i, text in zip((members[n] for n in places), texts):
-                        found[i] = text
-                        self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                    bar.update(len(places))
+        """Continuations of prompts, each up to the first of its stop strings; request i draws from (0, i)."""
+        prompts, arguments = zip(*(request.args for request in requests))
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        asked = [inference.Request(prompts[i], stream=i, **_settings(arguments[i])) for i in order]
+        found, rows = [""] * len(prompts), self._rows or min(inference.ROWS, self._most)
+        with tqdm(total=len(prompts), desc="generate", disable=disable_tqdm) as bar:
+            for piece in inference.stream(self.loaded, asked, rows=rows):
+                i = order[piece.request]
+                found[i] += piece.text
+                if piece.ended:
+                    self.cache_hook.add_partial("generate_until", requests[i].args, found[i])
+                    bar.update()
         return found
 
     def _batches(self, lengths):
@@ -165,15 +161,15 @@ def _power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def _settings(arguments: dict) -> tuple[int, dict]:
-    """Tokens to generate, and what `inference.generate` takes of lm-eval's generation arguments."""
+def _settings(arguments: dict) -> dict:
+    """The fields of `inference.Request` in lm-eval's generation arguments."""
     given = normalize_gen_kwargs(arguments, STEPS)
     other = {name: value for name, value in given.items() if name not in GENERATION and value not in (None, False, 1)}
     if other:
         raise ConfigError(f"generation arguments {other} are none of {', '.join(sorted(GENERATION))}")
     drawn = {name: given[name] for name in ("top_k", "top_p") if given["do_sample"] and given.get(name) is not None}
-    return given["max_gen_toks"], drawn | {"temperature": given.get("temperature", 0.0),
-                                           "stop": [text for text in given["until"] if text]}
+    return drawn | {"steps": given["max_gen_toks"], "temperature": given.get("temperature", 0.0),
+                    "stop": tuple(text for text in given["until"] if text)}
 
 
 def _count(name: str, value) -> int:

@@ -47,6 +47,12 @@ def lm(run):
     return harness.Mmx(path=str(run), batch_size="auto", max_batch_size=4)
 
 
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch):
+    """Logits of few tokens at a time: every row is scored in several chunks."""
+    monkeypatch.setattr(harness, "LOGITS", 16)
+
+
 @jax.jit
 def logp_TW(params, ids_T):
     return jax.nn.log_softmax(logits(params, MODEL.apply({"params": params}, ids_T[None])[0])[0])
@@ -131,16 +137,18 @@ def test_whole_texts_are_scored_in_windows(run, loaded):
 def test_texts_are_continued_up_to_a_stop(lm, loaded):
     alone = mmx.generate(loaded, ["We the people", "Fellow"], steps=12)
     stop = alone[0][4:6]
-    arguments = [("We the people", {"until": [], "max_gen_toks": 12}), ("Fellow", {"until": [stop], "max_gen_toks": 12}),
-                 ("We the people", {"until": [stop], "max_gen_toks": 12, "do_sample": False, "num_beams": 1})]
+    arguments = [("Fellow", {"until": [stop], "max_gen_toks": 12}), ("We the people", {"until": [], "max_gen_toks": 12}),
+                 ("We the people", {"until": [stop], "max_gen_toks": 12, "do_sample": False, "num_beams": 1}),
+                 ("Fellow", {"until": [], "max_gen_toks": 5})]
     found = lm.generate_until(asked("generate_until", arguments), disable_tqdm=True)
-    assert found == [alone[0], alone[1].split(stop)[0], alone[0].split(stop)[0]] and found[2] != found[0]
+    assert found == [alone[1].split(stop)[0], alone[0], alone[0].split(stop)[0],
+                     mmx.generate(loaded, "Fellow", steps=5)[0]] and len(set(found)) == 4
 
 
 def test_draws_take_the_arguments_of_the_task():
     drawn = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 5, "until": "\n"}
-    assert harness._settings(drawn) == (5, {"temperature": 0.7, "top_p": 0.9, "stop": ["\n"]})
-    assert harness._settings({"temperature": 0.0, "top_p": 0.9}) == (256, {"temperature": 0.0, "stop": []})
+    assert harness._settings(drawn) == {"steps": 5, "temperature": 0.7, "top_p": 0.9, "stop": ("\n",)}
+    assert harness._settings({"temperature": 0.0, "top_p": 0.9}) == {"steps": 256, "temperature": 0.0, "stop": ()}
     with pytest.raises(ConfigError, match="{'num_beams': 4} are none of do_sample"):
         harness._settings({"num_beams": 4})
 
