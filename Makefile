@@ -17,7 +17,7 @@ setup: .venv/ready
 	@touch $@
 
 .venv/ready-to-test: .venv/ready
-	$(PIP) --editable '.[dev,torch,compilers]'
+	$(PIP) --editable '.[dev,torch,compilers,eval]'
 	@touch $@
 
 demo: setup

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import statistics
 import sys
 import tempfile
@@ -155,10 +154,7 @@ def kernels(chips, as_json: bool, live: bool = False, lengths: str | None = None
     if live and chips:
         raise ConfigError("--chip compiles for chips that are not here, --live times the device that is: give one of them")
     if live or (chips is None and jax.default_backend() != "cpu"):
-        lengths = LENGTHS if lengths is None else lengths
-        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", lengths):
-            raise ConfigError(f"--lengths {lengths}: give tokens with commas, such as 1024,8192")
-        _timed([int(T) for T in lengths.split(",")], Path(out or "."), as_json)
+        _timed(config.lengths(LENGTHS if lengths is None else lengths), Path(out or "."), as_json)
         return 0
     for flag, given in (("--lengths", lengths), ("--out", out)):
         if given is not None:

@@ -1,4 +1,4 @@
-"""The command line: `mmx train | generate | eval | convert | config | aot | bench`.
+"""The command line: `mmx train | generate | eval | convert | config | memory | aot | bench`.
 
 A user's mistake is one line on stderr and exit code 2. Heavy modules are imported by the command that needs them.
 """
@@ -32,6 +32,7 @@ examples:
   mmx convert to-hf --checkpoint run --out run-hf         for transformers, vLLM and others
   mmx convert verify --checkpoint run --against run-hf
   mmx config experiments/text_01.py                       parameters, FLOPs, shapes
+  mmx memory --config experiments/text_01.py --lengths 8k,1M,4M --chips h20:8
   mmx aot --config experiments/text_01.py:v5p-512 --topology v5p:8x8x8
   mmx aot --config experiments/text_01.py:v5p-512 --topology v5p:8x8x8 --search    ranks all meshes
   mmx bench kernels --chip v5p,h100                       the kernels, by the TPU's and the GPU's compiler
@@ -194,6 +195,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("config", metavar="FILE", help="experiment file, such as experiments/text_01.py")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
+    sub = command("memory", memory, "Bytes of weights, states and caches over length, beside an all-softmax twin and "
+                  "DeepSeek-V3; the roofline of prefill and decode.", True, epilog=overrides)
+    sub.add_argument("--config", required=True, metavar="FILE", help="experiment file, such as experiments/text_01.py")
+    sub.add_argument("--lengths", default="1k,8k,128k,1M,4M", metavar="TOKENS",
+                     help="with commas, k is 1,024 and M 1,048,576 (default %(default)s)")
+    sub.add_argument("--chips", default="h800:8,h20:8,v5p:8,v6e:32", metavar="CHIP:COUNT",
+                     help="with commas, of h800, h20, v5p, v6e; v5p-16 is v5p:8, for slices are named by cores "
+                     "(default %(default)s)")
+    sub.add_argument("--out", default=".", metavar="DIR", help="memory.png goes here (default .)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
     sub = command("aot", aot, "Compile for a pod that is not here: whether it fits, what it exchanges and computes.",
                   True, epilog=overrides)
     sub.add_argument("--config", required=True, metavar="FILE", help="experiment file, such as experiments/text_01.py")
@@ -243,6 +255,19 @@ def read_experiment(path: str, overrides: list[str]) -> config.Experiment:
     if left:
         raise ConfigError(f"unknown argument {left[0]!r}; overrides are --config.SECTION.KEY=VALUE")
     return config.build(values.config)
+
+
+def memory(args):
+    model, lengths = read_experiment(args.config, args.overrides).model, config.lengths(args.lengths)
+    from mmx import memory
+
+    chips = memory.pods(args.chips)
+    found, plot = memory.report(model, lengths, chips), memory.plot(model, lengths, chips, Path(args.out) / "memory.png")
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    memory.show(found, args.config)
+    print(f"plot: {plot}")
 
 
 def aot(args):
@@ -370,13 +395,13 @@ def evaluate(args):
 
 
 def _suite(args, out: Path):
-    from mmx.evals import examples, runner
+    from mmx.evals import runner
 
     for name, least in (("examples", 1), ("context", 1), ("seed", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             raise ConfigError(f"--{name} {value} is out of range: it is {least} or more")
     result = runner.evaluate_checkpoint(
-        args.checkpoint, args.suite, out, lengths=examples.parse_lengths(args.lengths) if args.lengths is not None else (),
+        args.checkpoint, args.suite, out, lengths=tuple(config.lengths(args.lengths)) if args.lengths is not None else (),
         rows=tuple(args.rows.split(",")) if args.rows else (), examples=args.examples or 0, seed=args.seed or 0,
         data=args.data and Path(args.data), context=args.context or 0)
     picture = runner.plot(result, out / f"{args.suite}.png")

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 
 from ml_collections import ConfigDict
 
@@ -314,6 +315,14 @@ def from_json(text: str) -> Experiment:
 def is_text(value: str) -> bool:
     """Whether UTF-8 can hold it: a shell's bytes that are not UTF-8 come as lone surrogates."""
     return value.encode("utf-8", "ignore").decode() == value
+
+
+def lengths(text: str) -> list[int]:
+    """Tokens of "512,1k,4M", each once, in that order; 1k is 1,024 and 1M is 1,048,576."""
+    parts = [re.fullmatch(r"([0-9]{1,10})([km]?)", part.strip().lower()) for part in text.split(",")]
+    found = [int(part[1]) * {"": 1, "k": 2 ** 10, "m": 2 ** 20}[part[2]] if part else 0 for part in parts]
+    _require(all(found), f"--lengths {text!r} does not parse: give tokens with commas, as 512,1k,4M (1k = 1,024)")
+    return list(dict.fromkeys(found))
 
 
 def nearest(key: str, known) -> str:

@@ -78,6 +78,16 @@ def test_json_gives_the_experiment_back(path):
     assert hash(experiment.model) == hash(dataclasses.replace(experiment.model))
 
 
+def test_lengths():
+    assert config.lengths("512,1k, 128K,1M,4m,1024") == [512, 1024, 131_072, 2 ** 20, 2 ** 22]
+
+
+@pytest.mark.parametrize("text", ["", "0", "8k,", "1.5k", "4x", "-1", "8kk", "k"])
+def test_lengths_that_are_none(text):
+    with pytest.raises(ConfigError, match=f"--lengths {text!r} does not parse: give tokens with commas, as 512,1k,4M"):
+        config.lengths(text)
+
+
 def test_defaults_stand_in_one_place():
     assert build(config.default()) == build({}) == config.Experiment()
 

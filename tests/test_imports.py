@@ -26,19 +26,21 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "convert": "checkpoint data inference int8 model released torch",
     "evals": "checkpoint convert data inference loss metrics model",
     "train": "checkpoint convert data evals loss metrics model optim parallel",
-    "hugepages": "", "processes": "", "compilers": "", "bench": "compilers kernels layers parallel",
+    "memory": "", "hugepages": "", "processes": "", "compilers": "", "bench": "compilers kernels layers parallel",
     "aot": "compilers inference model optim parallel train",
     "search": "aot model parallel",
-    "cli": "aot bench checkpoint convert evals hugepages inference prefix processes search train",
+    "cli": "aot bench checkpoint convert evals hugepages inference memory prefix processes search train",
 }
 FOREIGN = {     # packages that a part does without
     "dims": ("jax", "flax", "torch"), "config": ("jax", "flax", "torch"), "data": ("jax", "flax", "torch"),
     "released": ("jax", "flax", "torch"), "cli": ("jax", "flax", "torch"),
+    "memory": ("jax", "flax", "torch"),
     "kernels": ("flax", "ml_collections", "torch"), "parallel": ("flax", "ml_collections", "torch"),
     "convert": ("flax",), "checkpoint": ("flax",),
 }
 LATER = {       # what a part imports only inside functions
-    "convert": "inference model torch", "evals": "convert", "cli": "aot bench checkpoint convert evals inference search train",
+    "convert": "inference model torch", "evals": "convert",
+    "cli": "aot bench checkpoint convert evals inference memory search train",
 }
 FILES = sorted((ROOT / "mmx").rglob("*.py"))
 
@@ -104,7 +106,7 @@ def test_heavy_packages_come_when_needed(modules, without):
 
 
 def test_what_is_imported_is_declared():
-    """In setup.cfg, as what mmx needs; mmx.torch and a kernel need their extras."""
+    """In setup.cfg, as what mmx needs; mmx.torch, a kernel and lm-eval's tasks need their extras."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     lines = setup["options"]["install_requires"].split("\n")
@@ -113,5 +115,5 @@ def test_what_is_imported_is_declared():
     declared = {modules.get(name, name.lower().replace("-", "_")) for name in packages} | {"mmx"} | sys.stdlib_module_names
     for path in FILES:
         extra = {"torch": {"torch", "transformers"}, "kernels": {"jax_triton", "triton"}, "bench": {"jax_triton"},
-                 "evals": {"sacrebleu"}}
+                 "evals": {"datasets", "lm_eval", "sacrebleu"}}
         assert {name.partition(".")[0].lower() for name in imported(path)} - extra.get(part(path), set()) <= declared, path

@@ -65,6 +65,15 @@ def tokenizer(name: str) -> Bytes | File:
     return Bytes() if name == "bytes" else File(name)
 
 
+def of_checkpoint(name: str, vocab: int) -> Bytes | File:
+    """The tokenizer of a checkpoint with an embedding of `vocab` rows; `name` is empty where it has none."""
+    if not name:
+        raise ConfigError("this checkpoint has no tokenizer: put its tokenizer.json beside config.json, or give token ids")
+    found = tokenizer(name)
+    check_vocab(found, vocab)
+    return found
+
+
 def document(tokenizer, raw: bytes, name: str = "text") -> np.ndarray:
     """bos + tokens + eos."""
     return np.concatenate([[tokenizer.bos], tokenizer.encode(raw, name), [tokenizer.eos]], dtype=np.int32)

@@ -78,10 +78,7 @@ def evaluate_checkpoint(path, split: str = "validation", source: str | None = No
     documents = (pipeline.validation if split == "validation" else pipeline.test)(data)
     if not documents:
         raise ConfigError(f"{', '.join(data.sources)} has no {split} documents: use another --split or --source")
-    if not loaded.tokenizer:
-        raise ConfigError("this checkpoint has no tokenizer: put its tokenizer.json beside config.json")
-    tokenizer = tokens.tokenizer(loaded.tokenizer)
-    tokens.check_vocab(tokenizer, loaded.config.vocab)
+    tokenizer = tokens.of_checkpoint(loaded.tokenizer, loaded.config.vocab)
     length = experiment.train.length
     evaluate = make_evaluator(loaded.model, tokenizer, length=length, batch=8, context=length // 2,
                               loss_chunk=experiment.train.loss_chunk)

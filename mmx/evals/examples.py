@@ -3,7 +3,6 @@
 A length is what the model has read when it begins to answer: the beginning-of-text token and the prompt, in tokens of
 the checkpoint's tokenizer. (RULER's lengths count the tokens of the answer, too.)
 """
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -60,15 +59,6 @@ def check_rows(rows, known, most: int = -1):
         if row not in known and not (row.isdecimal() and int(row) <= most):
             hint = f"; known: {', '.join(known)}" if row.isdecimal() else nearest(row, known)
             raise ConfigError(f"--rows: there is no row {row!r}{hint}")
-
-
-def parse_lengths(text: str) -> tuple[int, ...]:
-    """"512,1k,4m" in tokens; 1k is 1,024, 1m is 1,048,576."""
-    found = [re.fullmatch(r"(\d+)([km]?)", part.strip().lower()) for part in text.split(",")]
-    lengths = [int(m[1]) * {"": 1, "k": 1024, "m": 1024**2}[m[2]] if m else 0 for m in found]
-    if not all(lengths):
-        raise ConfigError(f"--lengths {text!r} does not parse: give tokens with commas, as 512,1k,4k (1k = 1,024), 1m")
-    return tuple(dict.fromkeys(lengths))
 
 
 def show_length(column: str) -> str:

@@ -61,10 +61,7 @@ def evaluate_checkpoint(path, name: str, out: Path, **ask) -> dict:
     from mmx import convert  # here, for train imports this package
 
     loaded = convert.load(path)
-    if not loaded.tokenizer:
-        raise ConfigError("this checkpoint has no tokenizer: put its tokenizer.json beside config.json")
-    tokenizer = tokens.tokenizer(loaded.tokenizer)
-    tokens.check_vocab(tokenizer, loaded.config.vocab)
+    tokenizer = tokens.of_checkpoint(loaded.tokenizer, loaded.config.vocab)
     _, step = checkpoint.find_step(path) or (None, None)
     about = {"checkpoint": str(Path(path).resolve()), "step": step and int(step.name), "tokenizer": loaded.tokenizer}
     return run(name, Ask(tokenizer, **ask), reader(loaded), out, about, progress=True)

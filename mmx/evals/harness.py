@@ -1,0 +1,194 @@
+"""The tasks of lm-eval (EleutherAI's evaluation harness) on mmx checkpoints, under the model name "mmx".
+
+    python -m mmx.evals.harness --model mmx --model_args path=run --tasks mmlu --batch_size auto
+
+is lm-eval's own command: by itself (0.4.13) it finds no model outside its package, so this module registers ours first, as
+importing it does for `lm_eval.simple_evaluate(model="mmx", ...)`. Every text is scored and continued behind its
+beginning-of-text token, as in training. Requests are grouped by length, the longest first, and padded to powers of two.
+"""
+import functools
+import itertools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm.auto import tqdm
+
+from mmx import inference
+from mmx.config import ConfigError
+from mmx.data import packing, tokens
+from mmx.model import Model, logits
+
+SHORTEST = 32           # tokens of the shortest rows
+TOKENS = 16_384         # of a batch, where the batch size is auto
+LOGITS = 2_048          # rows [vocabulary] that exist at a time
+STEPS = 256             # tokens to generate where a task names no number: lm-eval's default
+GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
+
+
+@register_model("mmx")
+class Mmx(TemplateLM):
+    """--model_args: path (a workdir or a Hugging Face directory), dtype (as stored), max_length (tokens that are scored in
+    one row: model.context). `batch_size` counts rows; auto scores as many as make up TOKENS. `device` is for PyTorch: JAX
+    takes what JAX_PLATFORMS says."""
+
+    def __init__(self, path=None, dtype=None, max_length=0, batch_size=1, max_batch_size=None, device=None, **unknown):
+        from mmx import convert  # here, for train imports this package
+
+        super().__init__()
+        if path is None or unknown:
+            raise ConfigError(f"--model_args {', '.join(unknown) or 'has no path'}: known are path (a checkpoint), dtype, "
+                              "max_length")
+        self.loaded = convert.load(str(path), dtype)
+        self._tokens = tokens.of_checkpoint(self.loaded.tokenizer, self.loaded.config.vocab)
+        self.max_length = _count("--model_args max_length", max_length or self.loaded.config.context)
+        auto = str(batch_size).startswith("auto")
+        self._rows = None if auto else _count("--batch_size", batch_size)
+        self._most = _count("--max_batch_size", max_batch_size or TOKENS)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokens.eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._tokens.bos
+
+    def tok_encode(self, string, add_special_tokens=None, **kwargs) -> list[int]:
+        ids = self._tokens.encode(string.encode()).tolist()
+        return ids if add_special_tokens is False else [self._tokens.bos, *ids]
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy decoding gives it) of each continuation, in the order of the requests."""
+        found, rows = [None] * len(requests), []
+        for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise ConfigError(f"a continuation of {len(continuation)} tokens does not fit max_length={self.max_length}")
+            rows.append((np.array(context + continuation, np.int32)[-self.max_length - 1:], len(continuation)))
+        with tqdm(total=len(rows), desc="loglikelihood", disable=disable_tqdm) as bar:
+            for T, places in self._batches([len(document) - 1 for document, _ in rows]):
+                batch = packing.stack(_row(*rows[i], T) for i in _filled(places, self._size(T, len(places))))
+                logp_B, greedy_B = jax.device_get(_score(self.loaded.model, self.loaded.params, batch))
+                for i, logp, greedy in zip(places, logp_B.tolist(), greedy_B.tolist()):
+                    found[i] = logp, greedy
+                    if requests[i][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
+                bar.update(len(places))
+        return found
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
+        """Log-probability of whole texts, in rows of max_length tokens; each token is scored once."""
+        windows = [(i, window) for i, request in enumerate(requests) for window in get_rolling_token_windows(
+            self.tok_encode(request.args[0], add_special_tokens=False), self.prefix_token_id, self.max_length, 1)]
+        scored = self._loglikelihood_tokens([(None, *make_disjoint_window(window)) for _, window in windows], disable_tqdm)
+        found = [0.0] * len(requests)
+        for (i, _), (logp, _) in zip(windows, scored):
+            found[i] += logp
+        for request, logp in zip(requests, found):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, logp)
+        return found
+
+    def generate_until(self, requests, disable_tqdm=False) -> list[str]:
+        """Continuations of prompts, each up to the first of its stop strings; request i draws from (0, i)."""
+        prompts, arguments = zip(*(request.args for request in requests))
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        asked = [inference.Request(prompts[i], stream=i, **_settings(arguments[i])) for i in order]
+        found, rows = [""] * len(prompts), self._rows or min(inference.ROWS, self._most)
+        with tqdm(total=len(prompts), desc="generate", disable=disable_tqdm) as bar:
+            for piece in inference.stream(self.loaded, asked, rows=rows):
+                i = order[piece.request]
+                found[i] += piece.text
+                if piece.ended:
+                    self.cache_hook.add_partial("generate_until", requests[i].args, found[i])
+                    bar.update()
+        return found
+
+    def _batches(self, lengths):
+        """(length to pad to, places in `lengths`), the longest first: there memory would give out."""
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        for T, places in itertools.groupby(order, key=lambda i: max(SHORTEST, _power(lengths[i]))):
+            places = list(places)
+            yield from ((T, places[at:at + self._limit(T)]) for at in range(0, len(places), self._limit(T)))
+
+    def _limit(self, T: int) -> int:
+        return self._rows or min(max(TOKENS // T, 1), self._most)
+
+    def _size(self, T: int, count: int) -> int:
+        """Rows of a batch of `count` requests: few shapes are compiled, and few rows are for nothing."""
+        return min(self._limit(T), _power(count))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _score(model: Model, params, batch):
+    """logp_B, each row's summed log-probability of its weighted targets, and greedy_B, whether they are all the likeliest."""
+    x_BTD, _, _ = model.apply({"params": params}, batch["tokens"], batch["segments"], batch["positions"])
+    B, T, _ = x_BTD.shape
+    span = min(T, _power(LOGITS // B + 1) // 2 or 1)        # a power of two, as T is
+
+    def chunk(arrays):
+        x_BQD, target_BQ, weight_BQ = arrays
+        logits_BQW = logits(params, x_BQD)
+        own_BQ = jnp.take_along_axis(logits_BQW, target_BQ[..., None], axis=2)[..., 0]
+        logp_B = jnp.sum((own_BQ - jax.nn.logsumexp(logits_BQW, axis=2)) * weight_BQ, axis=1)
+        return logp_B, jnp.all((jnp.argmax(logits_BQW, axis=2) == target_BQ) | (weight_BQ == 0), axis=1)
+
+    def split(x):
+        """B T -> T/span, B, span."""
+        return jnp.moveaxis(x.reshape(B, T // span, span, *x.shape[2:]), 1, 0)
+    logp_NB, greedy_NB = jax.lax.map(chunk, tuple(map(split, (x_BTD, batch["targets"], batch["weights"]))))
+    return logp_NB.sum(0), greedy_NB.all(0)
+
+
+def _row(document, scored: int, T: int) -> dict[str, np.ndarray]:
+    """A row of `T` tokens in which the last `scored` tokens of the document are targets of weight 1."""
+    row, = packing.rows(document, T)
+    row["weights"][:len(document) - 1 - scored] = 0
+    return row
+
+
+def _filled(places, size: int):
+    """`size` places, the last of them again and again where they are fewer."""
+    return places + places[-1:] * (size - len(places))
+
+
+def _power(n: int) -> int:
+    """The least power of two that is not below `n`."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _settings(arguments: dict) -> dict:
+    """The fields of `inference.Request` in lm-eval's generation arguments."""
+    given = normalize_gen_kwargs(arguments, STEPS)
+    other = {name: value for name, value in given.items() if name not in GENERATION and value not in (None, False, 1)}
+    if other:
+        raise ConfigError(f"generation arguments {other} are none of {', '.join(sorted(GENERATION))}")
+    drawn = {name: given[name] for name in ("top_k", "top_p") if given["do_sample"] and given.get(name) is not None}
+    return drawn | {"steps": given["max_gen_toks"], "temperature": given.get("temperature", 0.0),
+                    "stop": tuple(text for text in given["until"] if text)}
+
+
+def _count(name: str, value) -> int:
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ConfigError(f"{name}={value} must be a positive whole number")
+    return int(value)
+
+
+def main() -> int:
+    """lm-eval's command; returns the exit code."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except ConfigError as error:
+        print(f"mmx: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

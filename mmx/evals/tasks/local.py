@@ -1,0 +1,32 @@
+"""Data sets that lie on this machine, for the tasks beside: lm-eval's `--metadata data=PATH` says where."""
+import json
+from pathlib import Path
+
+import datasets
+from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer  # noqa: F401 (wikitext2_local.yaml)
+
+from mmx.config import ConfigError
+
+
+def blimp(data=None, paradigm="*", **metadata):
+    """The minimal pairs of a folder of BLiMP's JSON lines, of one paradigm or of all."""
+    files = sorted(Path(str(data)).glob(f"{paradigm}.jsonl"))
+    if not files:
+        raise ConfigError(f"--metadata data={data} paradigm={paradigm}: give the folder of BLiMP's .jsonl files as data, and "
+                          "the name of one as paradigm, or none")
+    pairs = (json.loads(line) for file in files for line in file.read_text().splitlines())
+    return {"test": datasets.Dataset.from_list([{key: pair[key] for key in ("sentence_good", "sentence_bad")}
+                                                for pair in pairs])}
+
+
+def wikitext(data=None, **metadata):
+    """The articles of a WikiText file, cut at their titles: lines such as " = Robert Boulter = "."""
+    if not Path(str(data)).is_file():
+        raise ConfigError(f"--metadata data={data}: give a file of WikiText as data, such as wikitext-2/test.txt")
+    pages = [""]
+    for line in Path(data).read_text().splitlines(keepends=True):
+        words = line.split()
+        if words[:1] == ["="] == words[-1:] and words[1:2] != ["="]:
+            pages.append("")
+        pages[-1] += line
+    return {"test": datasets.Dataset.from_list([{"page": page} for page in pages if page.strip()])}

@@ -1,0 +1,97 @@
+"""What a sequence holds and what a step costs, by hand and against the cache that is made."""
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from mmx import cli, config, memory
+from mmx.memory import CHIPS, decode, held, prefill, sequence, twin
+from mmx.parallel.cache import empty_cache
+
+ROOT = Path(__file__).parent.parent
+FILE = str(ROOT / "experiments" / "text_01.py")
+TEXT_01 = cli.read_experiment(FILE, []).model
+M, WIDTH = 2 ** 20, 64 * 128
+
+
+def test_what_the_released_geometry_holds():
+    assert held(TEXT_01) == {"weights": 456_089_655_296, "state": 70 * 64 * 128 * 128 * 4, "cache": 2 * 8 * 128 * 10 * 2}
+    assert held(TEXT_01)["cache"] == 40_960 and held(TEXT_01)["state"] == 293_601_280
+    softmax = held(twin(TEXT_01))
+    assert (softmax["state"], softmax["cache"]) == (0, 8 * 40_960)
+    assert held(TEXT_01)["weights"] - softmax["weights"] == 70 * (3 * 6144 * WIDTH + WIDTH - 2 * 6144 * 8 * 128)
+    assert memory.DEEPSEEK["cache"] == 70_272
+
+
+@pytest.mark.parametrize("model", [TEXT_01, config.Model(pattern="LLS", layers=6), config.Model(pattern="S", layers=2)],
+                         ids=["text_01", "mixed", "softmax"])
+def test_bytes_are_those_of_the_cache(model):
+    cache = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(model, 3, 500)["layers"]))
+    assert sum(math.prod(x.shape) * x.dtype.itemsize for x in cache) == 3 * sequence(held(model), 500)
+
+
+@pytest.mark.parametrize("tokens, hit", [(1, 2), (2, 32 * (1 - (15 / 16) ** 2)), (10 ** 6, 32)])
+def test_weights_read_are_those_of_experts_that_are_hit(tokens, hit):
+    expert = 3 * 6144 * 9216
+    dense = 456_089_655_296 - 80 * 32 * expert - 200_064 * 6144
+    assert memory.params_read(TEXT_01, tokens) == pytest.approx(dense + 80 * hit * expert, rel=1e-12)
+    assert memory.params_read(dataclasses.replace(TEXT_01, top_k=32), tokens) == 456_089_655_296 - 200_064 * 6144
+
+
+def test_rooflines_by_hand():
+    """One token on H20: 45.94 B and the head twice, 10 layers' scores, 70 states; 47.17 GB of int8 weights."""
+    flops = 2 * (45_944_920_064 - 161 * 6144 - 70 * WIDTH + 200_064 * 6144) + 10 * 4 * WIDTH * (M + 1) + 70 * 4 * WIDTH * 128
+    moved = 45_944_920_064 + 200_064 * 6144 + 40_960 * (M + 1) + 2 * 293_601_280
+    step = decode(TEXT_01, CHIPS["h20"], 8, M, 1)
+    assert step == pytest.approx((flops / (8 * 148e12), moved / (8 * 4e12)), rel=1e-9)
+    assert (step.by, step.seconds) == ("memory", step.move) and step.mfu == pytest.approx(0.131, abs=5e-4)
+
+    step = prefill(TEXT_01, CHIPS["h800"], 8, 8192, weight=2)
+    moved = 2 * (456_089_655_296 - 200_064 * 6144) + 40_960 * 8192 + 293_601_280
+    assert step == pytest.approx((8192 * TEXT_01.flops_forward(8192) / (8 * 989e12), moved / (8 * 3.35e12)), rel=1e-6)
+    assert (step.by, step.mfu) == ("compute", 1.0)
+
+
+def test_a_token_behind_others_computes_what_the_sums_of_sequences_differ_by():
+    flops = decode(TEXT_01, CHIPS["h20"], 1, 999, 1).compute * 148e12
+    assert flops == pytest.approx(1000 * TEXT_01.flops_forward(1000) - 999 * TEXT_01.flops_forward(999), rel=1e-6)
+
+
+def test_longer_is_never_cheaper_nor_fits_better():
+    lengths, found = [2 ** n for n in range(8, 23)], {}
+    for T in lengths:
+        steps = (prefill(TEXT_01, CHIPS["v6e"], 32, T), decode(TEXT_01, CHIPS["v6e"], 32, T, 8))
+        found[T] = (sequence(held(TEXT_01), T), *(step.seconds for step in steps), steps[0].mfu,
+                    -len(memory.fits(TEXT_01, CHIPS["v6e"], 32, T)))
+    for columns in zip(*found.values()):
+        assert list(columns) == sorted(columns)
+    assert found[256][3] < 0.2 and found[4 * M][3] == 1
+    assert memory.fits(TEXT_01, CHIPS["v6e"], 32, 8192) == ["bf16", "int8"]
+    assert memory.fits(TEXT_01, CHIPS["h800"], 8, M) == ["int8"] == memory.fits(TEXT_01, CHIPS["h800"], 8, 4 * M)
+    assert memory.fits(TEXT_01, CHIPS["h800"], 8, M, batch=8) == []
+
+
+def test_the_command(tmp_path, capsys):
+    command = ["memory", "--config", FILE, "--lengths", "8k,1M", "--chips", "h20:8", "--out", str(tmp_path / "new")]
+    assert cli.main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["sequence"] == [{"length": T, "model": 293_601_280 + 40_960 * T, "softmax": 327_680 * T,
+                                  "deepseek_v3": 70_272 * T} for T in (8192, M)]
+    assert [(row["length"], row["batch"]) for row in found["decode"]] == [(T, B) for T in (8192, M) for B in (1, 8, 64)]
+    assert (tmp_path / "new" / "memory.png").read_bytes()[:4] == b"\x89PNG"
+    assert cli.main([*command, "--config.model.pattern=S"]) == 0
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("327,680 B", "8 h20", "1,048,576", "over 75 % on H20", "memory.png"))
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--lengths", "8k,many"], "--lengths '8k,many' does not parse: give tokens with commas, as 512,1k,4M (1k = 1,024)"),
+    (["--chips", "h20"], "--chips h20: give CHIP:COUNT with commas, such as h20:8,v6e:32; chips are h800, h20, v5p, v6e"),
+    (["--chips", "h99:8"], "--chips h99:8: give CHIP:COUNT"), (["--chips", "h20:0"], "--chips h20:0: give CHIP:COUNT")])
+def test_mistakes_are_one_line(flags, said, tmp_path, capsys):
+    assert cli.main(["memory", "--config", FILE, "--out", str(tmp_path / "new"), *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"mmx: {said}") and err.count("\n") == 1 and not (tmp_path / "new").exists()
