@@ -104,6 +104,49 @@ def test_tpu_programs():
     assert program.unknown == {"strange": 7}
 
 
+PRODUCT = """  %x.1 = f32[8,16] parameter(0)
+  %w.1 = f32[16,16] constant({...})
+  ROOT %y.1 = f32[8,16] dot(%x.1, %w.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}"""
+RUN_TIME_LOOP = f"""
+%much (x.1: f32[8,16]) -> f32[8,16] {{
+{PRODUCT}
+}}
+%none (x.2: f32[8,16]) -> f32[8,16] {{
+  ROOT %x.2 = f32[8,16] parameter(0)
+}}
+%body (p: (s32[], s32[], f32[40,16])) -> (s32[], s32[], f32[40,16]) {{
+  %p = (s32[], s32[], f32[40,16]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %all = f32[40,16] get-tuple-element(%p), index=2
+  %part = f32[8,16] dynamic-slice(%all, %i, %i), dynamic_slice_sizes={{8,16}}
+  %branch = f32[8,16] conditional(%i, %part, %part), branch_computations={{%none, %much}}
+  ROOT %t = (s32[], s32[], f32[40,16]) tuple(%i, %i, %all)
+}}
+%condition (p: (s32[], s32[], f32[40,16])) -> pred[] {{
+  %p.1 = (s32[], s32[], f32[40,16]) parameter(0)
+  %a = s32[] get-tuple-element(%p.1), index=0
+  %b = s32[] get-tuple-element(%p.1), index=1
+  ROOT %less = pred[] compare(%a, %b), direction=LT
+}}
+ENTRY %main (x: (s32[], s32[], f32[40,16])) -> (s32[], s32[], f32[40,16]) {{
+  %start = (s32[], s32[], f32[40,16]) parameter(0)
+  ROOT %loop = (s32[], s32[], f32[40,16]) while(%start), condition=%condition, body=%body
+}}
+"""
+
+
+def test_a_loop_that_only_the_run_bounds_walks_through_what_it_slices():
+    """40 rows by 8 are five runs; of its conditional the branch with a product counts."""
+    assert hlo.analyse(RUN_TIME_LOOP, {}).flops == 5 * 2 * 8 * 16 * 16
+
+
+def test_a_peeled_loop_runs_from_where_its_counter_begins():
+    peeled = TPU_LOOP.replace("%start = (s32[], bf16[8,16]) parameter(0)", """%x0 = bf16[8,16] parameter(0)
+  %one = s32[] constant(2)
+  %start = (s32[], bf16[8,16]) tuple(%one, %x0)""")
+    assert {c.times for c in hlo.analyse(peeled, AXES).collectives} == {5}
+
+
 @pytest.mark.parametrize("window, shapes, labels, flops", [
     ("", ((8, 16), (16, 4), (8, 4)), "bf_io->bf", 2 * 8 * 16 * 4),
     # a batch of 4 products: of its 4 x 4 pairs of places and taps 4 meet an element

@@ -1,8 +1,9 @@
 """What a compiled program does in one run on one device, read from its HLO text: matrix products, kernels, exchanges.
 
 The compiler's own cost analysis counts the body of a loop once. Here everything counts as often as the loops around it
-run: GPUs' and CPUs' HLO says so (known_trip_count), for TPUs the bound is read from the loop's condition; a loop without
-either counts once. Of a conditional every branch counts, so the figures are upper bounds where work is skipped.
+run: GPUs' and CPUs' HLO says so (known_trip_count), for TPUs the bound is read from the loop's condition; a loop whose
+length only the run knows is taken to walk through all of the largest array that it slices. Of a conditional the branch with
+the most products counts. So the figures are upper bounds where work is skipped.
 """
 import functools
 import math
@@ -66,9 +67,8 @@ def analyse(text: str, axes: dict[str, int]) -> Program:
         products = _flops(op, bodies)
         flops += op.times * products
         if _is_kernel(op.rest):
-            estimate = re.search(r'"cost_estimate":\{"flops":"(\d+)"', op.rest)
-            if estimate:
-                kernels += op.times * int(estimate[1])
+            if estimate := _estimate(op.rest):
+                kernels += op.times * estimate
             else:
                 unknown[_stem(op.name)] = unknown.get(_stem(op.name), 0) + op.times
         estimate = None if op.body != op.scheduled else re.search(r'"estimated_cycles":"(\d+)"', op.rest)
@@ -145,10 +145,10 @@ def _walk(bodies, name, times=1, outer=None):
     for at, (op, kind, result, rest) in enumerate(bodies.get(name, ())):
         place = outer or (name, at)
         if kind == "while":
-            yield from _walk(bodies, re.search(r"body=%?([\w.\-<>]+)", rest)[1], times * _trips(rest, bodies))
+            yield from _walk(bodies, re.search(r"body=%?([\w.\-<>]+)", rest)[1], times * _trips(rest, bodies, name))
             continue
-        inline = kind in ("fusion", "async-start")
-        for called in _called(kind, rest):
+        inline, inside = kind in ("fusion", "async-start"), _called(kind, rest)
+        for called in inside if kind != "conditional" else [max(inside, key=lambda branch: _products(branch, bodies))]:
             yield from _walk(bodies, called, times, place if inline or outer else None)
         if kind not in ("call", "conditional", "async-start"):
             yield Operation(op, kind, result, rest, times, name, *place)
@@ -162,7 +162,8 @@ def _called(kind, rest):
     return re.findall(r"(?:to_apply|calls)=%?([\w.\-<>]+)", rest) if kind in ("call", "fusion", "async-start") else ()
 
 
-def _trips(rest, bodies):
+def _trips(rest, bodies, outside):
+    """Of a loop in the computation `outside`."""
     known = re.search(r'"?known_trip_count"?\D*(\d+)', rest)
     if known:
         return int(known[1])
@@ -170,8 +171,39 @@ def _trips(rest, bodies):
     condition = re.search(r"condition=%?([\w.\-<>]+)", rest)[1]
     inside = [op for name in (condition, *(called for _, kind, _, rest in bodies[condition] for called in _called(kind, rest)))
               for op in bodies[name]]
-    return max((int(rest.partition(")")[0]) for _, kind, result, rest in inside
-                if kind == "constant" and re.match(r"[su]32\[\]", result)), default=1)
+    bounds = [int(rest.partition(")")[0]) for _, kind, result, rest in inside
+              if kind == "constant" and re.match(r"[su]32\[\]", result)]
+    if not bounds:
+        return _slices(re.search(r"body=%?([\w.\-<>]+)", rest)[1], bodies)[1]
+    counters = [int(re.search(r"index=(\d+)", rest)[1]) for _, kind, _, rest in bodies[condition]
+                if kind == "get-tuple-element"]
+    return max(bounds) - (_start(rest, counters[0], bodies[outside]) if len(counters) == 1 else 0)
+
+
+def _start(rest, at, body) -> int:
+    """What a loop's carry begins with at the place `at`: a peeled loop's counter not with 0."""
+    made = {name: (kind, rest) for name, kind, _, rest in body}
+    kind, rest = made[_names(rest)[0]]
+    kind, rest = made[_names(rest)[at]] if kind == "tuple" else (kind, rest)
+    while kind in ("copy", "bitcast"):
+        kind, rest = made[_names(rest)[0]]
+    return int(rest.partition(")")[0]) if kind == "constant" else 0
+
+
+def _slices(name, bodies) -> tuple[int, int]:
+    """The bytes of the largest array that a computation slices, and how many such slices it has along an axis."""
+    types, found = {op: result for op, _, result, _ in bodies[name]}, [(0, 1)]
+    for _, kind, result, rest in bodies[name]:
+        if kind == "dynamic-slice":
+            whole = types[_names(rest)[0]]
+            extents = zip(_arrays(whole)[0][1], _arrays(result)[0][1])
+            found.append((_size(whole), max((-(-size // part) for size, part in extents), default=1)))
+        found += [_slices(called, bodies) for called in _called(kind, rest)]
+    return max(found)
+
+
+def _products(name, bodies) -> float:
+    return sum(op.times * (_flops(op, bodies) + (_estimate(op.rest) or 0)) for op in _walk(bodies, name))
 
 
 def _works(bodies):
@@ -189,6 +221,12 @@ def _works(bodies):
 def _is_kernel(rest):
     target = re.search(r'custom_call_target="([^"]*)"', rest)
     return bool(target) and target[1] in KERNELS and "ragged-dot-metadata" not in rest
+
+
+def _estimate(rest) -> int | None:
+    """The FLOPs that a kernel states of itself."""
+    stated = re.search(r'"cost_estimate":\{"flops":"(\d+)"', rest)
+    return int(stated[1]) if stated else None
 
 
 def _is_gemm(rest):
