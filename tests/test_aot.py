@@ -168,20 +168,27 @@ def experiment(tmp_path):
     return str(tmp_path / "small.py")
 
 
-@needs_compiler
-def test_a_layer_of_experts_on_v5p(experiment, capfd):
+needs_gpu_compiler = pytest.mark.skipif(bool(ptx.missing()), reason=ptx.missing() or "")
+PODS = [pytest.param("v5p:2x2x1", marks=needs_compiler), pytest.param("h100:1x4", marks=needs_gpu_compiler)]
+
+
+@pytest.mark.parametrize("topology", PODS)
+def test_a_layer_of_experts(topology, experiment, capfd):
     """Forward and backward each group of tokens travels there and back, behind all their weights, and not when the layer is
     recomputed; weights are gathered and their gradients scattered as they should be, without a sum of whole arrays."""
-    assert cli.main(["aot", "--config", experiment, "--topology", "v5p:2x2x1", "--mesh", "edp=-1,ep=2", "--json"]) == 0
+    assert cli.main(["aot", "--config", experiment, "--topology", topology, "--mesh", "edp=-1,ep=2", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     layers, groups = 2, 4
     rows = {(row["kind"], row["axes"]): row for row in found["exchanges"]}
-    assert found["fits"] and found["mesh"] == {"slice": 1, "edp": 2, "ep": 2, "etp": 1, "seq": 1} and not found["unknown"]
+    assert found["fits"] and found["mesh"] == {"slice": 1, "edp": 2, "ep": 2, "etp": 1, "seq": 1}
     assert rows["all-to-all", "ep"]["runs"] == layers * (groups * 2 * 2 + 2)
     assert rows["all-to-all", "ep"]["under"] > 0
     # scales and counts; of the step over ep alone the compiler sums some small parts
     assert sum(row["bytes"] for (kind, over), row in rows.items() if kind == "all-reduce" and "edp" in over) < 100_000
+    if topology.startswith("h100"):     # its compiler joins gathers, and its kernels state no FLOPs
+        return
     # five matrices of the mixer, three of the experts, forward and recomputation; embedding and head
+    assert not found["unknown"]
     assert rows["all-gather", "edp"]["runs"] == layers * 2 * (5 + 3) + 2
     assert rows["reduce-scatter", "edp"]["runs"] >= layers * 3
     assert 1.3 < found["flops"] / found["flops_model"] < 3
@@ -202,8 +209,8 @@ def test_a_ragged_exchange_counts_at_most_its_result():
 
 
 # TPUs pad a weight to 512 bytes, a token's here
-@pytest.mark.parametrize("topology, times", [pytest.param("v5p:2x2x1", 3, marks=needs_compiler), pytest.param(
-    "h100:1x4", 2, marks=pytest.mark.skipif(bool(ptx.missing()), reason=ptx.missing() or ""))])
+@pytest.mark.parametrize("topology, times", [pytest.param("v5p:2x2x1", 3, marks=needs_compiler),
+                                             pytest.param("h100:1x4", 2, marks=needs_gpu_compiler)])
 def test_ragged_experts(topology, times, experiment, capfd):
     """Weights, tokens and what comes back: three exchanges a group forward, as many backward, none when recomputed."""
     assert cli.main(["aot", "--config", experiment, "--topology", topology, "--mesh", "edp=-1,ep=2", "--json",
