@@ -195,8 +195,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("config", metavar="FILE", help="experiment file, such as experiments/text_01.py")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
-    sub = command("memory", memory, "Bytes of weights, states and caches over length, beside an all-softmax twin and "
-                  "DeepSeek-V3; the roofline of prefill and decode.", True, epilog=overrides)
+    sub = command("memory", memory, "Bytes over length, beside an all-softmax twin and DeepSeek-V3; a roofline of inference.",
+                  True, epilog=overrides)
     sub.add_argument("--config", required=True, metavar="FILE", help="experiment file, such as experiments/text_01.py")
     sub.add_argument("--lengths", default="1k,8k,128k,1M,4M", metavar="TOKENS",
                      help="with commas, k is 1,024 and M 1,048,576 (default %(default)s)")
