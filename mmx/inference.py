@@ -15,7 +15,7 @@ import numpy as np
 from mmx.config import ConfigError, is_text
 from mmx.data import tokens as tokenizers
 from mmx.model import Model, logits
-from mmx.parallel.cache import PLACES, empty_cache
+from mmx.parallel import cache as caches
 
 LEVELS = 2048, 256, 128, 64, 32     # tokens a call of prefill reads (paper section 3.3.3's levels, and a chunk)
 BLOCK = 64          # steps on the device between two looks for what has ended
@@ -80,10 +80,11 @@ def generate(loaded, prompts, *, steps: int, temperature: float = 0.0, top_k: in
     Returns:
       A list of strings for strings; the new ids [B, steps] for ids, which nothing stops.
     """
-    text = isinstance(prompts, (str, list, tuple)) and (len(prompts) == 0 or isinstance(prompts[0], str))
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     if len(prompts) == 0:
         raise ConfigError("no prompt was given")
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts) if text else _ids(loaded.config, np.asarray(prompts))
+    text = isinstance(prompts[0], str)
+    prompts = prompts if text else _ids(loaded.config, np.asarray(prompts))
     requests = [Request(prompt, steps, temperature, top_k, top_p, seed, b, (stop,) if isinstance(stop, str) else tuple(stop))
                 for b, prompt in enumerate(prompts)]
     pieces = [[] for _ in requests]
@@ -174,8 +175,12 @@ class Batch:
     def __init__(self, loaded, rows: int, prefix: Prefix | None = None, kv_dtype: str = "", progress=None):
         self.model, self.params, self.config = loaded[:3]
         self.prefix, self.progress, self.rows = prefix, progress, [None] * rows
-        self.places = 0
-        self.cache = empty_cache(self.config, rows, 0, kv_dtype)
+        if kv_dtype and kv_dtype not in caches.KV_DTYPES:
+            raise ConfigError(f"kv_dtype={kv_dtype!r} is none of {', '.join(caches.KV_DTYPES)}")
+        if prefix and kv_dtype not in ("", kept := caches.kv_dtype(prefix.cache)):
+            raise ConfigError(f"the prefix has keys and values in {kept or 'no layer'}: kv_dtype={kv_dtype!r} is not theirs")
+        kv_dtype, self.places = caches.kv_dtype(prefix.cache) if prefix else kv_dtype, 0
+        self.cache = caches.empty_cache(self.config, rows, 0, kv_dtype)
         self.token_B, self.left_B, self.drawn_B = (np.zeros(rows, np.int32) for _ in range(3))
         self.temperature_B, self.top_p_B = np.zeros(rows, np.float32), np.ones(rows, np.float32)
         self.top_k_B, self.key_B = np.zeros(rows, np.int32), [jax.random.key(0)] * rows
@@ -233,9 +238,9 @@ class Batch:
     def _grow(self, places: int):
         """Makes room for so many tokens a row, in pages, of which many come at a time where there are many."""
         if places > self.places:
-            pages = -(-places // PLACES)
+            pages = -(-places // caches.PLACES)
             step = 1 << max(pages.bit_length() - 4, 0)      # at most an eighth too many, and few shapes to compile
-            self.places = -(-pages // step) * step * PLACES
+            self.places = -(-pages // step) * step * caches.PLACES
             self.cache = _grown(self.cache, self.places)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from mmx.config import ConfigError
 from mmx.inference import Prefix
-from mmx.parallel.cache import empty_cache
+from mmx.parallel.cache import empty_cache, kv_dtype
 
 SAMPLE = 64     # values at either end of a parameter that tell a model from another
 SAME = "pattern", "layers", "dim", "heads", "kv_heads", "head_dim", "vocab"     # what gives a cache its shapes
@@ -31,7 +31,7 @@ def save(path: str | Path, loaded, prefix: Prefix) -> None:
         x = jax.lax.slice_in_dim(x, 0, prefix.length - 1, axis=axis) if axis else x
         x = np.asarray(x)
         names[name] = x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
-    about = {"last": prefix.last, "length": prefix.length, "model": _model(loaded), "kv_dtype": _kv_dtype(prefix.cache)}
+    about = {"last": prefix.last, "length": prefix.length, "model": _model(loaded), "kv_dtype": kv_dtype(prefix.cache)}
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         with open(partial, "wb") as file:
@@ -46,12 +46,12 @@ def load(path: str | Path, loaded) -> Prefix:
     try:
         with np.load(path, allow_pickle=False) as file:
             about, arrays = json.loads(str(file["about"])), {name: file[name] for name in file.files if name != "about"}
-        last, length, kv_dtype = (about[name] for name in ("last", "length", "kv_dtype"))
+        last, length, kind = (about[name] for name in ("last", "length", "kv_dtype"))
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         raise ConfigError(f"{path} is no prefix that --save-cache wrote, or it is damaged") from None
     if about["model"] != _model(loaded):
         raise ConfigError(f"{path} was read by another model: give the checkpoint and the dtypes that it was saved with")
-    whole = jax.eval_shape(lambda: empty_cache(loaded.config, 1, length - 1, kv_dtype))
+    whole = jax.eval_shape(lambda: empty_cache(loaded.config, 1, length - 1, kind))
     want = _flat(whole)
     for name, x in want.items():
         if name not in arrays or arrays[name].shape != x.shape:
@@ -76,7 +76,3 @@ def _flat(cache) -> dict:
 
 def _letters(name: str) -> str:
     return name.rpartition("_")[2]
-
-
-def _kv_dtype(cache) -> str:
-    return next((str(x.dtype) for name, x in _flat(cache).items() if name.endswith("k_BGSK")), "")

@@ -24,8 +24,9 @@ def loaded():
 
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch):
-    for name, value in (("LEVELS", (32, 16, 8)), ("BLOCK", 8), ("PLACES", 16)):
+    for name, value in (("LEVELS", (32, 16, 8)), ("BLOCK", 8)):
         monkeypatch.setattr(inference, name, value)
+    monkeypatch.setattr(inference.caches, "PLACES", 16)
 
 
 def ids(B, T):
@@ -191,6 +192,15 @@ def test_a_file_that_is_no_prefix_is_one_line(loaded, tmp_path):
         path.write_bytes(damage)
         with pytest.raises(config.ConfigError, match="no prefix that --save-cache wrote"):
             prefix.load(path, loaded)
+
+
+def test_a_prefix_has_its_own_dtype(loaded):
+    kept = inference.read(loaded, "abc", kv_dtype="int8")
+    assert mmx.generate(loaded, "", steps=2, prefix=kept) == mmx.generate(loaded, [""], steps=2, prefix=kept, kv_dtype="int8")
+    with pytest.raises(config.ConfigError, match="the prefix has keys and values in int8: kv_dtype='bfloat16'"):
+        mmx.generate(loaded, "", steps=2, prefix=kept, kv_dtype="bfloat16")
+    with pytest.raises(config.ConfigError, match="kv_dtype='int4' is none of"):
+        mmx.generate(loaded, "a", steps=2, kv_dtype="int4")
 
 
 def test_int8_keys_and_values_change_little(loaded):

@@ -29,6 +29,11 @@ def empty_cache(c: config.Model, rows: int, places: int, kv_dtype: str = ""):
             "layers": {f"layer_{i}": kinds[kind]() for i, kind in enumerate(c.pattern)}}
 
 
+def kv_dtype(cache) -> str:
+    """Of a cache's keys and values; empty where it has none."""
+    return next((x["k_BGSK"].dtype.name for x in cache["layers"].values() if "k_BGSK" in x), "")
+
+
 def stored(k_BGTK, v_BGTV, cache):
     """New keys and values as this cache keeps them: int8 with a scale for every head and token, or as they are."""
     new = {"k_BGSK": k_BGTK, "v_BGSV": v_BGTV}
