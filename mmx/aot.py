@@ -129,6 +129,8 @@ def pod(topology, slices):
     chip, _, shape = topology.partition(":")
     if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise ConfigError(f"--topology {topology!r} is no CHIP:SHAPE such as v5p:8x8x8 or h100:64x8; chips: {', '.join(CHIPS)}")
+    if slices < 1:
+        raise ConfigError(f"--slices {slices} is no number of slices: it must be at least 1")
     if reason := (ptx if chip == "h100" else schedule).missing():
         raise ConfigError(f"--topology {topology}: {reason}")
     os.environ |= ENVIRONMENT | os.environ

@@ -298,7 +298,7 @@ def show(found: dict):
 def _plot(found, path) -> Path:
     import matplotlib
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     models = [row["model"] for row in found["meshes"]]
@@ -313,6 +313,9 @@ def _plot(found, path) -> Path:
     axes.axvline(found["memory"] / 1e9, color="C3", linestyle="--", label="a chip's memory")
     axes.set(xlabel="HBM a chip, GB", ylabel="seconds a step: model; static estimate and exchanges",
              title=f"{found['mode']} on {found['slices']} x {found['topology']}: {len(models)} meshes")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 1)))
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -113,6 +113,7 @@ def test_what_does_not_fit_is_a_row_too(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("more, message", [
     (["--mesh", "edp=4"], "--mesh edp=4 names the mesh that --search looks for: give one of them"),
     (["--best", "0"], "--best 0 compiles nothing: it must be at least 1"),
+    (["--slices", "0"], "--slices 0 is no number of slices: it must be at least 1"),
     pytest.param(["--config.train.batch=3", "--config.train.length=11"],
                  "no mesh of 1 x 4 devices splits the experiment, say edp=4: train.batch=3 does not split over mesh.edp=4",
                  marks=needs_compiler)])
