@@ -108,6 +108,8 @@ def fit(build, length: int, tokenizer, what: str, most: int | None = None) -> tu
         tried = build(guess)
         found = count(tried, tokenizer)
         unit = max((found - size) / (guess - low), 0.5)
+        if found <= length and guess > 100 * length:
+            raise ConfigError(f"{what}: the tokenizer makes {found:,} tokens of {guess:,} units of text: it does not cut it")
         if found <= length:
             low, text, size = guess, tried, found
         else:

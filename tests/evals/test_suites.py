@@ -200,6 +200,8 @@ def test_fit_builds_few_prompts_and_finds_the_boundary():
     assert found == [0, 1, 5, 98, 98, 98]
     with pytest.raises(ConfigError, match="length 9 is too short for x, whose shortest prompt has 11 tokens"):
         examples.fit(lambda n: "x" * (n + 10), 9, BYTES, "x")
+    with pytest.raises(ConfigError, match="the tokenizer makes 2 tokens of .* units of text"):
+        examples.fit(lambda n: "x", 9, BYTES, "x")
 
 
 def test_depth_is_where_the_needle_is():
