@@ -172,11 +172,17 @@ def _around(keys, carry, meet, axis):
         with jax.named_scope("ring"):       # 'B G T/axis (K V)', one device on: B G T (K + V) in k's dtype, B T int32
             return _on(keys, axis)
 
+    def met(i, keys, carry):
+        # Tied to the keys: in a scan over layers JAX works off ahead what hangs on the step alone, a switch's choice and the
+        # nothings of its branches, and keeps those of every step, each as large as the queries.
+        i, _ = lax.optimization_barrier((i, keys[0][0, 0, 0, 0]))
+        return meet(i, keys, carry)
+
     def step(i, both):
         keys, carry = both
-        return on(keys), meet(i, keys, carry)
+        return on(keys), met(i, keys, carry)
     keys, carry = lax.fori_loop(1, X - 1, step, (on(keys), carry))
-    return meet(X - 1, keys, carry)
+    return met(X - 1, keys, carry)
 
 
 def _on(arrays, axis):

@@ -111,6 +111,17 @@ def test_bytes_and_memory():
     assert compiled.memory_analysis().temp_size_in_bytes < 16 * (T // seq) * 64 * 4      # every step's keys: 28 more
 
 
+def test_layers_keep_nothing_of_a_step():
+    """What hangs on the step alone a scan over layers may work off ahead: documents, but no array of the queries' size."""
+    layers, steps = 3, 8 - 2        # the loop's, between the first exchange and the last keys
+    run = sharded(8, balanced=True)
+
+    def loss(q, segments):
+        return jax.lax.scan(lambda q, _: (run(q, q[:, :G], q[:, G:], segments), None), q, length=layers)[0].sum()
+    program = str(jax.make_jaxpr(jax.grad(loss))(inputs()[0], documents()))
+    assert f"i32[{steps},{B}," in program and f"f32[{steps},{B}," not in program
+
+
 def test_order():
     np.testing.assert_array_equal(ring.zigzag(8, 2), [0, 1, 6, 7, 2, 3, 4, 5])
     np.testing.assert_array_equal(ring.unzigzag(8, 2), [0, 1, 4, 5, 6, 7, 2, 3])
