@@ -104,12 +104,9 @@ def stream(loaded, requests, *, prefix: Prefix | None = None, kv_dtype: str = ""
     """
     if not isinstance(rows, int) or rows < 1:
         raise ConfigError(f"rows={rows} must be a whole number, at least 1")
-    tokenizer = loaded.tokenizer and tokenizers.tokenizer(loaded.tokenizer)
-    if tokenizer:
-        tokenizers.check_vocab(tokenizer, loaded.config.vocab)
     requests = list(requests) if isinstance(requests, (list, tuple)) else requests
     rows = min(rows, len(requests)) if isinstance(requests, list) else rows
-    waiting, batch = enumerate(requests), Batch(loaded, rows, prefix, kv_dtype, progress)
+    waiting, batch, tokenizer = enumerate(requests), Batch(loaded, rows, prefix, kv_dtype, progress), _tokenizer(loaded)
     while True:
         for b in batch.free():
             number, request = next(waiting, (None, None))
@@ -123,19 +120,24 @@ def stream(loaded, requests, *, prefix: Prefix | None = None, kv_dtype: str = ""
 
 def read(loaded, prompt, *, prefix: Prefix | None = None, kv_dtype: str = "", progress=None) -> Prefix:
     """Reads a prompt, text or ids [T], to be gone on from by any number of others."""
-    tokenizer = loaded.tokenizer and tokenizers.tokenizer(loaded.tokenizer)
-    row = _Row(0, Request(prompt, 1), tokenizer, loaded.config, behind=prefix is not None)
+    row = _Row(0, Request(prompt, 1), _tokenizer(loaded), loaded.config, behind=prefix is not None)
     batch = Batch(loaded, 1, prefix, kv_dtype, progress)
     batch.enter(0, row)
-    return Prefix(batch.cache, int(batch.token_B[0]), len(row.prompt) + (prefix.length if prefix else 0))
+    length = len(row.prompt) + (prefix.length if prefix else 0)
+    return Prefix(caches.resized(batch.cache, length - 1), int(batch.token_B[0]), length)
 
 
 def sample(model: Model, params, tokenizer, prompt: str, steps: int = 200) -> str:
     """A text drawn from a model in training, for its log."""
-    row = _Row(0, Request(prompt, steps, temperature=0.8, top_p=0.95), tokenizer, model.config, behind=False)
+    row = _Row(0, Request(prompt, steps, temperature=0.8, top_p=0.95), lambda: tokenizer, model.config, behind=False)
     batch = Batch((model, params, model.config), 1)
     batch.enter(0, row)
     return prompt + "".join(piece.text for _ in iter(batch.running, False) for piece in batch.decode())
+
+
+def _tokenizer(loaded):
+    """A function that gives the checkpoint's, once text needs it."""
+    return functools.cache(functools.partial(tokenizers.of_checkpoint, loaded.tokenizer, loaded.config.vocab))
 
 
 class _Row:
@@ -145,11 +147,9 @@ class _Row:
         _check(request)
         self.number, self.request, self.tokenizer = number, request, None
         if isinstance(request.prompt, str):
-            if not tokenizer:
-                raise ConfigError("this checkpoint has no tokenizer: give token ids, or put its tokenizer.json beside "
-                                  "config.json")
-            self.tokenizer, ids_T = tokenizer, tokenizer.encode(request.prompt.encode())
-            self.prompt = ids_T if behind else np.append(np.int32(tokenizer.bos), ids_T)
+            self.tokenizer = tokenizer()
+            ids_T = self.tokenizer.encode(request.prompt.encode())
+            self.prompt = ids_T if behind else np.append(np.int32(self.tokenizer.bos), ids_T)
         else:
             self.prompt = _ids(c, np.asarray(request.prompt)[None])[0]
         self.ids, self.told = [], 0
@@ -198,7 +198,7 @@ class Batch:
             ids_T, before = np.append(np.int32(self.prefix.last), ids_T), self.prefix.length - 1
         sizes = pieces(len(ids_T) - 1)
         self._grow(before + max(sum(sizes), len(ids_T) + request.steps))
-        self.cache = _adopt(self.cache, b, self.prefix.cache) if self.prefix else _vacate(self.cache, b)
+        self.cache = caches.adopt(self.cache, b, self.prefix.cache) if self.prefix else caches.vacate(self.cache, b)
         at = 0
         for size in sizes:
             tokens_1T = np.zeros((1, size), np.int32)
@@ -241,7 +241,7 @@ class Batch:
             pages = -(-places // caches.PLACES)
             step = 1 << max(pages.bit_length() - 4, 0)      # at most an eighth too many, and few shapes to compile
             self.places = -(-pages // step) * step * caches.PLACES
-            self.cache = _grown(self.cache, self.places)
+            self.cache = caches.resized(self.cache, self.places)
 
 
 def pieces(count: int) -> list[int]:
@@ -280,9 +280,7 @@ def decode_step(model: Model, params, token_B, cache, live_B=None):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _read(model: Model, params, tokens_1T, mask_1T, cache, b):
-    row = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, b, 1, _rows(x)), cache)
-    row = prefill(model, params, tokens_1T, mask_1T, row)
-    return jax.tree.map(lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, b, _rows(x)), cache, row)
+    return caches.adopt(cache, b, prefill(model, params, tokens_1T, mask_1T, caches.row(cache, b)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 9), donate_argnums=5)
@@ -322,41 +320,6 @@ def _draw(logits_BW, key_B, draw):
     noise_BW = jax.vmap(lambda key: jax.random.gumbel(key, (W,)))(key_B)
     drawn_B = jnp.argmax(jnp.where(logits_BW >= least_B1, logits_BW + noise_BW, -jnp.inf), axis=1).astype(jnp.int32)
     return jnp.where(temperature_B > 0, drawn_B, likeliest_B)
-
-
-def _rows(x) -> int:
-    """The axis of rows in a leaf of a cache: length_B has it first, the others behind their layers."""
-    return min(x.ndim - 1, 1)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _vacate(cache, b):
-    """Row b with no tokens. Keys and values behind its length are nobody's: they stay."""
-    def leaf(path, x):
-        return x if "S" in _letters(path) else x.at[(slice(None),) * _rows(x) + (b,)].set(0)
-    return jax.tree_util.tree_map_with_path(leaf, cache)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _adopt(cache, b, row):
-    """Row b with the tokens of a cache of one row that has no more places."""
-    def leaf(x, new):
-        at = [0] * x.ndim
-        at[_rows(x)] = b
-        return jax.lax.dynamic_update_slice(x, new.astype(x.dtype), at)
-    return jax.tree.map(leaf, cache, row)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _grown(cache, places: int):
-    def leaf(path, x):
-        axis = _letters(path).find("S") + 1
-        return jnp.pad(x, [(0, (places - n) * (at == axis)) for at, n in enumerate(x.shape)]) if axis else x
-    return jax.tree_util.tree_map_with_path(leaf, cache)
-
-
-def _letters(path) -> str:
-    return path[-1].key.rpartition("_")[2]
 
 
 def _ids(c, ids_BT):

@@ -91,10 +91,8 @@ class Model(nn.Module):
         layers = None if cache is None else cache["layers"]
         x_BTD, (layers, stats) = groups(x_BTD, context, layers, log_decay_LPH)
         if cache is not None:
-            # 0: put in once all layers have read, in place, for XLA copies a cache that is written beside its readers
-            after_B = jnp.isnan(x_BTD).any((1, 2)).astype(jnp.int32)
             new_B = T if segments_BT is None else jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
-            cache = {"length_B": start_B + new_B, "layers": put(cache["layers"], layers, start_B + after_B)}
+            cache = {"length_B": start_B + new_B, "layers": put(cache["layers"], layers, start_B, x_BTD)}
         self.param("head_WD", nn.initializers.normal(c.dim ** -0.5), (c.vocab, c.dim))
         x_BTD = rms_norm(x_BTD, param(self, "norm_D"), c.norm_eps)
         return x_BTD, cache, {k: v.reshape(c.layers, *v.shape[2:]) for k, v in stats.items()}

@@ -1,7 +1,7 @@
 """A prefix that was read once, in a file: a long document's states, keys and values, to be asked often.
 
-The file is NumPy's .npz, without pickles: the arrays of one row's cache up to its tokens, and a line of JSON that says
-whose they are. It stands beside its destination until it is whole.
+The file is NumPy's .npz, without pickles: the arrays of a row's cache, and a line of JSON that says whose they are. It
+stands beside its destination until it is whole.
 """
 import dataclasses
 import hashlib
@@ -27,8 +27,6 @@ def save(path: str | Path, loaded, prefix: Prefix) -> None:
     """Writes a prefix of `inference.read`; an existing file is replaced once the new one is whole."""
     path, names = Path(path), {}
     for name, x in _flat(prefix.cache).items():
-        axis = _letters(name).find("S") + 1
-        x = jax.lax.slice_in_dim(x, 0, prefix.length - 1, axis=axis) if axis else x
         x = np.asarray(x)
         names[name] = x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
     about = {"last": prefix.last, "length": prefix.length, "model": _model(loaded), "kv_dtype": kv_dtype(prefix.cache)}
@@ -54,8 +52,8 @@ def load(path: str | Path, loaded) -> Prefix:
     whole = jax.eval_shape(lambda: empty_cache(loaded.config, 1, length - 1, kind))
     want = _flat(whole)
     for name, x in want.items():
-        if name not in arrays or arrays[name].shape != x.shape:
-            raise ConfigError(f"{path} is damaged: {name} should have shape {x.shape}")
+        if name not in arrays or arrays[name].shape != x.shape or arrays[name].itemsize != x.dtype.itemsize:
+            raise ConfigError(f"{path} is damaged: {name} should be {x.dtype} of shape {x.shape}")
     leaves = [jnp.asarray(arrays[name].view(x.dtype) if x.dtype == jnp.bfloat16 else arrays[name]) for name, x in want.items()]
     return Prefix(jax.tree.unflatten(jax.tree.structure(whole), leaves), last, length)
 
@@ -73,6 +71,3 @@ def _model(loaded) -> str:
 def _flat(cache) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree_util.tree_leaves_with_path(cache)}
 
-
-def _letters(name: str) -> str:
-    return name.rpartition("_")[2]

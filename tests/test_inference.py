@@ -1,4 +1,5 @@
 """Generation against recomputation, ragged batches against single prompts, sampling against its definition."""
+import dataclasses
 import re
 
 import jax
@@ -160,11 +161,21 @@ def test_levels_leave_less_than_the_least_to_padding(count, sizes, monkeypatch):
     assert 0 <= sum(sizes) - count < 32
 
 
-def test_text_comes_in_pieces_that_never_change(loaded):
-    whole = mmx.generate(loaded, ["abc"], steps=40, temperature=1.0, seed=5)[0]
-    stop = whole[30:33]
-    pieces = list(inference.stream(loaded, [inference.Request("abc", 40, temperature=1.0, seed=5, stop=(stop,))]))
-    assert len(pieces) > 2 and "".join(piece.text for piece in pieces) == whole[:whole.find(stop)]
+def test_text_comes_in_pieces_that_never_change():
+    """Half a character waits for its rest, and what may be a stop string's beginning for what it becomes."""
+    tokenizer = inference.tokenizers.tokenizer("bytes")
+    row = inference._Row(0, inference.Request("", 99, stop=("stop", "x")), lambda: tokenizer, C, behind=True)
+    parts = [b"caf\xc3", b"\xa9 st", b"ay s", b"to", b"p here"]
+    told = [row.piece(np.frombuffer(part, np.uint8), np.zeros(len(part))) for part in parts]
+    assert [piece.text for piece in told] == ["caf", "\xe9 ", "stay ", "", ""]
+    assert [piece.ended for piece in told] == [False] * 4 + [True]
+
+
+def test_pieces_make_up_the_text(loaded):
+    request = inference.Request("abc", 40, temperature=1.0, seed=5)
+    pieces = list(inference.stream(loaded, [request]))
+    assert len(pieces) == 5
+    assert "".join(piece.text for piece in pieces) == mmx.generate(loaded, "abc", steps=40, temperature=1.0, seed=5)[0]
 
 
 @pytest.mark.parametrize("kv_dtype", ["", "bfloat16", "int8"])
@@ -227,17 +238,27 @@ def test_int8_weights_are_channels_of_their_own():
     assert not any(map(int8.summed, ("embed_WD", "head_WD", "router_DE", "norm_D", "norm_HV")))
 
 
-def compiled(loaded, function, T):
-    cache = empty_cache(C, 1, 48)
+def compiled(loaded, function, T, c=C):
+    cache = empty_cache(c, 1, 48)
     args = (jnp.zeros((1, T), jnp.int32), jnp.ones((1, T), jnp.int32), cache, 0) if T > 1 else (
         *(np.ones(1, np.int32),) * 3, cache, jax.random.split(jax.random.key(0), 1), None, -1, 8)
-    return function.lower(loaded.model, loaded.params, *args).compile().as_text()
+    params = jax.tree.map(lambda x: x[:c.groups] if x.shape[0] == C.groups else x, loaded.params)
+    return function.lower(Model(c), params, *args).compile().as_text()
 
 
 def test_a_step_moves_no_cache(loaded):
-    """Keys and values [.., 48 places, 8] are read where they are, and written in place: nothing as large is made of them."""
-    made = re.findall(r"= f32\[[\d,]*48,8\]\S* (copy|select|concatenate)\(", compiled(loaded, inference._decode, 1))
-    assert made == []
+    """Keys and values [.., 48 places, 8] are read where they are, and written in place: nothing as large is made of them,
+    in the body of a scan over groups and where one group needs no scan."""
+    for groups in (1, 2):
+        text = compiled(loaded, inference._decode, 1, dataclasses.replace(C, layers=2 * groups))
+        assert re.findall(r"= f32\[[\d,]*48,8\]\S* (copy|select|concatenate)\(", text) == [], groups
+
+
+def test_prefill_leaves_out_what_nobody_reads(loaded):
+    """Behind the last layer's keys and values only logits stand: of one group's two layers' experts one is computed."""
+    expert = lambda layers: compiled(loaded, inference._read, 16, dataclasses.replace(C, layers=layers)).count(
+        "op_name=\"jit(_read)/Model/while/body/closed_call/groups/layer_1/moe")
+    assert expert(2) == 0 < expert(4)
 
 
 def test_state_products_of_prefill_are_one_matmul_over_heads(loaded):

@@ -3,6 +3,8 @@
 A cache is {"length_B", "layers"}; a leaf's name ends in its axes, before which stand the scanned layers L. Places S are
 those of a row's tokens, in order. On a mesh (jax.set_mesh) rows, heads and places are cut by `parallel.sharding`.
 """
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -34,6 +36,45 @@ def kv_dtype(cache) -> str:
     return next((x["k_BGSK"].dtype.name for x in cache["layers"].values() if "k_BGSK" in x), "")
 
 
+def row(cache, b):
+    """The cache of row b alone."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, b, 1, _rows(x)), cache)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def adopt(cache, b, row):
+    """The cache with a row's in place of row b; it may have fewer places, those of its tokens."""
+    def leaf(x, new):
+        at = [0] * x.ndim
+        at[_rows(x)] = b
+        return jax.lax.dynamic_update_slice(x, new.astype(x.dtype), at)
+    return jax.tree.map(leaf, cache, row)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def vacate(cache, b):
+    """The cache with no tokens in row b. Keys and values behind a row's length are nobody's: they stay."""
+    def leaf(path, x):
+        return x if "S" in sharding.letters_of(path) else x.at[(slice(None),) * _rows(x) + (b,)].set(0)
+    return jax.tree_util.tree_map_with_path(leaf, cache)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def resized(cache, places: int):
+    """The cache with more places, empty ones, or with fewer."""
+    def leaf(path, x):
+        axis = sharding.letters_of(path).find("S") + 1
+        if not axis:
+            return x
+        return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, (places - n) * (at == axis), 0) for at, n in enumerate(x.shape)])
+    return jax.tree_util.tree_map_with_path(leaf, cache)
+
+
+def _rows(x) -> int:
+    """The axis of rows: length_B has it first, the others behind their layers."""
+    return min(x.ndim - 1, 1)
+
+
 def stored(k_BGTK, v_BGTV, cache):
     """New keys and values as this cache keeps them: int8 with a scale for every head and token, or as they are."""
     new = {"k_BGSK": k_BGTK, "v_BGSV": v_BGTV}
@@ -44,10 +85,18 @@ def stored(k_BGTK, v_BGTV, cache):
     return whole | {"k_scale_BGS": scales["k_BGSK"], "v_scale_BGS": scales["v_BGSV"]}
 
 
-def put(layers, new, start_B):
-    """The layers' caches with what T new tokens left: states in place of states, keys and values behind row b's start_b."""
+def put(layers, new, start_B, x_BTD):
+    """The layers' caches with what T new tokens left: states in place of states, keys and values behind row b's start_b.
+
+    XLA copies a cache that it might write beside its readers. Where one token moves, and a copy would outweigh it, the
+    place is made to hang on what was made of the reads, x_BTD: it adds 0. A chunk's x_BTD may be used by nobody, and the
+    last layer then is not computed.
+    """
+    if x_BTD.shape[1] == 1:
+        start_B = start_B + jnp.isnan(x_BTD).any((1, 2)).astype(jnp.int32)
+
     def leaf(path, x, new):
-        letters = path[-1].key.rpartition("_")[2]
+        letters = sharding.letters_of(path)
         return _put(letters, x, new.astype(x.dtype), start_B) if "S" in letters else new
     return jax.tree_util.tree_map_with_path(leaf, layers, new)
 

@@ -104,10 +104,15 @@ def summed(kept: P, axes) -> tuple[str, ...]:
     return tuple(axis for axis in axes if not any(axis in names for names in _axes(kept)))
 
 
+def letters_of(path) -> str:
+    """The axes that a leaf's name ends in; none where a path ends in no name."""
+    return getattr(path[-1], "key", "").rpartition("_")[2]
+
+
 def tree(abstract, mesh: Mesh):
     """The shardings of parameters, or of an optimizer's state over them: a leaf's name ends in its letters."""
     def leaf(path, x):
-        letters = getattr(path[-1], "key", "").rpartition("_")[2]
+        letters = letters_of(path)
         return NamedSharding(mesh, weight(letters, x.shape, mesh) if letters else P())
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
@@ -115,7 +120,7 @@ def tree(abstract, mesh: Mesh):
 def cache(abstract, mesh: Mesh):
     """The shardings of a cache: a leaf's name ends in its letters, and the scanned layers stand before them."""
     def leaf(path, x):
-        letters = path[-1].key.rpartition("_")[2]
+        letters = letters_of(path)
         return NamedSharding(mesh, act("L" * (x.ndim - len(letters)) + letters, x.shape, mesh))
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 

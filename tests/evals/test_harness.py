@@ -9,14 +9,13 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from lm_eval.api.instance import Instance
 
 import mmx
 from mmx import checkpoint, config, convert
 from mmx.config import ConfigError
+from mmx.evals import harness
 from mmx.model import Model, logits
-
-harness = pytest.importorskip("mmx.evals.harness")
-from lm_eval.api.instance import Instance
 
 MODEL = Model(config.Model(dim=16, layers=2, pattern="LS", heads=2, kv_heads=1, head_dim=8, rotary_dim=4, experts=4,
                            expert_dim=16, init="fan_in", embed_std=1.0))

@@ -51,8 +51,9 @@ def forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, 
     q_BGRTK = q_BHTK.reshape(B, G, R, T, K)
     first_N, end_N = sight.spans(axis=1)
     clear_NJ = sight.clear()
-    # a key's scale and a value's stand outside their sums over K and over P: no block is ever scaled itself
-    k_scale, v_scale = ((lambda j, x=x: _keys(x, j, keys)[:, :, None]) for x in scales) if scales else [lambda j: 1] * 2
+    def scaled(x_BGQP, j, of):
+        """Scores by their keys' scales, or weights by their values': outside the sums, so that no block itself is scaled."""
+        return x_BGQP * _keys(scales[of], j, keys)[:, :, None] if scales else x_BGQP
 
     def query_block(n, carry):
         o_BGRTV, lse_BGRT = carry
@@ -61,12 +62,12 @@ def forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, 
         def meet(j, carry, clear=False):
             o_BGQV, m_BGQ, l_BGQ = carry
             k_BGPK, v_BGPV = _keys(k_BGSK, j, keys), _keys(v_BGSV, j, keys)
-            z_BGQP = _dot("BGQK,BGPK->BGQP", q_BGQK, k_BGPK.astype(q_BGQK.dtype)) * k_scale(j)
+            z_BGQP = scaled(_dot("BGQK,BGPK->BGQP", q_BGQK, k_BGPK.astype(q_BGQK.dtype)), j, 0)
             z_BGQP = z_BGQP if clear else sight.hide(z_BGQP, n, j)
             top_BGQ = jnp.maximum(m_BGQ, z_BGQP.max(-1))
             p_BGQP = jnp.exp((z_BGQP - top_BGQ[..., None]) * scale)
             keep_BGQ = jnp.exp((m_BGQ - top_BGQ) * scale)
-            weight_BGQP = (p_BGQP * v_scale(j)).astype(q_BGQK.dtype)
+            weight_BGQP = scaled(p_BGQP, j, 1).astype(q_BGQK.dtype)
             o_BGQV = o_BGQV * keep_BGQ[..., None] + _dot("BGQP,BGPV->BGQV", weight_BGQP, v_BGPV.astype(q_BGQK.dtype))
             return o_BGQV, top_BGQ, l_BGQ * keep_BGQ + p_BGQP.sum(-1)
 
