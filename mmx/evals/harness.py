@@ -13,16 +13,23 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm.auto import tqdm
 
 from mmx import inference
 from mmx.config import ConfigError
 from mmx.data import packing, tokens
 from mmx.model import Model, logits
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ImportError:
+    if __name__ != "__main__":
+        raise
+    print("mmx: lm-eval is not installed: pip install 'mmx[eval]'", file=sys.stderr)
+    sys.exit(2)
 
 SHORTEST = 32           # tokens of the shortest rows
 TOKENS = 16_384         # of a batch, where the batch size is auto

@@ -214,3 +214,11 @@ def test_data_of_this_machine(tmp_path):
     (tmp_path / "test.txt").write_text(" \n = A = \n \n a = b \n = = Part = = \n\n = B = \n b \n")
     assert local["wikitext"](tmp_path / "test.txt")["test"]["page"] == [
         " = A = \n \n a = b \n = = Part = = \n\n", " = B = \n b \n"]
+
+
+def test_without_lm_eval_the_command_says_what_to_install(monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("mmx.evals.harness", run_name="__main__")
+    assert exit.value.code == 2 and "pip install 'mmx[eval]'" in capsys.readouterr().err
