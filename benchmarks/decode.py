@@ -19,14 +19,13 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from vs_transformers import MODEL, start, stock, timed
+from vs_transformers import MODEL, STEPS, after, greedy, start, stock, timed
 
 import mmx
-from mmx import hugepages, inference
+from mmx import hugepages, inference, memory
 
 BATCHES = 1, 8, 32
-PROMPT, STEPS = 512, 64
-TARGET = {1: 5.0}
+PROMPT = 512
 
 
 def main():
@@ -47,14 +46,14 @@ def main():
                         kept.append(seconds)
         bandwidth = run["ours"]("bandwidth")
     median = {case: {side: statistics.median(kept) for side, kept in sides.items()} for case, sides in times.items()}
-    table = Table("batch", "transformers tokens/s", "mmx tokens/s", "mmx / transformers", "target", "MB a step", "of bandwidth",
+    table = Table("batch", "transformers tokens/s", "mmx tokens/s", "mmx / transformers", "MB a step", "of bandwidth",
                   title=f"medians of {args.rounds} alternating rounds, torch {torch.__version__}, transformers "
                         f"{transformers.__version__}, jax {jax.__version__}; reads {bandwidth / 1e9:.1f} GB/s here")
     for batch in BATCHES:
         rates = {side: batch * STEPS / seconds for side, seconds in median[batch].items()}
         size = touched(batch)
         table.add_row(f"{batch}", f"{rates['theirs']:,.0f}", f"{rates['ours']:,.0f}", f"{rates['ours'] / rates['theirs']:.2f}",
-                      f"{TARGET.get(batch, '')}", f"{size / 1e6:.1f}", f"{size * rates['ours'] / batch / bandwidth:.0%}")
+                      f"{size / 1e6:.1f}", f"{size * rates['ours'] / batch / bandwidth:.0%}")
     Console().print(table)
     lengths = short_lengths()
     levels, padded = (sum(sum(f(n - 1)) for n in lengths) for f in (inference.pieces, pad))
@@ -65,12 +64,8 @@ def main():
 
 def touched(batch: int) -> float:
     """Bytes that a step reads, and writes of states."""
-    c, mean = MODEL, PROMPT + STEPS / 2
-    experts = c.experts * (1 - (1 - c.top_k / c.experts) ** batch)
-    weights = c.params_total - c.vocab * c.dim - c.layers * (c.experts - experts) * 3 * c.dim * c.expert_dim
-    states = 2 * c.layer_kinds.count("L") * c.heads * c.head_dim ** 2
-    keys = c.layer_kinds.count("S") * 2 * c.kv_heads * c.head_dim * mean
-    return 4 * (weights + batch * (states + keys))
+    of = memory.held(MODEL)
+    return 4 * memory.params_read(MODEL, batch) + batch * (memory.sequence(of, PROMPT + STEPS / 2) + of["state"])
 
 
 def short_lengths() -> list[int]:
@@ -85,21 +80,9 @@ def prompts(batch: int, length: int = PROMPT):
     return np.random.default_rng(batch).integers(0, MODEL.vocab, (batch, length))
 
 
-def after(run, prompt_BT):
-    """The time of STEPS greedy tokens a row: that of one more less that of one."""
-    return lambda: timed(lambda: run(prompt_BT, STEPS + 1))() - timed(lambda: run(prompt_BT, 1))()
-
-
 def theirs(folder, _):
     model = transformers.MiniMaxForCausalLM.from_pretrained(folder).float().eval()
-
-    @torch.no_grad()
-    def generate(prompt_BT, count):
-        ids_BT = torch.tensor(prompt_BT)
-        model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=count, min_new_tokens=count,
-                       do_sample=False)
-
-    return {batch: after(generate, prompts(batch)) for batch in BATCHES}
+    return {batch: after(greedy(model), prompts(batch)) for batch in BATCHES}
 
 
 def ours(folder, _):

@@ -1,6 +1,6 @@
 """Tokens/s and memory of the engine as it reads a long text and then goes on from it.
 
-    python benchmarks/read.py                                       # 4 M tokens, pure lightning: about 5 minutes on 2 cores
+    python benchmarks/read.py                                       # 4 M tokens, pure lightning: 72 s on 2 cores
     python benchmarks/read.py --pattern LLLS --tokens 262144        # the hybrid of experiments/tiny.py
 
 The geometry of experiments/tiny.py (width 128, 4 layers, 8 experts top-2 of 128), random weights, float32, random tokens.

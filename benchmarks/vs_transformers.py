@@ -25,9 +25,10 @@ import mmx
 from mmx import config, hugepages, optim
 from mmx.train import init, train_step
 
+STEPS = 64
 MODEL = config.Model(vocab=1024, rotary_dim=32, aux="hf", aux_weight=0.001)
 TRAIN = config.Train(batch=4, length=512)
-TOKENS = {"prefill 2,048": 2048, "prefill 8,192": 8192, "decode from 2,048": 64, "train step 4x512": 2048}
+TOKENS = {"prefill 2,048": 2048, "prefill 8,192": 8192, "decode from 2,048": STEPS, "train step 4x512": 2048}
 TARGET = {"prefill 2,048": 1.3, "prefill 8,192": 1.3, "train step 4x512": 1.1, "decode from 2,048": 5.0}
 
 
@@ -105,8 +106,18 @@ def timed(run):
 
 
 def after(run, prompt_BT):
-    """The time of 64 greedy tokens behind a prompt: that of 65 less that of one."""
-    return lambda: timed(lambda: run(prompt_BT, 65))() - timed(lambda: run(prompt_BT, 1))()
+    """The time of STEPS greedy tokens behind prompts: that of one more less that of one."""
+    return lambda: timed(lambda: run(prompt_BT, STEPS + 1))() - timed(lambda: run(prompt_BT, 1))()
+
+
+def greedy(model):
+    """A function that generates with transformers."""
+    @torch.no_grad()
+    def generate(prompt_BT, count):
+        ids_BT = torch.tensor(prompt_BT)
+        model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=count, min_new_tokens=count,
+                       do_sample=False)
+    return generate
 
 
 def training_rows():
@@ -126,11 +137,6 @@ def theirs(folder, tokens_BT):
     def logits():
         return model(torch.tensor(tokens_BT[:, :512]), use_cache=False).logits.numpy()
 
-    def generate(prompt_BT, count):
-        ids_BT = torch.tensor(prompt_BT)
-        model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=count, min_new_tokens=count,
-                       do_sample=False)
-
     def step():
         model.train()
         model(rows_BT, labels=rows_BT, output_router_logits=True, use_cache=False).loss.backward()
@@ -141,7 +147,7 @@ def theirs(folder, tokens_BT):
 
     return {"logits": logits, "prefill 2,048": timed(lambda: prefill(tokens_BT[:, :2048])),
             "prefill 8,192": timed(lambda: prefill(tokens_BT)),
-            "decode from 2,048": after(generate, tokens_BT[:, :2048]), "train step 4x512": timed(step)}
+            "decode from 2,048": after(greedy(model), tokens_BT[:, :2048]), "train step 4x512": timed(step)}
 
 
 def ours(folder, tokens_BT):

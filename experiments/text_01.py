@@ -7,8 +7,9 @@
     pods      v5p-512 (v5p:8x8x8), v5p-2048 (v5p:8x16x16; the default), v6e-256 (v6e:16x16), h100-512 (h100:64x8); in chips
     stages    8k (pre-training, the default), 128k, 512k, 1m; each starts from the parameters that the one before it left
 
-Not run here: it is the reference for shapes, counts and schedules. The report trained on 1,500 to 2,500 H800. Its corpus
-and tokenizer are not public: data.sources and data.tokenizer below are paths to your own.
+Not run here: it is the reference for shapes, counts and schedules. What compiles and fits stands in docs/scale.md; v6e-256 is
+short of memory on the meshes tried there. The report trained on 1,500 to 2,500 H800. Its corpus and tokenizer are not public:
+data.sources and data.tokenizer below are paths to your own.
 "P" is the paper, "R" the released config.json, "ours" a choice where neither states one.
 """
 from mmx.config import ConfigError, default

@@ -62,11 +62,11 @@ def run(e: Experiment, topology: str, mesh: str | None = None, mode: str = "trai
     mesh = meshes.described(e, devices)
     memory, peak, *_ = CHIPS[chip]
     platform = "cuda" if chip == "h100" else "tpu"
-    span = _span(e, mode)
+    tokens = span(e, mode)
     found = {"topology": topology, "slices": slices, "devices": len(devices), "mesh": dict(mesh.shape), "mode": mode,
-             "tokens": e.train.batch * span, "memory": memory}
+             "tokens": e.train.batch * tokens, "memory": memory}
     if mode == "prefill":
-        found["chunk"], found["chunks"] = span, e.train.length // span
+        found["chunk"], found["chunks"] = tokens, e.train.length // tokens
     begin = time.monotonic()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         function, args = {"train": _train, "prefill": _prefill, "decode": _decode}[mode](e, mesh)
@@ -78,7 +78,7 @@ def run(e: Experiment, topology: str, mesh: str | None = None, mode: str = "trai
             return found | {"fits": False, "peak": needed, "memory": limit, "seconds": time.monotonic() - begin}
     stats, program = compiled.memory_analysis(), hlo.analyse(compiled.as_text(), dict(mesh.shape))
     used = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    model = _model_flops(e, mode, span) * found["tokens"] / len(devices)
+    model = _model_flops(e, mode, tokens) * found["tokens"] / len(devices)
     found |= {"fits": used <= memory, "peak": used, "arguments": stats.argument_size_in_bytes,
               "temporaries": stats.temp_size_in_bytes, "seconds": time.monotonic() - begin,
               "flops": program.flops, "flops_model": model, "ideal_s": model / peak, "unknown": program.unknown,
@@ -173,7 +173,7 @@ def _train(e, mesh):
 def _prefill(e, mesh):
     """A chunk of the prompts against the cache of all of them, as `inference.generate` reads them: each is the same program."""
     model, params, cache = _inference(e, mesh)
-    tokens_BT = _array((e.train.batch, _span(e, "prefill")), jnp.int32, sharding.batch(mesh))
+    tokens_BT = _array((e.train.batch, span(e, "prefill")), jnp.int32, sharding.batch(mesh))
     kept = jax.tree.map(lambda x: x.sharding, cache)
     step = jax.jit(functools.partial(inference.prefill, model), donate_argnums=3, out_shardings=kept)
     return step, (params, tokens_BT, tokens_BT, cache)
@@ -190,7 +190,7 @@ def _decode(e, mesh):
 
 def _inference(e, mesh):
     """A model that drops no token, its parameters in the computation's dtype, a cache for the whole length."""
-    c = dataclasses.replace(e.model, capacity=0.0, transport=0.0, token_groups=1)
+    c = undropped(e)
     model = Model(c)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
     params = jax.tree.map(lambda x, s: _array(x.shape, c.dtype, s), params, sharding.tree(params, mesh))
@@ -198,7 +198,12 @@ def _inference(e, mesh):
     return model, params, jax.tree.map(_placed, cache, sharding.cache(cache, mesh))
 
 
-def _span(e, mode) -> int:
+def undropped(e):
+    """The model as inference runs it."""
+    return dataclasses.replace(e.model, capacity=0.0, transport=0.0, token_groups=1)
+
+
+def span(e, mode) -> int:
     """Tokens of a row that one run takes."""
     if mode != "prefill":
         return {"train": e.train.length, "decode": 1}[mode]
@@ -208,9 +213,9 @@ def _span(e, mode) -> int:
     return chunk
 
 
-def _model_flops(e, mode, span) -> float:
+def _model_flops(e, mode, tokens) -> float:
     """A token's; prefill's and decode's are the last of a row, which see more than the mean."""
-    return e.model.flops_training(span) if mode == "train" else e.model.flops_forward(2 * e.train.length - span)
+    return e.model.flops_training(tokens) if mode == "train" else e.model.flops_forward(2 * e.train.length - tokens)
 
 
 def _exchanges(collectives):

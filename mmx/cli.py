@@ -336,6 +336,10 @@ def generate(args):
         raise ConfigError("no prompt was given: --prompt TEXT or --prompt-file FILE, or --load-cache FILE to go on from")
     if args.save_cache and len(texts) != 1:
         raise ConfigError(f"--save-cache keeps one prompt, {len(texts)} are given")
+    if args.save_cache:     # before the reading, which may be long
+        if Path(args.save_cache).is_dir():
+            raise ConfigError(f"--save-cache {args.save_cache} is a folder: give a file")
+        Path(args.save_cache).absolute().parent.mkdir(parents=True, exist_ok=True)
     from tqdm import tqdm
 
     from mmx import inference, prefix

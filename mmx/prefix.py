@@ -20,7 +20,8 @@ from mmx.inference import Prefix
 from mmx.parallel.cache import empty_cache, kv_dtype
 
 SAMPLE = 64     # values at either end of a parameter that tell a model from another
-SAME = "pattern", "layers", "dim", "heads", "kv_heads", "head_dim", "vocab"     # what gives a cache its shapes
+FREE = {"impl", "chunk", "remat", "keep_arrived", "transport", "token_groups", "ragged", "context", "aux", "aux_weight",
+        "z_weight", "init", "embed_std"}       # of a model's config: what no cache hangs on
 
 
 def save(path: str | Path, loaded, prefix: Prefix) -> None:
@@ -44,10 +45,10 @@ def load(path: str | Path, loaded) -> Prefix:
     try:
         with np.load(path, allow_pickle=False) as file:
             about, arrays = json.loads(str(file["about"])), {name: file[name] for name in file.files if name != "about"}
-        last, length, kind = (about[name] for name in ("last", "length", "kv_dtype"))
+        last, length, kind, model = (about[name] for name in ("last", "length", "kv_dtype", "model"))
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         raise ConfigError(f"{path} is no prefix that --save-cache wrote, or it is damaged") from None
-    if about["model"] != _model(loaded):
+    if model != _model(loaded):
         raise ConfigError(f"{path} was read by another model: give the checkpoint and the dtypes that it was saved with")
     whole = jax.eval_shape(lambda: empty_cache(loaded.config, 1, length - 1, kind))
     want = _flat(whole)
@@ -60,10 +61,11 @@ def load(path: str | Path, loaded) -> Prefix:
 
 def _model(loaded) -> str:
     """What tells a model and its parameters from others, short of reading all of them."""
-    shape = {name: value for name, value in dataclasses.asdict(loaded.config).items() if name in (*SAME, "dtype")}
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    function = {name: value for name, value in dataclasses.asdict(loaded.config).items() if name not in FREE}
+    digest = hashlib.sha256(json.dumps(function, sort_keys=True).encode())
     for path, w in jax.tree_util.tree_leaves_with_path(loaded.params):
-        ends = jnp.concatenate([w.reshape(-1)[:SAMPLE], w.reshape(-1)[-SAMPLE:]])
+        first, last = (w[(at,) * (w.ndim - 1)] for at in (0, -1))        # not the whole, copied flat
+        ends = jnp.concatenate([first[:SAMPLE], last[-SAMPLE:]])
         digest.update(f"{jax.tree_util.keystr(path)}{w.shape}{w.dtype}".encode() + np.asarray(ends).tobytes())
     return digest.hexdigest()
 

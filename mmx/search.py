@@ -135,7 +135,7 @@ class Work(NamedTuple):
 
 
 def _work(e, sizes, mode) -> Work:
-    c, T = _model(e, mode), 1 if mode == "decode" else e.train.length
+    c, T = _model(e, mode), aot.span(e, mode)
     mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     rows, time = sharding.size(mesh, sharding.ROWS), sharding.size(mesh, sharding.TIME)
     if e.train.batch % rows or T % time:        # all tokens are everywhere
@@ -147,8 +147,9 @@ def _work(e, sizes, mode) -> Work:
     if travels:
         cuts = [M * n // c.token_groups for n in range(c.token_groups + 1)]
     groups = [b - a for a, b in itertools.pairwise(cuts) if b > a]
-    limit = math.ceil(c.capacity * M * rows * time * J / c.experts) if c.capacity else M * rows * time * J
-    sent_N = [ep * expert.room_for(m, J, here, limit, ep, c.transport) if travels else m * J for m in groups]
+    limit = expert.most(c.capacity, M * rows * time * J, c.experts)
+    buffers = 1 if c.ragged else ep
+    sent_N = [buffers * expert.room_for(m, J, here, limit, ep, c.transport, c.ragged) if travels else m * J for m in groups]
     rows_N = []
     for m, sent in zip(groups, sent_N):
         X = etp if travels else 1
@@ -159,7 +160,7 @@ def _work(e, sizes, mode) -> Work:
 
 
 def _model(e, mode):
-    return e.model if mode == "train" else dataclasses.replace(e.model, capacity=0.0, transport=0.0)     # as `aot` does
+    return e.model if mode == "train" else aot.undropped(e)
 
 
 @functools.lru_cache
@@ -169,7 +170,7 @@ def _weights(c):
     found = []
     for path, x in jax.tree_util.tree_leaves_with_path(params):
         keys = [part.key for part in path]
-        letters = keys[-1].rpartition("_")[2]
+        letters = sharding.letters_of(path)
         at = x.ndim - len(letters)
         found.append((keys[1] if len(keys) > 1 else keys[0], letters, math.prod(x.shape[:at]), x.shape[at:]))
     return found
@@ -187,12 +188,9 @@ def _weight(part, letters, times, shape, mesh, axes) -> Weight:
 
 def _cache(c, e, mesh) -> int:
     cache = jax.eval_shape(functools.partial(empty_cache, c, e.train.batch, e.train.length))
-    total = 0
-    for path, x in jax.tree_util.tree_leaves_with_path(cache):
-        letters = path[-1].key.rpartition("_")[2]
-        spec = sharding.act("L" * (x.ndim - len(letters)) + letters, x.shape, mesh)
-        total += math.prod(NamedSharding(mesh, spec).shard_shape(x.shape)) * x.dtype.itemsize
-    return total
+    cuts = sharding.cache(cache, mesh)
+    return sum(math.prod(cut.shard_shape(x.shape)) * x.dtype.itemsize
+               for x, cut in zip(jax.tree.leaves(cache), jax.tree.leaves(cuts)))
 
 
 def _memory(e, w: Work, mode) -> dict[str, float]:
@@ -214,8 +212,8 @@ def _memory(e, w: Work, mode) -> dict[str, float]:
 
 
 def _flops(e, w: Work, mode) -> float:
-    c, T = e.model, e.train.length
-    tokens, length = (e.train.batch, 2 * T - 1) if mode == "decode" else (e.train.batch * T, T)
+    c, T = e.model, aot.span(e, mode)
+    tokens, length = e.train.batch * T, 2 * e.train.length - T      # the last ones' context, as `aot` counts it
     experts = 6 * c.layers * c.dim * c.expert_dim
     dense = (c.flops_forward(length) - c.top_k * experts) * tokens / math.prod(w.sizes.values())
     return (dense + w.ragged * experts / w.sizes["etp"]) * _passes(c, mode)
@@ -233,7 +231,7 @@ def _read(e, w: Work, mode) -> float:
 
 def _exchanges(e, w: Work, mode) -> list[dict]:
     """Kind, axes, bytes received in a step, and the share of them that compute hides."""
-    c, train, item = e.model, mode == "train", jnp.dtype(e.model.dtype).itemsize
+    c, train, item = _model(e, mode), mode == "train", jnp.dtype(e.model.dtype).itemsize
     again, found = train * c.remat, collections.Counter()
     for weight in w.weights:
         for axis, received in weight.steps:
@@ -249,14 +247,18 @@ def _exchanges(e, w: Work, mode) -> list[dict]:
     found["all-to-all", "ep"] = c.layers * (2 + train * 2 + again * (not c.keep_arrived)) * w.sent * (ep - 1) / ep * D * item
     found["all-gather, reduce-scatter", "etp"] = (etp - 1) * D * item * (
         c.layers * ((2 + 2 * train + again) * w.sent + (2 + 2 * train + 2 * again) * M) + (2 + 3 * train) * M)
+    X, H, G = seq, c.heads // etp, math.lcm(c.kv_heads, etp) // etp
+    states = lightning.bytes_per_device(w.rows, H, c.head_dim, c.head_dim, X, last=not train) if X > 1 else 0
     if train:
-        X, H, G = seq, c.heads // etp, math.lcm(c.kv_heads, etp) // etp
-        states = lightning.bytes_per_device(w.rows, H, c.head_dim, c.head_dim, X, last=False) if X > 1 else 0
         found["states", "seq"] = lightnings * states * (2 + again)
         keys = 2 * M * etp * G * c.head_dim        # of S tokens
         found["ring", "seq"] = softmaxes * (X > 1) * keys * ((2 + again) * (X - 1) * item + X * 4)
-    else:       # behind a cache XLA gathers time
-        found["all-gather", "seq"] += c.layers * (seq - 1) * 3 * M * c.heads * c.head_dim * item * (mode == "prefill")
+    elif mode == "prefill":     # behind a cache new queries, keys and values meet every part of it, and parts are summed
+        found["states", "seq"] = lightnings * states
+        found["all-gather", "seq"] += softmaxes * (X - 1) * M * etp * (H + 2 * G) * c.head_dim * item
+        found["reduce-scatter", "seq"] += softmaxes * (X - 1) * M * etp * H * c.head_dim * 4
+    else:
+        found["all-reduce", "seq"] += softmaxes * 2 * (X - 1) / X * w.rows * H * c.head_dim * 4
     hidden = {"all-to-all": 1 - 1 / c.token_groups, "ring": 1.0}
     return [{"kind": kind, "axes": axes, "bytes": size, "under": hidden.get(kind, 0.0)}
             for (kind, axes), size in found.most_common() if size]

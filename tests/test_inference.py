@@ -199,6 +199,9 @@ def test_a_file_that_is_no_prefix_is_one_line(loaded, tmp_path):
     other = loaded._replace(params=jax.tree.map(lambda x: x + 1, loaded.params))
     with pytest.raises(config.ConfigError, match="another model"):
         prefix.load(path, other)
+    c = dataclasses.replace(C, rope_theta=500.0)
+    with pytest.raises(config.ConfigError, match="another model"):
+        prefix.load(path, loaded._replace(model=Model(c), config=c))
     for damage in (path.read_bytes()[:200], b"text", b""):
         path.write_bytes(damage)
         with pytest.raises(config.ConfigError, match="no prefix that --save-cache wrote"):

@@ -42,6 +42,20 @@ def test_memory_of_inference(mode, sizes, part, size):
     assert found["gradients"] == found["saved"] == 0
 
 
+def test_prefill_is_a_chunk_behind_a_cache():
+    """The cache grows with the length, what a run works on does not; new queries, keys and values meet every part of it."""
+    sizes = {"slice": 1, "edp": 1, "ep": 2, "etp": 4, "seq": 2}
+    short, long = (search.estimate(cli.read_experiment(TEXT_01, ["--config.train.batch=2", f"--config.train.length={length}"]),
+                                   sizes, "v5p", [2, 2, 4], "prefill") for length in (8192, 1 << 20))
+    keys = 2 * 10 * 2 * 8 * 128 * 2 / 16        # bytes a token of two rows and ten layers, on one of 16 devices
+    assert long["memory"]["cache"] - short["memory"]["cache"] == keys * ((1 << 20) - 8192)
+    assert long["memory"]["work"] == short["memory"]["work"] and long["compute_s"] > short["compute_s"]
+    received = {(row["kind"], row["axes"]): row for row in long["exchanges"]}
+    tokens = 2 * 2048 // 2 // 2                 # rows over ep, time over seq
+    assert received["all-gather", "seq"]["bytes"] >= 10 * tokens * (64 + 2 * 8) // 4 * 128 * 2
+    assert received["all-to-all", "ep"]["under"] == 0
+
+
 EXPERIMENT = """\
 from mmx.config import default
 

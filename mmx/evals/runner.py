@@ -202,6 +202,8 @@ def show(result: dict) -> Table:
 
 def plot(result: dict, path: Path) -> Path:
     """The table as a heat map; perplexity as lines over the position."""
+    import matplotlib
+    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     suite, columns = SUITES[result["suite"]], list(result["by_column"])
