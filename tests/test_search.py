@@ -45,14 +45,18 @@ def test_memory_of_inference(mode, sizes, part, size):
 def test_prefill_is_a_chunk_behind_a_cache():
     """The cache grows with the length, what a run works on does not; new queries, keys and values meet every part of it."""
     sizes = {"slice": 1, "edp": 1, "ep": 2, "etp": 4, "seq": 2}
-    short, long = (search.estimate(cli.read_experiment(TEXT_01, ["--config.train.batch=2", f"--config.train.length={length}"]),
-                                   sizes, "v5p", [2, 2, 4], "prefill") for length in (8192, 1 << 20))
+    short, e = (cli.read_experiment(TEXT_01, ["--config.train.batch=2", f"--config.train.length={length}"])
+                for length in (8192, 1 << 20))
+    short, long = (search.estimate(e, sizes, "v5p", [2, 2, 4], "prefill") for e in (short, e))
     keys = 2 * 10 * 2 * 8 * 128 * 2 / 16        # bytes a token of two rows and ten layers, on one of 16 devices
     assert long["memory"]["cache"] - short["memory"]["cache"] == keys * ((1 << 20) - 8192)
     assert long["memory"]["work"] == short["memory"]["work"] and long["compute_s"] > short["compute_s"]
     received = {(row["kind"], row["axes"]): row for row in long["exchanges"]}
-    tokens = 2 * 2048 // 2 // 2                 # rows over ep, time over seq
-    assert received["all-gather", "seq"]["bytes"] >= 10 * tokens * (64 + 2 * 8) // 4 * 128 * 2
+    decode = search.estimate(e, sizes, "v5p", [2, 2, 4], "decode")["exchanges"]
+    weights = sum(row["bytes"] for row in decode if (row["kind"], row["axes"]) == ("all-gather", "seq"))
+    part = 10 * 2048 // 2 * 128                 # ten layers' places of a head of the one row, on one of two parts of time
+    assert received["all-gather", "seq"]["bytes"] - weights == part * (16 + 2 * 2) * 2
+    assert received["reduce-scatter", "seq"]["bytes"] == part * 16 * 4
     assert received["all-to-all", "ep"]["under"] == 0
 
 
