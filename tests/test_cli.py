@@ -131,7 +131,7 @@ def test_generate(place, capsys):
     assert run() == text and run("--seed", "1") != text
     loaded = mmx.load(place / "run")
     want = mmx.generate(loaded, ["The state", "Of"], steps=8)
-    assert run("--temperature", "0") == f"The state{want[0]}\nOf{want[1]}\n"
+    assert run("--temperature", "0") == run("--temperature", "0", "--mesh", "ep=2") == f"The state{want[0]}\nOf{want[1]}\n"
 
 
 def test_eval(place, tmp_path, capsys):
@@ -142,6 +142,12 @@ def test_eval(place, tmp_path, capsys):
     assert found["steps"] == 4 and found["train_seconds"] > 0
     assert (tmp_path / "out" / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert all(f"{found[name]:.4f}" in out for name in ("bits_per_byte", "gzip", "xz"))
+    figures = {"as it is": found["bits_per_byte"]}
+    for how in (["--mesh", "edp=2,ep=2"], ["--weights-dtype", "int8"]):
+        assert cli.main(["eval", "--checkpoint", str(place / "run"), "--out", str(tmp_path / how[0]), *how]) == 0
+        figures[how[0]] = json.loads((tmp_path / how[0] / "eval.json").read_text())["bits_per_byte"]
+    assert figures["--mesh"] == pytest.approx(figures["as it is"], abs=1e-5)
+    assert 0 < abs(figures["--weights-dtype"] - figures["as it is"]) < 0.01
 
 
 def test_eval_of_long_contexts(place, tmp_path, capsys, monkeypatch):
@@ -216,6 +222,8 @@ def test_convert_there_and_back(place, capsys, mmx_fails):
     for against, tolerance, code in ((back, "0", 0), (theirs, "0", 0), (theirs, "nan", 1)):
         assert cli.main(["convert", "verify", "--checkpoint", run, "--against", against, "--tolerance", tolerance]) == code
         assert capsys.readouterr().out.startswith("largest logit difference: 0.00e+00 (")
+    assert cli.main(["convert", "verify", "--checkpoint", run, "--against", run, "--weights-dtype", "int8"]) == 0
+    assert 0 < float(capsys.readouterr().out.split()[3]) < 0.1
     assert "not empty" in mmx_fails("convert", "to-hf", "--checkpoint", run, "--out", theirs)
     assert "vocabulary" in mmx_fails("convert", "verify", "--checkpoint", run, "--against", ORACLE)
 
@@ -264,6 +272,11 @@ def test_public_names(place):
     (["eval", "--checkpoint", ORACLE, "--split", "train"], "invalid choice: 'train'"),
     (["convert", "to-hf", "--checkpoint", "nowhere", "--out", "there"], "nowhere is no directory"),
     (["convert", "verify", "--checkpoint", ORACLE, "--against", "nowhere"], "nowhere is no directory"),
+    (["convert", "verify", "--checkpoint", ORACLE, "--against", ORACLE, "--torch", "--weights-dtype", "int8"], "leave --torch"),
+    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--mesh", "etp=2"], "model.heads=5 does not split over mesh.etp=2"),
+    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--mesh", "tp=2"], "'tp=2' is no AXIS=SIZE; axes are slice, edp"),
+    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--mesh", "ep=16"], "experts=8 does not split over mesh.ep=16"),
+    (["eval", "--checkpoint", ORACLE, "--mesh", "edp=16"], "mesh.edp=16 needs 16 devices, but 8 devices are here"),
 ])
 def test_mistakes(arguments, message, tmp_path, monkeypatch, mmx_fails):
     monkeypatch.chdir(tmp_path)

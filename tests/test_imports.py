@@ -23,13 +23,13 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "torch": "checkpoint released",
     "inference": "data model parallel",
     "prefix": "inference parallel",
-    "convert": "checkpoint data inference int8 model released torch",
+    "convert": "checkpoint data inference int8 model parallel released torch",
     "evals": "checkpoint convert data inference loss metrics model",
     "train": "checkpoint convert data evals loss metrics model optim parallel",
     "memory": "", "hugepages": "", "processes": "", "compilers": "", "bench": "compilers kernels layers parallel",
     "aot": "compilers inference model optim parallel train",
     "search": "aot model parallel",
-    "cli": "aot bench checkpoint convert evals hugepages inference memory prefix processes search train",
+    "cli": "aot bench checkpoint convert evals hugepages inference memory prefix parallel processes search train",
 }
 FOREIGN = {     # packages that a part does without
     "dims": ("jax", "flax", "torch"), "config": ("jax", "flax", "torch"), "data": ("jax", "flax", "torch"),
@@ -39,7 +39,7 @@ FOREIGN = {     # packages that a part does without
     "convert": ("flax",), "checkpoint": ("flax",),
 }
 LATER = {       # what a part imports only inside functions
-    "convert": "inference model torch", "evals": "convert",
+    "convert": "inference model parallel torch", "evals": "convert",
     "cli": "aot bench checkpoint convert evals inference memory search train",
 }
 FILES = sorted((ROOT / "mmx").rglob("*.py"))

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx import convert, released
+from mmx import convert, inference, released
 from mmx.inference import forward, generate
 from mmx.loss import loss, router_losses
 from mmx.model import Model, logits
+from mmx.parallel import mesh, sharding
 from mmx.parallel.cache import empty_cache
 
 ORACLES = Path(__file__).parent / "oracles"
@@ -154,6 +155,46 @@ def test_lightning_states_after_the_prompt(case):
 def test_greedy_tokens(case):
     new_BT = generate(case.loaded, case.want["prompt"], steps=32, temperature=0.0)
     np.testing.assert_array_equal(new_BT, case.want["greedy_nocache"])
+
+
+# (of the oracle's prompt, behind so many of its greedy tokens, for so many steps): early ends, late entries, many lengths
+MIX = (0, 0, 32), (1, 0, 3), (0, 5, 20), (1, 17, 15), (0, 31, 1), (1, 1, 9)
+
+
+def check_mix(loaded, want, rows):
+    """The engine's tokens are those that transformers recomputed, in any company."""
+    greedy_BT = want["greedy_nocache"]
+    asked = [inference.Request(np.append(want["prompt"][b], greedy_BT[b, :begin]), steps) for b, begin, steps in MIX]
+    told = [[] for _ in asked]
+    for piece in inference.stream(loaded, asked, rows=rows):
+        told[piece.request].extend(piece.ids_T)
+    assert told == [greedy_BT[b, begin:begin + steps].tolist() for b, begin, steps in MIX]
+
+
+@pytest.mark.parametrize("levels, block, rows", [((32, 16, 8), 8, 2), ((64,), 24, 6)])
+def test_levels_blocks_and_batches_change_no_token(case, levels, block, rows, monkeypatch):
+    monkeypatch.setattr(inference, "LEVELS", levels)
+    monkeypatch.setattr(inference, "BLOCK", block)
+    check_mix(case.loaded, case.want, rows)
+
+
+def test_a_mesh_changes_no_token(monkeypatch):
+    """Parameters and cache are cut over eight devices: rows, time, experts and heads."""
+    monkeypatch.setattr(inference, "LEVELS", (16,))
+    folder = ORACLES / "a_7to1_hf"
+    with mesh.serving(convert.open_source(folder / "ckpt").model, "ep=2,etp=2,seq=2"):
+        loaded = convert.load(folder / "ckpt")
+        parts = [len({str(s.index) for s in w.addressable_shards}) for w in jax.tree.leaves(loaded.params)]
+        assert max(parts) == 8 and np.mean(parts) > 4, parts
+        with np.load(folder / "oracle.npz") as want:
+            check_mix(loaded, want, 4)
+            asked = inference.Request(want["prompt"][0], 32)
+        kept = sharding.cache(empty_cache(loaded.config, 4, 256), jax.sharding.get_mesh())
+        batch = inference.Batch(loaded, 4)
+        batch.enter(0, inference._Row(0, asked, None, loaded.config, behind=False))
+        list(batch.decode())
+        for x, place in zip(jax.tree.leaves(batch.cache), jax.tree.leaves(kept)):
+            assert x.sharding.is_equivalent_to(place, x.ndim), (x.sharding, place)
 
 
 def test_cached_equals_recomputed(case):

@@ -64,11 +64,12 @@ def baselines(documents) -> dict[str, float]:
     return {name: 8 * sum(len(f(raw)) for _, raw in documents) / size for name, f in pack.items()}
 
 
-def evaluate_checkpoint(path, split: str = "validation", source: str | None = None) -> dict:
+def evaluate_checkpoint(path, split: str = "validation", source: str | None = None,
+                        weights_dtype: str | None = None) -> dict:
     """Bits per byte of a checkpoint on held-out text, with the baselines, as `mmx eval` writes them."""
     from mmx import convert  # here, for train imports this module
 
-    loaded, experiment, records = convert.load(path), config.Experiment(), []
+    loaded, experiment, records = convert.load(path, weights_dtype=weights_dtype), config.Experiment(), []
     found = checkpoint.find_step(path)
     if found:
         workdir, step = found

@@ -55,15 +55,16 @@ def find(name: str) -> Suite:
     return SUITES[name]
 
 
-def evaluate_checkpoint(path, name: str, out: Path, **ask) -> dict:
+def evaluate_checkpoint(path, name: str, out: Path, weights_dtype: str | None = None, **ask) -> dict:
     """A suite on a checkpoint, as `mmx eval --suite` runs it; `ask` has the fields of `Ask` but for the tokenizer."""
     find(name)
     from mmx import convert  # here, for train imports this package
 
-    loaded = convert.load(path)
+    loaded = convert.load(path, weights_dtype=weights_dtype)
     tokenizer = tokens.of_checkpoint(loaded.tokenizer, loaded.config.vocab)
     _, step = checkpoint.find_step(path) or (None, None)
-    about = {"checkpoint": str(Path(path).resolve()), "step": step and int(step.name), "tokenizer": loaded.tokenizer}
+    about = {"checkpoint": str(Path(path).resolve()), "step": step and int(step.name), "tokenizer": loaded.tokenizer,
+             "weights_dtype": weights_dtype}
     return run(name, Ask(tokenizer, **ask), reader(loaded), out, about, progress=True)
 
 

@@ -16,6 +16,7 @@ KV_DTYPES = "float32", "bfloat16", "int8"
 PLACES = 256        # a page: rooms of a cache are multiples
 
 
+@functools.partial(jax.jit, static_argnums=range(4))
 def empty_cache(c: config.Model, rows: int, places: int, kv_dtype: str = ""):
     """A cache of no tokens with room for `places` a row. `kv_dtype`: of keys and values; empty: the computation's."""
     L, B, S, H, G, K = c.groups, rows, places, c.heads, c.kv_heads, c.head_dim
@@ -27,8 +28,14 @@ def empty_cache(c: config.Model, rows: int, places: int, kv_dtype: str = ""):
 
     kinds = {"L": lambda: {"state_BHKV": jnp.zeros((L, B, H, K, K), jnp.promote_types(c.dtype, jnp.float32))},
              "S": softmax}
-    return {"length_B": jnp.zeros(rows, jnp.int32),
-            "layers": {f"layer_{i}": kinds[kind]() for i, kind in enumerate(c.pattern)}}
+    return placed({"length_B": jnp.zeros(rows, jnp.int32),
+                   "layers": {f"layer_{i}": kinds[kind]() for i, kind in enumerate(c.pattern)}})
+
+
+def placed(cache):
+    """The cache cut as the table says, on a mesh."""
+    here = sharding.mesh()
+    return cache if here is None else jax.lax.with_sharding_constraint(cache, sharding.cache(cache, here))
 
 
 def kv_dtype(cache) -> str:
@@ -48,7 +55,7 @@ def adopt(cache, b, row):
         at = [0] * x.ndim
         at[_rows(x)] = b
         return jax.lax.dynamic_update_slice(x, new.astype(x.dtype), at)
-    return jax.tree.map(leaf, cache, row)
+    return placed(jax.tree.map(leaf, cache, row))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -56,7 +63,7 @@ def vacate(cache, b):
     """The cache with no tokens in row b. Keys and values behind a row's length are nobody's: they stay."""
     def leaf(path, x):
         return x if "S" in sharding.letters_of(path) else x.at[(slice(None),) * _rows(x) + (b,)].set(0)
-    return jax.tree_util.tree_map_with_path(leaf, cache)
+    return placed(jax.tree_util.tree_map_with_path(leaf, cache))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -67,7 +74,7 @@ def resized(cache, places: int):
         if not axis:
             return x
         return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, (places - n) * (at == axis), 0) for at, n in enumerate(x.shape)])
-    return jax.tree_util.tree_map_with_path(leaf, cache)
+    return placed(jax.tree_util.tree_map_with_path(leaf, cache))
 
 
 def _rows(x) -> int:

@@ -2,13 +2,33 @@
 import dataclasses
 import math
 import os
+import re
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from mmx import config
 from mmx.config import ConfigError, Experiment
 from mmx.parallel import sharding
+
+
+def named(text: str) -> config.Mesh:
+    """Axes by AXIS=SIZE with commas; those not named are 1."""
+    sizes = dict.fromkeys((f.name for f in dataclasses.fields(config.Mesh)), 1)
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise ConfigError(f"--mesh {text!r}: {part!r} is no AXIS=SIZE; axes are {', '.join(sizes)}")
+        sizes[axis] = int(size)
+    found = config.Mesh(**sizes)
+    found.validate()
+    return found
+
+
+def serving(c: config.Model, text: str):
+    """A context of the mesh of `named` axes for inference, where rows and time that do not split are computed everywhere."""
+    return jax.set_mesh(make(Experiment(c, train=None, mesh=named(text))))
 
 
 def make(e: Experiment, processes: int = 1) -> Mesh:
@@ -89,9 +109,10 @@ def _check(e, sizes):
 
 def misfit(e: Experiment, sizes) -> str | None:
     """What of the experiment does not split over the mesh axes."""
-    parts = [("train.batch", e.train.batch, sharding.ROWS), ("train.length", e.train.length, sharding.TIME),
-             ("model.experts", e.model.experts, ("ep",)), ("model.expert_dim", e.model.expert_dim, ("etp",)),
+    parts = [("model.experts", e.model.experts, ("ep",)), ("model.expert_dim", e.model.expert_dim, ("etp",)),
              ("model.heads", e.model.heads, ("etp",))]
+    if e.train:
+        parts = [("train.batch", e.train.batch, sharding.ROWS), ("train.length", e.train.length, sharding.TIME), *parts]
     for name, extent, axes in parts:
         devices = math.prod(sizes[axis] for axis in axes)
         if extent % devices:

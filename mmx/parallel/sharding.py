@@ -125,6 +125,12 @@ def cache(abstract, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
+def placement(letters: str, shape) -> NamedSharding | None:
+    """Where a weight is kept on the mesh in use (jax.set_mesh); None, the default, without one."""
+    here = jax.sharding.get_mesh()
+    return None if here.empty else NamedSharding(here, weight(letters, shape, here))
+
+
 def whole(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
