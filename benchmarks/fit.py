@@ -57,7 +57,7 @@ def experts(N_I, D_I) -> Runs:
 CHINCHILLA, TINY = (1.69, 406.4, 410.7, 0.34, 0.28), (1.2, 8.0, 40.0, 0.25, 0.28)
 BY = {"alpha": 0.34, "beta": 0.28, "N_opt exponent": 28 / 62, "D_opt exponent": 34 / 62}
 BUDGETS, FEW = (6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21, 3e21), (1e18, 1e19, 1e20, 1e21)
-LADDER = grid(np.geomspace(2e6, 3e9, 9), np.geomspace(1e8, 1e11, 24))       # sizes, and places of their training curves
+LADDER = grid(np.geomspace(1e5, 1e10, 21), np.geomspace(1e16, 1e21, 41))     # sizes, and the FLOPs of their training curves
 LARGE = grid(np.geomspace(1e7, 1e10, 20), np.geomspace(1e9, 3e11, 10))
 SMALL = grid(np.geomspace(2.5e4, 4e5, 5), np.geomspace(1e6, 3e7, 5))
 ACTIVE = grid(np.geomspace(4.4e7, 1.2e9, 20), np.geomspace(5e9, 5e11, 10))
@@ -67,7 +67,8 @@ CASES = [
     Case("power", "40 runs, outliers", power(0, 30, 0.05, 40), {"b": 0.05}, kind="outliers"),
     Case("power", "10 runs, with E", power(1.7, 2e3, 0.16, 10), {"b": 0.16}, irreducible=True),
     Case("power", "200 runs, with E", power(1.7, 2e3, 0.16, 200), {"b": 0.16}, irreducible=True),
-    Case("envelope", "9 training curves", surface(FREE, *LADDER), {"b": 0.16 * 0.12 / 0.28}, noise=0.002),
+    Case("envelope", "21 training curves", surface(FREE, LADDER[0], LADDER[1] / (6 * LADDER[0])), {
+        "b": 0.16 * 0.12 / 0.28}, noise=0.002),
     Case("chinchilla", "200 runs", surface(CHINCHILLA, *LARGE), BY),
     Case("chinchilla", "200 runs, uneven", surface(CHINCHILLA, *LARGE), BY, kind="uneven"),
     Case("chinchilla", "200 runs, outliers", surface(CHINCHILLA, *LARGE), BY, kind="outliers"),

@@ -13,8 +13,8 @@
 All but isoflop are sums of powers, log L = logsumexp(u_m - e_k x_k) with features x_k = log C, log N, ... about their means, so
 that 25 k parameters and 1 T tokens are the same problem. L-BFGS goes from the best of a grid of shares and exponents, and
 Gauss-Newton on to the last digit. Resamples draw runs with replacement (isoflop: residuals, within and across budgets) and
-go on from the fit, all at once. A 95 % interval is that of percentiles, its arms stretched by Student's t over the
-normal's quantile, for few runs.
+go on from the fit, all at once. A 95 % interval goes as far to both sides as the further of the 2.5 % and 97.5 %
+percentiles, times Student's t over the normal's quantile, for few runs.
 
 Axes: R resamples, I runs, K powers, M summands (powers and the constant), J parameters (M logarithms of summands at the
 features' means, then K exponents).
@@ -187,7 +187,7 @@ def fit(runs: Runs, law: str, irreducible: bool = False, tolerance: float = 0.2,
     values, draws = (_quantities(law, theta_RJ, mean_K, constant) for theta_RJ in (theta_J[None], draws_RJ))
     held = _held(law, theta_J, bounds, len(x_KI), constant)
     found = {name: _interval(name, values[name][0], draws[name], stretch, held.get(name, "")) for name in values}
-    return Fit(runs, used_I, fitted_I, found, _notes(runs, law), [], tolerance)
+    return Fit(runs, used_I, fitted_I, found, _notes(runs, law, used_I), [], tolerance)
 
 
 def _enough(label, law, x_KI, constant):
@@ -350,20 +350,20 @@ def _stretch(freedom: int) -> float:
 
 
 def _interval(name, value, draws_R, stretch, note="") -> Quantity:
-    """The percentiles of resamples, their distance to the value times `stretch`; of coefficients in logarithms."""
+    """The value, and as far to both sides as the further percentile of resamples, times `stretch`; of coefficients in
+    logarithms. Percentiles alone held the truth of skewed exponents (moe's gamma) in 90 of 100 sets, not 95."""
     lasting_R = draws_R[np.isfinite(draws_R)]
     if len(lasting_R) < len(draws_R):
-        note = note or f"in {1 - len(lasting_R) / len(draws_R):.0%} of resamples there is none"
+        note = note or f"in {1 - len(lasting_R) / len(draws_R):.1%} of resamples there is none"
     if not (len(lasting_R) and math.isfinite(value)):
         return Quantity(float(value), math.nan, math.nan, note or "no optimum: an exponent is not positive")
-    if _exponent(name):
-        low, high = value + stretch * (np.percentile(lasting_R, (2.5, 97.5)) - value)
-        if low <= 0 <= high and not note:
-            note = "the interval holds 0"
-    else:
-        with np.errstate(over="ignore", divide="ignore"):
-            low, high = np.exp(np.log(value) + stretch * (np.percentile(np.log(lasting_R), (2.5, 97.5)) - np.log(value)))
-    return Quantity(float(value), float(low), float(high), note)
+    to, back = (float, float) if _exponent(name) else (math.log, np.exp)
+    arm = stretch * max(abs(to(end) - to(value)) for end in np.percentile(lasting_R, (2.5, 97.5)))
+    with np.errstate(over="ignore"):
+        low, high = float(back(to(value) - arm)), float(back(to(value) + arm))
+    if _exponent(name) and low <= 0 <= high:
+        note = note or "the interval holds 0"
+    return Quantity(float(value), low, high, note)
 
 
 def _held(law, theta_J, bounds, K, constant) -> dict[str, str]:
@@ -377,8 +377,13 @@ def _held(law, theta_J, bounds, K, constant) -> dict[str, str]:
     return told
 
 
-def _notes(runs, law) -> list[str]:
+def _notes(runs, law, used_I) -> list[str]:
     notes = []
+    if law == "envelope" and runs.params is not None:
+        best_I = runs.params[used_I]
+        edge = int(((best_I == runs.params.min()) | (best_I == runs.params.max())).sum())
+        if edge:
+            notes.append(f"at {edge} of {len(best_I)} places of the envelope the best size is the ladder's smallest or largest")
     if law == "chinchilla" and not np.allclose(runs.flops, 6 * runs.params * runs.tokens, rtol=0.05):
         notes.append("FLOPs given are not 6 N D, of which N_opt(C) and D_opt(C) speak")
     return notes
