@@ -502,7 +502,7 @@ def plot(fits: list[Fit], law: str, formula: str, path: Path) -> Path:
     """The fit and its residuals, as a picture at `path`."""
     import matplotlib
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     for number, one in enumerate(fits):
@@ -518,6 +518,8 @@ def plot(fits: list[Fit], law: str, formula: str, path: Path) -> Path:
     right.axhline(0, color="grey", linestyle=":")
     x = "parameters" if law == "isoflop" else "FLOPs"
     left.set(xscale="log", yscale="log", xlabel=x, ylabel="loss", title=formula)
+    for set_formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+        set_formatter(ticker.StrMethodFormatter("{x:g}"))
     right.set(xscale="log", xlabel=x, ylabel="log(loss / fit), %", title="Residuals")
     if any(one.runs.label for one in fits):
         left.legend()
