@@ -266,7 +266,7 @@ def solve(x_KI, y_I, constant: bool, delta: float, bounds) -> np.ndarray:
     parts = np.array_split(starts_RJ, math.ceil(starts_RJ.size * len(y_I) / BLOCK))
     order_R = np.argsort(np.concatenate([_huber(y_I - _summed(part, x_KI)[0], delta) for part in parts]), kind="stable")
     ends_RJ = np.array([optimize.minimize(loss, start_J, jac=True, method="L-BFGS-B", bounds=bounds.T,
-                                          options={"maxiter": 2000, "maxfun": 4000, "ftol": 1e-14, "gtol": 1e-10}).x
+                                          options={"maxiter": 300, "ftol": 1e-14, "gtol": 1e-10}).x
                         for start_J in starts_RJ[order_R[:STARTS]]])
     ends_RJ, left_R = descend(ends_RJ, x_KI, np.broadcast_to(1.0, (len(ends_RJ), len(y_I))), y_I, delta, bounds)
     ends = []
@@ -302,7 +302,7 @@ def descend(theta_RJ, x_KI, weight_RI, y_I, delta: float, bounds, steps: int = 4
         log_RI, share = _summed(theta, x_KI)
         left = _huber(y_I - log_RI, delta, weight)
         better = left < left_R[going]
-        ends = np.where(better, left_R[going] - left < 1e-13 * left_R[going], damp_R[going] > 1e8)
+        ends = np.where(better, left_R[going] - left < 1e-13 * left_R[going] + 1e-24, damp_R[going] > 1e8)
         damp_R[going] = np.where(better, np.maximum(damp_R[going] / 8, 1e-9), damp_R[going] * 8)
         rows = going[better]
         theta_RJ[rows], r_RI[rows], share_RMI[rows], left_R[rows] = (

@@ -8,7 +8,7 @@ from mmx import cli, scaling
 from mmx.scaling import Runs, envelope, fit
 
 RNG = np.random.default_rng(0)
-N_I, D_I = (axis.ravel() for axis in np.meshgrid(np.geomspace(1e7, 1e10, 8), np.geomspace(1e9, 3e11, 8)))
+N_I, D_I = (axis.ravel() for axis in np.meshgrid(np.geomspace(1e7, 1e10, 8), np.geomspace(1e9, 1e12, 8)))
 TINY_N_I, TINY_D_I = N_I / 400, D_I / 1000       # 25 k to 25 M parameters
 
 
@@ -73,17 +73,13 @@ def test_isoflop_finds_the_minima_and_their_lines():
 
 
 def test_intervals_hold_the_truth():
-    """In 40 sets each; benchmarks/fit.py counts 100 of every law."""
-    held = {"power": 0, "chinchilla": 0}
-    C_I = np.geomspace(1e17, 1e21, 12)
-    for seed in range(40):
-        rng = np.random.default_rng(seed)
-        b = fit(Runs("", None, None, C_I, 30 * C_I ** -0.05 * np.exp(0.005 * rng.standard_normal(12))), "power",
-                resamples=200, seed=seed).found["b"]
-        held["power"] += b.low <= 0.05 <= b.high
-        q = fit(chinchilla(N_I, D_I, noise=0.005, seed=seed), "chinchilla", resamples=100, seed=seed).found["alpha"]
-        held["chinchilla"] += q.low <= 0.34 <= q.high and q.high - q.low < 0.06
-    assert min(held.values()) >= 35, held
+    """A straight law, 12 runs each; benchmarks/fit.py counts every law's."""
+    C_I, held = np.geomspace(1e17, 1e21, 12), 0
+    for seed in range(100):
+        noise_I = np.exp(0.005 * np.random.default_rng(seed).standard_normal(12))
+        b = fit(Runs("", None, None, C_I, 30 * C_I ** -0.05 * noise_I), "power", resamples=100, seed=seed).found["b"]
+        held += b.low <= 0.05 <= b.high and b.high - b.low < 0.01
+    assert held >= 88
 
 
 def test_resamples_reach_the_minimum_that_many_starts_find():
