@@ -1,7 +1,7 @@
 """How often the 95 % intervals of `mmx fit` hold the truth, and how long a grid of 200 runs takes.
 
-    python benchmarks/fit.py                        # 100 sets a row, 1,000 resamples: 9 minutes on 2 cores
-    python benchmarks/fit.py --sets 20 --law moe
+    python benchmarks/fit.py                        # 100 sets a row, 1,000 resamples
+    python benchmarks/fit.py --law moe --resamples 200      # 6 minutes
 
 Each set is planted: exact losses of the law times log-normal noise of the same seed's own. `uneven` noise is four times as
 large for small models as for large ones; `outliers` are 3 % of runs, up by a tenth.
