@@ -1,4 +1,4 @@
-"""The command line: `mmx train | generate | eval | convert | config | memory | aot | bench`.
+"""The command line: `mmx train | generate | eval | convert | config | memory | fit | aot | bench`.
 
 A user's mistake is one line on stderr and exit code 2. Heavy modules are imported by the command that needs them.
 """
@@ -33,6 +33,7 @@ examples:
   mmx convert verify --checkpoint run --against run-hf
   mmx config experiments/text_01.py                       parameters, FLOPs, shapes
   mmx memory --config experiments/text_01.py --lengths 8k,1M,4M --chips h20:8
+  mmx fit runs.jsonl --law chinchilla                     scaling laws, with intervals
   mmx aot --config experiments/text_01.py:v5p-512 --topology v5p:8x8x8
   mmx aot --config experiments/text_01.py:v5p-512 --topology v5p:8x8x8 --search    ranks all meshes
   mmx bench kernels --chip v5p,h100                       the kernels, by the TPU's and the GPU's compiler
@@ -41,6 +42,14 @@ PROCESSES = """\
 under SLURM, Open MPI and Kubernetes and on TPU pods they are found; elsewhere give these to each process.
 All see one --workdir. SIGTERM to one saves and ends all at the same step. Exit code 2: they cannot all
 start; 3: one died or left, which the others say within a minute, and the last checkpoint stands."""
+LAWS = """\
+laws:
+  power       L(C) = a C^-b
+  envelope    the same, over the best run of each compute that no cheaper one beats
+  chinchilla  L(N, D) = E + A / N^alpha + B / D^beta, N_opt(C), D_opt(C)
+  isoflop     N_opt(C), D_opt(C) through the minima of parabolas, one a compute budget
+  moe         L(P, T|E) = d + a P^alpha + b T^beta + c (P T)^gamma
+FLOPs that are absent are 6 params tokens, tokens that are absent FLOPs / (6 params); it is said."""
 SUITES = """\
 SUITE.jsonl has a line an example, SUITE.json and SUITE.png the table. Run again, it goes on where it was."""
 CHECKPOINT = "a workdir (its latest step), one of its checkpoints/STEP, or a Hugging Face directory"
@@ -212,6 +221,22 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default=".", metavar="DIR", help="memory.png goes here (default .)")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
+    sub = command("fit", fit, "Scaling laws of runs, with bootstrap intervals, a table and a plot.", epilog=LAWS)
+    sub.add_argument("file", metavar="FILE", help="runs.jsonl, a JSON object a run, or a CSV with a header")
+    sub.add_argument("--law", required=True, choices=["power", "envelope", "chinchilla", "isoflop", "moe"])
+    for role, what in (("params", "parameters (moe: activated)"), ("tokens", "training tokens"), ("flops", "training FLOPs"),
+                       ("loss", "final loss")):
+        sub.add_argument(f"--{role}", metavar="COL", help=f"the column of {what} (default {role}, where there is one)")
+    sub.add_argument("--by", action="append", default=[], metavar="COL",
+                     help="fit runs apart by this column; several times (default arch; moe: and experts; where there are)")
+    sub.add_argument("--irreducible", action="store_true", help="power, envelope: a constant, L(C) = E + a C^-b")
+    sub.add_argument("--tolerance", type=float, default=0.2, metavar="SHARE",
+                     help="envelope, isoflop: FLOPs that differ by less are one budget (default %(default)s)")
+    sub.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="resamples (default %(default)s)")
+    sub.add_argument("--seed", type=int, default=0, help="same seed, same intervals (default 0)")
+    sub.add_argument("--out", default=".", metavar="DIR", help="fit.png, the fit and its residuals, goes here (default .)")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
     sub = command("aot", aot, "Compile for a pod that is not here: whether it fits, what it exchanges and computes.",
                   True, epilog=overrides)
     sub.add_argument("--config", required=True, metavar="FILE", help="experiment file, such as experiments/text_01.py")
@@ -273,6 +298,19 @@ def memory(args):
         print(json.dumps(found, indent=1))
         return
     memory.show(found, args.config)
+    print(f"plot: {plot}")
+
+
+def fit(args):
+    from mmx import scaling
+
+    found, plot = scaling.run(
+        args.file, args.law, {role: getattr(args, role) for role in scaling.ROLES}, args.by, Path(args.out) / "fit.png",
+        irreducible=args.irreducible, tolerance=args.tolerance, resamples=args.bootstrap, seed=args.seed)
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    scaling.show(found)
     print(f"plot: {plot}")
 
 

@@ -26,21 +26,22 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "convert": "checkpoint data inference int8 model parallel released torch",
     "evals": "checkpoint convert data inference loss metrics model",
     "train": "checkpoint convert data evals loss metrics model optim parallel",
-    "memory": "", "hugepages": "", "processes": "", "compilers": "", "bench": "compilers kernels layers parallel",
+    "memory": "", "scaling": "", "hugepages": "", "processes": "", "compilers": "",
+    "bench": "compilers kernels layers parallel",
     "aot": "compilers inference model optim parallel train",
     "search": "aot model parallel",
-    "cli": "aot bench checkpoint convert evals hugepages inference memory prefix parallel processes search train",
+    "cli": "aot bench checkpoint convert evals hugepages inference memory prefix parallel processes scaling search train",
 }
 FOREIGN = {     # packages that a part does without
     "dims": ("jax", "flax", "torch"), "config": ("jax", "flax", "torch"), "data": ("jax", "flax", "torch"),
     "released": ("jax", "flax", "torch"), "cli": ("jax", "flax", "torch"),
-    "memory": ("jax", "flax", "torch"),
+    "memory": ("jax", "flax", "torch"), "scaling": ("jax", "flax", "torch", "pandas", "sklearn"),
     "kernels": ("flax", "ml_collections", "torch"), "parallel": ("flax", "ml_collections", "torch"),
     "convert": ("flax",), "checkpoint": ("flax",),
 }
 LATER = {       # what a part imports only inside functions
     "convert": "inference model parallel torch", "evals": "convert",
-    "cli": "aot bench checkpoint convert evals inference memory search train",
+    "cli": "aot bench checkpoint convert evals inference memory scaling search train",
 }
 FILES = sorted((ROOT / "mmx").rglob("*.py"))
 
@@ -97,6 +98,7 @@ def test_experiments_import_config_only(path):
 @pytest.mark.parametrize("modules, without", [
     ("mmx, mmx.cli, mmx.config, mmx.released", ("jax", "flax", "orbax", "grain", "torch", "matplotlib")),
     ("mmx.data.pipeline", ("flax", "transformers")),
+    ("mmx.scaling", ("jax", "flax", "torch", "matplotlib", "pandas")),
     ("mmx.train, mmx.inference, mmx.convert, mmx.evals.compression", ("transformers", "matplotlib")),
 ])
 def test_heavy_packages_come_when_needed(modules, without):
