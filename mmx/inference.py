@@ -127,6 +127,23 @@ def read(loaded, prompt, *, prefix: Prefix | None = None, kv_dtype: str = "", pr
     return Prefix(caches.resized(batch.cache, length - 1), int(batch.token_B[0]), length)
 
 
+def score(loaded, ids_T, next_T):
+    """(nats_T, best_T): what each next id costs behind those before it, float32, and the likeliest ids.
+
+    A prompt is read in chunks, so that only a chunk's logits are there at a time.
+    """
+    ids_T, sizes, told, at = _ids(loaded.config, np.asarray(ids_T)[None])[0], pieces(len(ids_T)), [], 0
+    cache = caches.empty_cache(loaded.config, 1, -(-sum(sizes) // caches.PLACES) * caches.PLACES)
+    for size in sizes:
+        ids_1T, next_1T, mask_1T = (np.zeros((1, size), np.int32) for _ in range(3))
+        real = min(size, len(ids_T) - at)
+        ids_1T[0, :real], next_1T[0, :real], mask_1T[0, :real] = ids_T[at:at + real], next_T[at:at + real], 1
+        *both, cache = _score(loaded.model, loaded.params, ids_1T, next_1T, mask_1T, cache)
+        told.append([x_1T[0, :real] for x_1T in jax.device_get(both)])
+        at += real
+    return tuple(np.concatenate(part) for part in zip(*told))
+
+
 def sample(model: Model, params, tokenizer, prompt: str, steps: int = 200) -> str:
     """A text drawn from a model in training, for its log."""
     row = _Row(0, Request(prompt, steps, temperature=0.8, top_p=0.95), lambda: tokenizer, model.config, behind=False)
@@ -281,6 +298,14 @@ def decode_step(model: Model, params, token_B, cache, live_B=None):
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _read(model: Model, params, tokens_1T, mask_1T, cache, b):
     return caches.adopt(cache, b, prefill(model, params, tokens_1T, mask_1T, caches.row(cache, b)))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
+def _score(model: Model, params, ids_BT, next_BT, mask_BT, cache):
+    x_BTD, cache, _ = model.apply({"params": params}, ids_BT, mask_BT, cache=cache)
+    logits_BTW = logits(params, x_BTD)
+    own_BT = jnp.take_along_axis(logits_BTW, next_BT[..., None], axis=2)[..., 0]
+    return jax.nn.logsumexp(logits_BTW, axis=2) - own_BT, jnp.argmax(logits_BTW, axis=2), cache
 
 
 @functools.partial(jax.jit, static_argnums=(0, 9), donate_argnums=5)

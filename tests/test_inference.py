@@ -153,6 +153,15 @@ def test_log_probabilities_are_the_models(loaded):
     np.testing.assert_allclose(logprobs_T, whole_BTW[0, 19 + np.arange(9), ids_T], atol=1e-5)
 
 
+def test_what_the_next_ids_cost(loaded):
+    """Chunk by chunk, the last one padded, as by the logits of the whole."""
+    ids_T = ids(1, 61)[0]
+    nats_T, best_T = inference.score(loaded, ids_T[:-1], ids_T[1:])
+    logp_TW = jax.nn.log_softmax(mmx.forward(loaded, ids_T[None, :-1]))[0]
+    np.testing.assert_allclose(nats_T, -logp_TW[np.arange(60), ids_T[1:]], atol=1e-5)
+    np.testing.assert_array_equal(best_T, np.argmax(logp_TW, axis=1))
+
+
 @pytest.mark.parametrize("count, sizes", [(0, []), (1, [32]), (32, [32]), (70, [64, 32]), (300, [256, 64]),
                                           (4321, [2048, 2048, 256]), (4300, [2048, 2048, 128, 64, 32])])
 def test_levels_leave_less_than_the_least_to_padding(count, sizes, monkeypatch):

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 from tqdm.auto import tqdm
@@ -37,16 +35,9 @@ def reader(loaded) -> Reader:
         return inference.generate(loaded, [prompt], steps=steps, stop=stop)[0]
 
     def read(ids_T, next_T):
-        logits_TW = inference.forward(loaded, ids_T[None])[0]
-        return tuple(np.asarray(x) for x in _told(logits_TW, jnp.maximum(next_T, 0)))
+        return inference.score(loaded, ids_T, np.maximum(next_T, 0))
 
     return Reader(write, read)
-
-
-@jax.jit
-def _told(logits_TW, next_T):
-    nats_T = jax.nn.logsumexp(logits_TW, axis=1) - jnp.take_along_axis(logits_TW, next_T[:, None], axis=1)[:, 0]
-    return nats_T, jnp.argmax(logits_TW, axis=1)
 
 
 def find(name: str) -> Suite:
