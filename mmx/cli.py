@@ -134,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     overrides = "Any key of the experiment can be set behind it: --config.train.steps=200 --config.model.pattern=LLS"
     sub = command("train", train, "Train an experiment, or go on with it.", True, epilog=overrides)
     sub.add_argument("--config", required=True, metavar="FILE",
-                     help="experiment file, such as experiments/tiny.py; FILE.py:ARG hands get_config an argument")
+                     help="experiment file, such as experiments/tiny.py; FILE.py:A,B hands get_config arguments")
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl and TensorBoard go here")
     group = sub.add_argument_group("several processes", PROCESSES)
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is, and a port that is free there")
@@ -269,7 +269,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_experiment(path: str, overrides: list[str]) -> config.Experiment:
-    """The experiment of FILE.py, or FILE.py:ARGUMENT for its get_config, with `--config.key=value` overrides."""
+    """The experiment of FILE.py, or FILE.py:A,B with arguments of its get_config, with `--config.key=value` overrides."""
     kinds = _kinds()
     for override in overrides:
         key = re.match(r"--config\.([\w.]*)", override)
@@ -340,7 +340,7 @@ def _get_config(path: str):
         names = sorted(str(p) for p in folder.glob("*.py"))
         raise ConfigError(f"no experiment file {file}" + (config.nearest(file, names) if names else ""))
     try:
-        found = runpy.run_path(file)["get_config"](*([] if argument is None else [argument]))
+        found = runpy.run_path(file)["get_config"](*([] if argument is None else argument.split(",")))
     except ConfigError as error:        # of the argument
         raise ConfigError(f"{file}: {error}") from None
     except Exception as error:
@@ -503,7 +503,8 @@ def show_config(args):
     figures = {
         "params_total": m.params_total, "params_active": m.params_active, "params_active_all": m.params_active_all,
         "flops_per_token": m.flops_training(t.length), "flops_per_token_forward": m.flops_forward(t.length),
-        "flops_per_token_forward_context": m.flops_forward(m.context), "checkpoint_tensors": m.checkpoint_tensors,
+        "flops_per_token_forward_context": m.flops_forward(m.context),
+        "flops_per_token_companion": m.flops_companion(t.length), "checkpoint_tensors": m.checkpoint_tensors,
         "tokens_per_step": [[seen, count * t.batch * t.length] for seen, count in t.ramp or ((0, 1),)]}
     if args.json:
         print(json.dumps(figures, indent=1))
@@ -525,8 +526,9 @@ def show_config(args):
             ("checkpoint tensors", f"{m.checkpoint_tensors:,}"),
             None,
             *((f"FLOPs a token, {name}", f"{flops(length):.4g} at {length:,} tokens") for name, flops, length in (
-                ("training", m.flops_training, t.length), ("forward", m.flops_forward, t.length),
-                ("forward", m.flops_forward, m.context))),
+                ("training", m.flops_training, t.length),
+                ("training, as the companion paper counts", m.flops_companion, t.length),
+                ("forward", m.flops_forward, t.length), ("forward", m.flops_forward, m.context))),
             *(("tokens a step", f"{size:,}" + f" from {seen:,}" * (seen > 0)) for seen, size in figures["tokens_per_step"]),
             ("micro-batch", f"{t.batch:,} x {t.length:,} tokens"),
             ("mesh", ", ".join(f"{axis} {size}" for axis, size in vars(e.mesh).items()))):
