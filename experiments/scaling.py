@@ -6,7 +6,7 @@ from mmx.config import ConfigError, default
 
 PATTERNS = {"softmax": "S", "lightning": "L", "hybrid": "LLLLLLLS"}
 SIZES = {"25k": 16, "50k": 24, "100k": 32, "200k": 48, "400k": 64}       # width, at 8 layers and heads of 8 dims
-BUDGETS = (2 ** 17, 2 ** 18, 2 ** 19)       # tokens
+BUDGETS = (2 ** 16, 2 ** 17, 2 ** 18, 2 ** 19)     # tokens
 LENGTH, BATCH = 256, 4
 
 
@@ -23,8 +23,7 @@ def get_config(arch="hybrid", size="100k", tokens=BUDGETS[-1]):
     model.init, model.embed_std = "fan_in", 1.0         # as tiny.py: better than Xavier at this size
     train.batch, train.length = BATCH, LENGTH
     train.steps = int(tokens) // (BATCH * LENGTH)
-    train.lr, train.warmup, train.decay = 1e-2, 20, 0.3
-    train.eval_bytes = 131_072                          # of the validation text: three files and a part of a fourth
+    train.lr, train.warmup, train.decay = 1e-2, train.steps // 10, 0.3
     train.tensorboard = False
     config.mesh.edp = 1
     return config

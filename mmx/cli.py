@@ -53,9 +53,9 @@ laws:
   moe         L(P, T|E) = d + a P^alpha + b T^beta + c (P T)^gamma
 FLOPs that are absent are 6 params tokens, tokens that are absent FLOPs / (6 params); it is said."""
 GRID = """\
-FILE has sweep() beside get_config(): a dict of values by key, whose product is the grid, or a list of dicts, a run each.
-A key with a dot is a config key (train.lr), one without an argument of get_config. DIR/runs.jsonl gets a row a run.
-Run again, it goes on where it was, after any kill: no finished run is repeated."""
+FILE has sweep() beside get_config(): a dict of values by key, whose product is the grid, or a list of dicts,
+a run each. A key with a dot is a config key (train.lr), one without an argument of get_config. DIR/runs.jsonl
+gets a row a run. Run again, it goes on where it was, after any kill: no finished run is repeated."""
 SUITES = """\
 SUITE.jsonl has a line an example, SUITE.json and SUITE.png the table. Run again, it goes on where it was."""
 CHECKPOINT = "a workdir (its latest step), one of its checkpoints/STEP, or a Hugging Face directory"

@@ -3,7 +3,7 @@
 A cell of the grid is an experiment with the keys that made it. Its run is `mmx.train` on DIR/runs/NAME, so that it goes on by
 its own checkpoints; what it found is DIR/runs/NAME/row.json, which exists whole or not at all. DIR/runs.jsonl is made anew
 from those, and from what it held, after each run: no moment of a kill can lose a row or double one. The process that trains
-holds NAME/lock: a second one, of a sweep that was killed and started again, leaves the run to it.
+holds NAME/lock (by flock): a second one, of a sweep that was killed and started again, leaves the run to it.
 """
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ import submitit
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 
 import mmx
 from mmx import metrics, optim
@@ -377,7 +377,8 @@ def run(cells: list[Cell], out: str | Path, *, kind: str = "local", jobs: int | 
         if todo:
             start = functools.partial(_wait, pool) if kind != "slurm" else None
             here = [rows[cell.name] for cell in cells if cell.name in rows]
-            known = estimate(todo, here, start, out, flops_per_s)
+            with console.status("measuring how fast a run is"):
+                known = estimate(todo, here, start, out, flops_per_s)
             expected = known and sum(map(known.seconds, todo)) / 3600 / min(jobs, len(todo))
             console.print(show_plan(cells, todo, known, expected, jobs), soft_wrap=True)
             if hours is not None and (expected is None or expected > hours):
@@ -423,11 +424,13 @@ def _loop(todo: list[Cell], out: Path, pool, jobs: int, retries: int, console: C
     board = Board(out, todo, {cell.name: "waiting" for cell in todo})
     states, left, under_way, failed = board.states, list(todo), {}, {}
     tries = dict.fromkeys(states, 0)
+    say = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
 
     def ended(cell, kind, words):
-        if kind == DONE:
+        if kind == DONE or (folder(cell) / "row.json").exists():        # it may have been killed behind its row
+            kind = DONE
             row = collect(out)[cell.name]
-            console.print(f"done: {cell.name}, loss {row['loss']:.4f}, {row['seconds']:.0f} s", soft_wrap=True)
+            say(f"done: {cell.name}, loss {row['loss']:.4f}, {row['seconds']:.0f} s")
         elif kind == STOPPED and isinstance(pool, Inline):      # it had the signal that was meant for the sweep
             raise KeyboardInterrupt
         elif os.strerror(errno.ENOSPC) in words:
@@ -435,23 +438,20 @@ def _loop(todo: list[Cell], out: Path, pool, jobs: int, retries: int, console: C
         elif kind in (HELD, STOPPED) or (kind == FAILED and tries[cell.name] < retries):
             left.append(cell)
             tries[cell.name] += kind == FAILED
-            console.print(f"{'again' * (kind == FAILED) or 'waits'}: {cell.name}, {words}", soft_wrap=True, markup=False)
+            say(f"{'again' if kind == FAILED else 'waits'}: {cell.name}, {words}")
             kind = "waiting"
         else:
             failed[cell.name] = words
-            console.print(f"failed: {cell.name}, {words}", soft_wrap=True)
+            say(f"failed: {cell.name}, {words}")
         states[cell.name] = kind
 
     with _stopped_by_sigterm(), Live(get_renderable=lambda: board, console=console, refresh_per_second=1, transient=True,
                                      redirect_stdout=False, redirect_stderr=False):
         try:
             while left or under_way:
-                for cell in list(left):
-                    held = _held(folder(cell) / "lock")
-                    states[cell.name] = "elsewhere" if held else "waiting"
-                    others = list(states.values()).count("elsewhere")
-                    if held or len(under_way) + others >= jobs:
-                        continue
+                states |= {cell.name: "elsewhere" if _held(folder(cell) / "lock") else "waiting" for cell in left}
+                free = jobs - len(under_way) - list(states.values()).count("elsewhere")
+                for cell in [cell for cell in left if states[cell.name] == "waiting"][:max(free, 0)]:
                     left.remove(cell)
                     states[cell.name] = "running"
                     under_way[cell.name] = cell, _submit(pool, attempt, cell, folder(cell))
@@ -459,7 +459,7 @@ def _loop(todo: list[Cell], out: Path, pool, jobs: int, retries: int, console: C
                     if job.done():
                         del under_way[cell.name]
                         ended(cell, *_outcome(job))
-                time.sleep(0.0 if isinstance(pool, Inline) else 0.2)
+                time.sleep(0.2)
         except BaseException:
             _stop([job for _, job in under_way.values()])
             raise
@@ -469,7 +469,10 @@ def _loop(todo: list[Cell], out: Path, pool, jobs: int, retries: int, console: C
 @contextlib.contextmanager
 def _stopped_by_sigterm():
     """SIGTERM ends the sweep as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
@@ -489,8 +492,9 @@ def _stop(jobs: list) -> None:
 
 def show(rows: list[dict], title: str) -> Table:
     """What runs found, a line each."""
-    table = Table("run", *(f"{name}" for name in ("parameters", "tokens", "FLOPs", "training loss", "loss", "bits/byte", "s")),
-                  title=title, caption="losses in nats a token; loss and bits/byte on held-out text")
+    names = ("parameters", "tokens", "FLOPs", "training loss", "loss", "bits/byte", "s")
+    table = Table(Column("run", overflow="fold"), *names, title=title,
+                  caption="losses in nats a token; loss and bits/byte on held-out text")
     for row in rows:
         table.add_row(row["name"], f"{row['params']:,}", f"{row['tokens']:,}", f"{row['flops']:.3g}",
                       f"{row['train_loss']:.4f}", f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}", f"{row['seconds']:,.0f}")
