@@ -63,7 +63,7 @@ def trained(monkeypatch):
             raise act
         lines = [{"step": step, "loss": 3.0 - step / steps, "tokens_per_s": 1.0, "flops_per_s": 1e9}
                  for step in range(1, steps + 1)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return {"step": steps, "new": steps, "seconds": 2.0, "stopped": 0, "process": 0}
     monkeypatch.setattr(train, "run", run)
     monkeypatch.setattr(compression, "measure", lambda folder, limit: {"bits_per_byte": 3.0, "nats_per_token": 2.0})
@@ -165,13 +165,13 @@ def test_a_full_disk_is_one_line_and_goes_on_later(place, trained, tmp_path, cap
     ('{"width": [1]}', [], "unexpected keyword argument 'width'"),
     ('{"train.seconds": [9.0]}', [], "train.seconds=9 leaves open what a run computes"),
     ('{"data.sources": [("nowhere.txt",)]}', [], "no file or folder 'nowhere.txt'"),
-    ('{"model.vocab": [264, 100]}', [], "cell 2 of 2 (model.vocab=100): the tokenizer's ids reach 258"),
+    ('{"model.vocab": [264, 100]}', [], "cell 2 of 2 (model.vocab=100): the tokenizer's ids reach 263"),
     ('{"train.seed": [0, 1]}', ["--config.train.seed=3"], "cell 2 of 2 (train.seed=1) is the same run as cell 1"),
     ('{"train.seed": 3}', [], "sweep(): 'train.seed' needs a list of values, got 3"),
     ("[]", [], "sweep() must return a dict of lists"),
     (GRID, ["--executor", "slurm"], "this is no SLURM cluster; --executor local runs processes"),
     (GRID, ["--slurm", "partition=gpu"], "--slurm partition=gpu needs --executor slurm"),
-    (GRID, ["--rate", "1e3", "--hours", "0.5"], "the 3 runs need 4.61 hours (as --rate says), --hours 0.5 is less"),
+    (GRID, ["--rate", "1e3", "--hours", "0.5"], "the 3 runs need 1.73 hours (as --rate says), --hours 0.5 is less"),
     (GRID, ["--jobs", "0"], "--jobs 0 is out of range"),
     (GRID, ["--jobs", "2"], "--jobs 2 needs processes: --executor local"),
 ])
