@@ -29,8 +29,8 @@ STAGES = {      # P Table 6: tokens a row, RoPE base, tokens in all, % of short,
 STEP = 2 ** 27      # tokens a step, P 4.2: at the end of pre-training; ours: in the stages after it
 
 
-def get_config(argument=""):
-    pod, stage = read(argument)
+def get_config(*words):
+    pod, stage = read(words)
     config = default()
     model, train, data, mesh = config.model, config.train, config.data, config.mesh
 
@@ -109,10 +109,10 @@ def lengthen(config, stage):
     return config
 
 
-def read(argument):
-    """The pod and the stage of "v5p-512,1m": either may be left out."""
+def read(words):
+    """The pod and the stage among ("v5p-512", "1m"): either may be left out."""
     chosen = {"pod": "v5p-2048", "stage": "8k"}
-    for word in filter(None, argument.split(",")):
+    for word in filter(None, words):
         kind = "pod" if word in PODS else "stage" if word in ("8k", *STAGES) else None
         if not kind:
             raise ConfigError(f"{word!r} is no pod ({', '.join(PODS)}) and no stage (8k, {', '.join(STAGES)})")

@@ -1,8 +1,9 @@
-"""The command line: `mmx train | generate | eval | convert | config | memory | fit | aot | bench`.
+"""The command line: `mmx train | generate | eval | convert | config | memory | sweep | fit | aot | bench`.
 
 A user's mistake is one line on stderr and exit code 2. Heavy modules are imported by the command that needs them.
 """
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -33,6 +34,7 @@ examples:
   mmx convert verify --checkpoint run --against run-hf
   mmx config experiments/text_01.py                       parameters, FLOPs, shapes
   mmx memory --config experiments/text_01.py --lengths 8k,1M,4M --chips h20:8
+  mmx sweep --config experiments/scaling.py --out scaling            a grid of runs, resumed, one row each
   mmx fit runs.jsonl --law chinchilla                     scaling laws, with intervals
   mmx aot --config experiments/text_01.py:v5p-512 --topology v5p:8x8x8
   mmx aot --config experiments/text_01.py:v5p-512 --topology v5p:8x8x8 --search    ranks all meshes
@@ -50,6 +52,10 @@ laws:
   isoflop     N_opt(C), D_opt(C) through the minima of parabolas, one a compute budget
   moe         L(P, T|E) = d + a P^alpha + b T^beta + c (P T)^gamma
 FLOPs that are absent are 6 params tokens, tokens that are absent FLOPs / (6 params); it is said."""
+GRID = """\
+FILE has sweep() beside get_config(): a dict of values by key, whose product is the grid, or a list of dicts,
+a run each. A key with a dot is a config key (train.lr), one without an argument of get_config. DIR/runs.jsonl
+gets a row a run. Run again, it goes on where it was, after any kill: no finished run is repeated."""
 SUITES = """\
 SUITE.jsonl has a line an example, SUITE.json and SUITE.png the table. Run again, it goes on where it was."""
 CHECKPOINT = "a workdir (its latest step), one of its checkpoints/STEP, or a Hugging Face directory"
@@ -134,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     overrides = "Any key of the experiment can be set behind it: --config.train.steps=200 --config.model.pattern=LLS"
     sub = command("train", train, "Train an experiment, or go on with it.", True, epilog=overrides)
     sub.add_argument("--config", required=True, metavar="FILE",
-                     help="experiment file, such as experiments/tiny.py; FILE.py:ARG hands get_config an argument")
+                     help="experiment file, such as experiments/tiny.py; FILE.py:A,B hands get_config arguments")
     sub.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics.jsonl and TensorBoard go here")
     group = sub.add_argument_group("several processes", PROCESSES)
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 is, and a port that is free there")
@@ -237,6 +243,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", default=".", metavar="DIR", help="fit.png, the fit and its residuals, goes here (default .)")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
+    sub = command("sweep", sweep, "Plan a grid of runs, run what is not done, one row each.", True,
+                  epilog=f"{GRID}\n{overrides}")
+    sub.add_argument("--config", required=True, metavar="FILE", help="experiment file with sweep(), as experiments/scaling.py")
+    sub.add_argument("--out", required=True, metavar="DIR", help="runs.jsonl, runs/NAME (workdirs) and jobs/ (logs) go here")
+    sub.add_argument("--executor", choices=["inline", "local", "slurm"], default="local",
+                     help="runs in this process, in processes of their own (default) or as jobs of a cluster")
+    sub.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: local 1, slurm 64)")
+    sub.add_argument("--slurm", default="", metavar="KEY=VALUE", help="with commas, as sbatch names them: "
+                     "partition=gpu,gpus_per_node=8,time=600 (minutes; default 1440)")
+    sub.add_argument("--retries", type=int, default=1, metavar="N", help="of a run that failed (default 1)")
+    sub.add_argument("--hours", type=float, metavar="H", help="refuse to start what is expected to take longer")
+    sub.add_argument("--rate", type=float, metavar="FLOPS", help="a run's FLOPs a second (default: that of runs in DIR, or "
+                     "measured before the first; on a cluster not measured)")
+
     sub = command("aot", aot, "Compile for a pod that is not here: whether it fits, what it exchanges and computes.",
                   True, epilog=overrides)
     sub.add_argument("--config", required=True, metavar="FILE", help="experiment file, such as experiments/text_01.py")
@@ -269,7 +289,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_experiment(path: str, overrides: list[str]) -> config.Experiment:
-    """The experiment of FILE.py, or FILE.py:ARGUMENT for its get_config, with `--config.key=value` overrides."""
+    """The experiment of FILE.py, or FILE.py:A,B with arguments of its get_config, with `--config.key=value` overrides."""
+    return _override(_get_config(path), overrides)
+
+
+def _override(found: ConfigDict, overrides: list[str]) -> config.Experiment:
     kinds = _kinds()
     for override in overrides:
         key = re.match(r"--config\.([\w.]*)", override)
@@ -278,7 +302,7 @@ def read_experiment(path: str, overrides: list[str]) -> config.Experiment:
     values = flags.FlagValues()
     arguments = ["mmx", *overrides]
     try:
-        config_flags.DEFINE_config_dict("config", _get_config(path), flag_values=values, sys_argv=arguments)
+        config_flags.DEFINE_config_dict("config", found, flag_values=values, sys_argv=arguments)
         left = values(arguments)[1:]
     except flags.Error as error:
         wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error))
@@ -332,24 +356,74 @@ def bench_kernels(args):
     return bench.kernels(args.chip, args.json, args.live, args.lengths, args.out)
 
 
-def _get_config(path: str):
-    """What an experiment file returns; a mistake in it is told with its line."""
-    file, argument = re.fullmatch(r"(.*?)(?:(?<=\.py):(.*))?", path).groups()
+def _get_config(path: str) -> ConfigDict:
+    """What an experiment file's get_config returns for FILE.py, or for the arguments of FILE.py:A,B."""
+    file, arguments = re.fullmatch(r"(.*?)(?:(?<=\.py):(.*))?", path).groups()
+    return _called(file, _run_file(file), "get_config", *([] if arguments is None else arguments.split(",")))
+
+
+def _run_file(file: str) -> dict:
+    """The names of an experiment file."""
     if not Path(file).is_file():
         folder = Path(file) if Path(file).is_dir() else Path(file).parent
         names = sorted(str(p) for p in folder.glob("*.py"))
         raise ConfigError(f"no experiment file {file}" + (config.nearest(file, names) if names else ""))
+    with _mistakes_told(file):
+        return runpy.run_path(file)
+
+
+def _called(file: str, names: dict, function: str, *arguments, **keys):
+    """What a function of an experiment file returns: get_config a ConfigDict."""
+    with _mistakes_told(file):
+        found = names[function](*arguments, **keys)
+    if function == "get_config" and not isinstance(found, ConfigDict):
+        raise ConfigError(f"{file}: get_config() must return a ConfigDict, got {type(found).__name__}")
+    return found
+
+
+@contextlib.contextmanager
+def _mistakes_told(file: str):
+    """A mistake in an experiment file, with its line."""
     try:
-        found = runpy.run_path(file)["get_config"](*([] if argument is None else [argument]))
-    except ConfigError as error:        # of the argument
+        yield
+    except ConfigError as error:        # of an argument
         raise ConfigError(f"{file}: {error}") from None
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
         raise ConfigError(f"{file}:{line}: {type(error).__name__}: {error}") from None
-    if not isinstance(found, ConfigDict):
-        raise ConfigError(f"{file}: get_config() must return a ConfigDict, got {type(found).__name__}")
-    return found
+
+
+def sweep(args):
+    for name, least in (("jobs", 1), ("retries", 0), ("hours", 0), ("rate", 1)):
+        if (value := getattr(args, name)) is not None and not value >= least:
+            raise ConfigError(f"--{name} {value} is out of range: it is {least} or more")
+    if args.executor == "inline" and (args.jobs or 1) > 1:
+        raise ConfigError(f"--jobs {args.jobs} needs processes: --executor local")
+    names = _run_file(args.config)
+    if "sweep" not in names:
+        raise ConfigError(f"{args.config} has no sweep(): it returns a dict of values by key, or a list of dicts, a run each")
+    grid = _called(args.config, names, "sweep")
+
+    def make(keys):
+        found = _called(args.config, names, "get_config", **{k: v for k, v in keys.items() if "." not in k})
+        for key, value in keys.items():
+            if "." in key and key not in _kinds():
+                raise ConfigError(f"unknown config key {key}{config.nearest(key, _kinds())}")
+            if "." in key:
+                section, _, name = key.partition(".")
+                with found[section].ignore_type():      # build says what is wrong with a value
+                    found[section][name] = value
+        return _override(found, args.overrides)
+
+    from mmx import sweep
+
+    failed = sweep.run(sweep.cells(grid, make), args.out, kind=args.executor, jobs=args.jobs, retries=args.retries,
+                       hours=args.hours, flops_per_s=args.rate, slurm=args.slurm, title=args.config)
+    print(f"written: {Path(args.out) / 'runs.jsonl'}; tensorboard --logdir {Path(args.out) / 'runs'}")
+    if failed:
+        name, words = next(iter(failed.items()))
+        return _fail(f"{len(failed)} run{'s' * (len(failed) > 1)} failed, the same command tries again: {name}, {words}", 1)
 
 
 def train(args):
@@ -503,7 +577,8 @@ def show_config(args):
     figures = {
         "params_total": m.params_total, "params_active": m.params_active, "params_active_all": m.params_active_all,
         "flops_per_token": m.flops_training(t.length), "flops_per_token_forward": m.flops_forward(t.length),
-        "flops_per_token_forward_context": m.flops_forward(m.context), "checkpoint_tensors": m.checkpoint_tensors,
+        "flops_per_token_forward_context": m.flops_forward(m.context),
+        "flops_per_token_companion": m.flops_companion(t.length), "checkpoint_tensors": m.checkpoint_tensors,
         "tokens_per_step": [[seen, count * t.batch * t.length] for seen, count in t.ramp or ((0, 1),)]}
     if args.json:
         print(json.dumps(figures, indent=1))
@@ -525,8 +600,9 @@ def show_config(args):
             ("checkpoint tensors", f"{m.checkpoint_tensors:,}"),
             None,
             *((f"FLOPs a token, {name}", f"{flops(length):.4g} at {length:,} tokens") for name, flops, length in (
-                ("training", m.flops_training, t.length), ("forward", m.flops_forward, t.length),
-                ("forward", m.flops_forward, m.context))),
+                ("training", m.flops_training, t.length),
+                ("training, as the companion paper counts", m.flops_companion, t.length),
+                ("forward", m.flops_forward, t.length), ("forward", m.flops_forward, m.context))),
             *(("tokens a step", f"{size:,}" + f" from {seen:,}" * (seen > 0)) for seen, size in figures["tokens_per_step"]),
             ("micro-batch", f"{t.batch:,} x {t.length:,} tokens"),
             ("mesh", ", ".join(f"{axis} {size}" for axis, size in vars(e.mesh).items()))):

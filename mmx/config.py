@@ -150,6 +150,19 @@ class Model:
         """Forward and backward FLOPs per token, without recomputation."""
         return 3 * self.flops_forward(length)
 
+    def flops_companion(self, length: int) -> float:
+        """Forward and backward FLOPs per token as the paper's Table 1 and its companion (arXiv 2406.16690, appendix A) count.
+
+        By depth, width d and heads h alone: a layer has 4 d^2 parameters in its mixer and 8 d^2 in its dense feed-forward part
+        (which is 8 d / 3 wide), six FLOPs each; softmax sees all `length` keys, lightning has chunks of d / h tokens and a gate
+        of rank d / h; 20 d are norms and activations. Embedding and head: none. With more than one expert, whom neither
+        counts, the feed-forward part is the router and the experts taken.
+        """
+        d = self.dim
+        ffn = 8 * d ** 2 if self.experts == 1 else 3 * self.top_k * d * self.expert_dim + self.experts * d
+        mixers = {"S": 12 * d * length, "L": 36 * d ** 2 / self.heads}
+        return sum(6 * (4 * d ** 2 + ffn) + 20 * d + mixers[kind] for kind in self.layer_kinds)
+
 
 @dataclasses.dataclass(frozen=True)
 class Train:

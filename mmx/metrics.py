@@ -90,6 +90,20 @@ def read(workdir: Path) -> list[dict]:
     return records
 
 
+def latest(workdir: Path) -> dict | None:
+    """The last whole line of metrics.jsonl, whatever its length; None without one."""
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        lines = file.read().split(b"\n")[:-1]
+    try:
+        return json.loads(lines[-1])
+    except (IndexError, ValueError):
+        return None
+
+
 def _cut(path: Path, step: int):
     kept = [json.dumps(r) + "\n" for r in read(path.parent) if r["step"] <= step]
     partial = path.with_suffix(".partial")

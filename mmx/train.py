@@ -22,7 +22,7 @@ from mmx import convert, optim
 from mmx.checkpoint import Checkpoints, check_config, find_step
 from mmx.config import ConfigError, Experiment, to_json
 from mmx.data import pipeline, tokens
-from mmx.evals.compression import head, make_evaluator
+from mmx.evals.compression import bytes_per_token, head, make_evaluator
 from mmx.loss import loss
 from mmx.metrics import Log
 from mmx.model import Model
@@ -71,7 +71,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
     host, hosts = meshes.reader(mesh)
     stream = pipeline.stream(experiment.data, t, host=host, hosts=hosts)
     held_out = pipeline.validation(experiment.data)
-    bytes_per_token = _bytes_per_token(tokenizer, head(held_out, t.eval_bytes and max(t.eval_bytes, 65_536)))
+    ratio = bytes_per_token(tokenizer, head(held_out, t.eval_bytes and max(t.eval_bytes, 65_536)))
     if experiment.model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ConfigError("model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment: without it JAX has float32 alone")
     origin = convert.open_start(t.init_from, experiment.model) if t.init_from and not find_step(workdir) else None
@@ -103,7 +103,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
         evaluate = make_evaluator(undropped, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
                                   loss_chunk=t.loss_chunk, sharding=sharding.batch(mesh))
         first, log = step, Log(workdir, t, step, optim.tokens_seen(t, step), write=jax.process_index() == 0)
-        report = functools.partial(_report, log, experiment, bytes_per_token)
+        report = functools.partial(_report, log, experiment, ratio)
         total, pending, begin = optim.tokens_seen(t, t.steps), None, time.monotonic()
         try:
             while True:
@@ -140,15 +140,15 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
             "process": jax.process_index()}
 
 
-def _report(log, experiment, bytes_per_token, step, seen, lr, metrics, seconds):
-    """Fetches a step's metrics and writes them; a loss or a gradient that is no number ends the run."""
+def _report(log, experiment, ratio, step, seen, lr, metrics, seconds):
+    """Fetches a step's metrics and writes them (`ratio`: bytes a token); a loss or gradient that is no number ends the run."""
     m = jax.device_get(metrics)
     if not (math.isfinite(m["loss"]) and math.isfinite(m["grad_norm"])):
         raise ConfigError(f"step {step} has loss {m['loss']}, gradient norm {m['grad_norm']}: lower train.lr="
                           f"{experiment.train.lr} or train.clip={experiment.train.clip}, in another --workdir; the "
                           "checkpoints here are from before")
     rate = log.tokens_per_s(seen)
-    record = {"step": step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / bytes_per_token,
+    record = {"step": step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / ratio,
               "tokens": seen, "lr": lr, "grad_norm": float(m["grad_norm"]), "seconds": seconds,
               "aux_loss": float(m["aux_loss"]), "z_loss": float(m["z_loss"]), "drop_rate": float(m["dropped"].mean()),
               "overflow_rate": float(m["overflow"].mean()),
@@ -184,11 +184,6 @@ def _global(sharding, x, hosts: int = 1):
 
 def _placed(x, sharding):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _bytes_per_token(tokenizer, documents) -> float:
-    """Of held-out text (1 for bytes but for the special tokens, which count for nothing)."""
-    return sum(len(raw) for _, raw in documents) / sum(len(tokenizer.encode(raw, name)) for name, raw in documents)
 
 
 class _Stop:

@@ -73,7 +73,7 @@ def test_alone_it_shows_the_way(capsys):
 
 
 @pytest.mark.parametrize("command", ["", "train", "generate", "eval", "convert", "convert from-hf", "convert to-hf",
-                                     "convert verify", "config", "memory", "fit", "aot"])
+                                     "convert verify", "config", "memory", "fit", "sweep", "aot"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([*command.split(), "--help"])

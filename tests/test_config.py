@@ -10,6 +10,7 @@ from mmx import cli, config, released
 from mmx.config import ConfigError, Model, build
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))
+LADDER = str(Path(__file__).parent.parent / "experiments" / "ladder.py")
 SHAPES = [Model(), Model(pattern="S", layers=3, heads=5, kv_heads=5, head_dim=6, rotary_dim=2, experts=3, expert_dim=7),
           Model(pattern="LLS", layers=6, dim=20, heads=6, kv_heads=1, experts=4, top_k=3, vocab=31)]
 
@@ -47,6 +48,33 @@ def test_flops_of_the_released_model_at_a_million_tokens():
     rest = TEXT_01.flops_forward(0) - softmax_1 - lightning - 2 * TEXT_01.vocab * TEXT_01.dim
     assert (scores(TEXT_01), rest) == (pytest.approx(172e9, rel=0.01), pytest.approx(91.9e9, rel=0.01))
     assert scores(dataclasses.replace(TEXT_01, pattern="S")) == pytest.approx(1374e9, rel=0.01)
+
+
+PRINTED = {     # PFLOPs of a step of 480 x 8,192 tokens: arXiv 2406.16690, Table 7, whose LLaMA and TNL are the paper's
+    "softmax": (1.6, 5.6, 18.0, 40.4, 99.6, 202.7), "lightning": (0.5, 2.2, 7.9, 22.3, 66.6, 154.4)}
+
+
+@pytest.mark.parametrize("arch", PRINTED)
+def test_flops_as_the_companion_paper_prints_them(arch):
+    sizes = ("70M", "160M", "410M", "1B", "3B", "7B")
+    found = [cli.read_experiment(f"{LADDER}:{arch},{size}", []).model.flops_companion(8192) * 480 * 8192 for size in sizes]
+    assert tuple(round(flops / 1e15, 1) for flops in found) == PRINTED[arch]
+
+
+def test_companion_flops_of_the_hybrid_and_of_experts():
+    n, model = 8192, Model(layers=8, dim=512, heads=4, experts=1, top_k=1)
+    table_1 = 72 * 8 * 512**2 * (1 + n / (48 * 512) + 7 / (16 * 4) + 5 / (18 * 512))       # the paper's hybrid row
+    assert model.flops_companion(n) == pytest.approx(table_1, rel=1e-12)
+    moe = dataclasses.replace(model, experts=4, top_k=2, expert_dim=512)
+    more = 6 * 8 * (2 * 3 * 512**2 + 4 * 512 - 8 * 512**2)
+    assert moe.flops_companion(n) - model.flops_companion(n) == pytest.approx(more, rel=1e-9)
+
+
+@pytest.mark.parametrize("size, params", [("70M", 20.5), ("160M", 85.0), ("410M", 334.1), ("1B", 906.2), ("3B", 2775.8),
+                                          ("7B", 6476.5)])
+def test_the_published_ladder_has_the_published_parameters(size, params):
+    found = cli.read_experiment(f"{LADDER}:softmax,{size}", []).model.params_active / 1e6
+    assert found == pytest.approx(params, abs=0.11)        # with a router row a layer, which the dense models there have not
 
 
 def test_released_memory_horizons():

@@ -26,11 +26,13 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "convert": "checkpoint data inference int8 model parallel released torch",
     "evals": "checkpoint convert data inference loss metrics model",
     "train": "checkpoint convert data evals loss metrics model optim parallel",
+    "sweep": "data evals metrics optim train",
     "memory": "", "scaling": "", "hugepages": "", "processes": "", "compilers": "",
     "bench": "compilers kernels layers parallel",
     "aot": "compilers inference model optim parallel train",
     "search": "aot model parallel",
-    "cli": "aot bench checkpoint convert evals hugepages inference memory prefix parallel processes scaling search train",
+    "cli": "aot bench checkpoint convert evals hugepages inference memory prefix parallel processes scaling search "
+           "sweep train",
 }
 FOREIGN = {     # packages that a part does without
     "dims": ("jax", "flax", "torch"), "config": ("jax", "flax", "torch"), "data": ("jax", "flax", "torch"),
@@ -41,7 +43,7 @@ FOREIGN = {     # packages that a part does without
 }
 LATER = {       # what a part imports only inside functions
     "convert": "inference model parallel torch", "evals": "convert",
-    "cli": "aot bench checkpoint convert evals inference memory scaling search train",
+    "cli": "aot bench checkpoint convert evals inference memory scaling search sweep train", "sweep": "evals train",
 }
 FILES = sorted((ROOT / "mmx").rglob("*.py"))
 

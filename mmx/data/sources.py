@@ -20,10 +20,16 @@ def documents(source: str, split: str) -> list[tuple[str, bytes]]:
     return corpus.documents(split) if source == "sotu" else _split(_read(source), source)[split]
 
 
-def _read(source: str) -> list[tuple[str, bytes]]:
+def place(source: str) -> pathlib.Path:
+    """The file or folder of a source that is not embedded; raises ConfigError where there is none."""
     path = pathlib.Path(source)
     if not path.exists():
         raise ConfigError(f"data.sources: no file or folder {source!r}{_nearest(path)}")
+    return path
+
+
+def _read(source: str) -> list[tuple[str, bytes]]:
+    path = place(source)
     if path.is_dir():
         base, files = path, sorted(p for p in path.rglob("*") if p.suffix in KINDS and p.is_file())
     else:

@@ -64,19 +64,18 @@ def baselines(documents) -> dict[str, float]:
     return {name: 8 * sum(len(f(raw)) for _, raw in documents) / size for name, f in pack.items()}
 
 
-def evaluate_checkpoint(path, split: str = "validation", source: str | None = None,
-                        weights_dtype: str | None = None) -> dict:
-    """Bits per byte of a checkpoint on held-out text, with the baselines, as `mmx eval` writes them."""
+def measure(path, split: str = "validation", source: str | None = None, weights_dtype: str | None = None,
+            limit: int = 0) -> dict:
+    """A checkpoint's bits per byte and nats a token on `limit` bytes (0: all) of held-out text, and what was read.
+
+    "documents" are the (name, raw bytes), "per_file" their bits per byte, "config" the model's.
+    """
     from mmx import convert  # here, for train imports this module
 
-    loaded, experiment, records = convert.load(path, weights_dtype=weights_dtype), config.Experiment(), []
-    found = checkpoint.find_step(path)
-    if found:
-        workdir, step = found
-        experiment = config.from_json((workdir / "config.json").read_text())
-        records = [r for r in metrics.read(workdir) if r["step"] <= int(step.name)]
+    loaded, found = convert.load(path, weights_dtype=weights_dtype), checkpoint.find_step(path)
+    experiment = config.from_json((found[0] / "config.json").read_text()) if found else config.Experiment()
     data = dataclasses.replace(experiment.data, sources=(source,)) if source else experiment.data
-    documents = (pipeline.validation if split == "validation" else pipeline.test)(data)
+    documents = head((pipeline.validation if split == "validation" else pipeline.test)(data), limit)
     if not documents:
         raise ConfigError(f"{', '.join(data.sources)} has no {split} documents: use another --split or --source")
     tokenizer = tokens.of_checkpoint(loaded.tokenizer, loaded.config.vocab)
@@ -84,13 +83,31 @@ def evaluate_checkpoint(path, split: str = "validation", source: str | None = No
     evaluate = make_evaluator(loaded.model, tokenizer, length=length, batch=8, context=length // 2,
                               loss_chunk=experiment.train.loss_chunk)
     each = evaluate(loaded.params, documents, progress=True)
-    result = {"bits_per_byte": each.pop("all")} | baselines(documents)
-    result |= {"split": split, "files": len(documents), "bytes": sum(len(raw) for _, raw in documents), "per_file": each}
+    bits = each.pop("all")
+    return {"bits_per_byte": bits, "nats_per_token": bits * math.log(2) * bytes_per_token(tokenizer, documents),
+            "per_file": each, "documents": documents, "config": loaded.config}
+
+
+def evaluate_checkpoint(path, split: str = "validation", source: str | None = None,
+                        weights_dtype: str | None = None) -> dict:
+    """Bits per byte of a checkpoint on held-out text, with the baselines, as `mmx eval` writes them."""
+    found, step = measure(path, split, source, weights_dtype), checkpoint.find_step(path)
+    documents, records = found["documents"], []
+    if step:
+        records = [r for r in metrics.read(step[0]) if r["step"] <= int(step[1].name)]
+    result = {"bits_per_byte": found["bits_per_byte"]} | baselines(documents)
+    result |= {"split": split, "files": len(documents), "bytes": sum(len(raw) for _, raw in documents),
+               "per_file": found["per_file"]}
     if records:
         last = records[-1]
         result |= {"train_seconds": last["seconds"], "steps": last["step"], "train_tokens": last["tokens"],
-                   "params_total": loaded.config.params_total, "params_active": loaded.config.params_active}
+                   "params_total": found["config"].params_total, "params_active": found["config"].params_active}
     return result
+
+
+def bytes_per_token(tokenizer, documents) -> float:
+    """Of held-out text (1 for bytes but for the special tokens, which count for nothing)."""
+    return sum(len(raw) for _, raw in documents) / sum(len(tokenizer.encode(raw, name)) for name, raw in documents)
 
 
 def plot_curve(workdir: Path, result: dict, path: Path) -> Path | None:

@@ -1,0 +1,284 @@
+"""Sweeps: what a grid means, mistakes before anything runs, and rows that no kill loses or doubles."""
+import collections
+import errno
+import json
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mmx import cli, metrics, sweep, train
+from mmx.config import ConfigError
+from mmx.evals import compression
+
+ROOT = Path(__file__).parent.parent
+FILE = """\
+from mmx.config import default
+
+def get_config(arch="S", steps=8):
+    config = default()
+    config.model.dim, config.model.layers, config.model.pattern = 8, 1, arch
+    config.model.heads, config.model.kv_heads, config.model.head_dim, config.model.rotary_dim = 1, 1, 8, 4
+    config.model.experts, config.model.top_k, config.model.expert_dim = 1, 1, 8
+    config.train.steps, config.train.batch, config.train.length, config.train.eval_bytes = steps, 1, 16, 100
+    config.train.tensorboard = False
+    config.data.sources = ({text!r},)
+    config.checkpoint.every = 2
+    config.mesh.edp = 1
+    return config
+
+def sweep():
+    return {grid}
+"""
+GRID = '{"arch": ["S"], "train.seed": [0, 1, 2]}'
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A function that writes an experiment file with a grid; its text stands beside it."""
+    text = tmp_path / "text.txt"
+    text.write_text("The state of the Union is strong. " * 400)
+
+    def write(grid=GRID):
+        (tmp_path / "small.py").write_text(FILE.format(text=str(text), grid=grid))
+        return ["sweep", "--config", str(tmp_path / "small.py"), "--out", str(tmp_path / "out"), "--executor", "inline"]
+    return write
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Runs that cost nothing: how often each was trained, and what training may be made to do, by seed."""
+    calls, acts = collections.Counter(), {}
+
+    def run(experiment, folder):
+        seed, steps = experiment.train.seed, experiment.train.steps
+        calls[seed] += 1
+        if act := acts.pop(seed, None):
+            raise act
+        lines = [{"step": step, "loss": 3.0 - step / steps, "tokens_per_s": 1.0, "flops_per_s": 1e9}
+                 for step in range(1, steps + 1)]
+        (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return {"step": steps, "new": steps, "seconds": 2.0, "stopped": 0, "process": 0}
+    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(compression, "measure", lambda folder, limit: {"bits_per_byte": 3.0, "nats_per_token": 2.0})
+    return calls, acts
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "out" / "runs.jsonl").read_text().splitlines()]
+
+
+def test_a_row_a_run_and_nothing_twice(place, trained, tmp_path, capsys):
+    command = place()
+    assert cli.main([*command, "--rate", "1e9"]) == 0
+    out = capsys.readouterr().out
+    assert "3 runs, 0 of them done" in out and "as --rate says" in out and "done: S-0-" in out
+    found = rows(tmp_path)
+    assert [row["train.seed"] for row in found] == [0, 1, 2] and len({row["hash"] for row in found}) == 3
+    model = cli.read_experiment(str(tmp_path / "small.py"), []).model
+    first = found[0]
+    assert (first["arch"], first["tokens"], first["loss"], first["bits_per_byte"], first["seconds"]) == ("S", 128, 2, 3, 2)
+    assert (first["params"], first["params_total"]) == (model.params_active, model.params_total)
+    assert first["flops"] == 128 * model.flops_training(16) and first["flops_companion"] == 128 * model.flops_companion(16)
+    assert first["train_loss"] == 2.0 and set(first["versions"]) == {"mmx", "jax", "python"}
+    assert cli.main(command) == 0 and rows(tmp_path) == found
+    assert cli.main([*place('[{"train.seed": 3}, {"train.seed": 1, "arch": "S"}]'), "--rate", "1e9"]) == 0
+    assert [row["train.seed"] for row in rows(tmp_path)][:3] == [0, 1, 2]
+    assert trained[0][0] == trained[0][2] == 1
+
+
+class Kill(BaseException):
+    """What SIGKILL does, at a chosen place."""
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("write", range(5))
+def test_a_kill_at_any_write_loses_and_doubles_no_row(write, after, place, trained, tmp_path, monkeypatch):
+    command, count, whole = [*place(), "--rate", "1e9"], 0, sweep._write
+
+    def killed(path, text):
+        nonlocal count
+        count += 1
+        if count > write and not after:
+            path.with_name(f"{path.name}.partial").write_text(text[:20])
+            raise Kill
+        whole(path, text)
+        if count > write:
+            raise Kill
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "_write", killed)
+        with pytest.raises(Kill):
+            cli.main(command)
+    finished = {path.parent.name for path in tmp_path.glob("out/runs/*/row.json")}
+    before = dict(trained[0])
+    assert cli.main(command) == 0
+    assert sorted(row["train.seed"] for row in rows(tmp_path)) == [0, 1, 2]
+    for row in rows(tmp_path):
+        again = trained[0][row["train.seed"]] - before.get(row["train.seed"], 0)
+        assert again == (row["name"] not in finished)
+
+
+def test_a_line_that_was_cut_and_a_workdir_that_was_deleted(place, trained, tmp_path):
+    command = [*place(), "--rate", "1e9"]
+    assert cli.main(command) == 0
+    found = rows(tmp_path)
+    path = tmp_path / "out" / "runs.jsonl"
+    path.write_text(path.read_text()[:-30])
+    (tmp_path / "out" / "runs" / found[0]["name"] / "row.json").unlink()
+    assert cli.main(command) == 0 and rows(tmp_path) == found and set(trained[0].values()) == {1}
+
+
+def test_what_failed_is_tried_again_and_told(place, trained, tmp_path, capsys):
+    command = [*place(), "--rate", "1e9"]
+    trained[1].update({0: RuntimeError("lost a device"), 1: ConfigError("step 3 has loss nan")})
+    assert cli.main(command) == 1
+    told = capsys.readouterr()
+    assert "again: S-0-" in told.out and "lost a device" in told.out and "failed: S-1-" in told.out
+    assert told.err.startswith("mmx: 1 run failed, the same command tries again: S-1-") and told.err.count("\n") == 1
+    assert trained[0] == {0: 2, 1: 1, 2: 1} and [row["train.seed"] for row in rows(tmp_path)] == [2, 0]
+    trained[1][1] = RuntimeError("lost a device")
+    assert cli.main([*command, "--retries", "0"]) == 1
+    assert cli.main(command) == 0 and len(rows(tmp_path)) == 3
+
+
+def test_a_full_disk_is_one_line_and_goes_on_later(place, trained, tmp_path, capsys):
+    command = [*place(), "--rate", "1e9"]
+    trained[1][1] = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert cli.main(command) == 2
+    err = capsys.readouterr().err
+    assert "No space left on device; the same command goes on" in err and err.count("\n") == 1
+    assert [row["train.seed"] for row in rows(tmp_path)] == [0]
+    assert cli.main(command) == 0 and trained[0] == {0: 1, 1: 2, 2: 1}
+
+
+@pytest.mark.parametrize("grid, more, message", [
+    ('{"train.lr": [1e-3, -1.0]}', [], "cell 2 of 2 (train.lr=-1.0): train.lr=-1.0 must be 0 or more"),
+    ('{"arch": ["S", "LS"]}', [], "cell 2 of 2 (arch=LS): model.pattern='LS' has 2 letters, which does not divide"),
+    ('{"train.stepz": [1]}', [], "cell 1 of 1 (train.stepz=1): unknown config key train.stepz; did you mean train.steps?"),
+    ('{"train.lr": ["fast"]}', [], "cell 1 of 1 (train.lr=fast): config key train.lr needs float, got 'fast'"),
+    ('{"width": [1]}', [], "unexpected keyword argument 'width'"),
+    ('{"train.seconds": [9.0]}', [], "train.seconds=9 leaves open what a run computes"),
+    ('{"data.sources": [("nowhere.txt",)]}', [], "no file or folder 'nowhere.txt'"),
+    ('{"model.vocab": [264, 100]}', [], "cell 2 of 2 (model.vocab=100): the tokenizer's ids reach 263"),
+    ('{"train.seed": [0, 1]}', ["--config.train.seed=3"], "cell 2 of 2 (train.seed=1) is the same run as cell 1"),
+    ('{"train.seed": 3}', [], "sweep(): 'train.seed' needs a list of values, got 3"),
+    ("[]", [], "sweep() must return a dict of lists"),
+    (GRID, ["--executor", "slurm"], "this is no SLURM cluster; --executor local runs processes"),
+    (GRID, ["--slurm", "partition=gpu"], "--slurm partition=gpu needs --executor slurm"),
+    (GRID, ["--rate", "1e3", "--hours", "0.5"], "the 3 runs need 1.73 hours (as --rate says), --hours 0.5 is less"),
+    (GRID, ["--jobs", "0"], "--jobs 0 is out of range"),
+    (GRID, ["--jobs", "2"], "--jobs 2 needs processes: --executor local"),
+])
+def test_mistakes_before_anything_runs(grid, more, message, place, trained, tmp_path, capsys):
+    assert cli.main([*place(grid), *more]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("mmx: ") and err.count("\n") == 1, err
+    assert not trained[0] and not list(tmp_path.glob("out/runs/*"))
+
+
+def test_a_file_without_a_grid(capsys):
+    assert cli.main(["sweep", "--config", str(ROOT / "experiments" / "tiny.py"), "--out", "never"]) == 2
+    assert "has no sweep()" in capsys.readouterr().err
+
+
+def test_a_second_sweep_stays_out(place, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / "lock").open("w") as lock:
+        assert sweep._take(lock)
+        assert cli.main(place()) == 2
+    assert "another mmx sweep is at work" in capsys.readouterr().err
+
+
+def test_rates_between_those_measured(place, trained, tmp_path):
+    command = place('{"model.expert_dim": [8, 800]}')
+    cells = sweep.cells([{"model.expert_dim": 8}, {"model.expert_dim": 800}],
+                        lambda keys: cli.read_experiment(command[2], [f"--config.{k}={v}" for k, v in keys.items()]))
+    known = sweep.estimate(cells, [], lambda function, *args: function(*args), tmp_path, None)
+    assert known.points == tuple((cell.per_token, 1e9) for cell in cells) and known.source.startswith("measured by 12 steps")
+    half = sweep.Rate(((cells[0].per_token, 1e6), (cells[1].per_token, 4e6)), 3.0, "")
+    assert half.seconds(cells[1]) == pytest.approx(3 + cells[1].flops / 4e6)
+
+
+def test_hparams(place, trained, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert cli.main([*place(), "--rate", "1e9", "--config.train.tensorboard"]) == 0
+    folder = next(tmp_path.glob("out/runs/S-0-*/tensorboard/hparams"))
+    board = EventAccumulator(str(folder))
+    board.Reload()
+    assert board.Scalars("final/loss")[0].value == 2.0
+    assert "_hparams_/session_start_info" in board.summary_metadata
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """sbatch, srun and sacct as far as submitit needs them: a job is a process."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    scripts = {"sbatch": 'export SLURM_JOB_ID=77 SLURM_NTASKS=1; bash "$1" > /dev/null 2>&1 & echo Submitted batch job 77',
+               "srun": 'while [ "${1#-}" != "$1" ]; do case "$1" in --output|--error) shift;; esac; shift; done; exec "$@"',
+               "sacct": 'echo "JobID|State|NodeList"; echo "77|RUNNING|here"'}
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / name).chmod(stat.S_IRWXU)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def test_a_cluster_runs_jobs(place, slurm, tmp_path):
+    command = place()
+    cell = sweep.Cell({"x": 1}, cli.read_experiment(command[2], []))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "row.json").write_text("{}")
+    pool = sweep.executor("slurm", tmp_path / "out", "partition=gpu,gpus_per_node=8")
+    assert sweep._wait(pool, sweep.attempt, cell, tmp_path / "run") == (sweep.DONE, "")
+    script = next((tmp_path / "out" / "jobs").glob("*submission*.sh")).read_text()
+    assert "--partition=gpu" in script and "--gpus-per-node=8" in script and "--time=1440" in script
+    for given, message in (("color=red", "color"), ("nodes=2", "one process on one node")):
+        with pytest.raises(ConfigError, match=message):
+            sweep.executor("slurm", tmp_path / "out", given)
+
+
+def test_sigkill_in_earnest(place, tmp_path):
+    """Local processes: the sweep is killed at random moments, and so is a run; what was trained is trained once."""
+    command = place('{"train.seed": [0, 1, 2], "steps": [40]}')
+    command[command.index("inline")] = "local"
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "PYTHONPATH": str(ROOT)}
+    dice, seen = random.Random(0), {}
+
+    def start():
+        return subprocess.Popen([sys.executable, "-m", "mmx.cli", *command, "--jobs", "2", "--rate", "1e9"], text=True,
+                                env=os.environ | cache, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def runs():
+        return {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("out/runs/*/row.json")}
+
+    for kills in range(2):
+        process, until = start(), time.monotonic() + 120
+        while not (list(tmp_path.glob("out/runs/*/checkpoints/*")) if not kills else runs()) and time.monotonic() < until:
+            time.sleep(0.05)
+        time.sleep(dice.random())
+        process.kill()
+        process.communicate()
+        seen |= runs()
+    orphan = next((int(path.name.partition("_")[0]) for path in (tmp_path / "out" / "jobs").glob("*_0_log.err")
+                   if Path(f"/proc/{path.name.partition('_')[0]}").exists()), None)
+    if orphan:
+        children = Path(f"/proc/{orphan}/task/{orphan}/children").read_text().split()
+        for child in map(int, children):
+            os.kill(child, signal.SIGKILL)
+    process = start()
+    out, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, out
+    found = rows(tmp_path)
+    assert sorted(row["train.seed"] for row in found) == [0, 1, 2]
+    assert seen and {name: runs()[name] for name in seen} == seen        # none that was finished was written again
+    for row in found:
+        assert [r["step"] for r in metrics.read(tmp_path / "out" / "runs" / row["name"])] == list(range(1, 41))
