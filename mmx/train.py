@@ -187,8 +187,9 @@ def _placed(x, sharding):
 
 
 def _bytes_per_token(tokenizer, documents) -> float:
-    """Of held-out text (1 for bytes but for the special tokens, which count for nothing)."""
-    return sum(len(raw) for _, raw in documents) / sum(len(tokenizer.encode(raw, name)) for name, raw in documents)
+    """Of held-out text (1 for bytes but for the special tokens, which count for nothing; 1 where all documents are ids)."""
+    count = sum(len(tokenizer.encode(raw, name)) for name, raw in documents)
+    return sum(len(raw) for _, raw in documents) / count if count else 1.0
 
 
 class _Stop:

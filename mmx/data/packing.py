@@ -1,7 +1,7 @@
 """Documents to rows of T tokens.
 
 A document is bos + tokens + eos. The target of a token is the next one of the same document, weight 1; eos has none,
-weight 0. In a row, segments count documents from 1 (0 is padding) and positions count from 0 inside a segment. A
+weight 0. A document may bring targets of its own, -1 for none. In a row, segments count documents from 1 (0 is padding) and positions count from 0 inside a segment. A
 document cut by the end of a row goes on in another row as a new segment, and the token at the cut keeps its target:
 every (token, target) pair stands in exactly one row, once.
 """
@@ -15,11 +15,11 @@ class Packed:
 
     A document of n tokens gives n // T rows of its own, so that those have one unbroken context of T tokens each; what
     is left of the documents is laid end to end and cut every T tokens. The last row is filled up by reading documents
-    again from the first: fewer than T tokens are seen twice.
+    again from the first: fewer than T tokens are seen twice. `targets[d]` are document d's own; None: the next tokens.
     """
 
-    def __init__(self, documents, length: int):
-        self.documents, self.length = documents, length
+    def __init__(self, documents, length: int, targets=None):
+        self.documents, self.length, self.targets = documents, length, targets or [None] * len(documents)
         self._spans, self._first = _plan(np.array([len(d) for d in documents], np.int64), length)
 
     def __len__(self) -> int:
@@ -29,7 +29,7 @@ class Packed:
         if not 0 <= row < len(self):
             raise IndexError(row)
         spans = self._spans[self._first[row]:self._first[row + 1]]
-        return _lay(((self.documents[d], start, stop) for d, start, stop in spans), self.length)
+        return _lay(((self.documents[d], start, stop, self.targets[d]) for d, start, stop in spans), self.length)
 
 
 def rows(document, length: int, context: int = 0):
@@ -38,7 +38,7 @@ def rows(document, length: int, context: int = 0):
     Rows overlap by `context` tokens, which only serve as context (weight 0) in the later of the two.
     """
     for start in range(0, max(len(document) - 1 - context, 1), length - context):
-        row = _lay([(document, start, min(start + length, len(document)))], length)
+        row = _lay([(document, start, min(start + length, len(document)), None)], length)
         if start:
             row["weights"][:context] = 0
         yield row
@@ -62,15 +62,15 @@ def stack(rows) -> dict[str, np.ndarray]:
 
 
 def _lay(spans, length: int) -> dict[str, np.ndarray]:
-    """One row from (document, start, stop) spans; what they leave free is padding."""
+    """One row from (document, start, stop, own targets) spans; what they leave free is padding."""
     row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segments", "positions")}
     row["weights"] = np.zeros(length, np.float32)
     at = 0
-    for segment, (document, start, stop) in enumerate(spans, 1):
-        here, targets = slice(at, at + stop - start), document[start + 1:stop + 1]
+    for segment, (document, start, stop, own) in enumerate(spans, 1):
+        here, targets = slice(at, at + stop - start), document[start + 1:stop + 1] if own is None else own[start:stop]
         row["tokens"][here] = document[start:stop]
-        row["targets"][at:at + len(targets)] = targets
-        row["weights"][at:at + len(targets)] = 1
+        row["targets"][at:at + len(targets)] = np.maximum(targets, 0)
+        row["weights"][at:at + len(targets)] = targets >= 0
         row["segments"][here] = segment
         row["positions"][here] = np.arange(stop - start)
         at = here.stop

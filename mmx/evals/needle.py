@@ -13,7 +13,7 @@ CITIES = ("Lisbon", "Nairobi", "Quito", "Hanoi", "Tallinn", "Adelaide", "Havana"
 def example(length: int, depth: str, seed, ask: Ask) -> Example:
     draw = draws("needle", length, depth, seed)
     city, number = CITIES[draw.integers(len(CITIES))], str(draw.integers(1_000_000, 10_000_000))
-    essay = haystack.Essay(draw, length)
+    essay = haystack.Essay(draw, length, ask.train)
     needle = f"The special magic {city} number is: {number}."
 
     def build(words):
