@@ -1,18 +1,31 @@
 """Needle in a haystack: one sentence in a long text, over the text's length and the sentence's depth.
 
-The needle is the one that MiniMax-01 was measured with (its figure 14), the haystack the embedded corpus.
+The needle is the one that MiniMax-01 was measured with (its figure 14), the haystack the embedded corpus. To train on there is
+one more row, `again`: a needle without a haystack whose number is then said over and over. A small model learns to copy from
+that in a hundred steps, and from the depths alone not in a thousand.
 """
 from mmx.evals import haystack
-from mmx.evals.examples import Ask, Example, budget, draws, fit
+from mmx.evals.examples import Ask, Example, budget, draws, fit, grid
 
 DEPTHS = tuple(str(depth) for depth in range(0, 101, 10))       # percent of the text before it
 CITIES = ("Lisbon", "Nairobi", "Quito", "Hanoi", "Tallinn", "Adelaide", "Havana", "Kyoto", "Bergen", "Marrakesh", "Tbilisi",
           "Montevideo", "Vancouver", "Dakar", "Krakow", "Samarkand")
 
 
+AGAIN = "again"
+
+
+def plan(ask: Ask):
+    known = (*DEPTHS, *[AGAIN] * ask.train)
+    return grid(example, (1024, 4096, 16384), known, 5, 100)(ask._replace(rows=ask.rows or DEPTHS))
+
+
 def example(length: int, depth: str, seed, ask: Ask) -> Example:
     draw = draws("needle", length, depth, seed)
     city, number = CITIES[draw.integers(len(CITIES))], str(draw.integers(1_000_000, 10_000_000))
+    if depth == AGAIN:
+        most, _ = fit(lambda n: f"The special magic {city} number is: {number}." + f" {number}." * n, length, ask.tokenizer, AGAIN)
+        return Example(f"The special magic {city} number is: {number}.", (" ".join([f"{number}."] * draw.integers(1, most + 1)),))
     essay = haystack.Essay(draw, length, ask.train)
     needle = f"The special magic {city} number is: {number}."
 

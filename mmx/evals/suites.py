@@ -20,8 +20,7 @@ class Suite(NamedTuple):
 
 
 SUITES = {
-    "needle": Suite("Needle in a haystack", "depth %", grid(needle.example, (1024, 4096, 16384), needle.DEPTHS, 5, 100),
-                    match_all),
+    "needle": Suite("Needle in a haystack", "depth %", needle.plan, match_all),
     "ruler": Suite("RULER", "task", ruler.plan, ruler.score, data=True),
     "mr-niah": Suite("MR-NIAH", "depth %", dialogue.plan, dialogue.score, data=True),
     "mqar": Suite("MQAR", "pairs", grid(recall.example, (512, 1024), recall.PAIRS, 20, 10**6), recall.score),
