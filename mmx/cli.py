@@ -28,6 +28,7 @@ examples:
   mmx train --config experiments/tiny.py --workdir run8 --config.mesh.ep=4 --config.mesh.seq=2     on any mesh
   mmx eval --checkpoint run                               held-out bits per byte, beside gzip and xz
   mmx eval --checkpoint run --suite needle --lengths 1k,4k,16k     retrieval over length and depth
+  mmx examples --suite needle --lengths 256,1k --out needle.jsonl     documents to train on
   mmx generate --checkpoint run --prompt "The state of the Union" --temperature 0.8
   mmx convert to-hf --checkpoint run --out run-hf         for transformers, vLLM and others
   mmx convert verify --checkpoint run --against run-hf

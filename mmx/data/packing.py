@@ -1,10 +1,12 @@
 """Documents to rows of T tokens.
 
 A document is bos + tokens + eos. The target of a token is the next one of the same document, weight 1; eos has none,
-weight 0. A document may bring targets of its own, -1 for none. In a row, segments count documents from 1 (0 is padding) and positions count from 0 inside a segment. A
-document cut by the end of a row goes on in another row as a new segment, and the token at the cut keeps its target:
-every (token, target) pair stands in exactly one row, once. A document with targets of its own is cut only where it is longer
-than a row: an answer stays with its question.
+weight 0. A document may bring targets of its own, -1 for none.
+
+In a row, segments count documents from 1 (0 is padding) and positions count from 0 inside a segment. A document cut by the
+end of a row goes on in another row as a new segment, and the token at the cut keeps its target: every (token, target) pair
+stands in exactly one row, once. A document with targets of its own is cut only where it is longer than a row: an answer
+stays with its question.
 """
 import itertools
 
@@ -106,7 +108,7 @@ def _plan(lengths, length: int, own):
 
 
 def _fill(documents, lengths, length: int):
-    """Spans of whole documents, each in the last row or, where that is too full, in a new one; the rows' places, and the end."""
+    """Spans of whole documents, each in the last row or, where that is too full, in a new one; the rows' first, and the end."""
     spans, first, room = [], [], 0
     for d in documents:
         if lengths[d] > room:

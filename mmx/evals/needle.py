@@ -1,8 +1,8 @@
 """Needle in a haystack: one sentence in a long text, over the text's length and the sentence's depth.
 
 The needle is the one that MiniMax-01 was measured with (its figure 14), the haystack the embedded corpus. To train on there is
-one more row, `again`: a needle without a haystack whose number is then said over and over. A small model learns to copy from
-that in a hundred steps, and from the depths alone not in a thousand.
+one more row, `again`: a needle whose number comes again and again, some words apart (were it always as far, it would be found
+by counting). From that a small model learns to look back, and from the depths alone it does not in many more steps.
 """
 from mmx.evals import haystack
 from mmx.evals.examples import Ask, Example, budget, draws, fit, grid
@@ -12,7 +12,7 @@ CITIES = ("Lisbon", "Nairobi", "Quito", "Hanoi", "Tallinn", "Adelaide", "Havana"
           "Montevideo", "Vancouver", "Dakar", "Krakow", "Samarkand")
 
 
-AGAIN = "again"
+AGAIN, GAP = "again", 8      # words between at most
 
 
 def plan(ask: Ask):
@@ -23,11 +23,13 @@ def plan(ask: Ask):
 def example(length: int, depth: str, seed, ask: Ask) -> Example:
     draw = draws("needle", length, depth, seed)
     city, number = CITIES[draw.integers(len(CITIES))], str(draw.integers(1_000_000, 10_000_000))
-    if depth == AGAIN:
-        most, _ = fit(lambda n: f"The special magic {city} number is: {number}." + f" {number}." * n, length, ask.tokenizer, AGAIN)
-        return Example(f"The special magic {city} number is: {number}.", (" ".join([f"{number}."] * draw.integers(1, most + 1)),))
     essay = haystack.Essay(draw, length, ask.train)
     needle = f"The special magic {city} number is: {number}."
+    if depth == AGAIN:
+        words, gaps = essay.take(GAP * length), draw.integers(GAP + 1, size=length)
+        pieces = [" ".join([*words[i * GAP:i * GAP + gap], f"The number is: {number}."]) for i, gap in enumerate(gaps)]
+        count, _ = fit(lambda n: " ".join([needle, *pieces[:n]]), length, ask.tokenizer, AGAIN)
+        return Example(needle, (" ".join(pieces[:count]),))
 
     def build(words):
         text = haystack.hide(essay.take(words), [needle], [int(depth) / 100])

@@ -60,7 +60,8 @@ def test_targets_of_its_own_stay_with_their_tokens():
     documents = numbered([40, 7, 23])
     own = documents[2] % 5 - 1      # -1 is none
     rows = list(packing.Packed(documents, 9, [None, None, own]))
-    told = {int(t): int(y) for t, y in zip(documents[2], own) if y >= 0} | {int(t): int(t) + 1 for d in documents[:2] for t in d[:-1]}
+    told = {int(t): int(y) for t, y in zip(documents[2], own) if y >= 0}
+    told |= {int(t): int(t) + 1 for d in documents[:2] for t in d[:-1]}
     assert set(pairs(rows)) == set(told.items())
     assert all(np.all(r["targets"] >= 0) and set(r["weights"]) <= {0, 1} for r in rows)
 
