@@ -22,7 +22,7 @@ LENGTHS, DEPTHS = (512, 1024, 2048, 4096, 8192, 16384), (0, 25, 50, 75, 100)
 
 def data(folder: Path):
     """The documents to train on."""
-    for name, how in (("again", ["--rows", "again", "--lengths", "256", "--examples", "3000"]),
+    for name, how in (("again", ["--rows", "again", "--lengths", "128", "--examples", "4000"]),
                       ("needle", ["--lengths", "192,256,512,1k", "--examples", "150"])):
         if not (folder / f"{name}.jsonl").exists():
             mmx("examples", "--suite", "needle", *how, "--seed", 1, "--out", folder / f"{name}.jsonl")

@@ -20,14 +20,14 @@ def get_config(argument="hybrid"):
     model.experts, model.top_k, model.aux_weight = 1, 1, 0.0
     model.init, model.embed_std = "fan_in", 1.0
 
-    train.steps, train.batch, train.length = 800, 2, 1088      # a prompt of 1,024 tokens, its answer and its end fit a row
-    train.lr, train.warmup, train.decay = 4e-3, 50, 0.4
+    train.steps, train.batch, train.length = 750, 2, 1088      # a prompt of 1,024 tokens, its answer and its end fit a row
+    train.lr, train.warmup, train.decay = 4e-3, 50, 0.3
     train.tensorboard = False
 
     needles = "needle-data/needle.jsonl"
     data.sources = ("needle-data/again.jsonl", needles, needles)
     data.lengths = ((0, 0), (0, 600), (600, 0))
-    data.weights = ((0, (1, 0, 0)), (120, (1, 1, 0)), (250, (1, 3, 1)), (600, (0, 1, 2)))
+    data.weights = ((0, (1, 0, 0)), (100, (1, 3, 0)), (400, (1, 6, 3)), (600, (0, 1, 1)))
     config.checkpoint.every = 200
     config.mesh.edp = 1
     return config

@@ -1,7 +1,7 @@
 """Needle in a haystack: one sentence in a long text, over the text's length and the sentence's depth.
 
 The needle is the one that MiniMax-01 was measured with (its figure 14), the haystack the embedded corpus. To train on there is
-one more row, `again`: a needle whose number comes again and again, some words apart (were it always as far, it would be found
+one more row, `again`: a needle whose number comes again and again, some dots apart (were they always as many, it would be found
 by counting). From that a small model learns to look back, and from the depths alone it does not in many more steps.
 """
 from mmx.evals import haystack
@@ -12,7 +12,7 @@ CITIES = ("Lisbon", "Nairobi", "Quito", "Hanoi", "Tallinn", "Adelaide", "Havana"
           "Montevideo", "Vancouver", "Dakar", "Krakow", "Samarkand")
 
 
-AGAIN, GAP = "again", 8      # words between at most
+AGAIN, GAP = "again", 8      # dots at most
 
 
 def plan(ask: Ask):
@@ -26,8 +26,7 @@ def example(length: int, depth: str, seed, ask: Ask) -> Example:
     essay = haystack.Essay(draw, length, ask.train)
     needle = f"The special magic {city} number is: {number}."
     if depth == AGAIN:
-        words, gaps = essay.take(GAP * length), draw.integers(GAP + 1, size=length)
-        pieces = [" ".join([*words[i * GAP:i * GAP + gap], f"The number is: {number}."]) for i, gap in enumerate(gaps)]
+        pieces = [number + "." * gap for gap in draw.integers(1, draw.integers(2, GAP + 2), length)]
         count, _ = fit(lambda n: " ".join([needle, *pieces[:n]]), length, ask.tokenizer, AGAIN)
         return Example(needle, (" ".join(pieces[:count]),))
 

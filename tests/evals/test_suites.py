@@ -239,10 +239,10 @@ def test_a_needle_again_is_written_to_train_on_alone(tmp_path):
     gaps = set()
     for prompt, completion in written(tmp_path / "a.jsonl", "needle", rows=("again",), lengths=(256,), examples=20):
         number = re.fullmatch(rb"The special magic \w+ number is: (\d{7})\.", prompt)[1]
-        said = re.findall(rb"The number is: (\d+)\.", completion)
-        assert set(said) == {number} and len(said) > 1 and len(prompt + completion) + 1 <= 256
-        gaps |= set(map(len, re.split(rb"The number is: \d+\.", completion)))
-    assert len(gaps) > 20
+        said = re.findall(rb" (\d+)(\.+)", completion)
+        assert {one for one, _ in said} == {number} and len(said) > 9 and len(prompt + completion) + 1 <= 256
+        gaps |= {len(dots) for _, dots in said}
+    assert gaps == set(range(1, 9))
     with pytest.raises(ConfigError, match="--rows: there is no row 'again'"):
         made("needle", None, rows=("again",))
     with pytest.raises(ConfigError, match="mtob is made of files to be evaluated on"):
