@@ -181,6 +181,17 @@ def test_examples_are_trained_on(place, tmp_path, mmx_fails, capsys):
         assert message in mmx_fails("examples", "--suite", "needle", "--out", tmp_path / "a.jsonl", *more)
 
 
+def test_ids_alone_train(place, tmp_path, mmx_fails):
+    """There is no text whose bytes could be counted, and none is held out."""
+    (tmp_path / "ids.jsonl").write_text('{"tokens": [256, 7, 9, 7], "targets": [-1, -1, -1, 9]}\n' * 40)
+    command = train(place, f"--config.data.sources=('{tmp_path / 'ids.jsonl'}',)", "--config.train.steps=1",
+                    workdir=str(tmp_path / "run"))
+    assert "train.eval_every=1 needs held-out text" in mmx_fails(*command, "--config.train.eval_every=1")
+    assert cli.main(command) == 0
+    [record] = metrics.read(tmp_path / "run")
+    assert record["bits_per_byte"] == pytest.approx(record["loss"] / np.log(2))
+
+
 def test_eval_by_position_is_that_of_the_logits(place, tmp_path):
     from mmx.evals import examples, position
 
