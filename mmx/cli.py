@@ -481,7 +481,6 @@ def _suite(args, out: Path):
 
 
 def examples(args):
-    from mmx.data import tokens
     from mmx.evals import runner
 
     out = Path(args.out)
@@ -489,7 +488,7 @@ def examples(args):
         raise ConfigError(f"--out {args.out}: data.sources takes a .jsonl, give its name such an end")
     _at_least(args, examples=1, seed=0)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    count = runner.write(args.suite, out, tokenizer=tokens.tokenizer(args.tokenizer), **_cells(args))
+    count = runner.write(args.suite, out, args.tokenizer, **_cells(args))
     print(f"written: {out}, {count:,} examples")
 
 

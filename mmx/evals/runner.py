@@ -59,12 +59,12 @@ def evaluate_checkpoint(path, name: str, out: Path, weights_dtype: str | None = 
     return run(name, Ask(tokenizer, **ask), reader(loaded), out, about, progress=True)
 
 
-def write(name: str, path: Path, **ask) -> int:
-    """Writes a suite's examples as documents to train on, and returns how many; `ask` has the fields of `Ask`."""
+def write(name: str, path: Path, tokenizer: str = "bytes", **ask) -> int:
+    """Writes a suite's examples as documents to train on, and returns how many; `ask` has the other fields of `Ask`."""
     suite = find(name)
     if not suite.learned:
         raise ConfigError(f"{name} is made of files to be evaluated on, not to be trained on: give another --suite")
-    tasks = list(suite.plan(Ask(train=True, **ask)))
+    tasks = list(suite.plan(Ask(tokens.tokenizer(tokenizer), train=True, **ask)))
     with path.open("w", encoding="utf-8") as file:
         for task in tqdm(tasks, name, unit="example", disable=None):
             file.write(json.dumps(document(task.make()), ensure_ascii=False) + "\n")

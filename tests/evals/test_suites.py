@@ -206,7 +206,7 @@ def test_fit_builds_few_prompts_and_finds_the_boundary():
 
 def written(path, name, **asked):
     """The documents that training reads of a written suite, in the file's order."""
-    count = runner.write(name, path, **{"tokenizer": BYTES, "examples": 4, **asked})
+    count = runner.write(name, path, **{"examples": 4, **asked})
     found = [d for part in ("train", "validation", "test") for d in sources.documents(str(path), part)]
     assert len(found) == count
     return [content for _, content in sorted(found, key=lambda d: int(d[0].split(":")[1]))]
@@ -246,7 +246,7 @@ def test_a_needle_again_is_written_to_train_on_alone(tmp_path):
     with pytest.raises(ConfigError, match="--rows: there is no row 'again'"):
         made("needle", None, rows=("again",))
     with pytest.raises(ConfigError, match="mtob is made of files to be evaluated on"):
-        runner.write("mtob", tmp_path / "b.jsonl", tokenizer=BYTES)
+        runner.write("mtob", tmp_path / "b.jsonl")
 
 
 def test_mqar_is_written_as_ids_with_their_targets(tmp_path):
