@@ -1,4 +1,4 @@
-"""The command line: `mmx train | generate | eval | convert | config | memory | sweep | fit | aot | bench`.
+"""The command line: `mmx train | generate | eval | examples | convert | config | memory | sweep | fit | aot | bench`.
 
 A user's mistake is one line on stderr and exit code 2. Heavy modules are imported by the command that needs them.
 """
@@ -29,6 +29,7 @@ examples:
   mmx train --config experiments/tiny.py --workdir run8 --config.mesh.ep=4 --config.mesh.seq=2     on any mesh
   mmx eval --checkpoint run                               held-out bits per byte, beside gzip and xz
   mmx eval --checkpoint run --suite needle --lengths 1k,4k,16k     retrieval over length and depth
+  mmx examples --suite needle --lengths 256,1k --out needle.jsonl     documents to train on
   mmx generate --checkpoint run --prompt "The state of the Union" --temperature 0.8
   mmx convert to-hf --checkpoint run --out run-hf         for transformers, vLLM and others
   mmx convert verify --checkpoint run --against run-hf
@@ -190,6 +191,15 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--data", metavar="DIR", help="your copy: squad.json and hotpotqa.json for ruler's qa_1 and qa_2, "
                        "MR-NIAH's .jsonl, MTOB's folder, LongBench v2's data.json")
     group.add_argument("--context", type=int, metavar="TOKENS", help="refuse longer prompts; longbench2 cuts their middle")
+
+    sub = command("examples", examples, "Write a suite's examples as documents to train on, their haystacks of training text.")
+    sub.add_argument("--suite", required=True, metavar="NAME", help="needle, ruler, mr-niah, mqar or position")
+    sub.add_argument("--out", required=True, metavar="FILE", help="FILE.jsonl, for data.sources")
+    sub.add_argument("--lengths", metavar="TOKENS", help="of prompts, with commas: 256,512,1k (1k = 1,024)")
+    sub.add_argument("--rows", metavar="ROWS", help="as eval has them, with commas (default: all)")
+    sub.add_argument("--examples", type=int, default=100, metavar="N", help="of each length and row (default 100)")
+    sub.add_argument("--seed", type=int, default=0, help="same seed, same examples; none is one of eval's (default 0)")
+    sub.add_argument("--tokenizer", default="bytes", metavar="FILE", help="tokenizer.json that counts tokens (default: bytes)")
 
     convert = command("convert", None, "Carry checkpoints to and from PyTorch's released form.")
     kinds = convert.add_subparsers(dest="kind", metavar="from-hf|to-hf|verify", required=True, parser_class=Parser)
@@ -535,16 +545,37 @@ def evaluate(args):
 def _suite(args, out: Path):
     from mmx.evals import runner
 
-    for name, least in (("examples", 1), ("context", 1), ("seed", 0)):
-        if (value := getattr(args, name)) is not None and value < least:
-            raise ConfigError(f"--{name} {value} is out of range: it is {least} or more")
+    _at_least(args, examples=1, context=1, seed=0)
     result = runner.evaluate_checkpoint(
-        args.checkpoint, args.suite, out, lengths=tuple(config.lengths(args.lengths)) if args.lengths is not None else (),
-        rows=tuple(args.rows.split(",")) if args.rows else (), examples=args.examples or 0, seed=args.seed or 0,
-        data=args.data and Path(args.data), context=args.context or 0, weights_dtype=args.weights_dtype)
+        args.checkpoint, args.suite, out, data=args.data and Path(args.data), context=args.context or 0,
+        weights_dtype=args.weights_dtype, **_cells(args))
     picture = runner.plot(result, out / f"{args.suite}.png")
     Console().print(runner.show(result))
     print(f"written: {out / args.suite}.json, {picture}, {out / args.suite}.jsonl")
+
+
+def examples(args):
+    from mmx.evals import runner
+
+    out = Path(args.out)
+    if out.suffix != ".jsonl":
+        raise ConfigError(f"--out {args.out}: data.sources takes a .jsonl, give its name such an end")
+    _at_least(args, examples=1, seed=0)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    count = runner.write(args.suite, out, args.tokenizer, **_cells(args))
+    print(f"written: {out}, {count:,} examples")
+
+
+def _cells(args) -> dict:
+    """What a suite is asked for; None and empty mean its own."""
+    return {"lengths": tuple(config.lengths(args.lengths)) if args.lengths is not None else (),
+            "rows": tuple(args.rows.split(",")) if args.rows else (), "examples": args.examples or 0, "seed": args.seed or 0}
+
+
+def _at_least(args, **bounds):
+    for name, least in bounds.items():
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ConfigError(f"--{name} {value} is out of range: it is {least} or more")
 
 
 def from_hf(args):

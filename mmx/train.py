@@ -71,6 +71,8 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
     host, hosts = meshes.reader(mesh)
     stream = pipeline.stream(experiment.data, t, host=host, hosts=hosts)
     held_out = pipeline.validation(experiment.data)
+    if t.eval_every and not held_out:
+        raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text, data.sources holds ids alone: set it to 0")
     ratio = bytes_per_token(tokenizer, head(held_out, t.eval_bytes and max(t.eval_bytes, 65_536)))
     if experiment.model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ConfigError("model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment: without it JAX has float32 alone")

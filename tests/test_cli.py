@@ -166,6 +166,32 @@ def test_eval_of_long_contexts(place, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out" / "needle.jsonl").read_text() == lines
 
 
+def test_examples_are_trained_on(place, tmp_path, mmx_fails, capsys):
+    """Prompts and ids, written and read by training beside text."""
+    for suite, rows in (("needle", "0,again"), ("mqar", "4")):
+        assert cli.main(["examples", "--suite", suite, "--rows", rows, "--lengths", "256", "--examples", "30",
+                         "--out", str(tmp_path / "new" / f"{suite}.jsonl")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"written: {tmp_path / 'new' / 'mqar.jsonl'}, 30 examples"
+    sources = (str(tmp_path / "new"), str(place / "text"))
+    assert cli.main(train(place, f"--config.data.sources={sources!r}", workdir=str(tmp_path / "run"))) == 0
+    assert [r["step"] for r in metrics.read(tmp_path / "run")] == [1, 2, 3, 4]
+    for more, message in ((["--suite", "needel"], "no suite 'needel'; did you mean needle?"),
+                          (["--out", "a.txt"], "takes a .jsonl"), (["--examples", "0"], "--examples 0 is out of range"),
+                          (["--rows", "1x"], "there is no row '1x'")):
+        assert message in mmx_fails("examples", "--suite", "needle", "--out", tmp_path / "a.jsonl", *more)
+
+
+def test_ids_alone_train(place, tmp_path, mmx_fails):
+    """There is no text whose bytes could be counted, and none is held out."""
+    (tmp_path / "ids.jsonl").write_text('{"tokens": [256, 7, 9, 7], "targets": [-1, -1, -1, 9]}\n' * 40)
+    command = train(place, f"--config.data.sources=('{tmp_path / 'ids.jsonl'}',)", "--config.train.steps=1",
+                    workdir=str(tmp_path / "run"))
+    assert "train.eval_every=1 needs held-out text" in mmx_fails(*command, "--config.train.eval_every=1")
+    assert cli.main(command) == 0
+    [record] = metrics.read(tmp_path / "run")
+    assert record["bits_per_byte"] == pytest.approx(record["loss"] / np.log(2))
+
+
 def test_eval_by_position_is_that_of_the_logits(place, tmp_path):
     from mmx.evals import examples, position
 

@@ -1,9 +1,12 @@
 """Documents to rows of T tokens.
 
 A document is bos + tokens + eos. The target of a token is the next one of the same document, weight 1; eos has none,
-weight 0. In a row, segments count documents from 1 (0 is padding) and positions count from 0 inside a segment. A
-document cut by the end of a row goes on in another row as a new segment, and the token at the cut keeps its target:
-every (token, target) pair stands in exactly one row, once.
+weight 0. A document may bring targets of its own, -1 for none.
+
+In a row, segments count documents from 1 (0 is padding) and positions count from 0 inside a segment. A document cut by the
+end of a row goes on in another row as a new segment, and the token at the cut keeps its target: every (token, target) pair
+stands in exactly one row, once. A document with targets of its own is cut only where it is longer than a row: an answer
+stays with its question.
 """
 import itertools
 
@@ -11,16 +14,18 @@ import numpy as np
 
 
 class Packed:
-    """Training rows of some documents: a random-access sequence, all full, without padding.
+    """Training rows of some documents: a random-access sequence, all full, without padding where documents may be cut.
 
     A document of n tokens gives n // T rows of its own, so that those have one unbroken context of T tokens each; what
     is left of the documents is laid end to end and cut every T tokens. The last row is filled up by reading documents
-    again from the first: fewer than T tokens are seen twice.
+    again from the first: fewer than T tokens are seen twice. `targets[d]` are document d's own; None: the next
+    tokens. Documents that have their own and fit a row come in their order, as many in a row as it holds.
     """
 
-    def __init__(self, documents, length: int):
-        self.documents, self.length = documents, length
-        self._spans, self._first = _plan(np.array([len(d) for d in documents], np.int64), length)
+    def __init__(self, documents, length: int, targets=None):
+        self.documents, self.length, self.targets = documents, length, targets or [None] * len(documents)
+        own = np.array([targets is not None for targets in self.targets], bool)
+        self._spans, self._first = _plan(np.array([len(d) for d in documents], np.int64), length, own)
 
     def __len__(self) -> int:
         return len(self._first) - 1
@@ -29,7 +34,7 @@ class Packed:
         if not 0 <= row < len(self):
             raise IndexError(row)
         spans = self._spans[self._first[row]:self._first[row + 1]]
-        return _lay(((self.documents[d], start, stop) for d, start, stop in spans), self.length)
+        return _lay(((self.documents[d], start, stop, self.targets[d]) for d, start, stop in spans), self.length)
 
 
 def rows(document, length: int, context: int = 0):
@@ -38,7 +43,7 @@ def rows(document, length: int, context: int = 0):
     Rows overlap by `context` tokens, which only serve as context (weight 0) in the later of the two.
     """
     for start in range(0, max(len(document) - 1 - context, 1), length - context):
-        row = _lay([(document, start, min(start + length, len(document)))], length)
+        row = _lay([(document, start, min(start + length, len(document)), None)], length)
         if start:
             row["weights"][:context] = 0
         yield row
@@ -62,27 +67,33 @@ def stack(rows) -> dict[str, np.ndarray]:
 
 
 def _lay(spans, length: int) -> dict[str, np.ndarray]:
-    """One row from (document, start, stop) spans; what they leave free is padding."""
+    """One row from (document, start, stop, own targets) spans; what they leave free is padding."""
     row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segments", "positions")}
     row["weights"] = np.zeros(length, np.float32)
     at = 0
-    for segment, (document, start, stop) in enumerate(spans, 1):
-        here, targets = slice(at, at + stop - start), document[start + 1:stop + 1]
+    for segment, (document, start, stop, own) in enumerate(spans, 1):
+        here, targets = slice(at, at + stop - start), document[start + 1:stop + 1] if own is None else own[start:stop]
         row["tokens"][here] = document[start:stop]
-        row["targets"][at:at + len(targets)] = targets
-        row["weights"][at:at + len(targets)] = 1
+        row["targets"][at:at + len(targets)] = np.maximum(targets, 0)
+        row["weights"][at:at + len(targets)] = targets >= 0
         row["segments"][here] = segment
         row["positions"][here] = np.arange(stop - start)
         at = here.stop
     return row
 
 
-def _plan(lengths, length: int):
-    """Every row's spans, [(document, start, stop)] in one table, and the place of each row's first span in it."""
+def _plan(lengths, length: int, own):
+    """Every row's spans, [(document, start, stop)] in one table, and the place of each row's first span in it.
+
+    Documents of `own` are not cut if they fit a row.
+    """
+    uncut = own & (lengths <= length)
+    apart, begins = _fill(np.flatnonzero(uncut), lengths, length)
+    lengths = np.where(uncut, 0, lengths)
     whole = lengths // length
     document = np.repeat(np.arange(len(lengths)), whole)
     start = (np.arange(len(document)) - np.repeat(np.cumsum(whole) - whole, whole)) * length
-    own = np.stack([document, start, start + length], 1)
+    alone = np.stack([document, start, start + length], 1)
 
     rest = [(d, whole[d] * length, lengths[d]) for d in np.flatnonzero(lengths % length)]
     missing = -int(np.sum(lengths % length)) % length
@@ -92,7 +103,20 @@ def _plan(lengths, length: int):
         rest.append((d, 0, min(missing, lengths[d])))
         missing -= rest[-1][2]
     shared, first = _cut(np.array(rest, np.int64).reshape(-1, 3), length)
-    return np.concatenate([own, shared]), np.concatenate([np.arange(len(own)), len(own) + first])
+    table = np.concatenate([alone, shared, apart])
+    return table, np.concatenate([np.arange(len(alone)), len(alone) + first[:-1], len(alone) + len(shared) + begins])
+
+
+def _fill(documents, lengths, length: int):
+    """Spans of whole documents, each in the last row or, where that is too full, in a new one; the rows' first, and the end."""
+    spans, first, room = [], [], 0
+    for d in documents:
+        if lengths[d] > room:
+            first.append(len(spans))
+            room = length
+        spans.append((d, 0, lengths[d]))
+        room -= lengths[d]
+    return np.array(spans, np.int64).reshape(-1, 3), np.array([*first, len(spans)], np.int64)
 
 
 def _cut(spans, length: int):

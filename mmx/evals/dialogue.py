@@ -42,7 +42,7 @@ def example(length: int, depth: str, seed, ask: Ask) -> Example:
     injected = [(request.format(subjects[which]), answers[which]) for which in order]
     place = "first" if order.index("wanted") < order.index("same") else "second"
     last = f"Please repeat the {place} {name.format(wanted)}."
-    essay = haystack.Essay(draw, length)
+    essay = haystack.Essay(draw, length, ask.train)
 
     def build(n):
         words = essay.take(n)

@@ -29,6 +29,7 @@ class Ask(NamedTuple):
     seed: int = 0
     data: Path | None = None        # the user's files
     context: int = 0                # tokens of a prompt at most
+    train: bool = False             # to train on: other examples than those of an evaluation, in training text
 
 
 class Task(NamedTuple):
@@ -49,8 +50,9 @@ def grid(example, lengths, rows, examples: int, most: int = -1) -> Callable[[Ask
         for length in ask.lengths or lengths:
             for row in ask.rows or rows:
                 for index in range(ask.examples or examples):
+                    seed = (ask.seed, index, *["train"] * ask.train)
                     yield Task(row, str(length), index,
-                               lambda length=length, row=row, index=index: example(length, row, (ask.seed, index), ask))
+                               lambda length=length, row=row, seed=seed: example(length, row, seed, ask))
     return plan
 
 
@@ -115,6 +117,13 @@ def fit(build, length: int, tokenizer, what: str, most: int | None = None) -> tu
         else:
             high = guess
     return low, text
+
+
+def document(example: Example) -> dict:
+    """An example as a line of a .jsonl to train on: its answers are learned, its prompt is not."""
+    if isinstance(example.prompt, str):
+        return {"prompt": example.prompt, "completion": f" {', '.join(example.answers)}"}
+    return {"tokens": example.prompt.tolist(), "targets": example.answers.tolist()}
 
 
 def match_all(output: str, example: Example) -> float:

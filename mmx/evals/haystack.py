@@ -1,6 +1,7 @@
 """Text to hide things in: the embedded corpus, its test and validation files first.
 
-What goes beyond them is text of the corpus' training part, and what goes beyond that begins again; either is `seen`.
+What goes beyond them is text of the corpus' training part, and what goes beyond that begins again; either is `seen`. Examples
+to train on take the training part alone.
 """
 import functools
 import re
@@ -9,22 +10,24 @@ from mmx.data import corpus
 
 
 class Essay:
-    """Running text from a place drawn in the held-out files; from their beginning where `length` words may not fit."""
+    """Running text from a place drawn in the held-out files (`train`: in the others); from their beginning where `length`
+    words may not fit."""
 
-    def __init__(self, draws, length: int):
-        self.start = int(draws.random() * max(0, len(_words("test", "validation")) - length))
+    def __init__(self, draws, length: int, train: bool = False):
+        self.first, self.then = (("train",), ()) if train else (("test", "validation"), ("train",))
+        self.start = int(draws.random() * max(0, len(_words(*self.first)) - length))
 
     def take(self, count: int) -> list[str]:
         """The first `count` words."""
-        words, end = _words("test", "validation"), self.start + count
+        words, end = _words(*self.first), self.start + count
         if end > len(words):
-            words = words + _words("train")
+            words = words + _words(*self.then)
             words = words * -(-end // len(words))
         return words[self.start:end]
 
     def seen(self, count: int) -> bool:
         """Whether some of these words stand in the training part."""
-        return self.start + count > len(_words("test", "validation"))
+        return not self.then or self.start + count > len(_words(*self.first))
 
 
 @functools.cache

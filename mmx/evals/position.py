@@ -12,7 +12,7 @@ FIRST = 64      # positions of the first row
 
 def example(length: int, row: str, seed, ask: Ask) -> Example:
     """Exactly `length` ids, so that one shape is compiled for all; the answers are the tokens that follow."""
-    essay = haystack.Essay(draws("position", length, seed), length)
+    essay = haystack.Essay(draws("position", length, seed), length, ask.train)
     words, _ = fit(lambda n: " ".join(essay.take(n)), length + 1, ask.tokenizer, "position")
     text = " ".join(essay.take(words + 2))      # more than fit; cut inside a word, if need be
     ids = np.append(np.int32(ask.tokenizer.bos), ask.tokenizer.encode(text.encode()))[:length + 1]

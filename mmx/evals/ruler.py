@@ -41,7 +41,7 @@ NIAH = {
 }
 
 
-def niah(task: str, length: int, draw, tokenizer) -> Example:
+def niah(task: str, length: int, draw, ask: Ask) -> Example:
     kind = NIAH[task]
     taken = set()
     keys = [_new(draw, kind.key, taken) for _ in range(kind.keys)]
@@ -59,7 +59,7 @@ def niah(task: str, length: int, draw, tokenizer) -> Example:
             f" The secret {noun} given for {query} in the text {verb}")
 
     if kind.haystack == "essay":
-        essay, depths = haystack.Essay(draw, length), np.sort(draw.choice(DEPTHS, len(needles), replace=False))
+        essay, depths = haystack.Essay(draw, length, ask.train), np.sort(draw.choice(DEPTHS, len(needles), replace=False))
         context = lambda n: haystack.hide(essay.take(n), needles, depths)
     else:
         essay, places, others = None, np.sort(draw.random(len(needles))), []
@@ -68,16 +68,16 @@ def niah(task: str, length: int, draw, tokenizer) -> Example:
             while kind.haystack == "needles" and len(others) < n:
                 others.append(_needle(kind, _new(draw, kind.key, taken), _new(draw, kind.value, taken)))
             return "\n".join(_spread(others[:n] or [NOISE] * n, needles, places))
-    n, prompt = fit(lambda n: f"{head}\n{context(n)}\n{tail}", length, tokenizer, task)
-    return Example(prompt, answers, budget(tokenizer, 128, answers), meta={"seen": bool(essay and essay.seen(n))})
+    n, prompt = fit(lambda n: f"{head}\n{context(n)}\n{tail}", length, ask.tokenizer, task)
+    return Example(prompt, answers, budget(ask.tokenizer, 128, answers), meta={"seen": bool(essay and essay.seen(n))})
 
 
-def vt(task: str, length: int, draw, tokenizer) -> Example:
+def vt(task: str, length: int, draw, ask: Ask) -> Example:
     """Variable tracking: one chain of four hops."""
-    shown, names = _chain(500, 3, draw, tokenizer)
+    shown, names = _chain(500, 3, draw, ask.tokenizer)
     shown = f"{shown} {' '.join(names)}\n\n"
-    prompt, names = _chain(length, 5, draw, tokenizer, shown)
-    return Example(prompt, tuple(names), budget(tokenizer, 30, names))
+    prompt, names = _chain(length, 5, draw, ask.tokenizer, shown)
+    return Example(prompt, tuple(names), budget(ask.tokenizer, 30, names))
 
 
 def _chain(length: int, letters: int, draw, tokenizer, before: str = "") -> tuple[str, list[str]]:
@@ -96,7 +96,7 @@ def _chain(length: int, letters: int, draw, tokenizer, before: str = "") -> tupl
     return fit(build, length, tokenizer, "vt")[1], names
 
 
-def cwe(task: str, length: int, draw, tokenizer) -> Example:
+def cwe(task: str, length: int, draw, ask: Ask) -> Example:
     """Common words: ten that come 30 times among others that come 3 times; 6 and 1 below 4,096 tokens.
 
     RULER's tokens are parts of words: where they are bytes, 30 may not fit at 4,096 either, and 6 and 1 are taken.
@@ -111,9 +111,9 @@ def cwe(task: str, length: int, draw, tokenizer) -> Example:
         common = " ".join(f"{i}. {word}" for i, word in enumerate(shown[:10], 1))
         return f"{worked} {common}\n{_list(pool[:10 + n], *((6, 1) if short else (30, 3)), draw)}"
 
-    short = length < 4096 or count(build(0, False), tokenizer) > length
-    _, prompt = fit(lambda n: build(n, short), length, tokenizer, "cwe", len(pool) - 10)
-    return Example(prompt, tuple(pool[:10]), budget(tokenizer, 120, pool[:10]), meta={"repeats": 6 if short else 30})
+    short = length < 4096 or count(build(0, False), ask.tokenizer) > length
+    _, prompt = fit(lambda n: build(n, short), length, ask.tokenizer, "cwe", len(pool) - 10)
+    return Example(prompt, tuple(pool[:10]), budget(ask.tokenizer, 120, pool[:10]), meta={"repeats": 6 if short else 30})
 
 
 def _list(words: list[str], often: int, rarely: int, draw) -> str:
@@ -125,7 +125,7 @@ def _list(words: list[str], often: int, rarely: int, draw) -> str:
             "Question: which 10 words come up most often in the list? Answer: the 10 most frequent words are:")
 
 
-def fwe(task: str, length: int, draw, tokenizer) -> Example:
+def fwe(task: str, length: int, draw, ask: Ask) -> Example:
     """Frequent words: coded words whose counts follow a zeta distribution of alpha 2; the first in rank is noise."""
     size = max(length // 50, 5)
     drawn = ("".join(LETTERS[i] for i in code) for code in draw.integers(26, size=(2 * size, 6)))
@@ -140,10 +140,10 @@ def fwe(task: str, length: int, draw, tokenizer) -> Example:
                 "Question: the dots '...' left aside, which three coded words come up most often in the text? Give nothing but "
                 "the words. Answer: the three coded words that come up most often are:")
 
-    n, prompt = fit(build, length, tokenizer, "fwe")
+    n, prompt = fit(build, length, ask.tokenizer, "fwe")
     if int(n * share_N[3]) == int(n * share_N[4]):
         raise ConfigError(f"length {length:,} is too short for fwe: the third and the fourth word would come as often")
-    return Example(prompt, tuple(codes[1:4]), budget(tokenizer, 50, codes[1:4]))
+    return Example(prompt, tuple(codes[1:4]), budget(ask.tokenizer, 50, codes[1:4]))
 
 
 def qa(task: str, length: int, draw, tokenizer, data, seed) -> Example:
@@ -214,7 +214,7 @@ TASKS = (*GENERATED, *QA)
 
 def example(length: int, task: str, seed, ask: Ask) -> Example:
     draw = draws("ruler", length, task, seed)
-    found = GENERATED[task](task, length, draw, ask.tokenizer) if task in GENERATED else qa(
+    found = GENERATED[task](task, length, draw, ask) if task in GENERATED else qa(
         task, length, draw, ask.tokenizer, ask.data, seed)
     return found._replace(meta={"task": task, **found.meta})
 

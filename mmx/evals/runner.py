@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from mmx import checkpoint, inference
 from mmx.config import ConfigError, nearest
 from mmx.data import tokens
-from mmx.evals.examples import Ask, count, show_length
+from mmx.evals.examples import Ask, count, document, show_length
 from mmx.evals.suites import SUITES, Suite
 
 SCALE = {"accuracy": 100, "chrF": 1, "perplexity": 1}       # to what tables and pictures show
@@ -57,6 +57,18 @@ def evaluate_checkpoint(path, name: str, out: Path, weights_dtype: str | None = 
     about = {"checkpoint": str(Path(path).resolve()), "step": step and int(step.name), "tokenizer": loaded.tokenizer,
              "weights_dtype": weights_dtype}
     return run(name, Ask(tokenizer, **ask), reader(loaded), out, about, progress=True)
+
+
+def write(name: str, path: Path, tokenizer: str = "bytes", **ask) -> int:
+    """Writes a suite's examples as documents to train on, and returns how many; `ask` has the other fields of `Ask`."""
+    suite = find(name)
+    if not suite.learned:
+        raise ConfigError(f"{name} is made of files to be evaluated on, not to be trained on: give another --suite")
+    tasks = list(suite.plan(Ask(tokens.tokenizer(tokenizer), train=True, **ask)))
+    with path.open("w", encoding="utf-8") as file:
+        for task in tqdm(tasks, name, unit="example", disable=None):
+            file.write(json.dumps(document(task.make()), ensure_ascii=False) + "\n")
+    return len(tasks)
 
 
 def run(name: str, ask: Ask, model: Reader, out: Path, about: dict, progress: bool = False) -> dict:

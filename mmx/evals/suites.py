@@ -16,16 +16,16 @@ class Suite(NamedTuple):
     cell: Callable[[list[dict]], float] = lambda records: float(np.mean([record["score"] for record in records]))
     unit: str = "accuracy"
     data: bool = False  # whether it reads files of the user
+    learned: bool = True    # whether examples of it may be trained on
 
 
 SUITES = {
-    "needle": Suite("Needle in a haystack", "depth %", grid(needle.example, (1024, 4096, 16384), needle.DEPTHS, 5, 100),
-                    match_all),
+    "needle": Suite("Needle in a haystack", "depth %", needle.plan, match_all),
     "ruler": Suite("RULER", "task", ruler.plan, ruler.score, data=True),
     "mr-niah": Suite("MR-NIAH", "depth %", dialogue.plan, dialogue.score, data=True),
     "mqar": Suite("MQAR", "pairs", grid(recall.example, (512, 1024), recall.PAIRS, 20, 10**6), recall.score),
-    "mtob": Suite("MTOB", "direction", translation.plan, translation.score, translation.chrf, "chrF", data=True),
-    "longbench2": Suite("LongBench v2", "difficulty", longbench.plan, longbench.score, data=True),
+    "mtob": Suite("MTOB", "direction", translation.plan, translation.score, translation.chrf, "chrF", data=True, learned=False),
+    "longbench2": Suite("LongBench v2", "difficulty", longbench.plan, longbench.score, data=True, learned=False),
     "position": Suite("Running text by position", "position", grid(position.example, (1024, 4096), ("all",), 10),
                       position.score, position.perplexity, "perplexity"),
 }

@@ -55,6 +55,17 @@ def test_eos_has_no_target_and_a_cut_keeps_its_own():
     assert rows[1]["tokens"].tolist() == [256, 99, 257] and rows[1]["weights"].tolist() == [1, 1, 0]
 
 
+def test_targets_of_its_own_stay_with_their_tokens():
+    """Whatever row they stand in, beside documents whose targets are the next tokens."""
+    documents = numbered([40, 7, 23])
+    own = documents[2] % 5 - 1      # -1 is none
+    rows = list(packing.Packed(documents, 9, [None, None, own]))
+    told = {int(t): int(y) for t, y in zip(documents[2], own) if y >= 0}
+    told |= {int(t): int(t) + 1 for d in documents[:2] for t in d[:-1]}
+    assert set(pairs(rows)) == set(told.items())
+    assert all(np.all(r["targets"] >= 0) and set(r["weights"]) <= {0, 1} for r in rows)
+
+
 def test_whole_rows_of_a_document_stand_alone():
     rows = list(packing.Packed(numbered([100, 37, 5]), 16))
     assert sum(row["segments"].max() == 1 for row in rows) >= 100 // 16 + 37 // 16
@@ -66,6 +77,25 @@ def test_rows_are_random_access_and_bounded():
     for row in (-1, len(packed)):
         with pytest.raises(IndexError):
             packed[row]
+
+
+@pytest.mark.parametrize("lengths,length", CASES)
+def test_who_has_own_targets_is_cut_only_where_longer_than_a_row(lengths, length):
+    """Beside text, every third document; nothing of text changes."""
+    documents = numbered([n for n in lengths for _ in range(3)])
+    own = [d if i % 3 == 1 else None for i, d in enumerate(documents)]
+    rows = list(packing.Packed(documents, length, own))
+    told = collections.Counter({(int(t), int(t)): 1 for d in own if d is not None for t in d})
+    found = pairs(rows)
+    assert {pair for pair in found if pair[0] == pair[1]} == set(told)
+    for document in filter(lambda d: d is not None and len(d) <= length, own):
+        places = [(n, row["tokens"].tolist().index(document[0])) for n, row in enumerate(rows) if document[0] in row["tokens"]]
+        assert len(places) == 1 and found[int(document[0]), int(document[0])] == 1
+        [(n, at)] = places
+        np.testing.assert_array_equal(rows[n]["tokens"][at:at + len(document)], document)
+    text = [d for d, targets in zip(documents, own) if targets is None]
+    full = {row["tokens"].tobytes() for row in packing.Packed(text, length)}
+    assert max(lengths) > length or full <= {row["tokens"].tobytes() for row in rows}
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 9, 10, 17, 50])

@@ -30,6 +30,18 @@ def by_length(texts, **changes):
                                        "weights": ((1, (1, 0, 0)), (5, (0, 3, 1))), **changes})
 
 
+def learned(folder):
+    """Prompts with completions in capitals, and ids whose targets are 300 above them, where they are odd."""
+    random = np.random.default_rng(0)
+    lines = [{"prompt": "".join(random.choice(list("abc"), random.integers(1, 90))),
+              "completion": "".join(random.choice(list("XYZ"), random.integers(1, 50)))} for _ in range(40)]
+    for _ in range(20):
+        ids = random.integers(128, 200, random.integers(1, 90))
+        lines.append({"tokens": ids.tolist(), "targets": np.where(ids % 2, ids - 128, -1).tolist()})
+    (folder / "learned.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return str(folder / "learned.jsonl")
+
+
 TRAIN = Train(batch=8, length=32, ramp=((0, 1), (1500, 3)))
 
 
@@ -106,6 +118,35 @@ def test_an_epoch_reads_every_row_once_and_the_next_in_another_order(texts, shar
     rows = [row.tobytes() for _ in range(-(-2 * len(wanted) // shards)) for row in stream.next()["tokens"]]
     one, two = rows[:len(wanted)], rows[len(wanted):2 * len(wanted)]
     assert sorted(one) == sorted(two) == wanted and one != two
+
+
+def test_what_is_to_be_learned_is_in_every_row(texts, tmp_path):
+    """Of prompts only completions and eos weigh, of ids what their targets say; so it is after a resume, on any hosts."""
+    data = both((texts[0], learned(tmp_path)), weights=((0, (0, 1)),))
+    stream, batches = pipeline.stream(data, TRAIN), []
+    for _ in range(30):
+        batches.append(stream.next())
+    tokens_N, targets_N, weights_N = (np.concatenate([b[name].ravel() for b in batches]) for name in
+                                      ("tokens", "targets", "weights"))
+    said = set(b"XYZ") | {257}
+    text = (tokens_N < 128) | (tokens_N >= 256)
+    assert set(targets_N[text & (weights_N == 1)]) == said and not set(b"XYZ") & set(tokens_N[text & (weights_N == 0)])
+    np.testing.assert_array_equal(weights_N[~text], tokens_N[~text] % 2)
+    np.testing.assert_array_equal(targets_N[~text], np.where(tokens_N[~text] % 2, tokens_N[~text] - 128, 0))
+    first = pipeline.stream(data, TRAIN)
+    first.next()
+    parts = [pipeline.stream(data, TRAIN, host=h, hosts=2) for h in range(2)]
+    for part in parts:
+        part.restore(first.state())
+    assert_equal(globally(parts), batches[1])
+    held_out = [raw for _, raw in pipeline.validation(data)]
+    assert held_out and all(isinstance(raw, bytes) for raw in held_out)
+
+
+def test_ids_out_of_range_are_told(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"tokens": [1, 264], "targets": [-1, 2]}\n' * 60)
+    with pytest.raises(ConfigError, match="a.jsonl:.*: token id 264 is out of range, data.tokenizer has 264 ids"):
+        pipeline.stream(Data(sources=(str(tmp_path / "a.jsonl"),)), TRAIN)
 
 
 def test_the_seed_makes_the_order_and_the_mixture(texts):

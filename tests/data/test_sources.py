@@ -26,6 +26,24 @@ def test_jsonl_lines_are_documents_named_by_line(tmp_path):
     assert all(corpus.split_of(name) == "validation" for name, _ in sources.documents(str(path), "validation"))
 
 
+def test_jsonl_lines_are_texts_prompts_or_ids(tmp_path):
+    lines = [{"text": "é"}, {"prompt": "1 + 1 =", "completion": " 2"}, {"tokens": [256, 7, 9], "targets": [-1, 9, -1]}] * 40
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = [d for part in PARTS for d in sources.documents(str(tmp_path / "a.jsonl"), part)]
+    found = [content for _, content in sorted(found, key=lambda d: int(d[0].split(":")[1]))]
+    assert found[0::3] == ["é".encode()] * 40 and found[1::3] == [sources.Prompted(b"1 + 1 =", b" 2")] * 40
+    assert [[x.tolist() for x in ids] for ids in found[2::3]] == [[[256, 7, 9], [-1, 9, -1]]] * 40
+
+
+def test_hold_out_cuts_no_completion(tmp_path):
+    lines = [{"prompt": "p" * 90, "completion": "c" * 10}] * 5
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert all(corpus.split_of(f"a.jsonl:{n}") == "train" for n in range(1, 6))
+    parts = {part: sources.documents(str(tmp_path / "a.jsonl"), part) for part in PARTS}
+    assert [len(parts[part]) for part in PARTS] == [4, 1, 0]
+    assert all(content == sources.Prompted(b"p" * 90, b"c" * 10) for part in PARTS for _, content in parts[part])
+
+
 @pytest.mark.parametrize("name", ["a.txt", "b.txt", "c.txt"] + [f"{i}.txt" for i in range(60)])
 def test_one_text_holds_out_its_last_twentieth_whatever_its_name(tmp_path, name):
     raw = "é".encode() * 1000                           # the cut at byte 1900 must not fall inside a character
@@ -62,6 +80,11 @@ def test_hold_out_crosses_documents(tmp_path):
     (lambda d: (d / "a.jsonl").write_text('{"text": "x"}\n{"txt": 1}') and str(d), 'a.jsonl:2: no "text" string'),
     (lambda d: (d / "a.jsonl").write_text('{"text": 1}') and str(d), 'a.jsonl:1: no "text" string'),
     (lambda d: (d / "a.jsonl").write_text('\n["text"]') and str(d), 'a.jsonl:2: no "text" string'),
+    (lambda d: (d / "a.jsonl").write_text('{"prompt": "x"}') and str(d), 'a.jsonl:1: no "completion" string'),
+    (lambda d: (d / "a.jsonl").write_text('{"prompt": 1, "completion": ""}') and str(d), 'a.jsonl:1: no "prompt" string'),
+    (lambda d: (d / "a.jsonl").write_text('{"tokens": [1, 2], "targets": [1]}') and str(d), "a.jsonl:1: tokens are ids, at"),
+    (lambda d: (d / "a.jsonl").write_text('{"tokens": [1, -1], "targets": [1, 2]}') and str(d), "a.jsonl:1: tokens are ids"),
+    (lambda d: (d / "a.jsonl").write_text('{"tokens": [1, 2]}') and str(d), "targets as many ids, -1 where nothing"),
     (lambda d: (d / "a.jsonl").write_text('{"text": "x"') and str(d), "a.jsonl:1: not JSON"),
     (lambda d: (d / "a.jsonl").write_bytes(b'{"text": "\xff"}') and str(d), "a.jsonl:1: not JSON"),
 ])

@@ -9,8 +9,8 @@ import pytest
 import tokenizers
 
 from mmx.config import ConfigError
-from mmx.data import tokens
-from mmx.evals import dialogue, examples, haystack, longbench, needle, recall, ruler
+from mmx.data import sources, tokens
+from mmx.evals import dialogue, examples, haystack, longbench, needle, recall, ruler, runner
 from mmx.evals.examples import Ask
 from mmx.evals.runner import Reader, run
 from mmx.evals.suites import SUITES
@@ -202,6 +202,58 @@ def test_fit_builds_few_prompts_and_finds_the_boundary():
         examples.fit(lambda n: "x" * (n + 10), 9, BYTES, "x")
     with pytest.raises(ConfigError, match="the tokenizer makes 2 tokens of .* units of text"):
         examples.fit(lambda n: "x", 9, BYTES, "x")
+
+
+def written(path, name, **asked):
+    """The documents that training reads of a written suite, in the file's order."""
+    count = runner.write(name, path, **{"examples": 4, **asked})
+    found = [d for part in ("train", "validation", "test") for d in sources.documents(str(path), part)]
+    assert len(found) == count
+    return [content for _, content in sorted(found, key=lambda d: int(d[0].split(":")[1]))]
+
+
+@pytest.mark.parametrize("name", ["needle", "mr-niah", *ruler.NIAH, "vt", "cwe", "fwe"])
+def test_who_reads_by_rule_completes_what_is_written_to_train_on(name, tmp_path):
+    suite, rows = ("ruler", (name,)) if name not in SUITES else (name, ())
+    for prompt, completion in written(tmp_path / "a.jsonl", suite, rows=rows, lengths=(3000,)):
+        found = BY_RULE[name](prompt.decode())
+        answers = completion.decode().removeprefix(" ").split(", ")
+        assert all(answer in found for answer in answers)
+
+
+def test_what_is_written_hangs_on_the_seed_alone_and_is_none_of_the_evaluation(tmp_path):
+    first, second, other = (written(tmp_path / f"{n}.jsonl", "needle", lengths=(600,), seed=seed)
+                            for n, seed in enumerate((0, 0, 1)))
+    assert first == second and not set(first) & set(other)
+    asked = ask("needle", None, lengths=(600,), examples=4)
+    evaluated = [task.make() for task in SUITES["needle"].plan(asked)]
+    assert not {e.answers[0] for e in evaluated} & {completion.decode()[1:] for _, completion in first}
+    train, held_out = (" ".join(haystack._words(*parts)) for parts in (("train",), ("test", "validation")))
+    for prompt, _ in first:
+        before, after = re.split(r" ?The special magic \w+ number is: \d+\. ?", prompt.decode().split("\n\n")[1])
+        longest = max(before, after, key=len)
+        assert longest in train and longest not in held_out
+
+
+def test_a_needle_again_is_written_to_train_on_alone(tmp_path):
+    gaps = set()
+    for prompt, completion in written(tmp_path / "a.jsonl", "needle", rows=("again",), lengths=(256,), examples=20):
+        number = re.fullmatch(rb"The special magic \w+ number is: (\d{7})\.", prompt)[1]
+        said = re.findall(rb" (\d+)(\.+)", completion)
+        assert {one for one, _ in said} == {number} and len(said) > 9 and len(prompt + completion) + 1 <= 256
+        gaps |= {len(dots) for _, dots in said}
+    assert gaps == set(range(1, 9))
+    with pytest.raises(ConfigError, match="--rows: there is no row 'again'"):
+        made("needle", None, rows=("again",))
+    with pytest.raises(ConfigError, match="mtob is made of files to be evaluated on"):
+        runner.write("mtob", tmp_path / "b.jsonl")
+
+
+def test_mqar_is_written_as_ids_with_their_targets(tmp_path):
+    for ids_T, targets_T in written(tmp_path / "a.jsonl", "mqar", rows=("16",), lengths=(128,)):
+        asked_T = targets_T >= 0
+        assert len(ids_T) == 128 and asked_T.sum() == 16
+        np.testing.assert_array_equal(associated(ids_T, None)[1][asked_T], targets_T[asked_T])
 
 
 def test_depth_is_where_the_needle_is():
