@@ -10,7 +10,6 @@ import functools
 import os
 import re
 import time
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmx import inference, optim
+from mmx.chips import CHIPS
 from mmx.compilers import hlo, ptx, schedule
 from mmx.config import ConfigError, Experiment
 from mmx.model import Model
@@ -26,27 +26,7 @@ from mmx.parallel import sharding
 from mmx.parallel.cache import empty_cache
 from mmx.train import init, train_step
 
-
-class Chip(NamedTuple):
-    """A device."""
-    memory: float           # HBM, bytes
-    peak: float             # bfloat16 FLOP/s
-    bandwidth: float        # of HBM, bytes/s
-    near: float             # bytes/s received over all links to its slice's chips, or its host's GPUs
-    far: float              # bytes/s received over the data-centre network, or between hosts of GPUs
-
-
-# Links: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x} ("bidirectional ICI bandwidth per chip" of 400, 1200, 800 and 1200
-# GB/s, half of it each way; a tpu7x device is half a chip) and six of 50 GB/s for v4 (arXiv 2304.01433); the data-centre
-# network from there and jax-ml.github.io/scaling-book (25, 50, 100 Gbit/s a chip of v5e, v5p and v4, v6e and tpu7x); NVLink 4
-# and a ConnectX-7 of 400 Gbit/s a GPU (NVIDIA's DGX H100 data sheet).
-CHIPS = {
-    "v4": Chip(32 * 2**30, 275e12, schedule.CHIPS["v4"].bandwidth, 300e9, 6.25e9),
-    "v5e": Chip(16 * 2**30, 197e12, schedule.CHIPS["v5e"].bandwidth, 200e9, 3.125e9),
-    "v5p": Chip(95 * 2**30, 459e12, schedule.CHIPS["v5p"].bandwidth, 600e9, 6.25e9),
-    "v6e": Chip(32 * 2**30, 918e12, schedule.CHIPS["v6e"].bandwidth, 400e9, 12.5e9),
-    "tpu7x": Chip(96 * 2**30, 1155e12, schedule.CHIPS["tpu7x"].bandwidth, 300e9, 6.25e9),
-    "h100": Chip(80e9, 989e12, 3.35e12, 450e9, 50e9)}
+PODS = *schedule.CHIPS, "h100"       # chips whose compiler can be asked
 OPTIONS = {"tpu": {f"xla_tpu_enable_async_{kind}": "true" for kind in ("all_to_all", "ragged_all_to_all")},
            "cuda": {"xla_gpu_autotune_level": 0}}
 ENVIRONMENT = {     # no TPU is asked for and none locked, and libtpu says only what is wrong
@@ -127,8 +107,8 @@ def pod(topology, slices):
     """The chip's name and the devices of v5p:8x8x8 or h100:64x8, slice by slice."""
     from jax.experimental.topologies import get_topology_desc
     chip, _, shape = topology.partition(":")
-    if chip not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise ConfigError(f"--topology {topology!r} is no CHIP:SHAPE such as v5p:8x8x8 or h100:64x8; chips: {', '.join(CHIPS)}")
+    if chip not in PODS or not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise ConfigError(f"--topology {topology!r} is no CHIP:SHAPE such as v5p:8x8x8 or h100:64x8; chips: {', '.join(PODS)}")
     if slices < 1:
         raise ConfigError(f"--slices {slices} is no number of slices: it must be at least 1")
     if reason := (ptx if chip == "h100" else schedule).missing():

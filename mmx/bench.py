@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from mmx import config
+from mmx import chips, config
 from mmx.compilers import hlo, ptx, schedule
 from mmx.config import ConfigError
 from mmx.kernels.attention import softmax_attention
@@ -199,7 +199,7 @@ def _tpu(chip, name, impl):
     if case.function == "layer":        # its large products' cycles come out below the matrix units' own limit: not told
         temporaries, moved = schedule.memory(what, chip)
         return [row | {"HBM temporaries MiB": temporaries >> 20, "GB moved": round(moved / 1e9, 2)}]
-    floor = case.bytes / schedule.CHIPS[chip].bandwidth * 1e6
+    floor = case.bytes / chips.CHIPS[chip].bandwidth * 1e6
     cost = schedule.cost(what, chip)
     # What XLA's loops move is counted once a loop, so it is told of programs without one.
     straight = impl == "tpu" or case.function == "decode_step"

@@ -232,8 +232,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--lengths", default="1k,8k,128k,1M,4M", metavar="TOKENS",
                      help="with commas, k is 1,024 and M 1,048,576 (default %(default)s)")
     sub.add_argument("--chips", default="h800:8,h20:8,v5p:8,v6e:32", metavar="CHIP:COUNT",
-                     help="with commas, of h800, h20, v5p, v6e; v5p-16 is v5p:8, for slices are named by cores "
-                     "(default %(default)s)")
+                     help="with commas, of v4, v5e, v5p, v6e, tpu7x, h100, h800, h20; v5p-16 is v5p:8, for "
+                     "slices are named by cores (default %(default)s)")
     sub.add_argument("--out", default=".", metavar="DIR", help="memory.png goes here (default .)")
     sub.add_argument("--json", action="store_true", help="print JSON")
 

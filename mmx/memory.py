@@ -17,26 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mmx import config
+from mmx.chips import CHIPS, Chip
 from mmx.config import ConfigError
 
-
-class Chip(NamedTuple):
-    """A device's dense bfloat16 FLOP/s at peak, HBM in bytes, HBM bytes/s."""
-    flops: float
-    memory: float
-    bandwidth: float
-
-
-CHIPS = {
-    # H100's but for the links, which are no part of this: NVIDIA H100 data sheet, SXM, 1,979 TFLOP/s with sparsity.
-    "h800": Chip(989e12, 80e9, 3.35e12),
-    # NVIDIA publishes no data sheet; 148 TFLOP/s, 96 GB, 4.0 TB/s is what vendors of it and the press give.
-    "h20": Chip(148e12, 96e9, 4.0e12),
-    # cloud.google.com/tpu/docs/v5p. A slice is named by its TensorCores, two a chip: v5p-16 is 8 chips.
-    "v5p": Chip(459e12, 95 * 2**30, 2.765e12),
-    # cloud.google.com/tpu/docs/v6e. One TensorCore a chip: v6e-32 is 32 chips.
-    "v6e": Chip(918e12, 32 * 2**30, 1.64e12),
-}
 WEIGHTS = {"bf16": 2, "int8": 1}            # bytes a parameter; the paper holds its model in 8 bits, too (section 2.4)
 BATCHES = (1, 8, 64)                        # sequences that decode together
 # DeepSeek-V3 (arXiv 2412.19437, section 4.2): 671 B parameters; 61 layers keep a latent of 512 and a RoPE key of 64 dims a
@@ -105,7 +88,7 @@ def decode(m: config.Model, chip: Chip, count: int, length: int, batch: int, wei
 
 
 def _step(flops, moved, chip, count) -> Step:
-    return Step(flops / (count * chip.flops), moved / (count * chip.bandwidth))
+    return Step(flops / (count * chip.peak), moved / (count * chip.bandwidth))
 
 
 def fits(m: config.Model, chip: Chip, count: int, length: int, batch: int = 1) -> list[str]:

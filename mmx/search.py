@@ -30,6 +30,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mmx import aot
+from mmx.chips import CHIPS
 from mmx.config import ConfigError, Experiment
 from mmx.model import Model
 from mmx.parallel import expert, lightning, sharding
@@ -47,7 +48,7 @@ def run(e: Experiment, topology: str, mode: str = "train", slices: int = 1, best
     chip, devices = aot.pod(topology, slices)
     shape = [int(n) for n in topology.partition(":")[2].split("x")]
     rows = [{"mesh": sizes, "model": estimate(e, sizes, chip, shape, mode)} for sizes in candidates(e, len(devices), slices)]
-    memory = aot.CHIPS[chip].memory
+    memory = CHIPS[chip].memory
     rows.sort(key=lambda row: (row["model"]["peak"] > memory, row["model"]["seconds"]))
     with Progress(console=Console(stderr=True)) as progress:
         fitting = [row for row in rows if row["model"]["peak"] <= memory][:best]
@@ -84,7 +85,7 @@ def name(sizes: dict[str, int]) -> str:
 
 def estimate(e: Experiment, sizes: dict[str, int], chip: str, shape: list[int], mode: str) -> dict:
     """A device's peak of memory in bytes with its parts, a step's seconds with theirs, and its exchanges."""
-    hardware, work = aot.CHIPS[chip], _work(e, sizes, mode)
+    hardware, work = CHIPS[chip], _work(e, sizes, mode)
     memory, exchanges = _memory(e, work, mode), _exchanges(e, work, mode)
     for row in exchanges:
         row["seconds"] = seconds(row["kind"], row["axes"], row["bytes"], sizes, chip, shape)
@@ -97,7 +98,7 @@ def estimate(e: Experiment, sizes: dict[str, int], chip: str, shape: list[int], 
 
 def seconds(kind: str, axes: str, size: float, sizes: dict[str, int], chip: str, shape: list[int]) -> float:
     """What receiving `size` bytes over `axes` (joined by +) takes."""
-    hardware, order = aot.CHIPS[chip], list(sizes)
+    hardware, order = CHIPS[chip], list(sizes)
     over = [axis for axis in axes.replace("slices", "slice").split("+") if axis in order]
     if not over:        # "one device"
         return 0.0

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ABOVE = {       # each part, and the parts it may import; every part may import dims and config
-    "dims": "", "config": "",
+    "dims": "", "config": "", "chips": "",
     "kernels": "",
     "parallel": "kernels",
     "int8": "",
@@ -27,10 +27,10 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "evals": "checkpoint convert data inference loss metrics model",
     "train": "checkpoint convert data evals loss metrics model optim parallel",
     "sweep": "data evals metrics optim train",
-    "memory": "", "scaling": "", "hugepages": "", "processes": "", "compilers": "",
-    "bench": "compilers kernels layers parallel",
-    "aot": "compilers inference model optim parallel train",
-    "search": "aot model parallel",
+    "memory": "chips", "scaling": "", "hugepages": "", "processes": "", "compilers": "",
+    "bench": "chips compilers kernels layers parallel",
+    "aot": "chips compilers inference model optim parallel train",
+    "search": "aot chips model parallel",
     "cli": "aot bench checkpoint convert evals hugepages inference memory prefix parallel processes scaling search "
            "sweep train",
 }

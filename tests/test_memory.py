@@ -89,7 +89,7 @@ def test_the_command(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, said", [
     (["--lengths", "8k,many"], "--lengths '8k,many' does not parse: give tokens with commas, as 512,1k,4M (1k = 1,024)"),
-    (["--chips", "h20"], "--chips h20: give CHIP:COUNT with commas, such as h20:8,v6e:32; chips are h800, h20, v5p, v6e"),
+    (["--chips", "h20"], "--chips h20: give CHIP:COUNT with commas, such as h20:8,v6e:32; chips are v4, v5e, v5p"),
     (["--chips", "h99:8"], "--chips h99:8: give CHIP:COUNT"), (["--chips", "h20:0"], "--chips h20:0: give CHIP:COUNT")])
 def test_mistakes_are_one_line(flags, said, tmp_path, capsys):
     assert cli.main(["memory", "--config", FILE, "--out", str(tmp_path / "new"), *flags]) == 2

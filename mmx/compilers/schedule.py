@@ -24,17 +24,16 @@ from mmx.compilers import hlo
 
 
 class Chip(NamedTuple):
-    """A device's clock in GHz, TensorCores, HBM bytes/s; the topology to compile for."""
+    """A device's clock in GHz, TensorCores; the topology to compile for."""
     clock: float
     cores: int
-    bandwidth: float
     topology: str
 
 
-CHIPS = {"v4": Chip(1.05, 2, 1.23e12, "v4:2x2x1"), "v5e": Chip(1.5, 1, 8.2e11, "v5e:2x2"),
-         "v5p": Chip(1.75, 2, 2.765e12, "v5p:2x2x1"), "v6e": Chip(1.75, 1, 1.64e12, "v6e:2x2"),
+CHIPS = {"v4": Chip(1.05, 2, "v4:2x2x1"), "v5e": Chip(1.5, 1, "v5e:2x2"), "v5p": Chip(1.75, 2, "v5p:2x2x1"),
+         "v6e": Chip(1.75, 1, "v6e:2x2"),
          # A device is one of the chip's two cores; the clock follows from its peak of 1,155 bfloat16 TFLOP/s.
-         "tpu7x": Chip(2.2, 1, 3.69e12, "tpu7x:2x2x1")}
+         "tpu7x": Chip(2.2, 1, "tpu7x:2x2x1")}
 
 
 class Cost(NamedTuple):
