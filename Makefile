@@ -1,4 +1,5 @@
 # make setup: .venv with pinned requirements.  make demo: train, evaluate, sample, export.  make test: the whole suite.
+# make notebooks: run them and write their outputs, about three minutes.
 PYTHON ?= python3
 DEMO_DIR ?= demo
 DEMO_SECONDS ?= 290
@@ -6,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 MMX := JAX_PLATFORMS=$(or $(JAX_PLATFORMS),cpu) $(BIN)/mmx
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test notebooks clean
 
 setup: .venv/ready
 
@@ -37,5 +38,9 @@ test: .venv/ready-to-test
 	$(BIN)/ruff check .
 	JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
 
+notebooks: .venv/ready-to-test
+	rm -rf notebooks/run*/
+	JAX_PLATFORMS=cpu $(BIN)/python notebooks/run.py notebooks/*.ipynb
+
 clean:
-	rm -rf .venv $(DEMO_DIR)
+	rm -rf .venv $(DEMO_DIR) notebooks/run*/

@@ -283,14 +283,14 @@ def _times(lengths):
                 if ms * (T / before if before else 1) ** (2 if op == "softmax" else 1) > LIMIT * 1e3:
                     break
                 x_BHTD = jnp.asarray(np.random.default_rng(T).standard_normal((1, H, T, D), np.float32), dtype)
-                ms, before = _median_ms(jax.jit(function), *[x_BHTD] * 4), T
+                ms, before = median_ms(jax.jit(function), *[x_BHTD] * 4), T
                 rows.append(_time_row(f"{op} {case}", impl, T, T, ms, 4 * x_BHTD.nbytes if case == "forward" else None))
     for impl in [impl for impl in impls if impl in decode.IMPLS]:
         step, shapes = decode_step(impl)
         q, k, v, gate, norm, _, state, live = (jnp.ones(s.shape, dtype if s.dtype == jnp.bfloat16 else s.dtype) for s in shapes)
         # The state goes round, as in generation: donated, and updated where it is.
         jitted = jax.jit(lambda state, *x: step(*x, log_decay_H, state, live)[1], donate_argnums=0)
-        ms = _median_ms(jitted, state, q, k, v, gate, norm, carried=True)
+        ms = median_ms(jitted, state, q, k, v, gate, norm, carried=True)
         rows.append(_time_row("decode", impl, 1, ROWS, ms, 2 * state.nbytes))
     return rows
 
@@ -300,7 +300,7 @@ def _time_row(case, impl, length, tokens, ms, moved):
             "GB/s of what must move": round(moved / ms / 1e6, 1) if moved else None}
 
 
-def _median_ms(function, *args, carried=False):
+def median_ms(function, *args, carried=False):
     """Of RUNS runs or more, up to half a second; `carried` feeds the result back as the first argument."""
     times = []
     while len(times) < 2 + RUNS or (sum(times[2:]) < 0.1 * RUNS and len(times) < 100):

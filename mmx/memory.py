@@ -19,12 +19,12 @@ from rich.table import Table
 from mmx import config
 from mmx.chips import CHIPS, Chip
 from mmx.config import ConfigError
+from mmx.deepseek import DeepSeekV3
 
 WEIGHTS = {"bf16": 2, "int8": 1}            # bytes a parameter; the paper holds its model in 8 bits, too (section 2.4)
 BATCHES = (1, 8, 64)                        # sequences that decode together
-# DeepSeek-V3 (arXiv 2412.19437, section 4.2): 671 B parameters; 61 layers keep a latent of 512 and a RoPE key of 64 dims a
-# token. In bfloat16 70,272 bytes, which its authors state as well (arXiv 2505.09343, table 1).
-DEEPSEEK = {"weights": 671e9, "state": 0, "cache": 61 * (512 + 64) * 2}
+# A token's 70,272 bytes its authors state as well (arXiv 2505.09343, table 1).
+DEEPSEEK = {"weights": DeepSeekV3().params_total, "state": 0, "cache": DeepSeekV3().cache}
 CLAIM = ("The paper claims an MFU over 75 % on H20 in end-to-end inference (arXiv 2501.08313, section 3). Figures here are "
          "bounds by the model's FLOPs and bytes.")
 

@@ -34,6 +34,7 @@ TPU_LOOP = """
   %come = bf16[8,16] all-to-all-done(%go)
   %again = ((bf16[8,16]), bf16[8,16]{1,0}, u32[]{:S(2)}) all-to-all-start(%come), replica_groups=[4,2]<=[2,4]T(1,0)
   %light = bf16[8,16]{1,0} add(%x, %x), backend_config={"window_config":{"estimated_cycles":"10"}}
+  %offloaded = bf16[8,16] fusion(%x), backend_config={"window_config":{"estimated_cycles":"9223372036854775807"}}
   %back = bf16[8,16]{1,0} all-to-all-done(%again)
   %all = bf16[8,16] all-gather(%back), replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, dimensions={1}
   %far = (bf16[4,4], u32[], token[]) recv(%token), is_host_transfer=true

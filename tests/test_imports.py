@@ -27,7 +27,7 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "evals": "checkpoint convert data inference loss metrics model",
     "train": "checkpoint convert data evals loss metrics model optim parallel",
     "sweep": "data evals metrics optim train",
-    "memory": "chips", "scaling": "", "hugepages": "", "processes": "", "compilers": "",
+    "deepseek": "", "memory": "chips deepseek", "scaling": "", "hugepages": "", "processes": "", "compilers": "",
     "bench": "chips compilers kernels layers parallel",
     "aot": "chips compilers inference model optim parallel train",
     "search": "aot chips model parallel",
@@ -37,7 +37,8 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
 FOREIGN = {     # packages that a part does without
     "dims": ("jax", "flax", "torch"), "config": ("jax", "flax", "torch"), "data": ("jax", "flax", "torch"),
     "released": ("jax", "flax", "torch"), "cli": ("jax", "flax", "torch"),
-    "memory": ("jax", "flax", "torch"), "scaling": ("jax", "flax", "torch", "pandas", "sklearn"),
+    "memory": ("jax", "flax", "torch"), "deepseek": ("jax", "flax", "torch"),
+    "scaling": ("jax", "flax", "torch", "pandas", "sklearn"),
     "kernels": ("flax", "ml_collections", "torch"), "parallel": ("flax", "ml_collections", "torch"),
     "convert": ("flax",), "checkpoint": ("flax",),
 }

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from mmx import cli, config, memory
+from mmx.deepseek import DeepSeekV3
 from mmx.memory import CHIPS, decode, held, prefill, sequence, twin
 from mmx.parallel.cache import empty_cache
 
@@ -24,6 +25,17 @@ def test_what_the_released_geometry_holds():
     assert (softmax["state"], softmax["cache"]) == (0, 8 * 40_960)
     assert held(TEXT_01)["weights"] - softmax["weights"] == 70 * (3 * 6144 * WIDTH + WIDTH - 2 * 6144 * 8 * 128)
     assert memory.DEEPSEEK["cache"] == 70_272
+
+
+def test_deepseek_v3_is_what_its_authors_say():
+    """671 B, 37 B of them active (abstract)."""
+    d = DeepSeekV3()
+    assert (d.params_total, d.params_active_all) == (671_026_419_200, 37_552_297_472)
+    assert d.cache == 70_272
+    one = dataclasses.replace(d, layers=1, dense_layers=1, vocab=0)     # one dense layer alone, product by product
+    products = 7168 * (1536 + 576) + 1536 * 128 * 192 + 512 * 128 * 256 + 128 * 128 * 7168 + 3 * 7168 * 18432
+    assert one.flops_forward(1) == 2 * products + 2 * 128 * (192 + 128)
+    assert one.flops_forward(101) - one.flops_forward(1) == 2 * 128 * (192 + 128) * 50
 
 
 @pytest.mark.parametrize("model", [TEXT_01, config.Model(pattern="LLS", layers=6), config.Model(pattern="S", layers=2)],

@@ -19,6 +19,7 @@ SHARE = {       # what a device receives over a group of X, in bytes of its resu
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
          "s64": 8, "u64": 8}
 KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call")
+NO_ESTIMATE = 2 ** 63 - 1       # cycles that the compiler gives for what it cannot tell, such as scatters on SparseCores
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")     # move nothing
 
 
@@ -72,7 +73,7 @@ def analyse(text: str, axes: dict[str, int]) -> Program:
             else:
                 unknown[_stem(op.name)] = unknown.get(_stem(op.name), 0) + op.times
         estimate = None if op.body != op.scheduled else re.search(r'"estimated_cycles":"(\d+)"', op.rest)
-        if estimate:
+        if estimate and int(estimate[1]) < NO_ESTIMATE:
             cycles[works(op.kind, op.rest)] += op.times * int(estimate[1])
     return Program(collectives, flops + kernels, kernels, cycles[True], cycles[False], unknown)
 

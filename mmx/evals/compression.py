@@ -88,10 +88,11 @@ def measure(path, split: str = "validation", source: str | None = None, weights_
             "per_file": each, "documents": documents, "config": loaded.config}
 
 
-def evaluate_checkpoint(path, split: str = "validation", source: str | None = None,
-                        weights_dtype: str | None = None) -> dict:
-    """Bits per byte of a checkpoint on held-out text, with the baselines, as `mmx eval` writes them."""
-    found, step = measure(path, split, source, weights_dtype), checkpoint.find_step(path)
+def evaluate_checkpoint(path, split: str = "validation", source: str | None = None, weights_dtype: str | None = None,
+                        limit: int = 0) -> dict:
+    """Bits per byte of a checkpoint on `limit` bytes (0: all) of held-out text, with the baselines, as `mmx eval` writes
+    them."""
+    found, step = measure(path, split, source, weights_dtype, limit), checkpoint.find_step(path)
     documents, records = found["documents"], []
     if step:
         records = [r for r in metrics.read(step[0]) if r["step"] <= int(step[1].name)]
