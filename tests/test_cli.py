@@ -174,7 +174,7 @@ def test_examples_are_trained_on(place, tmp_path, mmx_fails, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == f"written: {tmp_path / 'new' / 'mqar.jsonl'}, 30 examples"
     sources = (str(tmp_path / "new"), str(place / "text"))
     assert cli.main(train(place, f"--config.data.sources={sources!r}", workdir=str(tmp_path / "run"))) == 0
-    assert [r["step"] for r in metrics.read(tmp_path / "run")] == [1, 2, 3, 4]
+    assert [r["step"] for r in metrics.read(tmp_path / "run")] == [1, 2, 3, 4] and "trained" in capsys.readouterr().out
     for more, message in ((["--suite", "needel"], "no suite 'needel'; did you mean needle?"),
                           (["--out", "a.txt"], "takes a .jsonl"), (["--examples", "0"], "--examples 0 is out of range"),
                           (["--rows", "1x"], "there is no row '1x'")):
