@@ -46,16 +46,22 @@ def mmx(*arguments):
         raise SystemExit(code)
 
 
-def scores(rows) -> np.ndarray:
-    """The share of right answers, [kind, seed, depth, length]."""
-    cells = [[[[np.mean([row["score"] for row in rows if (row["kind"], row["seed"], row["depth"], row["length"]) ==
+def digits(row: dict) -> float:
+    """The share of an answer's digits that stand where they should."""
+    return np.mean([a == b for a, b in zip(row["answer"], row["output"].strip().ljust(len(row["answer"])))])
+
+
+def scores(rows, measure=lambda row: row["score"]) -> np.ndarray:
+    """Means over examples, [kind, seed, depth, length]."""
+    cells = [[[[np.mean([measure(row) for row in rows if (row["kind"], row["seed"], row["depth"], row["length"]) ==
                          (kind, seed, depth, length)]) for length in LENGTHS] for depth in DEPTHS] for seed in SEEDS]
              for kind in KINDS]
     return np.array(cells)
 
 
-def show(scores_KSDL):
-    print("| | " + " | ".join(f"{length:,}" for length in LENGTHS) + " |\n|---|" + "---|" * len(LENGTHS))
+def show(name: str, scores_KSDL):
+    """A table of means over seeds and depths, and the seeds' range."""
+    print(f"| {name} % | " + " | ".join(f"{length:,}" for length in LENGTHS) + " |\n|---|" + "---|" * len(LENGTHS))
     for kind, scores_SL in zip(KINDS, 100 * scores_KSDL.mean(2)):
         print(f"| {kind} | " + " | ".join(f"{x.mean():.0f} ({x.min():.0f} to {x.max():.0f})" for x in scores_SL.T) + " |")
 
@@ -85,10 +91,13 @@ def main():
     if args.run:
         data(args.run)
         rows = [row for kind in KINDS for seed in SEEDS for row in one(args.run, kind, seed)]
+        ROWS.parent.mkdir(exist_ok=True)
         ROWS.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    found = scores([json.loads(line) for line in ROWS.read_text().splitlines()])
-    show(found)
-    plot(found, FIGURE)
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    show("right answers", scores(rows))
+    print()
+    show("right digits", scores(rows, digits))
+    plot(scores(rows), FIGURE)
     print(f"written: {FIGURE}")
 
 

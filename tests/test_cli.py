@@ -61,8 +61,8 @@ def place(tmp_path_factory):
     return folder
 
 
-def train(folder, *more, workdir="run"):
-    return ["train", "--config", str(folder / "small.py"), "--config.data.sources", f"('{folder / 'text'}',)",
+def train(folder, *more, workdir="run", sources=()):
+    return ["train", "--config", str(folder / "small.py"), "--config.data.sources", repr(sources or (str(folder / "text"),)),
             "--workdir", str(folder / workdir), *more]
 
 
@@ -173,8 +173,8 @@ def test_examples_are_trained_on(place, tmp_path, mmx_fails, capsys):
                          "--out", str(tmp_path / "new" / f"{suite}.jsonl")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"written: {tmp_path / 'new' / 'mqar.jsonl'}, 30 examples"
     sources = (str(tmp_path / "new"), str(place / "text"))
-    assert cli.main(train(place, f"--config.data.sources={sources!r}", workdir=str(tmp_path / "run"))) == 0
-    assert [r["step"] for r in metrics.read(tmp_path / "run")] == [1, 2, 3, 4]
+    assert cli.main(train(place, workdir=str(tmp_path / "run"), sources=sources)) == 0
+    assert [r["step"] for r in metrics.read(tmp_path / "run")] == [1, 2, 3, 4] and "trained" in capsys.readouterr().out
     for more, message in ((["--suite", "needel"], "no suite 'needel'; did you mean needle?"),
                           (["--out", "a.txt"], "takes a .jsonl"), (["--examples", "0"], "--examples 0 is out of range"),
                           (["--rows", "1x"], "there is no row '1x'")):
@@ -184,8 +184,7 @@ def test_examples_are_trained_on(place, tmp_path, mmx_fails, capsys):
 def test_ids_alone_train(place, tmp_path, mmx_fails):
     """There is no text whose bytes could be counted, and none is held out."""
     (tmp_path / "ids.jsonl").write_text('{"tokens": [256, 7, 9, 7], "targets": [-1, -1, -1, 9]}\n' * 40)
-    command = train(place, f"--config.data.sources=('{tmp_path / 'ids.jsonl'}',)", "--config.train.steps=1",
-                    workdir=str(tmp_path / "run"))
+    command = train(place, "--config.train.steps=1", workdir=str(tmp_path / "run"), sources=(str(tmp_path / "ids.jsonl"),))
     assert "train.eval_every=1 needs held-out text" in mmx_fails(*command, "--config.train.eval_every=1")
     assert cli.main(command) == 0
     [record] = metrics.read(tmp_path / "run")

@@ -40,25 +40,28 @@ def test_a_step_on_what_is_written_and_a_reading(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "LENGTHS", (256,))
     monkeypatch.setattr(bench, "DEPTHS", (0, 100))
     whole = bench.mmx
-    toy = ["--config.train.steps=1", "--config.model.dim=16", "--config.model.head_dim=8", "--config.model.rotary_dim=4"]
+    toy = [f"--config.{key}" for key in ("train.steps=1", "train.length=256", "model.layers=1", "model.dim=16",
+                                         "model.head_dim=8", "model.rotary_dim=4")]
     monkeypatch.setattr(bench, "mmx", lambda *a: whole(*a, *(toy if a[0] == "train" else ())))
     bench.data(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "needle.jsonl").read_text().splitlines()]
     longest = max(len(line["prompt"] + line["completion"]) + 2 for line in lines)
     assert 1024 < longest <= cli.read_experiment(FILE, []).train.length
-    rows = list(bench.one(tmp_path, "hybrid", 0))
-    assert len(metrics.read(tmp_path / "hybrid0")) == 1
+    rows = list(bench.one(tmp_path, "lightning", 0))
+    assert len(metrics.read(tmp_path / "lightning0")) == 1
     places = [(row["kind"], row["seed"], row["length"], row["depth"]) for row in rows]
-    assert set(places) == {("hybrid", 0, 256, 0), ("hybrid", 0, 256, 100)}
+    assert set(places) == {("lightning", 0, 256, 0), ("lightning", 0, 256, 100)}
 
 
 def test_table_and_figure_say_what_the_rows_say(bench, tmp_path, monkeypatch, capsys):
     right = lambda kind, seed, depth: float(kind == "hybrid" or (seed == 0 and depth > 0))
-    rows = [{"kind": kind, "seed": seed, "length": length, "depth": depth, "score": right(kind, seed, depth)}
+    rows = [{"kind": kind, "seed": seed, "length": length, "depth": depth, "score": right(kind, seed, depth),
+             "answer": "1234567", "output": " 1734567" if kind == "hybrid" else ""}
             for kind in KINDS for seed in range(3) for length in bench.LENGTHS for depth in bench.DEPTHS]
-    found = bench.scores(rows)
+    found, digits = bench.scores(rows), bench.scores(rows, bench.digits)
     assert found.shape == (3, 3, len(bench.DEPTHS), len(bench.LENGTHS)) and np.all(found[0] == 1)
-    bench.show(found)
+    assert np.all(digits[0] == 6 / 7) and np.all(digits[1:] == 0)
+    bench.show("right answers", found)
     table = capsys.readouterr().out.splitlines()
     assert table[2].startswith("| hybrid | 100 (100 to 100) |") and table[3].startswith("| softmax | 27 (0 to 80) |")
     bench.plot(found, tmp_path / "a.png")

@@ -217,8 +217,8 @@ def test_who_reads_by_rule_completes_what_is_written_to_train_on(name, tmp_path)
     suite, rows = ("ruler", (name,)) if name not in SUITES else (name, ())
     for prompt, completion in written(tmp_path / "a.jsonl", suite, rows=rows, lengths=(3000,)):
         found = BY_RULE[name](prompt.decode())
-        answers = completion.decode().removeprefix(" ").split(", ")
-        assert all(answer in found for answer in answers)
+        found = dialogue.components(found) if name == "mr-niah" else re.split(", | ", found)
+        assert sorted(completion.decode().removeprefix(" ").split(", ")) == sorted(found)
 
 
 def test_what_is_written_hangs_on_the_seed_alone_and_is_none_of_the_evaluation(tmp_path):
