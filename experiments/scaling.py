@@ -13,7 +13,7 @@ from mmx.config import ConfigError, default
 
 PATTERNS = {"softmax": "S", "lightning": "L", "hybrid": "LLLLLLLS"}
 SIZES = {"25k": 16, "50k": 24, "100k": 32, "200k": 48, "400k": 64}       # width, at 8 layers and heads of 8 dims
-BUDGETS = (2 ** 16, 2 ** 17, 2 ** 18, 2 ** 19)     # tokens
+BUDGETS = (2 ** 16, 2 ** 17, 2 ** 18)       # tokens
 LENGTH, BATCH = 256, 4
 
 

@@ -245,40 +245,59 @@ def test_a_cluster_runs_jobs(place, slurm, tmp_path):
             sweep.executor("slurm", tmp_path / "out", given)
 
 
+SLOW = """\
+import json, sys, time, types
+from pathlib import Path
+
+def run(experiment, folder):
+    path, steps = Path(folder) / "metrics.jsonl", experiment.train.steps
+    first = len(path.read_text().splitlines()) if path.exists() else 0
+    with path.open("a") as file:
+        for step in range(first + 1, steps + 1):
+            time.sleep(0.05)
+            print(json.dumps({"step": step, "loss": 3.0, "tokens_per_s": 1.0}), file=file, flush=True)
+    return {"step": steps, "seconds": 1.0, "stopped": 0}
+
+def measure(folder, limit):
+    return {"bits_per_byte": 3.0, "nats_per_token": 2.0}
+
+sys.modules["mmx.train"] = types.SimpleNamespace(run=run)
+sys.modules["mmx.evals.compression"] = types.SimpleNamespace(measure=measure)
+"""
+
+
 def test_sigkill_in_earnest(place, tmp_path):
-    """Local processes: the sweep is killed at random moments, and so is a run; what was trained is trained once."""
-    command = place('{"train.seed": [0, 1, 2], "steps": [40]}')
+    """Local processes, whose training is a clock: the sweep is killed at random moments, then a run of it."""
+    command = place('{"train.seed": [0, 1, 2], "steps": [30]}')
     command[command.index("inline")] = "local"
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "PYTHONPATH": str(ROOT)}
-    dice, seen = random.Random(0), {}
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    out, dice, seen = tmp_path / "out", random.Random(0), {}
 
     def start():
         return subprocess.Popen([sys.executable, "-m", "mmx.cli", *command, "--jobs", "2", "--rate", "1e9"], text=True,
-                                env=os.environ | cache, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                                env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT)
 
-    def runs():
-        return {path.parent.name: path.stat().st_mtime_ns for path in tmp_path.glob("out/runs/*/row.json")}
+    def finished():
+        return {path.parent.name: path.stat().st_mtime_ns for path in out.glob("runs/*/row.json")}
 
-    for kills in range(2):
+    for what in ("runs/*/metrics.jsonl", "runs/*/row.json"):
         process, until = start(), time.monotonic() + 120
-        while not (list(tmp_path.glob("out/runs/*/checkpoints/*")) if not kills else runs()) and time.monotonic() < until:
-            time.sleep(0.05)
+        while not list(out.glob(what)):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.02)
         time.sleep(dice.random())
         process.kill()
         process.communicate()
-        seen |= runs()
-    orphan = next((int(path.name.partition("_")[0]) for path in (tmp_path / "out" / "jobs").glob("*_0_log.err")
-                   if Path(f"/proc/{path.name.partition('_')[0]}").exists()), None)
-    if orphan:
-        children = Path(f"/proc/{orphan}/task/{orphan}/children").read_text().split()
-        for child in map(int, children):
-            os.kill(child, signal.SIGKILL)
+        seen |= finished()
+    for log in (out / "jobs").glob("*_0_log.err"):      # the orphans, by their controllers' numbers
+        children = Path("/proc", log.name.partition("_")[0], "task", log.name.partition("_")[0], "children")
+        for child in children.read_text().split() if children.exists() else ():
+            os.kill(int(child), signal.SIGKILL)
     process = start()
-    out, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, out
-    found = rows(tmp_path)
-    assert sorted(row["train.seed"] for row in found) == [0, 1, 2]
-    assert seen and {name: runs()[name] for name in seen} == seen        # none that was finished was written again
-    for row in found:
-        assert [r["step"] for r in metrics.read(tmp_path / "out" / "runs" / row["name"])] == list(range(1, 41))
+    said, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, said
+    assert sorted(row["train.seed"] for row in rows(tmp_path)) == [0, 1, 2]
+    assert seen and {name: finished()[name] for name in seen} == seen       # none that was finished was written again
+    for name in finished():     # and no two processes trained one run
+        assert [record["step"] for record in metrics.read(out / "runs" / name)] == list(range(1, 31))
