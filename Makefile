@@ -1,5 +1,5 @@
 # make setup: .venv with pinned requirements.  make demo: train, evaluate, sample, export.  make test: the whole suite.
-# make notebooks: run them and write their outputs, about three minutes.
+# make notebooks: run them and write their outputs.
 PYTHON ?= python3
 DEMO_DIR ?= demo
 DEMO_SECONDS ?= 290
