@@ -110,8 +110,11 @@ def _joined(argv: list[str]) -> list[str]:
 
 def _kinds() -> dict[str, str]:
     """The type of every config key."""
-    return {f"{section}.{key}": type(value).__name__
-            for section, values in config.default().items() for key, value in values.items()}
+    def kinds(values, above=""):
+        for key, value in values.items():
+            deeper = isinstance(value, ConfigDict)
+            yield from kinds(value, f"{above}{key}.") if deeper else [(above + key, type(value).__name__)]
+    return dict(kinds(config.default()))
 
 
 def _fail(message: str, code: int) -> int:

@@ -115,7 +115,7 @@ def test_what_is_imported_is_declared():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     lines = setup["options"]["install_requires"].split("\n")
-    modules = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
+    modules = {"absl-py": "absl", "orbax-checkpoint": "orbax", "pillow": "pil"}
     packages = [re.match(r"[\w-]+", line)[0] for line in lines if line]
     declared = {modules.get(name, name.lower().replace("-", "_")) for name in packages} | {"mmx"} | sys.stdlib_module_names
     for path in FILES:
