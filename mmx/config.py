@@ -56,6 +56,11 @@ class Vision:
         """Patches of a tile, in a row and in a column."""
         return self.tile // self.patch
 
+    def extents(self, dim: int) -> dict[str, int]:
+        """The letters' extents in parameters, beside a text model of width `dim`; Y and X are a patch's."""
+        return {"Y": self.patch, "X": self.patch, "Z": 3, "P": self.side ** 2 + 1, "J": self.dim, "A": self.heads,
+                "K": self.dim // self.heads, "U": self.hidden, "O": dim, "D": dim, "L": self.layers}
+
     @property
     def params(self) -> int:
         """Of the ViT."""
@@ -171,7 +176,12 @@ class Model:
     def params_total(self) -> int:
         """All parameters, embedding, head and vision included."""
         layers = sum(self._layer_params(k, self.experts) for k in self.layer_kinds)
-        return 2 * self.vocab * self.dim + self.dim + layers + self.vision.params + self.vision.params_projector(self.dim)
+        return 2 * self.vocab * self.dim + self.dim + layers + self.params_vision
+
+    @property
+    def params_vision(self) -> int:
+        """Of the ViT and the projector: what no token touches."""
+        return self.vision.params + self.vision.params_projector(self.dim)
 
     @property
     def params_active(self) -> int:

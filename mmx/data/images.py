@@ -97,6 +97,61 @@ def prepare(v: Vision, image: Image.Image) -> Picture:
     return Picture((pixels_IYXZ / 255 - MEAN) / STD, places(v, height, width))
 
 
+def pictures(v: Vision, images) -> list[Picture]:
+    """Of files, of Pillow's images, and of what is a Picture already."""
+    if len(images) and not v.layers:
+        raise ConfigError("this model reads text alone: an image needs a checkpoint with model.vision.layers above 0")
+    return [image if isinstance(image, Picture) else prepare(v, read(image)) for image in images]
+
+
+def share(texts: list[str], images: list) -> list[tuple]:
+    """Each text's images, as many as it has marks, in order."""
+    ends = np.cumsum([text.count(MARK) for text in texts])
+    if images and ends[-1] != len(images):
+        raise ConfigError(_unlike(ends[-1], len(images)))
+    return [tuple(images[begin:end]) for begin, end in zip([0, *ends[:-1]], ends)]
+
+
+def encode(v: Vision, text: str, images: list[Picture], tokens_of) -> np.ndarray:
+    """ids_T of a prompt, `tokens_of` its parts; each image has as many of the vision's tokens as it is long, at its MARK
+    (which in a model of text alone is text)."""
+    before, *behind = text.split(MARK) if v.layers else [text]
+    if len(behind) != len(images):
+        raise ConfigError(_unlike(len(behind), len(images)))
+    ids = [tokens_of(before)]
+    for image, part in zip(images, behind):
+        ids += [np.full(len(image.places_T), v.token, np.int32), tokens_of(part)]
+    return np.concatenate(ids)
+
+
+def lay(v: Vision, ids_BT, rows: list[list[Picture]]) -> tuple[np.ndarray, np.ndarray]:
+    """places_BT and pixels_IYXZ of token ids and each row's images: the vision's tokens are their places, in order. Tiles
+    are padded to a power of two, so that few shapes are compiled."""
+    places_BT, tiles = np.zeros(ids_BT.shape, np.int32), []
+    for b, (ids_T, row) in enumerate(zip(ids_BT, rows, strict=True)):
+        places = [np.zeros(0, np.int32)]
+        for image in row:
+            places.append(image.places_T + (image.places_T >= PATCH) * np.int32(len(tiles) * v.side ** 2))
+            tiles += [*image.pixels_IYXZ]
+        places_T, at_T = np.concatenate(places), ids_T == v.token
+        if at_T.sum() != len(places_T):
+            raise ConfigError(f"row {b} holds {_many(at_T.sum(), f'token {v.token}')}, which stands for images: its "
+                              f"{_many(len(row), 'image')} need {len(places_T)}")
+        places_BT[b, at_T] = places_T
+    pixels_IYXZ = np.zeros((1 << max(len(tiles) - 1, 0).bit_length(), v.tile, v.tile, 3), np.float32)
+    pixels_IYXZ[:len(tiles)] = np.stack(tiles) if tiles else 0
+    return places_BT, pixels_IYXZ
+
+
+def _unlike(marks: int, images: int) -> str:
+    return (f"{_many(marks, MARK + ' mark')} in the prompt, {_many(images, 'image')} given: a mark stands where an image "
+            f"belongs, as in '{MARK} What is this?'")
+
+
+def _many(count: int, name: str) -> str:
+    return f"{count} {name}" + "s" * (count != 1)
+
+
 def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
     """Across, then down: Pillow 13 takes the cheaper order itself, and levels hang on it."""
     across = image.resize((width, image.size[1]), Image.Resampling.BICUBIC)
