@@ -614,7 +614,7 @@ def verify(args):
 
 def show_config(args):
     e = read_experiment(args.config, args.overrides)
-    m, t = e.model, e.train
+    m, t, v = e.model, e.train, e.model.vision
     figures = {
         "params_total": m.params_total, "params_active": m.params_active, "params_active_all": m.params_active_all,
         "flops_per_token": m.flops_training(t.length), "flops_per_token_forward": m.flops_forward(t.length),
@@ -634,8 +634,11 @@ def show_config(args):
                         + (f"capacity {m.capacity}" if m.capacity else "no dropping")),
             ("residual alpha", " ".join(f"{kind} {alpha:.6g}" for kind, alpha in (
                 ("L", m.alpha_lightning), ("S", m.alpha_softmax), ("MoE", m.alpha_moe)))),
+            *[("vision", f"{v.layers} layers of {v.dim:,}, {v.heads} heads; tiles of {v.tile}, {v.side} x {v.side} patches")]
+            * (v.layers > 0),
             None,
             ("parameters", _short(m.params_total)),
+            *[("of them in vision", _short(m.params_vision))] * (v.layers > 0),
             ("active, without embedding and head", _short(m.params_active)),
             ("active, with both", _short(m.params_active_all)),
             ("checkpoint tensors", f"{m.checkpoint_tensors:,}"),

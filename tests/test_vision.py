@@ -265,4 +265,6 @@ def test_a_model_of_text_alone_takes_no_image_and_reads_the_mark_as_text(checkpo
     text = mmx.load(tmp_path / "hf")
     with pytest.raises(ConfigError, match="this model reads text alone"):
         mmx.generate(text, "<image> what?", steps=1, images=[checkpoint / "a.png"])
+    with pytest.raises(ConfigError, match="this model reads text alone"):
+        mmx.forward(text, np.ones((1, 3), int), images=[[]])
     assert isinstance(mmx.generate(text, "<image> what?", steps=1)[0], str)

@@ -99,8 +99,8 @@ def prepare(v: Vision, image: Image.Image) -> Picture:
 
 def pictures(v: Vision, images) -> list[Picture]:
     """Of files, of Pillow's images, and of what is a Picture already."""
-    if len(images) and not v.layers:
-        raise ConfigError("this model reads text alone: an image needs a checkpoint with model.vision.layers above 0")
+    if images:
+        _check_sees(v)
     return [image if isinstance(image, Picture) else prepare(v, read(image)) for image in images]
 
 
@@ -127,6 +127,7 @@ def encode(v: Vision, text: str, images: list[Picture], tokens_of) -> np.ndarray
 def lay(v: Vision, ids_BT, rows: list[list[Picture]]) -> tuple[np.ndarray, np.ndarray]:
     """places_BT and pixels_IYXZ of token ids and each row's images: the vision's tokens are their places, in order. Tiles
     are padded to a power of two, so that few shapes are compiled."""
+    _check_sees(v)
     places_BT, tiles = np.zeros(ids_BT.shape, np.int32), []
     for b, (ids_T, row) in enumerate(zip(ids_BT, rows, strict=True)):
         places = [np.zeros(0, np.int32)]
@@ -141,6 +142,11 @@ def lay(v: Vision, ids_BT, rows: list[list[Picture]]) -> tuple[np.ndarray, np.nd
     pixels_IYXZ = np.zeros((1 << max(len(tiles) - 1, 0).bit_length(), v.tile, v.tile, 3), np.float32)
     pixels_IYXZ[:len(tiles)] = np.stack(tiles) if tiles else 0
     return places_BT, pixels_IYXZ
+
+
+def _check_sees(v: Vision):
+    if not v.layers:
+        raise ConfigError("this model reads text alone: an image needs a checkpoint with model.vision.layers above 0")
 
 
 def _unlike(marks: int, images: int) -> str:
