@@ -54,6 +54,8 @@ class Cell:
         """Of all that decides the result: not of the mesh and of how often a checkpoint is saved."""
         sections = dataclasses.asdict(self.experiment)
         kept = {name: sections[name] for name in ("model", "train", "data")}
+        if not self.experiment.model.vision.layers:     # a model of text keeps the name from before there was vision
+            del kept["model"]["vision"]
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
     @property

@@ -55,7 +55,7 @@ def random_vision_model(grids, vision, tile=24, patch=8, token=60, seed=0, **tex
         image_grid_pinpoints=[[rows * tile, columns * tile] for rows, columns in grids], vision_feature_layer=-1,
         vision_feature_select_strategy="default", tie_word_embeddings=False)
     torch.manual_seed(seed)
-    return randomised(transformers.LlavaNextForConditionalGeneration(config).eval())
+    return randomised(transformers.LlavaNextForConditionalGeneration._from_config(config, attn_implementation="eager").eval())
 
 
 @contextlib.contextmanager

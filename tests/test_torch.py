@@ -191,15 +191,16 @@ def test_vision_both_ways(tmp_path):
             ids += [np.full(len(picture.places_T), v.token), rng.integers(0, v.token, 3)]
         tokens_BT = np.concatenate(ids)[None]
         convert.to_hf(tmp_path / name, tmp_path / f"{name}-back", progress=False)
-        again = transformers.LlavaNextForConditionalGeneration.from_pretrained(tmp_path / f"{name}-back")
+        again = transformers.LlavaNextForConditionalGeneration.from_pretrained(
+            tmp_path / f"{name}-back", attn_implementation="eager")
         logits_BTW = forward(loaded, tokens_BT, images=[shown])
-        for theirs in (model, again):
+        for theirs, whose in ((model, "theirs"), (again, "ours")):
             with faithful.released_vision(theirs), torch.no_grad():
                 want_BTW = theirs(
                     input_ids=torch.as_tensor(tokens_BT), image_sizes=torch.tensor(sizes), use_cache=False,
                     pixel_values=torch.nn.utils.rnn.pad_sequence(
                         [torch.as_tensor(picture.pixels_IYXZ).movedim(-1, 1) for picture in shown], batch_first=True)).logits
-            np.testing.assert_allclose(logits_BTW, want_BTW, atol=ATOL, rtol=0, err_msg=name)
+            np.testing.assert_allclose(logits_BTW, want_BTW, atol=ATOL, rtol=0, err_msg=f"{name}, {whose}")
     with pytest.raises(ConfigError, match="a model that sees: mmx.torch has the function of the text model alone"):
         mmx.torch.load(tmp_path / name)
 

@@ -114,7 +114,7 @@ def test_round_trip_is_bit_exact(tmp_path, monkeypatch, dialect):
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(back[name], tensor, err_msg=name)
     assert convert.open_source(tmp_path / "run").model == convert.open_source(tmp_path / "back").model
-    assert convert.open_source(tmp_path / "hf").model == dataclasses.replace(SMALL, aux="hf", aux_weight=0.02)
+    assert convert.open_source(tmp_path / "hf").model == dataclasses.replace(SMALL, aux="hf", aux_weight=0.005)
 
 
 def test_what_transformers_saves_and_the_released_names_are_the_same(tmp_path, loaded):
