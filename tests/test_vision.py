@@ -16,6 +16,7 @@ import mmx
 from mmx import cli, config, convert, inference, released
 from mmx.config import ConfigError
 from mmx.data import images
+from mmx.int8 import Int8
 from mmx.model import Model
 
 ORACLE = Path(__file__).parent / "oracles" / "vl_tiny"
@@ -146,6 +147,19 @@ def test_the_released_config():
                              "float32", {})
 
 
+def test_ids_of_the_text_config_are_found(tmp_path):
+    write_released(tmp_path / "hf")
+    text = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({k: v for k, v in text.items() if k not in convert.BYTE_IDS}))
+    assert convert.open_source(tmp_path / "hf").tokenizer == "bytes"
+
+
+def test_int8_leaves_the_vit_as_it_is(loaded):
+    whole = mmx.load(ORACLE / "ckpt", weights_dtype="int8").params
+    assert isinstance(whole["groups"]["layer_0"]["mixer"]["q_DHK"], Int8)
+    jax.tree.map(np.testing.assert_array_equal, whole["vision"]["layers"], loaded.params["vision"]["layers"])
+
+
 @pytest.mark.parametrize("change, message", [
     ({"model_type": "llava"}, "model_type='llava' is not supported, only 'minimax_vl_01' or 'llava_next'"),
     ({"vision_feature_layer": -2}, "vision_feature_layer=-2 is not supported, only -1"),
@@ -197,6 +211,10 @@ def test_generation_is_recomputation(loaded):
     np.testing.assert_array_equal(new_BT, np.argmax(logits_BTW[:, T - 1:-1], axis=-1))
     others = mmx.forward(loaded, whole_BT, None, shown[::-1])
     assert np.abs(others - logits_BTW).max() > 0.1
+    cut = len(prompts[0]) - 4 - images.count(loaded.config.vision, 9, 70)       # before the second image
+    kept = inference.read(loaded, prompts[0][:cut], images=shown[0][:1])
+    behind_BT = mmx.generate(loaded, prompts[0][None, cut:], steps=steps, images=[shown[0][1:]], prefix=kept)
+    np.testing.assert_array_equal(behind_BT, new_BT[:1])
 
 
 def test_images_and_their_tokens_agree(loaded):
