@@ -34,7 +34,8 @@ class Vision:
     hidden: int = 4096              # U, of the ViT's MLPs
     tile: int = 336                 # Y = X, pixels
     patch: int = 14                 # pixels; (tile / patch)^2 patches a tile
-    grids: tuple = GRIDS            # (rows, columns) of tiles to choose from; none: the whole image as one tile
+    # (rows, columns) of tiles to choose from; none: the whole image as one tile
+    grids: tuple = dataclasses.field(default=GRIDS, repr=False)
     norm_eps: float = 1e-5
     token: int = 200_025            # stands in a text for each place of an image
 
@@ -388,8 +389,16 @@ def _section(name: str, values: dict, kind: type):
                    for key, value in values.items()})
 
 
+def sections(experiment: Experiment) -> dict:
+    """Plain, as it is kept; a model of text alone says nothing of vision, as before there was any."""
+    values = dataclasses.asdict(experiment)
+    if not experiment.model.vision.layers:
+        del values["model"]["vision"]
+    return values
+
+
 def to_json(experiment: Experiment) -> str:
-    return json.dumps(dataclasses.asdict(experiment), indent=1)
+    return json.dumps(sections(experiment), indent=1)
 
 
 def from_json(text: str) -> Experiment:
