@@ -187,8 +187,8 @@ def test_text_is_read_as_by_the_text_model(loaded):
     text = dataclasses.replace(loaded.config, vision=config.Vision())
     params = {name: leaf for name, leaf in loaded.params.items() if name != "vision"}
     tokens_BT, mask_BT = batch()
-    np.testing.assert_array_equal(
-        mmx.forward(loaded, tokens_BT, mask_BT), mmx.forward((Model(text), params, text, ""), tokens_BT, mask_BT))
+    bare = convert.Loaded(Model(text), params, text, "")
+    np.testing.assert_array_equal(mmx.forward(loaded, tokens_BT, mask_BT), mmx.forward(bare, tokens_BT, mask_BT))
 
 
 def prompt(v, seed, counts=(3, 2, 4), sizes=((20, 30), (9, 70))):
