@@ -3,6 +3,7 @@
     loaded = mmx.load("demo")                               # a workdir, or a Hugging Face directory
     logits_BTW = mmx.forward(loaded, tokens_BT)
     texts = mmx.generate(loaded, ["The state of the Union"], steps=200, temperature=0.8)
+    texts = mmx.generate(sees, "<image> What is this?", images=["a.png"], steps=50)     # a checkpoint with vision
 
 Names are imported when first used, so that `mmx config` and the data need no accelerator.
 """

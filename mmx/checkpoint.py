@@ -117,6 +117,7 @@ def check_config(workdir: str | Path, experiment: Experiment) -> None:
 
 
 def _comparable(sections: dict, free: dict) -> dict:
+    sections = sections | {"model": {"vision": None} | sections["model"]}
     return {s: {k: v for k, v in sections[s].items() if k not in free.get(s, ())}
             for s in ("model", "train", "data") if s in sections}
 

@@ -31,6 +31,7 @@ examples:
   mmx eval --checkpoint run --suite needle --lengths 1k,4k,16k     retrieval over length and depth
   mmx examples --suite needle --lengths 256,1k --out needle.jsonl     documents to train on
   mmx generate --checkpoint run --prompt "The state of the Union" --temperature 0.8
+  mmx generate --checkpoint vl --image a.png --prompt "<image> What is this?"
   mmx convert to-hf --checkpoint run --out run-hf         for transformers, vLLM and others
   mmx convert verify --checkpoint run --against run-hf
   mmx config experiments/text_01.py                       parameters, FLOPs, shapes
@@ -110,8 +111,11 @@ def _joined(argv: list[str]) -> list[str]:
 
 def _kinds() -> dict[str, str]:
     """The type of every config key."""
-    return {f"{section}.{key}": type(value).__name__
-            for section, values in config.default().items() for key, value in values.items()}
+    def kinds(values, above=""):
+        for key, value in values.items():
+            deeper = isinstance(value, ConfigDict)
+            yield from kinds(value, f"{above}{key}.") if deeper else [(above + key, type(value).__name__)]
+    return dict(kinds(config.default()))
 
 
 def _fail(message: str, code: int) -> int:
@@ -156,6 +160,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; several times")
     sub.add_argument("--prompt-file", action="append", default=[], metavar="FILE",
                      help="a prompt in a file of UTF-8; several times")
+    sub.add_argument("--image", action="append", default=[], metavar="FILE",
+                     help="an image for the prompts' next <image>, which marks its place; several times")
     sub.add_argument("--steps", type=int, default=200, help="tokens at most (default 200)")
     sub.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
     sub.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest; 0: all (default)")
@@ -479,6 +485,9 @@ def generate(args):
         raise ConfigError("no prompt was given: --prompt TEXT or --prompt-file FILE, or --load-cache FILE to go on from")
     if args.save_cache and len(texts) != 1:
         raise ConfigError(f"--save-cache keeps one prompt, {len(texts)} are given")
+    from mmx.data import images
+
+    shown = images.share(texts or [""], args.image)
     if args.save_cache:     # before the reading, which may be long
         if Path(args.save_cache).is_dir():
             raise ConfigError(f"--save-cache {args.save_cache} is a folder: give a file")
@@ -492,10 +501,11 @@ def generate(args):
     bar = tqdm(desc="reading", unit=" tokens", unit_scale=True, leave=False, disable=None)
     how = {"kv_dtype": args.kv_dtype or "", "progress": bar.update}
     if args.save_cache:
-        kept = inference.read(loaded, texts[0], prefix=kept, **how)
+        kept, shown = inference.read(loaded, texts[0], images=shown[0], prefix=kept, **how), [()]
         prefix.save(args.save_cache, loaded, kept)
     requests = [inference.Request("" if args.save_cache else text, args.steps, args.temperature, args.top_k, args.top_p,
-                                  args.seed, number, tuple(args.stop)) for number, text in enumerate(texts or [""])]
+                                  args.seed, number, tuple(args.stop), shown[number])
+                for number, text in enumerate(texts or [""])]
     told, pieces, at_once = texts or [""], [[] for _ in requests], len(requests) == 1 and not args.json
     for piece in inference.stream(loaded, requests, prefix=kept, rows=args.rows, **how):
         bar.close()
@@ -604,7 +614,7 @@ def verify(args):
 
 def show_config(args):
     e = read_experiment(args.config, args.overrides)
-    m, t = e.model, e.train
+    m, t, v = e.model, e.train, e.model.vision
     figures = {
         "params_total": m.params_total, "params_active": m.params_active, "params_active_all": m.params_active_all,
         "flops_per_token": m.flops_training(t.length), "flops_per_token_forward": m.flops_forward(t.length),
@@ -624,8 +634,11 @@ def show_config(args):
                         + (f"capacity {m.capacity}" if m.capacity else "no dropping")),
             ("residual alpha", " ".join(f"{kind} {alpha:.6g}" for kind, alpha in (
                 ("L", m.alpha_lightning), ("S", m.alpha_softmax), ("MoE", m.alpha_moe)))),
+            *[("vision", f"{v.layers} layers of {v.dim:,}, {v.heads} heads; tiles of {v.tile}, {v.side} x {v.side} patches")]
+            * (v.layers > 0),
             None,
             ("parameters", _short(m.params_total)),
+            *[("of them in vision", _short(m.params_vision))] * (v.layers > 0),
             ("active, without embedding and head", _short(m.params_active)),
             ("active, with both", _short(m.params_active_all)),
             ("checkpoint tensors", f"{m.checkpoint_tensors:,}"),

@@ -21,6 +21,64 @@ class ConfigError(ValueError):
     """A mistake in a config that the user can mend; the message is one line."""
 
 
+GRIDS = tuple((rows, columns) for rows in range(1, 7) for columns in range(1, (6, 6, 6, 4, 3, 3)[rows - 1] + 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Vision:
+    """MiniMax-VL-01's image side (model.md section 8): a ViT of each tile, a projector of two layers. The released one has
+    24 layers; none: a model of text alone."""
+    layers: int = 0
+    dim: int = 1024                 # J
+    heads: int = 16                 # A
+    hidden: int = 4096              # U, of the ViT's MLPs
+    tile: int = 336                 # Y = X, pixels
+    patch: int = 14                 # pixels; (tile / patch)^2 patches a tile
+    # (rows, columns) of tiles to choose from; none: the whole image as one tile
+    grids: tuple = dataclasses.field(default=GRIDS, repr=False)
+    norm_eps: float = 1e-5
+    token: int = 200_025            # stands in a text for each place of an image
+
+    def validate(self, vocab: int):
+        v = self
+        for name in ("dim", "heads", "hidden", "tile", "patch"):
+            _require(getattr(v, name) > 0, f"model.vision.{name}={getattr(v, name)} must be positive")
+        _require(v.layers >= 0, f"model.vision.layers={v.layers} must be positive, or 0 for text alone")
+        _require(v.dim % v.heads == 0, f"model.vision.heads={v.heads} does not divide model.vision.dim={v.dim}")
+        _require(v.tile % v.patch == 0, f"model.vision.patch={v.patch} does not divide model.vision.tile={v.tile}")
+        _require(v.norm_eps > 0, f"model.vision.norm_eps={v.norm_eps} must be positive")
+        _require(all(isinstance(g, tuple) and len(g) == 2 and all(type(n) is int and n > 0 for n in g) for g in v.grids),
+                 f"model.vision.grids={v.grids} must be pairs of positive rows and columns")
+        _require(not v.layers or 0 <= v.token < vocab,
+                 f"model.vision.token={v.token} is no id of model.vocab={vocab}")
+
+    @property
+    def side(self) -> int:
+        """Patches of a tile, in a row and in a column."""
+        return self.tile // self.patch
+
+    def extents(self, dim: int) -> dict[str, int]:
+        """The letters' extents in parameters, beside a text model of width `dim`; Y and X are a patch's."""
+        return {"Y": self.patch, "X": self.patch, "Z": 3, "P": self.side ** 2 + 1, "J": self.dim, "A": self.heads,
+                "K": self.dim // self.heads, "U": self.hidden, "O": dim, "D": dim, "L": self.layers}
+
+    @property
+    def params(self) -> int:
+        """Of the ViT."""
+        if not self.layers:
+            return 0
+        layer = 4 * self.dim * (self.dim + 1) + 4 * self.dim + 2 * self.dim * self.hidden + self.hidden + self.dim
+        return self.layers * layer + self.dim * (3 * self.patch ** 2 + 1 + self.side ** 2 + 1 + 2)
+
+    def params_projector(self, dim: int) -> int:
+        """Of the projector into `dim`, and the newline."""
+        return dim * (self.dim + 1) + dim * (dim + 1) + dim if self.layers else 0
+
+    @property
+    def checkpoint_tensors(self) -> int:
+        return 16 * self.layers + 10 if self.layers else 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """MiniMax-Text-01's shape (model.md section 1). Zero in an alpha means DeepNorm's (2 x layers)^(1/4)."""
@@ -59,6 +117,7 @@ class Model:
     keep_arrived: bool = False      # with remat: keep what experts were sent, so that tokens travel no second time
     impl: str = ""                  # lightning attention: xla, tpu, gpu or triton; empty picks
     chunk: int = 0                  # lightning attention's tokens per chunk; 0 picks
+    vision: Vision = Vision()
 
     def __post_init__(self):
         for name in ("alpha_lightning", "alpha_softmax", "alpha_moe"):
@@ -87,6 +146,7 @@ class Model:
             _require(getattr(m, name) > 0, f"model.{name}={getattr(m, name)} must be positive")
         _require(m.chunk >= 0, f"model.chunk={m.chunk} must be at least 1, or 0 to pick")
         _choice("model.impl", m.impl, ("", "xla", "tpu", "gpu", "triton"))
+        m.vision.validate(m.vocab)
 
     @property
     def groups(self) -> int:
@@ -115,8 +175,14 @@ class Model:
 
     @property
     def params_total(self) -> int:
-        """All parameters, embedding and head included."""
-        return 2 * self.vocab * self.dim + self.dim + sum(self._layer_params(k, self.experts) for k in self.layer_kinds)
+        """All parameters, embedding, head and vision included."""
+        layers = sum(self._layer_params(k, self.experts) for k in self.layer_kinds)
+        return 2 * self.vocab * self.dim + self.dim + layers + self.params_vision
+
+    @property
+    def params_vision(self) -> int:
+        """Of the ViT and the projector: what no token touches."""
+        return self.vision.params + self.vision.params_projector(self.dim)
 
     @property
     def params_active(self) -> int:
@@ -131,7 +197,7 @@ class Model:
     @property
     def checkpoint_tensors(self) -> int:
         """Tensors in the released checkpoint layout (model.md section 6)."""
-        return 3 + self.layers * (3 + 3 * self.experts) + 4 * self.layers
+        return 3 + self.layers * (3 + 3 * self.experts) + 4 * self.layers + self.vision.checkpoint_tensors
 
     def flops_forward(self, length: int) -> float:
         """Forward FLOPs per token at the mean of a causal sequence of `length` tokens.
@@ -295,7 +361,9 @@ def default() -> ConfigDict:
 
 
 def _as_dict(section) -> dict:
-    return {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    """As dataclasses.asdict, but tuples stay tuples."""
+    values = {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    return {name: _as_dict(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
 
 
 def _zero_alphas(name: str) -> dict:
@@ -307,19 +375,30 @@ def build(config: ConfigDict | dict) -> Experiment:
     """The frozen experiment of a ConfigDict (or a plain dict); unknown keys and wrong types raise ConfigError."""
     config = config.to_dict() if isinstance(config, ConfigDict) else config
     _known("", config, SECTIONS)
-    parts = {}
-    for name, kind in SECTIONS.items():
-        values = config.get(name, {})
-        _require(isinstance(values, dict), f"config.{name} must be a section, got {values!r}")
-        fields = {f.name: f for f in dataclasses.fields(kind)}
-        _known(name + ".", values, fields)
-        parts[name] = kind(**{k: typed(f"{name}.{k}", v, fields[k].type) for k, v in values.items()})
-        parts[name].validate()
+    parts = {name: _section(name, config.get(name, {}), kind) for name, kind in SECTIONS.items()}
+    for part in parts.values():
+        part.validate()
     return Experiment(**parts)
 
 
+def _section(name: str, values: dict, kind: type):
+    _require(isinstance(values, dict), f"config.{name} must be a section, got {values!r}")
+    kinds = {f.name: f.type for f in dataclasses.fields(kind)}
+    _known(name + ".", values, kinds)
+    return kind(**{key: (_section if dataclasses.is_dataclass(kinds[key]) else typed)(f"{name}.{key}", value, kinds[key])
+                   for key, value in values.items()})
+
+
+def sections(experiment: Experiment) -> dict:
+    """Plain, as it is kept; a model of text alone says nothing of vision, as before there was any."""
+    values = dataclasses.asdict(experiment)
+    if not experiment.model.vision.layers:
+        del values["model"]["vision"]
+    return values
+
+
 def to_json(experiment: Experiment) -> str:
-    return json.dumps(dataclasses.asdict(experiment), indent=1)
+    return json.dumps(sections(experiment), indent=1)
 
 
 def from_json(text: str) -> Experiment:

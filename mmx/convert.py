@@ -9,6 +9,7 @@ import functools
 import glob
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -46,14 +47,15 @@ class ReleasedSource:
         where = directory / "config.json"
         self.beside, self.json = directory, released.read_json(where)
         self.arguments = released.read_model(self.json, where)
-        self.model = config.Model(**self.arguments)
+        self.model = config.build({"model": self.arguments}).model
         self.tensors = released.find_tensors(directory)
         released.check_tensors(self.tensors, self.model, directory)
         self.tokenizer = _tokenizer(directory, self.ids())
 
     def ids(self) -> dict:
         generation = self.beside / "generation_config.json"
-        return _ids(self.json | (released.read_json(generation) if generation.exists() else {}))
+        inner = self.json["text_config"] if self.model.vision.layers else {}
+        return _ids(inner | self.json | (released.read_json(generation) if generation.exists() else {}))
 
     def dtype(self, leaf) -> np.dtype:
         found = {self.tensors[name].dtype for _, name in leaf.tensors()}
@@ -163,11 +165,12 @@ def to_hf(path: str | Path, out: str | Path, dialect: str = "transformers", dtyp
     tensors = {name: (dtypes[leaf.path], leaf.tensor_shape) for leaf in leaves for _, name in leaf.tensors()}
     buffers = {}
     if dialect == "transformers" and model.heads & (model.heads - 1):
-        buffers = {f"model.layers.{l}.self_attn.{name}": (l, name) for l, kind in enumerate(model.layer_kinds)
+        above = released.root(model) + "model.layers"
+        buffers = {f"{above}.{l}.self_attn.{name}": (l, name) for l, kind in enumerate(model.layer_kinds)
                    if kind == "L" for name in released.DECAY_BUFFERS}
         shapes = {name: value.shape for name, value in released.decay_buffers(model, 0).items()}
         tensors |= {name: (DTYPES["float32"], shapes[kind]) for name, (_, kind) in buffers.items()}
-    tensors = dict(sorted(tensors.items(), key=lambda item: _layer(item[0])))
+    tensors = dict(sorted(tensors.items(), key=lambda item: _order(item[0])))
     text = released.write_model(model, dialect, dtypes[("embed_WD",)].name, source.ids())
     with _destination(out) as partial, released.Files(os.O_WRONLY) as files:
         places = released.plan_files(partial, tensors, shard_bytes)
@@ -185,10 +188,11 @@ def to_hf(path: str | Path, out: str | Path, dialect: str = "transformers", dtyp
     return Path(out)
 
 
-def _layer(name: str) -> float:
-    """Released order: embedding, layers, final norm and head."""
-    parts = name.split(".")
-    return int(parts[2]) if parts[1] == "layers" else -1 if parts[1] == "embed_tokens" else float("inf")
+def _order(name: str) -> tuple[bool, float]:
+    """Released order: embedding, layers, final norm and head; what sees comes first."""
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    first = -1 if ".embed" in name else float("inf")
+    return not name.startswith(("vision", "multi", "image")), int(layer[1]) if layer else first
 
 
 def _dtype(name) -> np.dtype | None:

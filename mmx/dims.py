@@ -3,6 +3,8 @@
     B batch      T query tokens  S key/cache tokens  D model      H query heads   G KV heads   R = H/G
     K key dim    V value dim     F expert hidden     E experts    C expert capacity
     N chunks     Q tokens/chunk  L scanned groups    W vocabulary M token rows (B x T, flattened)
+    I tiles      Y, X pixels down and across          Z colours    P a tile's places, its class token first
+    J ViT model  A ViT heads     U ViT hidden        O projector hidden (as wide as D)
 
 Inside `shard_map` a letter means the local extent.
 """

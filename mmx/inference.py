@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx.config import ConfigError, is_text
+from mmx.data import images as pictures
 from mmx.data import tokens as tokenizers
-from mmx.model import Model, logits
+from mmx.model import Model, logits, see
 from mmx.parallel import cache as caches
 
 LEVELS = 2048, 256, 128, 64, 32     # tokens a call of prefill reads (paper section 3.3.3's levels, and a chunk)
@@ -32,6 +33,7 @@ class Request(NamedTuple):
     seed: int = 0
     stream: int = 0
     stop: tuple = ()
+    images: tuple = ()              # files or PIL images, one for each mark (ids: for each run of the vision's token)
 
 
 class Piece(NamedTuple):
@@ -50,20 +52,29 @@ class Prefix(NamedTuple):
     length: int             # of all tokens, the last too
 
 
-def forward(loaded, tokens_BT, mask_BT=None):
+def forward(loaded, tokens_BT, mask_BT=None, images=None):
     """logits_BTW (float32) of token ids; where `mask_BT` is 0 a token is padding, whose logits mean nothing.
 
-    Raises ConfigError for ids outside the vocabulary.
+    `images` has for each row a list of files or PIL images, which the row's tokens `config.vision.token` stand for, in
+    order, as many to an image as `mmx.data.images.count` says of its size. Raises ConfigError for ids outside the
+    vocabulary, and where those tokens are more or fewer.
     """
     tokens_BT = _ids(loaded.config, np.asarray(tokens_BT))
     if mask_BT is not None and np.shape(mask_BT) != tokens_BT.shape:
         raise ConfigError(f"mask_BT has shape {np.shape(mask_BT)}, tokens_BT {tokens_BT.shape}")
     segments_BT = None if mask_BT is None else jnp.asarray(mask_BT, jnp.int32)
-    return _forward(loaded.model, loaded.params, tokens_BT, segments_BT)
+    shown = {}
+    if images is not None:
+        if len(images) != len(tokens_BT):
+            raise ConfigError(f"images need a list for each of {len(tokens_BT)} rows, got {len(images)}")
+        places_BT, pixels_IYXZ = pictures.lay(
+            loaded.config.vision, tokens_BT, [pictures.pictures(loaded.config.vision, row) for row in images])
+        shown = {"places_BT": places_BT, "seen_MD": _see(loaded.config, loaded.params, pixels_IYXZ)}
+    return _forward(loaded.model, loaded.params, tokens_BT, segments_BT, shown)
 
 
 def generate(loaded, prompts, *, steps: int, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-             stop=(), prefix: Prefix | None = None, kv_dtype: str = "", rows: int = ROWS):
+             stop=(), images=(), prefix: Prefix | None = None, kv_dtype: str = "", rows: int = ROWS):
     """Continuations of `prompts`, at most `steps` tokens each.
 
     Args:
@@ -73,6 +84,8 @@ def generate(loaded, prompts, *, steps: int, temperature: float = 0.0, top_k: in
       top_k, top_p: draw among the k likeliest (0: all), among the likeliest that make up probability p.
       seed: same seed, same draws; prompt b draws from (seed, b).
       stop: strings; a continuation ends before the first of them, as it does before the end-of-text token.
+      images: for each prompt a list of files or PIL images (for one string: its list); in the text "<image>" stands where
+        each belongs, in ids as many `config.vision.token` as it needs (see `forward`).
       prefix: of `read`; the prompts stand behind it.
       kv_dtype: of softmax layers' keys and values: float32, bfloat16 or int8; empty: the computation's.
       rows: sequences at a time; the others wait.
@@ -80,12 +93,15 @@ def generate(loaded, prompts, *, steps: int, temperature: float = 0.0, top_k: in
     Returns:
       A list of strings for strings; the new ids [B, steps] for ids, which nothing stops.
     """
-    prompts = [prompts] if isinstance(prompts, str) else prompts
+    prompts, images = ([prompts], [images]) if isinstance(prompts, str) else (prompts, images)
     if len(prompts) == 0:
         raise ConfigError("no prompt was given")
+    if images and len(images) != len(prompts):
+        raise ConfigError(f"images need a list for each of {len(prompts)} prompts, got {len(images)}")
     text = isinstance(prompts[0], str)
     prompts = prompts if text else _ids(loaded.config, np.asarray(prompts))
-    requests = [Request(prompt, steps, temperature, top_k, top_p, seed, b, (stop,) if isinstance(stop, str) else tuple(stop))
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    requests = [Request(prompt, steps, temperature, top_k, top_p, seed, b, stop, tuple(images[b]) if images else ())
                 for b, prompt in enumerate(prompts)]
     pieces = [[] for _ in requests]
     for piece in stream(loaded, requests, prefix=prefix, kv_dtype=kv_dtype, rows=rows):
@@ -118,9 +134,9 @@ def stream(loaded, requests, *, prefix: Prefix | None = None, kv_dtype: str = ""
         yield from batch.decode()
 
 
-def read(loaded, prompt, *, prefix: Prefix | None = None, kv_dtype: str = "", progress=None) -> Prefix:
-    """Reads a prompt, text or ids [T], to be gone on from by any number of others."""
-    row = _Row(0, Request(prompt, 1), _tokenizer(loaded), loaded.config, behind=prefix is not None)
+def read(loaded, prompt, *, images=(), prefix: Prefix | None = None, kv_dtype: str = "", progress=None) -> Prefix:
+    """Reads a prompt, text or ids [T], and its images, to be gone on from by any number of others."""
+    row = _Row(0, Request(prompt, 1, images=tuple(images)), _tokenizer(loaded), loaded.config, behind=prefix is not None)
     batch = Batch(loaded, 1, prefix, kv_dtype, progress)
     batch.enter(0, row)
     length = len(row.prompt) + (prefix.length if prefix else 0)
@@ -158,17 +174,24 @@ def _tokenizer(loaded):
 
 
 class _Row:
-    """A request on its way: its prompt as ids, what came of it, and what of that was told."""
+    """A request on its way: its prompt as ids, what they show of its images, what came of it, and what of that was told."""
 
     def __init__(self, number: int, request: Request, tokenizer, c, behind: bool):
         _check(request)
         self.number, self.request, self.tokenizer = number, request, None
+        images = pictures.pictures(c.vision, request.images)
         if isinstance(request.prompt, str):
             self.tokenizer = tokenizer()
-            ids_T = self.tokenizer.encode(request.prompt.encode())
+            ids_T = pictures.encode(c.vision, request.prompt, images, lambda text: self.tokenizer.encode(text.encode()))
             self.prompt = ids_T if behind else np.append(np.int32(self.tokenizer.bos), ids_T)
         else:
             self.prompt = _ids(c, np.asarray(request.prompt)[None])[0]
+        if images:
+            (self.places,), self.pixels = pictures.lay(c.vision, self.prompt[None], [images])
+            if self.places[-1]:     # the last token is read by itself, as those that are drawn
+                raise ConfigError("the prompt ends in an image: text must stand behind it")
+        else:
+            self.places, self.pixels = None, None
         self.ids, self.told = [], 0
 
     def piece(self, ids_T, logprobs_T) -> Piece:
@@ -210,9 +233,11 @@ class Batch:
 
     def enter(self, b: int, row: _Row):
         """Reads all of a prompt but its last token into row b."""
-        ids_T, request, before = row.prompt, row.request, 0
+        ids_T, places_T, request, before = row.prompt, row.places, row.request, 0
+        seen_MD = None if places_T is None else _see(self.config, self.params, row.pixels)
         if self.prefix:
             ids_T, before = np.append(np.int32(self.prefix.last), ids_T), self.prefix.length - 1
+            places_T = None if places_T is None else np.append(np.int32(0), places_T)
         sizes = pieces(len(ids_T) - 1)
         self._grow(before + max(sum(sizes), len(ids_T) + request.steps))
         self.cache = caches.adopt(self.cache, b, self.prefix.cache) if self.prefix else caches.vacate(self.cache, b)
@@ -222,7 +247,12 @@ class Batch:
             real = min(size, len(ids_T) - 1 - at)
             tokens_1T[0, :real] = ids_T[at:at + real]
             mask_1T = np.asarray(np.arange(size) < real, np.int32)[None]
-            self.cache = _read(self.model, self.params, tokens_1T, mask_1T, self.cache, b)
+            shown = {}
+            if seen_MD is not None:
+                places_1T = np.zeros((1, size), np.int32)
+                places_1T[0, :real] = places_T[at:at + real]
+                shown = {"places_BT": places_1T, "seen_MD": seen_MD}
+            self.cache = _read(self.model, self.params, tokens_1T, mask_1T, self.cache, b, shown)
             at += real
             if self.progress:
                 jax.block_until_ready(self.cache)
@@ -279,13 +309,16 @@ def _text(tokenizer, ids_T, stop) -> tuple[str, bool]:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(model: Model, params, tokens_BT, segments_BT):
-    return logits(params, model.apply({"params": params}, tokens_BT, segments_BT)[0])
+def _forward(model: Model, params, tokens_BT, segments_BT, shown):
+    return logits(params, model.apply({"params": params}, tokens_BT, segments_BT, **shown)[0])
 
 
-def prefill(model: Model, params, tokens_BT, mask_BT, cache):
-    """The cache with a chunk of the prompts in."""
-    return model.apply({"params": params}, tokens_BT, mask_BT, cache=cache)[1]
+_see = functools.partial(jax.jit, static_argnums=0)(see)
+
+
+def prefill(model: Model, params, tokens_BT, mask_BT, cache, **shown):
+    """The cache with a chunk of the prompts in; `shown` are the model's places_BT and seen_MD, where it has images."""
+    return model.apply({"params": params}, tokens_BT, mask_BT, cache=cache, **shown)[1]
 
 
 def decode_step(model: Model, params, token_B, cache, live_B=None):
@@ -296,8 +329,8 @@ def decode_step(model: Model, params, token_B, cache, live_B=None):
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _read(model: Model, params, tokens_1T, mask_1T, cache, b):
-    return caches.adopt(cache, b, prefill(model, params, tokens_1T, mask_1T, caches.row(cache, b)))
+def _read(model: Model, params, tokens_1T, mask_1T, cache, b, shown):
+    return caches.adopt(cache, b, prefill(model, params, tokens_1T, mask_1T, caches.row(cache, b), **shown))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
@@ -356,7 +389,7 @@ def _ids(c, ids_BT):
 
 
 def _check(request: Request):
-    prompt, steps, temperature, top_k, top_p, seed, _, stop = request
+    prompt, steps, temperature, top_k, top_p, seed, _, stop, _ = request
     if isinstance(prompt, str) and not is_text(prompt):
         raise ConfigError(f"prompt {prompt!a} is no text: it holds bytes that are not UTF-8, or half of a surrogate pair")
     for name, value in (("steps", steps), ("top_k", top_k), ("seed", seed)):

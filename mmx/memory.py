@@ -68,7 +68,7 @@ def params_read(m: config.Model, tokens: int) -> float:
     """Parameters that a step of `tokens` tokens reads: all but the embedding, of whose rows it looks up few, and of the
     experts as many as `tokens` even draws of top_k are expected to hit."""
     idle = m.experts - m.top_k
-    expert = (m.params_total - m.params_active_all) / idle if idle else 0
+    expert = (m.params_total - m.params_vision - m.params_active_all) / idle if idle else 0
     hit = m.experts * (1 - (1 - m.top_k / m.experts) ** tokens)
     return m.params_active_all - m.vocab * m.dim + (hit - m.top_k) * expert
 

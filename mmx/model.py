@@ -14,6 +14,7 @@ from mmx.layers.common import Context, param, rms_norm
 from mmx.layers.lightning import Lightning
 from mmx.layers.moe import MoE
 from mmx.layers.softmax import Softmax
+from mmx.layers.vision import Vision
 from mmx.parallel import vocabulary
 from mmx.parallel.cache import put
 from mmx.parallel.expert import ARRIVED
@@ -56,11 +57,12 @@ class Group(nn.Module):
 
 
 class Model(nn.Module):
-    """MiniMax-Text-01's decoder. Only the `params` collection; caches and statistics come out as results."""
+    """MiniMax-Text-01's decoder, or MiniMax-VL-01's, which shows it images: `see` looks at their tiles. Only the `params`
+    collection; caches and statistics come out as results."""
     config: config.Model
 
     @nn.compact
-    def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, cache=None, trace=False):
+    def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, cache=None, trace=False, places_BT=None, seen_MD=None):
         """Hidden states after the final norm; `logits` makes logits of them.
 
         Args:
@@ -70,6 +72,8 @@ class Model(nn.Module):
           positions_BT: positions for RoPE; None: by place (behind the cache's tokens).
           cache: of `parallel.cache.empty_cache`; the tokens continue it.
           trace: also return every layer's input and router logits in the statistics.
+          places_BT: which row of `seen_MD`, counted from 1, stands in a token's place; 0: the token itself. None: no images.
+          seen_MD: of `see`.
 
         Returns:
           x_BTD, the cache with these tokens in (or None), and a dict of statistics, [layers, ...] each: load_E, prob_E,
@@ -82,7 +86,10 @@ class Model(nn.Module):
             positions_BT = jnp.arange(T)[None] + (0 if start_B is None else start_B[:, None])
         context = Context(segments_BT, constrain(positions_BT, "BS"), start_B)
         embed_WD = self.param("embed_WD", nn.initializers.normal(c.embed_std), (c.vocab, c.dim))
-        x_BTD = constrain(vocabulary.embed(embed_WD, tokens_BT, c.dtype), "BTD")
+        x_BTD = vocabulary.embed(embed_WD, tokens_BT, c.dtype)
+        if places_BT is not None:
+            x_BTD = jnp.where(places_BT[..., None] > 0, seen_MD[jnp.maximum(places_BT - 1, 0)], x_BTD)
+        x_BTD = constrain(x_BTD, "BTD")
         log_decay_LPH = jnp.array(c.log_decay, jnp.promote_types(c.dtype, jnp.float32)).reshape(
             c.groups, len(c.pattern), c.heads)
 
@@ -95,6 +102,8 @@ class Model(nn.Module):
             cache = {"length_B": start_B + new_B, "layers": put(cache["layers"], layers, start_B, x_BTD)}
         self.param("head_WD", nn.initializers.normal(c.dim ** -0.5), (c.vocab, c.dim))
         x_BTD = rms_norm(x_BTD, param(self, "norm_D"), c.norm_eps)
+        if c.vision.layers and self.is_initializing():      # its parameters are here, what they do is `see`
+            Vision(c, name="vision")(jnp.zeros((1, c.vision.tile, c.vision.tile, 3)))
         return x_BTD, cache, {k: v.reshape(c.layers, *v.shape[2:]) for k, v in stats.items()}
 
 
@@ -103,6 +112,11 @@ def _rematerialised(layer, c: config.Model):
     if not c.remat:
         return layer
     return nn.remat(layer, policy=jax.checkpoint_policies.save_only_these_names(*[ARRIVED] * c.keep_arrived))
+
+
+def see(c: config.Model, params, pixels_IYXZ):
+    """seen_MD of tiles of pixels: the row that ends a row of patches, then the tiles' patches, tile by tile."""
+    return Vision(c).apply({"params": params["vision"]}, pixels_IYXZ)
 
 
 def logits(params, x_BTD):

@@ -21,7 +21,7 @@ from mmx.parallel.cache import empty_cache, kv_dtype
 
 SAMPLE = 64     # values at either end of a parameter that tell a model from another
 FREE = {"impl", "chunk", "remat", "keep_arrived", "transport", "token_groups", "ragged", "context", "aux", "aux_weight",
-        "z_weight", "init", "embed_std"}       # of a model's config: what no cache hangs on
+        "z_weight", "init", "embed_std", "vision"}      # of a model's config: what no cache hangs on
 
 
 def save(path: str | Path, loaded, prefix: Prefix) -> None:

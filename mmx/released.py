@@ -16,7 +16,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mmx.config import ConfigError, Model, typed
+from mmx.config import ConfigError, Model, build, typed
 
 SLICE_BYTES = 64 << 20
 BLOCK = 256                                             # transformers' block_size: the extent of its decay buffers
@@ -27,7 +27,7 @@ DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Layout(NamedTuple):
-    name: str           # below model.layers.{l}. for a layer's tensor; {e} is the expert
+    name: str           # below its layer's; {e} is the expert
     axes: str           # a space parts the tensor's own axes
     part: int = 0       # of `parts` that the leading letter interleaves: qkv_proj's rows are [q|k|v] head by head
     parts: int = 1
@@ -50,6 +50,22 @@ MOE = {"router_DE": Layout("block_sparse_moe.gate.weight", "E D"),
        "w2_EFD": Layout("block_sparse_moe.experts.{e}.w2.weight", "D F")}
 NORMS = {"norm_mixer_D": Layout("input_layernorm.weight", "D"),
          "norm_moe_D": Layout("post_attention_layernorm.weight", "D")}
+TOWER = "vision_tower.vision_model."
+VISION = {"patch_YXZJ": Layout(f"{TOWER}embeddings.patch_embedding.weight", "J Z Y X"),
+          "class_J": Layout(f"{TOWER}embeddings.class_embedding", "J"),
+          "place_PJ": Layout(f"{TOWER}embeddings.position_embedding.weight", "P J"),
+          "norm_J": Layout(f"{TOWER}pre_layrnorm.weight", "J"), "shift_J": Layout(f"{TOWER}pre_layrnorm.bias", "J"),
+          "in_JO": Layout("multi_modal_projector.linear_1.weight", "O J"),
+          "in_O": Layout("multi_modal_projector.linear_1.bias", "O"),
+          "out_OD": Layout("multi_modal_projector.linear_2.weight", "D O"),
+          "out_D": Layout("multi_modal_projector.linear_2.bias", "D"), "newline_D": Layout("image_newline", "D")}
+BLOCK_OF_VISION = {name: Layout(f"{theirs}.{kind}", axes) for theirs, weight, matrix, bias, vector in (
+    ("self_attn.q_proj", "q_JAK", "AK J", "q_AK", "AK"), ("self_attn.k_proj", "k_JAK", "AK J", "k_AK", "AK"),
+    ("self_attn.v_proj", "v_JAK", "AK J", "v_AK", "AK"), ("self_attn.out_proj", "out_AKJ", "J AK", "out_J", "J"),
+    ("mlp.fc1", "up_JU", "U J", "up_U", "U"), ("mlp.fc2", "down_UJ", "J U", "down_J", "J"),
+    ("layer_norm1", "norm_attention_J", "J", "shift_attention_J", "J"),
+    ("layer_norm2", "norm_mlp_J", "J", "shift_mlp_J", "J"),
+) for name, kind, axes in ((weight, "weight", matrix), (bias, "bias", vector))}
 
 
 class Piece(NamedTuple):
@@ -67,6 +83,7 @@ class Leaf:
     axes: str                   # of the array, L in front where it is stacked over groups
     layout: Layout
     extents: tuple              # ((letter, extent), ...)
+    above: str = ""             # what stands before the layout's name; {l} is the layer
     first: int = 0              # layer of group 0
     period: int = 1             # layers from group to group
 
@@ -103,8 +120,8 @@ class Leaf:
         """(index along the stacked axes, released name) of each tensor."""
         for index in np.ndindex(self.sizes(self.stacked)):
             place = dict(zip(self.stacked, index))
-            prefix = f"model.layers.{self.first + self.period * place['L']}." if "L" in place else ""
-            yield index, prefix + self.layout.name.format(e=place.get("E"))
+            layer = self.first + self.period * place.get("L", 0)
+            yield index, (self.above + self.layout.name).format(l=layer, e=place.get("E"))
 
     def run(self, itemsize: int) -> int:
         """How much of the leading axis a slice takes: at most SLICE_BYTES, all slices but the last alike."""
@@ -140,17 +157,25 @@ def leaves(model: Model) -> list[Leaf]:
     extents = (("W", model.vocab), ("D", model.dim), ("H", model.heads), ("G", model.kv_heads), ("K", model.head_dim),
                ("V", model.head_dim), ("F", model.expert_dim), ("E", model.experts), ("L", model.groups))
 
-    def leaf(path, layout, **place):
-        axes = ("L" if place else "") + path[-1].rpartition("_")[2]
-        return Leaf(path, axes, layout, extents, **place)
+    def table(folder, layouts, above, extents=extents, **place):
+        return [Leaf((*folder, name), "L" * ("{l}" in above) + name.rpartition("_")[2], layout, extents, above, **place)
+                for name, layout in layouts.items()]
 
-    found = [leaf((name,), layout) for name, layout in TOP.items()]
+    found = table((), TOP, root(model))
     for i, kind in enumerate(model.pattern):
-        above = ("groups", f"layer_{i}")
-        for folder, table in (((), NORMS), (("mixer",), MIXERS[kind]), (("moe",), MOE)):
-            found += [leaf((*above, *folder, name), layout, first=i, period=len(model.pattern))
-                      for name, layout in table.items()]
+        at, place = ("groups", f"layer_{i}"), {"first": i, "period": len(model.pattern)}
+        for folder, layouts in (((), NORMS), (("mixer",), MIXERS[kind]), (("moe",), MOE)):
+            found += table((*at, *folder), layouts, f"{root(model)}model.layers.{{l}}.", **place)
+    if model.vision.layers:
+        extents = tuple(model.vision.extents(model.dim).items())
+        found += table(("vision",), VISION, "", extents)
+        found += table(("vision", "layers"), BLOCK_OF_VISION, f"{TOWER}encoder.layers.{{l}}.", extents)
     return found
+
+
+def root(model: Model) -> str:
+    """What stands before the text model's names."""
+    return "language_model." if model.vision.layers else ""
 
 
 def decay_buffers(model: Model, layer: int) -> dict[str, np.ndarray]:
@@ -168,6 +193,8 @@ def decay_buffers(model: Model, layer: int) -> dict[str, np.ndarray]:
 
 REQUIRED = {"vocab": "vocab_size", "dim": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
             "expert_dim": "intermediate_size", "experts": "num_local_experts"}
+VISION_REQUIRED = {"layers": "num_hidden_layers", "dim": "hidden_size", "heads": "num_attention_heads",
+                   "hidden": "intermediate_size", "tile": "image_size", "patch": "patch_size"}
 FACTORS = {     # ours: (released, transformers)
     f"{ratio}_{ours}": (f"layernorm_{released}_{ratio}", f"{stock}_{ratio}_factor")
     for ours, released, stock in (("lightning", "linear_attention", "linear_attn"),
@@ -182,8 +209,8 @@ def read_model(config: dict, where) -> dict:
     absent have the released code's defaults, except that postnorm is true, as in every released config.
     """
     try:
-        model = _arguments(config)
-        Model(**model).validate()
+        model = _arguments(config) if "vision_config" not in config else _arguments_with_vision(config)
+        build({"model": model})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return model
@@ -198,6 +225,29 @@ def _field(of: dict, keys: str, kind: type, default=None, null=None):
         raise ConfigError(f"{' or '.join(keys.split())} is missing")
     value = of[key]
     return null if value is None and null is not None else typed(key, value, kind)
+
+
+def _arguments_with_vision(config: dict) -> dict:
+    theirs = _field(config, "vision_config", dict)
+    for key, value, only in (("model_type", config.get("model_type"), ("minimax_vl_01", "llava_next")),
+                             ("tie_word_embeddings", config.get("tie_word_embeddings", False), (False,)),
+                             ("vision_feature_layer", config.get("vision_feature_layer", -2), (-1,)),
+                             ("vision_feature_select_strategy", config.get("vision_feature_select_strategy", "default"),
+                              ("default",)),
+                             ("projector_hidden_act", config.get("projector_hidden_act", "gelu"), ("gelu",)),
+                             ("multimodal_projector_bias", config.get("multimodal_projector_bias", True), (True,)),
+                             ("vision_config.hidden_act", theirs.get("hidden_act", "quick_gelu"), ("gelu",)),
+                             ("vision_config.num_channels", theirs.get("num_channels", 3), (3,))):
+        if value not in only:
+            raise ConfigError(f"{key}={value!r} is not supported, only {' or '.join(map(repr, only))}")
+    vision = {ours: _field(theirs, name, int) for ours, name in VISION_REQUIRED.items()}
+    grids, tile = _field(config, "image_grid_pinpoints", list), max(vision["tile"], 1)
+    if not grids or not all(isinstance(size, list) and len(size) == 2 and all(
+            type(n) is int and n > 0 and n % tile == 0 for n in size) for size in grids):
+        raise ConfigError(f"image_grid_pinpoints={grids!s:.200} must be pairs of heights and widths of whole tiles of {tile}")
+    vision |= {"grids": [[height // tile, width // tile] for height, width in grids],
+               "norm_eps": _field(theirs, "layer_norm_eps", float, 1e-5), "token": _field(config, "image_token_index", int)}
+    return _arguments(_field(config, "text_config", dict)) | {"vision": vision}
 
 
 def _arguments(config: dict) -> dict:
@@ -274,10 +324,29 @@ def write_model(model: Model, dialect: str, dtype: str, ids: dict) -> dict:
         "router_aux_loss_coef": aux_weight, "router_jitter_noise": 0.0, "tie_word_embeddings": False,
         "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True, **ids}
     if dialect == "released":
-        return {"architectures": ["MiniMaxText01ForCausalLM"], "model_type": "minimax_text_01", "torch_dtype": dtype,
+        text = {"architectures": ["MiniMaxText01ForCausalLM"], "model_type": "minimax_text_01", "torch_dtype": dtype,
                 **both, **released}
-    return {"architectures": ["MiniMaxForCausalLM"], "model_type": "minimax", "dtype": dtype,
-            **both, **released, **stock}
+    else:
+        text = {"architectures": ["MiniMaxForCausalLM"], "model_type": "minimax", "dtype": dtype,
+                **both, **released, **stock}
+    return _around(text, model, dialect, dtype, ids) if model.vision.layers else text
+
+
+def _around(text: dict, model: Model, dialect: str, dtype: str, ids: dict) -> dict:
+    """config.json of a model that sees: the text model's within. Transformers' form of it is LlavaNext."""
+    v = model.vision
+    if not v.grids:
+        raise ConfigError("model.vision.grids=() has no place in the released form, which cuts every image into tiles")
+    vision = {"model_type": "clip_vision_model", "hidden_act": "gelu", "layer_norm_eps": v.norm_eps, "num_channels": 3,
+              "projection_dim": model.dim, "attention_dropout": 0.0,
+              **{theirs: getattr(v, ours) for ours, theirs in VISION_REQUIRED.items()}}
+    name, kind, typed_as = (("MiniMaxVL01ForConditionalGeneration", "minimax_vl_01", "torch_dtype") if dialect == "released"
+                            else ("LlavaNextForConditionalGeneration", "llava_next", "dtype"))
+    return {"architectures": [name], "model_type": kind, typed_as: dtype, **ids, "text_config": text, "vision_config": vision,
+            "image_grid_pinpoints": [[rows * v.tile, columns * v.tile] for rows, columns in v.grids],
+            "image_seq_length": v.side ** 2, "image_token_index": v.token, "multimodal_projector_bias": True,
+            "projector_hidden_act": "gelu", "tie_word_embeddings": False, "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "default"}
 
 
 # ---- safetensors ----
@@ -340,6 +409,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 def _released_names(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """A tensor under its released name; transformers' in-memory expert stacks become views of each expert's matrix."""
+    if name.startswith(("vision_tower.", "multi_modal_projector.")):
+        return {new: tensor for new in _vision_name(name)}
     head, kind, tail = name.partition(".mlp.")
     if not kind:
         return {name: tensor}
@@ -352,6 +423,13 @@ def _released_names(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {f"{head}.block_sparse_moe.experts.{e}.{w}.weight": Tensor(
         tensor.file, tensor.dtype, (rows, columns), tensor.offset + (e * len(names) + i) * size)
         for e in range(experts) for i, w in enumerate(names)}
+
+
+def _vision_name(name: str) -> list[str]:
+    """As released; transformers leaves a part of the path out, and holds a last norm and a list of places that do nothing."""
+    _, tower, tail = name.rpartition("vision_tower.")
+    tail = tail.removeprefix("vision_model.")
+    return [] if tail.startswith(("post_layernorm.", "embeddings.position_ids")) else [TOWER + tail if tower else name]
 
 
 def find_tensors(directory: Path) -> dict[str, Tensor]:
@@ -380,6 +458,8 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
 
 def _stem(name: str, tensors) -> list[str]:
     """A listed name as `find_tensors` has it; stacks and derived buffers were seen to by their file's header."""
+    if name.startswith(("vision_tower.", "multi_modal_projector.")):
+        return _vision_name(name)
     if name.rpartition(".")[2] in DECAY_BUFFERS or name.partition(".mlp.experts.")[1]:
         return []
     return [name.replace(".mlp.", ".block_sparse_moe.")]

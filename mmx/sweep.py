@@ -34,7 +34,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 
 import mmx
-from mmx import metrics, optim
+from mmx import config, metrics, optim
 from mmx.config import ConfigError, Experiment
 from mmx.data import sources, tokens
 
@@ -52,7 +52,7 @@ class Cell:
     @property
     def hash(self) -> str:
         """Of all that decides the result: not of the mesh and of how often a checkpoint is saved."""
-        sections = dataclasses.asdict(self.experiment)
+        sections = config.sections(self.experiment)
         kept = {name: sections[name] for name in ("model", "train", "data")}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -10,7 +10,7 @@ float32: in bfloat16 the smallest slopes would round away.
 from pathlib import Path
 
 from mmx import checkpoint, released
-from mmx.config import ConfigError, Model
+from mmx.config import ConfigError, Model, build
 
 try:
     import torch
@@ -27,7 +27,9 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, **options) -
         raise ConfigError(f"{directory} is an mmx workdir: first mmx convert to-hf --checkpoint {directory} --out DIR")
     where = directory / "config.json"
     config = released.read_json(where)
-    model = Model(**released.read_model(config, where))
+    model = build({"model": released.read_model(config, where)}).model
+    if model.vision.layers:
+        raise ConfigError(f"{directory} holds a model that sees: mmx.torch has the function of the text model alone")
     released.check_tensors(released.find_tensors(directory), model, directory)
     ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     stock = released.write_model(model, "transformers", str(dtype).removeprefix("torch."), ids)

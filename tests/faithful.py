@@ -3,10 +3,13 @@
 Written apart from mmx.torch, and by another way (rotation inside the rotary slice, slopes from the published rule), so
 that the two check each other.
 """
+import contextlib
 import math
+from types import SimpleNamespace
 
 import torch
 import transformers
+from transformers.models.llava_next import modeling_llava_next
 from transformers.models.minimax import modeling_minimax
 
 torch.set_num_threads(1)
@@ -25,15 +28,54 @@ def random_model(pattern="LLLS", hidden=32, heads=4, kv=2, head_dim=8, rotary=4,
         linear_attn_beta_factor=1.0, mlp_alpha_factor=alpha - 0.5, mlp_beta_factor=beta + 0.5,
         attn_implementation="eager")
     torch.manual_seed(seed)
-    model = transformers.MiniMaxForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.normal_()
-            if "norm" in name:
-                weight.mul_(0.25).add_(1)
-            elif "embed" not in name:
-                weight.mul_(1.2 / math.sqrt(weight.shape[-1]))
+    return randomised(transformers.MiniMaxForCausalLM(config).eval())
+
+
+@torch.no_grad()
+def randomised(model):
+    for name, weight in model.named_parameters():
+        weight.normal_()
+        if "norm" in name and name.endswith("weight"):
+            weight.mul_(0.25).add_(1)
+        elif weight.ndim == 1:
+            weight.mul_(0.3)
+        elif "embed_tokens" not in name:
+            weight.mul_(1.2 / math.sqrt(math.prod(weight.shape[1:]) if weight.ndim == 4 else weight.shape[-1]))
     return model
+
+
+def random_vision_model(grids, vision, tile=24, patch=8, token=60, seed=0, **text):
+    """LlavaNext around `random_model`, with the released tower's options; `grids` are (rows, columns) of tiles, `vision` the
+    tower's (width, hidden width, layers, heads)."""
+    inner = random_model(seed=seed, **text).config
+    names = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
+    vision = transformers.CLIPVisionConfig(image_size=tile, patch_size=patch, hidden_act="gelu", **dict(zip(names, vision)))
+    config = transformers.LlavaNextConfig(
+        vision_config=vision, text_config=inner, image_token_index=token, projector_hidden_act="gelu",
+        image_grid_pinpoints=[[rows * tile, columns * tile] for rows, columns in grids], vision_feature_layer=-1,
+        vision_feature_select_strategy="default", tie_word_embeddings=False)
+    torch.manual_seed(seed)
+    return randomised(transformers.LlavaNextForConditionalGeneration._from_config(config, attn_implementation="eager").eval())
+
+
+@contextlib.contextmanager
+def released_vision(model):
+    """Makes the text model of a LlavaNext the released function, in place, and LlavaNext's cropping for the time being: the
+    margin is counted in whole numbers."""
+    def cropped(image_DYX, size):
+        (height, width), (rows, columns) = [int(n) for n in size], image_DYX.shape[1:]
+        if width * rows > columns * height:
+            margin = (rows - height * columns // width) // 2
+            return image_DYX[:, margin:rows - margin]
+        margin = (columns - width * rows // height) // 2
+        return image_DYX[:, :, margin:columns - margin]
+
+    make_released(SimpleNamespace(config=model.config.text_config, model=model.model.language_model))
+    stock, modeling_llava_next.unpad_image = modeling_llava_next.unpad_image, cropped
+    try:
+        yield model
+    finally:
+        modeling_llava_next.unpad_image = stock
 
 
 def make_released(model):

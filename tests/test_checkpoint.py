@@ -213,6 +213,7 @@ def test_config_is_written_and_guarded(tmp_path):
     first = config.Experiment(model=MODEL)
     check_config(tmp_path, first)
     assert config.from_json((tmp_path / "config.json").read_text()) == first
+    assert "vision" not in (tmp_path / "config.json").read_text()       # as before there was any
 
     def changed(section, **changes):
         return dataclasses.replace(first, **{section: dataclasses.replace(getattr(first, section), **changes)})
@@ -222,7 +223,8 @@ def test_config_is_written_and_guarded(tmp_path):
         check_config(tmp_path, other)
         assert config.from_json((tmp_path / "config.json").read_text()) == other
     check_config(tmp_path, first)
-    for other, message in ((changed("model", dim=16), r"model.dim \(there 12, now 16\)"),
+    for other, message in ((changed("model", vision=config.Vision(layers=2)), r"model.vision \(there None, now {'layers': 2"),
+                           (changed("model", dim=16), r"model.dim \(there 12, now 16\)"),
                            (changed("train", lr=0.1, batch=2), r"train.batch \(there 8, now 2\), train.lr"),
                            (changed("data", sources=("a",)), r"data.sources \(there \['sotu'\], now \['a'\]\)")):
         with pytest.raises(ConfigError, match=message) as caught:

@@ -12,16 +12,18 @@ from mmx.config import ConfigError, Model, build
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))
 LADDER = str(Path(__file__).parent.parent / "experiments" / "ladder.py")
 SHAPES = [Model(), Model(pattern="S", layers=3, heads=5, kv_heads=5, head_dim=6, rotary_dim=2, experts=3, expert_dim=7),
-          Model(pattern="LLS", layers=6, dim=20, heads=6, kv_heads=1, experts=4, top_k=3, vocab=31)]
+          Model(pattern="LLS", layers=6, dim=20, heads=6, kv_heads=1, experts=4, top_k=3, vocab=31),
+          Model(pattern="LS", layers=2, dim=20, vision=config.Vision(2, 12, 3, 16, 28, 7, token=260))]
 
 
-@pytest.mark.parametrize("model", SHAPES, ids=["default", "softmax", "mixed"])
+@pytest.mark.parametrize("model", SHAPES, ids=["default", "softmax", "mixed", "vision"])
 def test_counts_are_those_of_the_leaves(model):
     leaves = released.leaves(model)
     sizes = {leaf.path: math.prod(leaf.shape) for leaf in leaves}
-    assert model.params_total == sum(sizes.values())
+    text = {path: size for path, size in sizes.items() if path[0] != "vision"}
+    assert model.params_total == sum(sizes.values()) == sum(text.values()) + model.params_vision
     idle = sum(size for path, size in sizes.items() if path[-1][:2] in ("w1", "w2", "w3"))
-    assert model.params_active_all == sum(sizes.values()) - idle * (model.experts - model.top_k) // model.experts
+    assert model.params_active_all == sum(text.values()) - idle * (model.experts - model.top_k) // model.experts
     assert model.params_active == model.params_active_all - sizes[("embed_WD",)] - sizes[("head_WD",)]
     assert model.checkpoint_tensors == len({name for leaf in leaves for _, name in leaf.tensors()})
 
@@ -120,6 +122,25 @@ def test_defaults_stand_in_one_place():
     assert build(config.default()) == build({}) == config.Experiment()
 
 
+def test_vision_is_a_section_of_the_model():
+    """What is not given is the released model's; a config of before there was any reads as one of text alone."""
+    assert build({"model": {"vision": {"layers": 24}, "vocab": 200_064}}).model.vision == config.Vision(layers=24)
+    assert build({"model": {"dim": 64}}).model == Model(dim=64) and not Model().vision.layers
+    experiment = build({"model": {"vision": {"layers": 2, "grids": [[1, 2]], "token": 259}}})
+    assert config.from_json(config.to_json(experiment)) == experiment and experiment.model.vision.grids == ((1, 2),)
+    file = Path(__file__).parent.parent / "experiments" / "tiny.py"
+    found = cli.read_experiment(str(file), ["--config.model.vision.layers=3", "--config.model.vision.token=260"])
+    assert (found.model.vision.layers, found.model.vision.token, found.model.vision.dim) == (3, 260, 1024)
+
+
+def test_the_released_vision_by_hand():
+    """303 M in the ViT, 44 M in the projector (model.md section 8)."""
+    v = config.Vision(layers=24)
+    layer = 4 * (1024 ** 2 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024
+    assert v.params == 24 * layer + 1024 * (3 * 14 * 14 + 577 + 1 + 2) == 303_505_408
+    assert v.params_projector(6144) == 1024 * 6144 + 6144 + 6144 * 6144 + 6144 + 6144 and v.checkpoint_tensors == 394
+
+
 def test_what_is_bent_and_what_is_not():
     found = build(ConfigDict({"train": {"lr": 1, "ramp": [[0, 1], [100, 2]]}})).train
     assert type(found.lr) is float and found.ramp == ((0, 1), (100, 2))
@@ -133,6 +154,13 @@ def test_what_is_bent_and_what_is_not():
     ("model", {"dim": 64.0}, "config key model.dim needs int, got 64.0"),
     ("model", {"dim": True}, "config key model.dim needs int, got True"),
     ("model", {"dtype": None}, "config key model.dtype needs str, got None"),
+    ("model", {"vision": 3}, "config.model.vision must be a section, got 3"),
+    ("model", {"vision": {"layer": 3}}, "unknown config key model.vision.layer; did you mean layers?"),
+    ("model", {"vision": {"layers": -1}}, "model.vision.layers=-1 must be positive, or 0 for text alone"),
+    ("model", {"vision": {"layers": 1}}, "model.vision.token=200025 is no id of model.vocab=264"),
+    ("model", {"vision": {"heads": 3}}, "model.vision.heads=3 does not divide model.vision.dim=1024"),
+    ("model", {"vision": {"patch": 5}}, "model.vision.patch=5 does not divide model.vision.tile=336"),
+    ("model", {"vision": {"grids": ((1, 2), 3)}}, "must be pairs of positive rows and columns"),
     ("train", {"lr": math.nan}, "needs a finite number"),
     ("model", {"dim": 0}, "model.dim=0 must be positive"),
     ("model", {"chunk": -1}, "model.chunk=-1 must be at least 1"),

@@ -31,7 +31,7 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "bench": "chips compilers kernels layers parallel",
     "aot": "chips compilers inference model optim parallel train",
     "search": "aot chips model parallel",
-    "cli": "aot bench checkpoint convert evals hugepages inference memory prefix parallel processes scaling search "
+    "cli": "aot bench checkpoint convert data evals hugepages inference memory prefix parallel processes scaling search "
            "sweep train",
 }
 FOREIGN = {     # packages that a part does without
@@ -44,7 +44,7 @@ FOREIGN = {     # packages that a part does without
 }
 LATER = {       # what a part imports only inside functions
     "convert": "inference model parallel torch", "evals": "convert",
-    "cli": "aot bench checkpoint convert evals inference memory scaling search sweep train", "sweep": "evals train",
+    "cli": "aot bench checkpoint convert data evals inference memory scaling search sweep train", "sweep": "evals train",
 }
 FILES = sorted((ROOT / "mmx").rglob("*.py"))
 
@@ -115,7 +115,7 @@ def test_what_is_imported_is_declared():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     lines = setup["options"]["install_requires"].split("\n")
-    modules = {"absl-py": "absl", "orbax-checkpoint": "orbax"}
+    modules = {"absl-py": "absl", "orbax-checkpoint": "orbax", "pillow": "pil"}
     packages = [re.match(r"[\w-]+", line)[0] for line in lines if line]
     declared = {modules.get(name, name.lower().replace("-", "_")) for name in packages} | {"mmx"} | sys.stdlib_module_names
     for path in FILES:

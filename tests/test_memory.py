@@ -51,6 +51,8 @@ def test_weights_read_are_those_of_experts_that_are_hit(tokens, hit):
     dense = 456_089_655_296 - 80 * 32 * expert - 200_064 * 6144
     assert memory.params_read(TEXT_01, tokens) == pytest.approx(dense + 80 * hit * expert, rel=1e-12)
     assert memory.params_read(dataclasses.replace(TEXT_01, top_k=32), tokens) == 456_089_655_296 - 200_064 * 6144
+    assert memory.params_read(dataclasses.replace(TEXT_01, vision=config.Vision(layers=24)), tokens) == memory.params_read(
+        TEXT_01, tokens)
 
 
 def test_rooflines_by_hand():

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mmx import cli, metrics, sweep, train
-from mmx.config import ConfigError
+from mmx.config import ConfigError, build
 from mmx.evals import compression
 
 ROOT = Path(__file__).parent.parent
@@ -185,6 +185,13 @@ def test_mistakes_before_anything_runs(grid, more, message, place, trained, tmp_
 def test_a_file_without_a_grid(capsys):
     assert cli.main(["sweep", "--config", str(ROOT / "experiments" / "tiny.py"), "--out", "never"]) == 2
     assert "has no sweep()" in capsys.readouterr().err
+
+
+def test_vision_that_a_model_does_not_have_names_no_run():
+    """So that tables from before there was any go on."""
+    names = {sweep.Cell({}, build({"model": {"vocab": 300, "vision": {"layers": layers, "token": token}}})).hash
+             for layers, token in ((0, 259), (0, 260), (1, 259), (1, 260))}
+    assert len(names) == 3
 
 
 def test_a_second_sweep_stays_out(place, tmp_path, capsys):

@@ -16,10 +16,12 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import faithful
+from PIL import Image
 
 import mmx.torch
 from mmx import checkpoint, config, convert
 from mmx.config import ConfigError
+from mmx.data import images
 from mmx.inference import forward
 
 ORACLES = Path(__file__).parent / "oracles"
@@ -164,6 +166,43 @@ def test_in_bfloat16_decays_and_states_stay_float32():
     error = mmx.torch.logits(half, prompt) - mmx.torch.logits(whole, prompt)
     assert np.linalg.norm(error) < 0.1 * np.linalg.norm(mmx.torch.logits(whole, prompt))
     assert half.generate(torch.as_tensor(prompt), max_new_tokens=4, do_sample=False).shape[1] == prompt.shape[1] + 4
+
+
+# ---- MiniMax-VL-01's function: LlavaNext around it, which mmx.torch does not have ----
+
+VISIONS = {     # name: (faithful.random_vision_model's arguments, the images' sizes)
+    "five_heads": ({"grids": ((1, 1), (1, 2), (2, 1), (2, 2)), "vision": (24, 40, 3, 3), "seed": 3, "pattern": "LS",
+                    "heads": 5, "kv": 1, "hidden": 28}, ((24, 24), (17, 61))),
+    "many_patches": ({"grids": ((1, 1), (1, 3), (3, 2)), "vision": (16, 24, 1, 4), "tile": 20, "patch": 4, "seed": 4,
+                      "pattern": "LS"}, ((90, 14), (7, 33), (41, 40))),
+}
+
+
+def test_vision_both_ways(tmp_path):
+    """Two or three images in one prompt: their checkpoint run by us, ours by them."""
+    for name, (arguments, sizes) in VISIONS.items():
+        model, rng = faithful.random_vision_model(**arguments), np.random.default_rng(arguments["seed"])
+        model.save_pretrained(tmp_path / name)
+        loaded = convert.load(tmp_path / name)
+        v = loaded.config.vision
+        shown = [images.prepare(v, Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))) for size in sizes]
+        ids = [rng.integers(0, v.token, 4)]
+        for picture in shown:
+            ids += [np.full(len(picture.places_T), v.token), rng.integers(0, v.token, 3)]
+        tokens_BT = np.concatenate(ids)[None]
+        convert.to_hf(tmp_path / name, tmp_path / f"{name}-back", progress=False)
+        again = transformers.LlavaNextForConditionalGeneration.from_pretrained(
+            tmp_path / f"{name}-back", attn_implementation="eager")
+        logits_BTW = forward(loaded, tokens_BT, images=[shown])
+        for theirs, whose in ((model, "theirs"), (again, "ours")):
+            with faithful.released_vision(theirs), torch.no_grad():
+                want_BTW = theirs(
+                    input_ids=torch.as_tensor(tokens_BT), image_sizes=torch.tensor(sizes), use_cache=False,
+                    pixel_values=torch.nn.utils.rnn.pad_sequence(
+                        [torch.as_tensor(picture.pixels_IYXZ).movedim(-1, 1) for picture in shown], batch_first=True)).logits
+            np.testing.assert_allclose(logits_BTW, want_BTW, atol=ATOL, rtol=0, err_msg=f"{name}, {whose}")
+    with pytest.raises(ConfigError, match="a model that sees: mmx.torch has the function of the text model alone"):
+        mmx.torch.load(tmp_path / name)
 
 
 def test_stock_models_stay_stock():

@@ -1,0 +1,288 @@
+"""What the model sees: parity with the oracle of MiniMax-VL-01, names, conversion, images in prompts, every mistake."""
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import mmx
+from mmx import cli, config, convert, inference, released
+from mmx.config import ConfigError
+from mmx.data import images
+from mmx.int8 import Int8
+from mmx.model import Model
+
+ORACLE = Path(__file__).parent / "oracles" / "vl_tiny"
+WANT = dict(np.load(ORACLE / "oracle.npz"))
+SIZES = [tuple(WANT[f"floor_{i}_size_hw"]) for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return mmx.load(ORACLE / "ckpt")
+
+
+def oracle_pictures(v):
+    return [images.Picture(np.moveaxis(WANT[f"{i}_pixel_values"], 1, -1), images.places(v, *map(int, size)))
+            for i, size in enumerate(SIZES)]
+
+
+@functools.cache
+def batch():
+    """The oracle's five prompts, padded on the right, and which tokens are there."""
+    rows = [WANT[f"floor_{i}_input_ids"][0] for i in range(5)]
+    tokens_BT, mask_BT = np.zeros((2, 5, -(-max(map(len, rows)) // 8) * 8), np.int32)
+    for b, row in enumerate(rows):
+        tokens_BT[b, :len(row)], mask_BT[b, :len(row)] = row, 1
+    return tokens_BT, mask_BT
+
+
+def test_oracle_counts_and_features(loaded):
+    """All five images' tiles at once: the features are the rows that their places name."""
+    v, shown = loaded.config.vision, oracle_pictures(loaded.config.vision)
+    assert [images.count(v, *size) for size in SIZES] == [WANT[f"floor_{i}_n_tokens"] for i in range(5)]
+    for i, size in enumerate(SIZES):
+        np.testing.assert_array_equal(np.multiply(images.best_grid(v, *size), v.tile), WANT[f"floor_{i}_best_res_hw"])
+        assert len(shown[i].pixels_IYXZ) == 1 + np.prod(images.best_grid(v, *size))
+    places_BT, pixels_IYXZ = images.lay(v, batch()[0], [[picture] for picture in shown])
+    seen_MD = np.asarray(inference._see(loaded.config, loaded.params, pixels_IYXZ))
+    for i in range(5):
+        places_T = places_BT[i][places_BT[i] > 0]
+        np.testing.assert_allclose(seen_MD[places_T - 1], WANT[f"floor_{i}_image_features"], atol=2e-5, rtol=0)
+
+
+def test_oracle_logits(loaded):
+    tokens_BT, mask_BT = batch()
+    logits_BTW = mmx.forward(loaded, tokens_BT, mask_BT, [[picture] for picture in oracle_pictures(loaded.config.vision)])
+    for b, count in enumerate(mask_BT.sum(1)):
+        np.testing.assert_allclose(logits_BTW[b, count - 7:count], WANT[f"floor_{b}_last_logits"][0], atol=2e-5, rtol=0)
+
+
+# ---- names and conversion ----
+
+SMALL = config.Model(vocab=264, dim=12, layers=2, pattern="LS", heads=6, kv_heads=2, head_dim=8, rotary_dim=4, experts=3,
+                     expert_dim=10, vision=config.Vision(2, 8, 2, 16, 28, 14, ((1, 1), (1, 2), (2, 1)), token=259))
+
+
+def write_released(directory, model=SMALL, dialect="released", seed=0):
+    directory.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    tensors = {name: rng.standard_normal(leaf.tensor_shape).astype(np.float32) / 4
+               for leaf in released.leaves(model) for _, name in leaf.tensors()}
+    save_file(tensors, directory / "model.safetensors")
+    text = released.write_model(model, dialect, "float32", convert.BYTE_IDS)
+    (directory / "config.json").write_text(json.dumps(text))
+    return tensors
+
+
+def test_vl_01_has_the_released_names():
+    model = config.Model(vocab=200_064, dim=6_144, layers=80, heads=64, kv_heads=8, head_dim=128, rotary_dim=64, experts=32,
+                         expert_dim=9_216, vision=config.Vision(layers=24))
+    shapes = {name: leaf.tensor_shape for leaf in released.leaves(model) for _, name in leaf.tensors()}
+    assert len(shapes) == 8637 == model.checkpoint_tensors
+    digest = hashlib.sha256("\n".join(sorted(shapes)).encode()).hexdigest()
+    assert digest == "d0caf1b714cdfc4caa65b56cbec591668d77b0e2a5d6cf3b5af169531311c886"
+    assert shapes["vision_tower.vision_model.embeddings.patch_embedding.weight"] == (1024, 3, 14, 14)
+    assert shapes["vision_tower.vision_model.embeddings.position_embedding.weight"] == (577, 1024)
+    assert shapes["multi_modal_projector.linear_1.weight"] == (6144, 1024)
+
+
+def test_the_table_is_the_models_tree():
+    made = jax.eval_shape(Model(SMALL).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    assert jax.tree.map(lambda x: x.shape, made) == jax.tree.map(lambda x: x.shape, convert.abstract_params(SMALL))
+    text = dataclasses.replace(SMALL, vision=config.Vision())
+    bare = jax.eval_shape(Model(text).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    assert made.keys() - bare.keys() == {"vision"} and jax.tree.structure(bare) == jax.tree.structure(
+        {name: leaf for name, leaf in made.items() if name != "vision"})
+
+
+@pytest.mark.parametrize("dialect", convert.DIALECTS)
+def test_round_trip_is_bit_exact(tmp_path, monkeypatch, dialect):
+    monkeypatch.setattr(released, "SLICE_BYTES", 500)
+    tensors = write_released(tmp_path / "hf")
+    convert.from_hf(tmp_path / "hf", tmp_path / "run", progress=False)
+    convert.to_hf(tmp_path / "run", tmp_path / "back", dialect, progress=False)
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    extra = {f"language_model.model.layers.0.self_attn.{name}" for name in released.DECAY_BUFFERS}     # for six heads
+    assert back.keys() - tensors.keys() == (extra if dialect == "transformers" else set())
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+    assert convert.open_source(tmp_path / "run").model == convert.open_source(tmp_path / "back").model
+    assert convert.open_source(tmp_path / "hf").model == dataclasses.replace(SMALL, aux="hf", aux_weight=0.005)
+
+
+def test_what_transformers_saves_and_the_released_names_are_the_same(tmp_path, loaded):
+    """Its names leave vision_model out, and it has a norm that nothing reads; its own shards' index too."""
+    convert.to_hf(ORACLE / "ckpt", tmp_path / "hf", "released", progress=False)
+    theirs, ours = load_file(ORACLE / "ckpt" / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
+    assert {name.replace("vision_model.", "") for name in ours} == {
+        name for name in theirs if not name.endswith(released.DECAY_BUFFERS) and "post_layernorm" not in name}
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor, theirs[name.replace("vision_model.", "")])
+    (tmp_path / "sharded").mkdir()
+    (tmp_path / "sharded" / "config.json").write_bytes((ORACLE / "ckpt" / "config.json").read_bytes())
+    (tmp_path / "sharded" / "model-1.safetensors").write_bytes((ORACLE / "ckpt" / "model.safetensors").read_bytes())
+    (tmp_path / "sharded" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(theirs, "model-1.safetensors")}))
+    assert convert.open_source(tmp_path / "sharded").model == convert.open_source(tmp_path / "hf").model
+    found = convert.open_source(tmp_path / "sharded").model
+    assert (found.vision.token, found.vision.tile, found.vision.patch, found.pattern) == (90, 28, 7, "LLLS")
+    assert found.vision.grids == config.GRIDS
+
+
+def test_the_released_config():
+    text = released.write_model(SMALL, "released", "bfloat16", convert.BYTE_IDS)
+    assert (text["model_type"], text["text_config"]["model_type"]) == ("minimax_vl_01", "minimax_text_01")
+    assert text["image_grid_pinpoints"] == [[28, 28], [28, 56], [56, 28]] and text["image_token_index"] == 259
+    assert text["vision_config"]["hidden_act"] == "gelu" and text["vision_feature_layer"] == -1
+    with pytest.raises(ConfigError, match="has no place in the released form"):
+        released.write_model(dataclasses.replace(SMALL, vision=dataclasses.replace(SMALL.vision, grids=())), "released",
+                             "float32", {})
+
+
+def test_ids_of_the_text_config_are_found(tmp_path):
+    write_released(tmp_path / "hf")
+    text = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({k: v for k, v in text.items() if k not in convert.BYTE_IDS}))
+    assert convert.open_source(tmp_path / "hf").tokenizer == "bytes"
+
+
+def test_int8_leaves_the_vit_as_it_is(loaded):
+    whole = mmx.load(ORACLE / "ckpt", weights_dtype="int8").params
+    assert isinstance(whole["groups"]["layer_0"]["mixer"]["q_DHK"], Int8)
+    jax.tree.map(np.testing.assert_array_equal, whole["vision"]["layers"], loaded.params["vision"]["layers"])
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": "llava"}, "model_type='llava' is not supported, only 'minimax_vl_01' or 'llava_next'"),
+    ({"vision_feature_layer": -2}, "vision_feature_layer=-2 is not supported, only -1"),
+    ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy='full' is not supported"),
+    ({"projector_hidden_act": "relu"}, "projector_hidden_act='relu' is not supported"),
+    ({"image_grid_pinpoints": []}, r"image_grid_pinpoints=\[\] must be pairs"),
+    ({"image_grid_pinpoints": [[28, 30]]}, "must be pairs of heights and widths of whole tiles of 28"),
+    ({"image_token_index": None}, "image_token_index needs int, got None"),
+    ({"image_token_index": 264}, "model.vision.token=264 is no id of model.vocab=264"),
+    ({"text_config": None}, "text_config needs dict, got None"),
+    ({"vision_config": {"hidden_act": "quick_gelu"}}, "vision_config.hidden_act='quick_gelu' is not supported"),
+    ({"vision_config": {"hidden_act": "gelu"}}, "num_hidden_layers is missing"),
+])
+def test_configs_that_are_another_function(change, message):
+    text = released.write_model(SMALL, "released", "float32", {})
+    with pytest.raises(ConfigError, match=message) as caught:
+        released.read_model(text | change, "config.json")
+    assert "\n" not in str(caught.value)
+
+
+# ---- images in prompts ----
+
+def test_text_is_read_as_by_the_text_model(loaded):
+    """Without images nothing that sees is asked for."""
+    text = dataclasses.replace(loaded.config, vision=config.Vision())
+    params = {name: leaf for name, leaf in loaded.params.items() if name != "vision"}
+    tokens_BT, mask_BT = batch()
+    bare = convert.Loaded(Model(text), params, text, "")
+    np.testing.assert_array_equal(mmx.forward(loaded, tokens_BT, mask_BT), mmx.forward(bare, tokens_BT, mask_BT))
+
+
+def prompt(v, seed, counts=(3, 2, 4), sizes=((20, 30), (9, 70))):
+    """Ids around images of these sizes, and the images."""
+    rng = np.random.default_rng(seed)
+    shown = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    ids = [rng.integers(0, v.token, counts[0])]
+    for size, count in zip(sizes, counts[1:]):
+        ids += [np.full(images.count(v, *size), v.token), rng.integers(0, v.token, count)]
+    return np.concatenate(ids).astype(np.int32), shown
+
+
+def test_generation_is_recomputation(loaded):
+    """Two rows of two images each, read in chunks beside one another: each step's token is the likeliest of the whole."""
+    prompts, shown = zip(*(prompt(loaded.config.vision, seed) for seed in range(2)))
+    T, steps = len(prompts[0]), 5
+    new_BT = mmx.generate(loaded, np.stack(prompts), steps=steps, images=shown)
+    whole_BT = np.concatenate([np.stack(prompts), new_BT], axis=1)
+    logits_BTW = mmx.forward(loaded, whole_BT, None, shown)
+    np.testing.assert_array_equal(new_BT, np.argmax(logits_BTW[:, T - 1:-1], axis=-1))
+    others = mmx.forward(loaded, whole_BT, None, shown[::-1])
+    assert np.abs(others - logits_BTW).max() > 0.1
+    cut = len(prompts[0]) - 4 - images.count(loaded.config.vision, 9, 70)       # before the second image
+    kept = inference.read(loaded, prompts[0][:cut], images=shown[0][:1])
+    behind_BT = mmx.generate(loaded, prompts[0][None, cut:], steps=steps, images=[shown[0][1:]], prefix=kept)
+    np.testing.assert_array_equal(behind_BT, new_BT[:1])
+
+
+def test_images_and_their_tokens_agree(loaded):
+    v = loaded.config.vision
+    ids_T, shown = prompt(v, 0)
+    for call, message in (
+            (lambda: mmx.forward(loaded, ids_T[None], images=[shown[:1]]), r"row 0 holds \d+ tokens 90, .*its 1 image need"),
+            (lambda: mmx.forward(loaded, ids_T[None], images=[[]]), "its 0 images need 0"),
+            (lambda: mmx.forward(loaded, ids_T[None], images=[shown, shown]), "a list for each of 1 rows, got 2"),
+            (lambda: mmx.generate(loaded, ids_T[None], steps=1, images=[shown, shown]), "each of 1 prompts, got 2"),
+            (lambda: mmx.generate(loaded, ids_T[None, :-4], steps=1, images=[shown]), "the prompt ends in an image"),
+            (lambda: mmx.forward(loaded, ids_T[None], images=[[3]]), "an image is a file's path or a PIL.Image, not int")):
+        with pytest.raises(ConfigError, match=message):
+            call()
+
+
+def test_tiles_are_padded_to_powers_of_two(loaded):
+    v = loaded.config.vision
+    for sizes, tiles in (((), 1), (((28, 28),), 2), (((20, 30), (9, 70)), 8)):
+        ids_T, shown = prompt(v, 0, (3, *[2] * len(sizes)), sizes)
+        assert images.lay(v, ids_T[None], [images.pictures(v, shown)])[1].shape == (tiles, 28, 28, 3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random small model with the byte tokenizer, and two images beside it."""
+    folder = tmp_path_factory.mktemp("small")
+    write_released(folder / "hf")
+    for name, size in (("a.png", (30, 28)), ("b.png", (60, 28))):
+        Image.new("RGB", size, (200, 40, 90)).save(folder / name)
+    return folder
+
+
+def generated(folder, capsys, *arguments):
+    code = cli.main(["generate", "--checkpoint", str(folder / "hf"), "--steps", "8", "--temperature", "0", *arguments])
+    return code, capsys.readouterr()
+
+
+def test_the_command_line_shows_images(checkpoint, capsys):
+    a, b = str(checkpoint / "a.png"), str(checkpoint / "b.png")
+    code, said = generated(checkpoint, capsys, "--json", "--image", a, "--image", b, "--prompt", "<image> what?",
+                           "--prompt", "See <image>: ")
+    rows = [json.loads(line) for line in said.out.splitlines()]
+    assert code == 0 and [row["prompt"] for row in rows] == ["<image> what?", "See <image>: "]
+    loaded = mmx.load(checkpoint / "hf")
+    texts = mmx.generate(loaded, ["<image> what?", "See <image>: "], steps=8, images=[[a], [Image.open(b)]])
+    assert [row["text"] for row in rows] == texts
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--prompt", "what?", "--image", "a.png"], "0 <image> marks in the prompt, 1 image given"),
+    (["--prompt", "<image><image> what?", "--image", "a.png"], "2 <image> marks in the prompt, 1 image given"),
+    (["--prompt", "<image> what?"], "1 <image> mark in the prompt, 0 images given"),
+    (["--prompt", "<image>", "--image", "a.png"], "the prompt ends in an image: text must stand behind it"),
+    (["--prompt", "<image> what?", "--image", "none.png"], "none.png' cannot be read: No such file"),
+    (["--prompt", "<image> what?", "--image", "hf/config.json"], "is no image that Pillow knows"),
+])
+def test_mistakes_of_the_command_line(checkpoint, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(checkpoint)
+    code, said = generated(checkpoint, capsys, *arguments)
+    assert code == 2 and message in said.err and said.err.count("\n") == 1
+
+
+def test_a_model_of_text_alone_takes_no_image_and_reads_the_mark_as_text(checkpoint, tmp_path):
+    write_released(tmp_path / "hf", dataclasses.replace(SMALL, vision=config.Vision()))
+    text = mmx.load(tmp_path / "hf")
+    with pytest.raises(ConfigError, match="this model reads text alone"):
+        mmx.generate(text, "<image> what?", steps=1, images=[checkpoint / "a.png"])
+    with pytest.raises(ConfigError, match="this model reads text alone"):
+        mmx.forward(text, np.ones((1, 3), int), images=[[]])
+    assert isinstance(mmx.generate(text, "<image> what?", steps=1)[0], str)
