@@ -54,8 +54,8 @@ def digits(row: dict) -> float:
 def scores(rows, measure=lambda row: row["score"]) -> np.ndarray:
     """Means over examples, [kind, seed, depth, length]."""
     cells = [[[[np.mean([measure(row) for row in rows if (row["kind"], row["seed"], row["depth"], row["length"]) ==
-                         (kind, seed, depth, length)]) for length in LENGTHS] for depth in DEPTHS] for seed in SEEDS]
-             for kind in KINDS]
+                         (kind, seed, depth, length)]) for length in LENGTHS] for depth in DEPTHS]
+              for seed in sorted({row["seed"] for row in rows})] for kind in KINDS]
     return np.array(cells)
 
 
@@ -80,7 +80,7 @@ def plot(scores_KSDL, path: Path):
         ax.set(title=kind, xlabel="tokens (trained to 1k)")
     axes[0].set_yticks(range(len(DEPTHS)), DEPTHS)
     axes[0].set_ylabel("depth %")
-    figure.colorbar(image, ax=axes, label=f"right answers %, mean of {len(SEEDS)} seeds")
+    figure.colorbar(image, ax=axes, label=f"right answers %, mean of {scores_KSDL.shape[1]} seeds")
     figure.savefig(path, dpi=110)
 
 
