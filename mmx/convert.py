@@ -311,7 +311,7 @@ def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Load
     with released.Files(os.O_RDONLY) as files:
         for leaf in released.leaves(source.model):
             name = leaf.path[-1]
-            if weights_dtype and int8.summed(name):
+            if weights_dtype and leaf.path[0] != "vision" and int8.summed(name):
                 w = _read_int8(source, files, leaf)
             else:
                 w = source.read_leaf(files, leaf).astype(kind or source.dtype(leaf), copy=False)

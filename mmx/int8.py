@@ -1,7 +1,7 @@
 """Weights as int8 with a scale for each output channel: half of bfloat16's bytes, made while a checkpoint is loaded.
 
-Mixers' and experts' matrices are kept so; the embedding, the head, routers, norms and the ViT, a hundredth of the whole, stay
-as they are.
+Mixers' and experts' matrices are kept so; the embedding, the head, routers, norms and all of vision, a hundredth of the whole,
+stay as they are.
 """
 from typing import NamedTuple
 

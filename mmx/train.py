@@ -43,8 +43,9 @@ def train_step(params, opt, batch, lr, *, model: Model, optimizer, loss_chunk: i
     else:
         grads, metrics = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, params), batch)
         targets_N = metrics["targets"]      # micro-batches with more of them weigh more, as in one large batch
-        grads = jax.tree.map(lambda g: g / targets_N.sum(), grads)
-        metrics = jax.tree.map(lambda m_N: jnp.average(m_N, 0, targets_N), metrics)
+        count = targets_N.sum()             # none where all rows are parts of prompts
+        grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
+        metrics = jax.tree.map(lambda m_N: jnp.average(m_N, 0, jnp.where(count, targets_N, 1)), metrics)
     updates, opt = optimizer.update(grads, opt, params)
     params = optax.apply_updates(params, jax.tree.map(lambda u: lr * u, updates))
     return params, opt, metrics | {"grad_norm": optax.tree.norm(grads)}
@@ -64,6 +65,9 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
     one WORKDIR; "process" is which one this is.
     """
     t, workdir = experiment.train, Path(workdir)
+    if experiment.model.vision.layers:
+        raise ConfigError(f"model.vision.layers={experiment.model.vision.layers}: no training on images is built yet; set it "
+                          "to 0 to train the text model")
     tokenizer = tokens.tokenizer(experiment.data.tokenizer)
     tokens.check_vocab(tokenizer, experiment.model.vocab)
     mesh = meshes.make(experiment, processes)

@@ -314,3 +314,19 @@ def test_a_run_of_another_config_is_refused(whole, text):
     with pytest.raises(ConfigError, match=r"another config: train.lr \(there 0.01, now 0.02\)"):
         train.run(ramped(text, lr=0.02), whole)
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
+
+
+def test_a_step_with_nothing_to_learn_is_no_mistake(text):
+    """Rows that are parts of long prompts have no weights: no gradient, and no NaN."""
+    t = experiment(text).train
+    model, optimizer = Model(config.Model(**MODEL)), optim.adamw(t)
+    zeros = {name: jnp.zeros((2, 2, 32), jnp.int32) for name in ("tokens", "targets", "segments", "positions")}
+    params, opt = train.init(model, optimizer, 0)
+    _, _, told = train.train_step(params, opt, zeros | {"weights": jnp.zeros((2, 2, 32))}, jnp.float32(1e-2), model=model,
+                                  optimizer=optimizer, loss_chunk=t.loss_chunk)
+    assert told["loss"] == 0 and np.isfinite(told["grad_norm"])
+
+
+def test_a_model_that_sees_is_not_trained_yet(text, tmp_path):
+    with pytest.raises(ConfigError, match="no training on images is built yet"):
+        train.run(experiment(text, model={"vision": {"layers": 1, "token": 1}}), tmp_path / "run")

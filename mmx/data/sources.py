@@ -77,9 +77,9 @@ def _content(line: bytes, place: str) -> bytes | Prompted | Ids:
     except ValueError as error:
         raise ConfigError(f"{place}: not JSON ({error}); each line needs an object with a \"text\" string") from None
     value = value if isinstance(value, dict) else {}
-    if "tokens" in value:
+    if "tokens" in value and "text" not in value:       # beside a text, what else stands there is about it
         return _ids(value, place)
-    names = ("prompt", "completion") if "prompt" in value else ("text",)
+    names = ("prompt", "completion") if "prompt" in value and "text" not in value else ("text",)
     for name in names:
         if not isinstance(value.get(name), str):
             raise ConfigError(f"{place}: no \"{name}\" string in this line; each line needs an object with a text, or with a "

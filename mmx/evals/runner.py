@@ -4,6 +4,7 @@ OUT/SUITE.jsonl has what the run is in its first line and then an example a line
 OUT/SUITE.png its picture. The model is two functions (`Reader`): whatever answers can be measured.
 """
 import json
+import os
 import sys
 import time
 from collections import defaultdict
@@ -60,14 +61,22 @@ def evaluate_checkpoint(path, name: str, out: Path, weights_dtype: str | None = 
 
 
 def write(name: str, path: Path, tokenizer: str = "bytes", **ask) -> int:
-    """Writes a suite's examples as documents to train on, and returns how many; `ask` has the other fields of `Ask`."""
+    """Writes a suite's examples as documents to train on, and returns how many; `ask` has the other fields of `Ask`.
+
+    A file that is there is replaced once the new one is whole.
+    """
     suite = find(name)
     if not suite.learned:
         raise ConfigError(f"{name} is made of files to be evaluated on, not to be trained on: give another --suite")
     tasks = list(suite.plan(Ask(tokens.tokenizer(tokenizer), train=True, **ask)))
-    with path.open("w", encoding="utf-8") as file:
-        for task in tqdm(tasks, name, unit="example", disable=None):
-            file.write(json.dumps(document(task.make()), ensure_ascii=False) + "\n")
+    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for task in tqdm(tasks, name, unit="example", disable=None):
+                file.write(json.dumps(document(task.make()), ensure_ascii=False) + "\n")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return len(tasks)
 
 

@@ -92,3 +92,8 @@ def test_mistakes_are_one_line(tmp_path, make, message):
     with pytest.raises(ConfigError, match=message) as error:
         sources.documents(make(tmp_path), "train")
     assert "\n" not in str(error.value)
+
+
+def test_what_stands_beside_a_text_is_about_it(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "tokens": 123}\n{"text": "two", "prompt": "who?"}\n' * 9)
+    assert {raw for part in PARTS for _, raw in sources.documents(str(tmp_path), part)} <= {b"one", b"two", b"on", b"e"}

@@ -212,6 +212,13 @@ def written(path, name, **asked):
     return [content for _, content in sorted(found, key=lambda d: int(d[0].split(":")[1]))]
 
 
+def test_a_file_stays_where_writing_fails(tmp_path):
+    (tmp_path / "a.jsonl").write_text("kept")
+    with pytest.raises(ConfigError, match="too short"):
+        runner.write("needle", tmp_path / "a.jsonl", lengths=(1000, 30), examples=1)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.jsonl", "kept")]
+
+
 @pytest.mark.parametrize("name", ["needle", "mr-niah", *ruler.NIAH, "vt", "cwe", "fwe"])
 def test_who_reads_by_rule_completes_what_is_written_to_train_on(name, tmp_path):
     suite, rows = ("ruler", (name,)) if name not in SUITES else (name, ())
