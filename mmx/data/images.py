@@ -136,8 +136,8 @@ def lay(v: Vision, ids_BT, rows: list[list[Picture]]) -> tuple[np.ndarray, np.nd
             tiles += [*image.pixels_IYXZ]
         places_T, at_T = np.concatenate(places), ids_T == v.token
         if at_T.sum() != len(places_T):
-            raise ConfigError(f"row {b} holds {_many(at_T.sum(), f'token {v.token}')}, which stands for images: its "
-                              f"{_many(len(row), 'image')} need {len(places_T)}")
+            raise ConfigError(f"row {b} has token {v.token}, a place of an image, {at_T.sum()} times; its images ({len(row)}) "
+                              f"need {len(places_T)}")
         places_BT[b, at_T] = places_T
     pixels_IYXZ = np.zeros((1 << max(len(tiles) - 1, 0).bit_length(), v.tile, v.tile, 3), np.float32)
     pixels_IYXZ[:len(tiles)] = np.stack(tiles) if tiles else 0
