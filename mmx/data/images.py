@@ -106,7 +106,7 @@ def pictures(v: Vision, images) -> list[Picture]:
 
 def share(texts: list[str], images: list) -> list[tuple]:
     """Each text's images, as many as it has marks, in order."""
-    ends = np.cumsum([text.count(MARK) for text in texts])
+    ends = np.cumsum([text.count(MARK) for text in texts]).tolist()
     if images and ends[-1] != len(images):
         raise ConfigError(_unlike(ends[-1], len(images)))
     return [tuple(images[begin:end]) for begin, end in zip([0, *ends[:-1]], ends)]
