@@ -21,7 +21,7 @@ def summed(name: str) -> tuple[int, ...]:
     Names end in their axes: what gives D sums over all others but E, the rest sums over D.
     """
     kind, _, letters = name.rpartition("_")
-    if len(letters) < 2 or "D" not in letters or kind in ("embed", "head", "router", "norm"):
+    if len(letters) < 2 or kind in ("embed", "head", "router", "norm"):
         return ()
     over = letters[:-1].replace("E", "") if letters.endswith("D") else "D"
     return tuple(letters.index(letter) - len(letters) for letter in over)

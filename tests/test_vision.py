@@ -183,15 +183,14 @@ def test_configs_that_are_another_function(change, message):
 # ---- images in prompts ----
 
 def test_text_is_read_as_by_the_text_model(loaded):
-    """Without images nothing that sees is asked for."""
-    text = dataclasses.replace(loaded.config, vision=config.Vision())
+    """Without images it is the same program, and nothing that sees is asked for."""
     params = {name: leaf for name, leaf in loaded.params.items() if name != "vision"}
-    tokens_BT, mask_BT = batch()
-    bare = convert.Loaded(Model(text), params, text, "")
-    np.testing.assert_array_equal(mmx.forward(loaded, tokens_BT, mask_BT), mmx.forward(bare, tokens_BT, mask_BT))
+    programs = {str(jax.make_jaxpr(functools.partial(Model(c).apply, {"params": params}))(batch()[0]))
+                for c in (loaded.config, dataclasses.replace(loaded.config, vision=config.Vision()))}
+    assert len(programs) == 1
 
 
-def prompt(v, seed, counts=(3, 2, 4), sizes=((20, 30), (9, 70))):
+def prompt(v, seed, counts=(3, 2, 4), sizes=((56, 56), (28, 56))):
     """Ids around images of these sizes, and the images."""
     rng = np.random.default_rng(seed)
     shown = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
@@ -201,20 +200,31 @@ def prompt(v, seed, counts=(3, 2, 4), sizes=((20, 30), (9, 70))):
     return np.concatenate(ids).astype(np.int32), shown
 
 
-def test_generation_is_recomputation(loaded):
-    """Two rows of two images each, read in chunks beside one another: each step's token is the likeliest of the whole."""
+def drawn(loaded, requests, prefix=None):
+    """(ids_BT, logprobs_BT) of requests that end in one block."""
+    pieces = sorted(inference.stream(loaded, requests, prefix=prefix, rows=1), key=lambda piece: piece.request)
+    return np.stack([piece.ids_T for piece in pieces]), np.stack([piece.logprobs_T for piece in pieces])
+
+
+def test_generation_is_recomputation(loaded, monkeypatch):
+    """Two prompts of two images each, read in chunks; and the second image behind a prefix with the first."""
+    monkeypatch.setattr(inference, "LEVELS", (32,))
     prompts, shown = zip(*(prompt(loaded.config.vision, seed) for seed in range(2)))
     T, steps = len(prompts[0]), 5
-    new_BT = mmx.generate(loaded, np.stack(prompts), steps=steps, images=shown)
+    new_BT, logprobs_BT = drawn(loaded, [inference.Request(ids_T, steps, images=pair) for ids_T, pair in zip(prompts, shown)])
+    np.testing.assert_array_equal(mmx.generate(loaded, np.stack(prompts), steps=steps, images=shown, rows=1), new_BT)
     whole_BT = np.concatenate([np.stack(prompts), new_BT], axis=1)
-    logits_BTW = mmx.forward(loaded, whole_BT, None, shown)
-    np.testing.assert_array_equal(new_BT, np.argmax(logits_BTW[:, T - 1:-1], axis=-1))
-    others = mmx.forward(loaded, whole_BT, None, shown[::-1])
-    assert np.abs(others - logits_BTW).max() > 0.1
-    cut = len(prompts[0]) - 4 - images.count(loaded.config.vision, 9, 70)       # before the second image
+    logits_BTW = np.asarray(mmx.forward(loaded, whole_BT, None, shown)[:, T - 1:-1])
+    np.testing.assert_array_equal(new_BT, np.argmax(logits_BTW, axis=-1))
+    want_BT = np.take_along_axis(jax.nn.log_softmax(logits_BTW), new_BT[..., None], axis=2)[..., 0]
+    np.testing.assert_allclose(logprobs_BT, want_BT, atol=2e-5, rtol=0)
+    others_BTW = mmx.forward(loaded, whole_BT, None, shown[::-1])[:, T - 1:-1]
+    assert np.abs(others_BTW - logits_BTW).max() > 0.1
+    cut = T - 4 - images.count(loaded.config.vision, 28, 56)         # where the second image begins
     kept = inference.read(loaded, prompts[0][:cut], images=shown[0][:1])
-    behind_BT = mmx.generate(loaded, prompts[0][None, cut:], steps=steps, images=[shown[0][1:]], prefix=kept)
+    behind_BT, again_BT = drawn(loaded, [inference.Request(prompts[0][cut:], steps, images=shown[0][1:])], kept)
     np.testing.assert_array_equal(behind_BT, new_BT[:1])
+    np.testing.assert_allclose(again_BT, want_BT[:1], atol=2e-5, rtol=0)
 
 
 def test_images_and_their_tokens_agree(loaded):
@@ -285,4 +295,5 @@ def test_a_model_of_text_alone_takes_no_image_and_reads_the_mark_as_text(checkpo
         mmx.generate(text, "<image> what?", steps=1, images=[checkpoint / "a.png"])
     with pytest.raises(ConfigError, match="this model reads text alone"):
         mmx.forward(text, np.ones((1, 3), int), images=[[]])
-    assert isinstance(mmx.generate(text, "<image> what?", steps=1)[0], str)
+    ids_T = images.encode(text.config.vision, "<image> what?", [], lambda part: np.frombuffer(part.encode(), np.uint8))
+    assert bytes(ids_T) == b"<image> what?"

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from mmx import config
-from mmx.int8 import floats
 
 
 def param(module: nn.Module, name: str, fan_in: str = ""):
@@ -26,7 +25,7 @@ def param(module: nn.Module, name: str, fan_in: str = ""):
     size = c.vision.extents(c.dim)
     shape, width = (tuple(size[axis] for axis in axes) for axes in (name.rpartition("_")[2], fan_in))
     plain = nn.initializers.ones if name.startswith("norm") else nn.initializers.zeros
-    return floats(module.param(name, nn.initializers.normal(math.prod(width) ** -0.5) if fan_in else plain, shape), c.dtype)
+    return module.param(name, nn.initializers.normal(math.prod(width) ** -0.5) if fan_in else plain, shape).astype(c.dtype)
 
 
 def layer_norm(module: nn.Module, x_IPJ, name: str = ""):
