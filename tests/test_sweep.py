@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import resource
 import signal
 import stat
 import subprocess
@@ -157,6 +158,18 @@ def test_a_full_disk_is_one_line_and_goes_on_later(place, trained, tmp_path, cap
     assert cli.main(command) == 0 and trained[0] == {0: 1, 1: 2, 2: 1}
 
 
+def test_a_file_that_cannot_be_written_is_what_it_was(tmp_path):
+    sweep._write(tmp_path / "runs.jsonl", "before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            sweep._write(tmp_path / "runs.jsonl", "after" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "runs.jsonl").read_text() == "before\n"
+
+
 @pytest.mark.parametrize("grid, more, message", [
     ('{"train.lr": [1e-3, -1.0]}', [], "cell 2 of 2 (train.lr=-1.0): train.lr=-1.0 must be 0 or more"),
     ('{"arch": ["S", "LS"]}', [], "cell 2 of 2 (arch=LS): model.pattern='LS' has 2 letters, which does not divide"),
@@ -261,50 +274,62 @@ def run(experiment, folder):
     first = len(path.read_text().splitlines()) if path.exists() else 0
     with path.open("a") as file:
         for step in range(first + 1, steps + 1):
-            time.sleep(0.05)
+            while step > 20 and not Path({go!r}).exists():
+                time.sleep(0.02)
+            time.sleep(0.02)
             print(json.dumps({"step": step, "loss": 3.0, "tokens_per_s": 1.0}), file=file, flush=True)
     return {"step": steps, "seconds": 1.0, "stopped": 0}
 
 def measure(folder, limit):
     return {"bits_per_byte": 3.0, "nats_per_token": 2.0}
 
+devices = [types.SimpleNamespace(device_kind="clock")]
+sys.modules["jax"] = types.SimpleNamespace(device_count=lambda: 1, devices=lambda: devices, __version__="none")
+sys.modules["optax"] = types.SimpleNamespace(GradientTransformation=None)
 sys.modules["mmx.train"] = types.SimpleNamespace(run=run)
 sys.modules["mmx.evals.compression"] = types.SimpleNamespace(measure=measure)
 """
 
 
 def test_sigkill_in_earnest(place, tmp_path):
-    """Local processes, whose training is a clock: the sweep is killed at random moments, then a run of it."""
-    command = place('{"train.seed": [0, 1, 2], "steps": [30]}')
+    """Local processes, without JAX, whose training is a clock that stands at step 20 until it may go on."""
+    command = place('{"train.seed": [0, 1, 2], "steps": [40]}')
     command[command.index("inline")] = "local"
-    (tmp_path / "sitecustomize.py").write_text(SLOW)
-    out, dice, seen = tmp_path / "out", random.Random(0), {}
+    out, go, dice = tmp_path / "out", tmp_path / "go", random.Random(0)
+    (tmp_path / "sitecustomize.py").write_text(SLOW.replace("{go!r}", repr(str(go))))
 
     def start():
-        return subprocess.Popen([sys.executable, "-m", "mmx.cli", *command, "--jobs", "2", "--rate", "1e9"], text=True,
-                                env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT)
+        with (tmp_path / "said").open("w") as said:
+            return subprocess.Popen([sys.executable, "-m", "mmx.cli", *command, "--jobs", "2", "--rate", "1e9"],
+                                    env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, stdout=said, stderr=said)
 
-    def finished():
-        return {path.parent.name: path.stat().st_mtime_ns for path in out.glob("runs/*/row.json")}
-
-    for what in ("runs/*/metrics.jsonl", "runs/*/row.json"):
+    def killed_after(what, count):
         process, until = start(), time.monotonic() + 120
-        while not list(out.glob(what)):
+        while len(list(out.glob(what))) < count:
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.02)
         time.sleep(dice.random())
         process.kill()
-        process.communicate()
-        seen |= finished()
-    for log in (out / "jobs").glob("*_0_log.err"):      # the orphans, by their controllers' numbers
+        process.wait()
+
+    def finished():
+        return {path.parent.name: path.stat().st_mtime_ns for path in out.glob("runs/*/row.json")}
+
+    killed_after("runs/*/metrics.jsonl", 2)     # its runs go on without it
+    process = start()       # that leaves them to those that have them
+    time.sleep(3 + dice.random())
+    process.kill()
+    process.wait()
+    assert len(list(out.glob("runs/*"))) == 2
+    go.touch()
+    killed_after("runs/*/row.json", 1)
+    for log in (out / "jobs").glob("*_0_log.err"):      # what still runs, by its controllers' numbers
         children = Path("/proc", log.name.partition("_")[0], "task", log.name.partition("_")[0], "children")
         for child in children.read_text().split() if children.exists() else ():
             os.kill(int(child), signal.SIGKILL)
-    process = start()
-    said, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, said
+    seen, process = finished(), start()
+    assert process.wait(180) == 0, (tmp_path / "said").read_text()
     assert sorted(row["train.seed"] for row in rows(tmp_path)) == [0, 1, 2]
     assert seen and {name: finished()[name] for name in seen} == seen       # none that was finished was written again
     for name in finished():     # and no two processes trained one run
-        assert [record["step"] for record in metrics.read(out / "runs" / name)] == list(range(1, 31))
+        assert [record["step"] for record in metrics.read(out / "runs" / name)] == list(range(1, 41))
