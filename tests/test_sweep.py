@@ -116,10 +116,11 @@ def test_a_live_table(place, trained, tmp_path, monkeypatch):
     def slow(experiment, folder):
         print("training")
         time.sleep(1.2)     # the table moves once a second
+        assert "running" in said.getvalue()
         return run(experiment, folder)
     monkeypatch.setattr(train, "run", slow)
     command = [*place('{"train.seed": [0]}'), "--rate", "1e9"]
-    assert cli.main(command) == 0 and log.read_text() == "training\n" and "0 of 1 runs" in said.getvalue()
+    assert cli.main(command) == 0 and log.read_text() == "training\n"
     assert cli.main(command) == 0 and trained[0] == {0: 1}
 
 
