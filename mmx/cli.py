@@ -411,9 +411,7 @@ def _mistakes_told(file: str):
 
 
 def sweep(args):
-    for name, least in (("jobs", 1), ("retries", 0), ("hours", 0), ("rate", 1)):
-        if (value := getattr(args, name)) is not None and not value >= least:
-            raise ConfigError(f"--{name} {value} is out of range: it is {least} or more")
+    _at_least(args, jobs=1, retries=0, hours=0, rate=1)
     if args.executor == "inline" and (args.jobs or 1) > 1:
         raise ConfigError(f"--jobs {args.jobs} needs processes: --executor local")
     names = _run_file(args.config)
@@ -427,9 +425,10 @@ def sweep(args):
             if "." in key and key not in _kinds():
                 raise ConfigError(f"unknown config key {key}{config.nearest(key, _kinds())}")
             if "." in key:
-                section, _, name = key.partition(".")
-                with found[section].ignore_type():      # build says what is wrong with a value
-                    found[section][name] = value
+                *path, name = key.split(".")
+                section = functools.reduce(lambda section, part: section[part], path, found)
+                with section.ignore_type():      # build says what is wrong with a value
+                    section[name] = value
         return _override(found, args.overrides)
 
     from mmx import sweep
@@ -584,7 +583,7 @@ def _cells(args) -> dict:
 
 def _at_least(args, **bounds):
     for name, least in bounds.items():
-        if (value := getattr(args, name)) is not None and value < least:
+        if (value := getattr(args, name)) is not None and not value >= least:      # nor nan
             raise ConfigError(f"--{name} {value} is out of range: it is {least} or more")
 
 

@@ -88,9 +88,7 @@ def read(path: str, law: str, columns: dict[str, str | None], by: list[str]) -> 
         by = [name for name in ("arch", "experts")[:1 + (law == "moe")] if name in known]
     notes = _derived(path, law, names, known)
     values = {role: np.array([_number(path, line, row, column) for line, row in rows])
-              for role, column in names.items() if column and role in (*LAWS[law], "loss", *ROLES[:2])}
-    if names["flops"] and "flops" not in values:
-        values["flops"] = np.array([_number(path, line, row, names["flops"]) for line, row in rows])
+              for role, column in names.items() if column}
     if "tokens" not in values and {"params", "flops"} <= values.keys():
         values["tokens"] = values["flops"] / (6 * values["params"])
     if "flops" not in values:
@@ -186,7 +184,8 @@ def fit(runs: Runs, law: str, irreducible: bool = False, tolerance: float = 0.2,
     stretch = _stretch(len(y_I) - len(theta_J))
     values, draws = (_quantities(law, theta_RJ, mean_K, constant) for theta_RJ in (theta_J[None], draws_RJ))
     held = _held(law, theta_J, bounds, len(x_KI), constant)
-    found = {name: _interval(name, values[name][0], draws[name], stretch, held.get(name, "")) for name in values}
+    found = {name: _interval(_exponent(law, name), values[name][0], draws[name], stretch, held.get(name, ""))
+             for name in values}
     return Fit(runs, used_I, fitted_I, found, _notes(runs, law, used_I), [], tolerance)
 
 
@@ -323,47 +322,47 @@ def _bootstrap(ends_RJ, x_KI, y_I, delta, bounds, resamples, rng) -> np.ndarray:
 
 
 def _quantities(law, theta_RJ, mean_K, constant) -> dict[str, np.ndarray]:
-    """What is told of a law, _R each, in the signs of its formula."""
+    """What is told of a law, _R each, in the signs of its formula: exponents, and logarithms of coefficients."""
     K = len(mean_K)
     exponent_KR, log_KR = theta_RJ[:, -K:].T, theta_RJ[:, :K].T + theta_RJ[:, -K:].T * mean_K[:, None]
-    floor = {"d" if law == "moe" else "E": np.exp(theta_RJ[:, K])} if constant else {}
+    floor = {"d" if law == "moe" else "E": theta_RJ[:, K]} if constant else {}
     if law == "moe":
-        return {**floor, **dict(zip("abc", np.exp(log_KR))), **dict(zip(("alpha", "beta", "gamma"), -exponent_KR))}
+        return {**floor, **dict(zip("abc", log_KR)), **dict(zip(("alpha", "beta", "gamma"), -exponent_KR))}
     if law != "chinchilla":
-        return {**floor, "a": np.exp(log_KR[0]), "b": exponent_KR[0]}
+        return {**floor, "a": log_KR[0], "b": exponent_KR[0]}
     (alpha, beta), (A, B) = exponent_KR, log_KR
     with np.errstate(invalid="ignore", divide="ignore"):
         alpha_, beta_ = (np.where((alpha > 0) & (beta > 0), e, np.nan) for e in (alpha, beta))
         G = (np.log(alpha_ / beta_) + A - B) / (alpha_ + beta_)
         grows = beta_ / (alpha_ + beta_)
-        return {**floor, "A": np.exp(A), "B": np.exp(B), "alpha": alpha, "beta": beta,
-                "N_opt coefficient": np.exp(G - grows * np.log(6)), "N_opt exponent": grows,
-                "D_opt coefficient": np.exp(-G - (1 - grows) * np.log(6)), "D_opt exponent": 1 - grows}
+        return {**floor, "A": A, "B": B, "alpha": alpha, "beta": beta,
+                "N_opt coefficient": G - grows * np.log(6), "N_opt exponent": grows,
+                "D_opt coefficient": -G - (1 - grows) * np.log(6), "D_opt exponent": 1 - grows}
 
 
-def _exponent(name) -> bool:
-    return name in ("b", "alpha", "beta", "gamma") or name.endswith("exponent")
+def _exponent(law, name) -> bool:
+    return name in ("alpha", "beta", "gamma", *("b" * (law != "moe"))) or name.endswith("exponent")
 
 
 def _stretch(freedom: int) -> float:
     return float(special.stdtrit(freedom, 0.975) / special.ndtri(0.975))
 
 
-def _interval(name, value, draws_R, stretch, note="") -> Quantity:
-    """The value, and as far to both sides as the further percentile of resamples, times `stretch`; of coefficients in
-    logarithms. Percentiles alone held the truth of skewed exponents (moe's gamma) in 90 of 100 sets, not 95."""
-    lasting_R = draws_R[np.isfinite(draws_R)]
+def _interval(exponent: bool, value, draws_R, stretch, note="", why="no optimum: an exponent is not positive") -> Quantity:
+    """The value, and as far to both sides as the further percentile of resamples, times `stretch`; `why` there is none.
+    Coefficients come as logarithms, as they may be more than a float holds. Percentiles alone held the truth of skewed
+    exponents (moe's gamma) in 90 of 100 sets, not 95."""
+    if not math.isfinite(value):
+        return Quantity(math.nan, math.nan, math.nan, why)
+    back, lasting_R = float if exponent else np.exp, draws_R[np.isfinite(draws_R)]
     if len(lasting_R) < len(draws_R):
         note = note or f"in {1 - len(lasting_R) / len(draws_R):.1%} of resamples there is none"
-    if not (len(lasting_R) and math.isfinite(value)):
-        return Quantity(float(value), math.nan, math.nan, note or "no optimum: an exponent is not positive")
-    to, back = (float, float) if _exponent(name) else (math.log, np.exp)
-    arm = stretch * max(abs(to(end) - to(value)) for end in np.percentile(lasting_R, (2.5, 97.5)))
-    with np.errstate(over="ignore"):
-        low, high = float(back(to(value) - arm)), float(back(to(value) + arm))
-    if _exponent(name) and low <= 0 <= high:
+    arm = stretch * max(abs(end - value) for end in np.percentile(lasting_R, (2.5, 97.5))) if len(lasting_R) else math.nan
+    with np.errstate(over="ignore", under="ignore"):
+        value, low, high = (float(back(x)) for x in (value, value - arm, value + arm))
+    if exponent and low <= 0 <= high:
         note = note or "the interval holds 0"
-    return Quantity(float(value), low, high, note)
+    return Quantity(value, low, high, note)
 
 
 def _held(law, theta_J, bounds, K, constant) -> dict[str, str]:
@@ -416,7 +415,8 @@ def _isoflop(runs: Runs, tolerance, resamples, rng) -> Fit:
         values, least[name] = _line(C_G, column, kept, full_GI)
         draws, _ = _line(C_G, column, kept, drawn_GI)
         for part, value, draw_R in zip(("coefficient", "exponent"), values, draws):
-            found[f"{name} {part}"] = _interval(f"{name} {part}", value[0], draw_R, _stretch(freedom))
+            found[f"{name} {part}"] = _interval(part == "exponent", value[0], draw_R, _stretch(freedom),
+                                                why="no line: fewer than 2 budgets show a minimum")
     minima = []
     for number, (C, group) in enumerate(zip(C_G, kept)):
         N, D = (float(np.exp(least[name][number][0])) for name in ("N_opt", "D_opt"))
@@ -437,7 +437,7 @@ def _parabola(x_I) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _line(C_G, column_I, groups, losses_GRI):
-    """(coefficient_R, exponent_R) of the line through the minima of parabolas in log `column_I`, and log minima_GR: nan
+    """(log coefficient_R, exponent_R) of the line through the minima of parabolas in log `column_I`, and log minima_GR: nan
     where there is none, or it lies further outside the runs than they are wide."""
     least_GR = []
     for group, loss_RI in zip(groups, losses_GRI):
@@ -453,7 +453,7 @@ def _line(C_G, column_I, groups, losses_GRI):
         x_R, y_R = (x_G @ there_GR) / count_R, np.where(there_GR, least_GR, 0).sum(0) / count_R
         dx_GR = np.where(there_GR, x_G[:, None] - x_R, 0)
         slope_R = (dx_GR * np.where(there_GR, least_GR - y_R, 0)).sum(0) / (dx_GR ** 2).sum(0)
-        return (np.exp(y_R - slope_R * x_R), slope_R), least_GR
+        return (y_R - slope_R * x_R, slope_R), least_GR
 
 
 def report(fits: list[Fit], law: str, formula: str, notes: list[str], resamples: int, seed: int) -> dict:

@@ -32,6 +32,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
+from submitit.core.utils import FailedJobError
 
 import mmx
 from mmx import config, metrics, optim
@@ -96,12 +97,13 @@ def cells(grid, make) -> list[Cell]:
         grid = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     if not isinstance(grid, (list, tuple)) or not grid or not all(isinstance(keys, dict) and keys for keys in grid):
         raise ConfigError("sweep() must return a dict of lists of values by key, or a list of dicts, a cell each")
-    found, by_hash = [], {}
+    found, by_hash, has_text = [], {}, functools.cache(_has_text)
     for number, keys in enumerate(grid, 1):
         where = f"cell {number} of {len(grid)} ({_told(keys)})"
         try:
+            _check_plain(keys)
             cell = Cell(keys, make(keys))
-            _check(cell.experiment)
+            _check(cell.experiment, has_text)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
         if cell.hash in by_hash:
@@ -115,13 +117,29 @@ def _told(keys: dict) -> str:
     return ", ".join(f"{key}={value}" for key, value in keys.items())
 
 
-def _check(e: Experiment) -> None:
+def _check_plain(keys: dict) -> None:
+    """Raises where a row could not hold the keys."""
+    for key, value in keys.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{key} is of {type(value).__name__}, which no row can hold: give plain numbers, as int(x) or "
+                              "float(x), and strings") from None
+
+
+def _check(e: Experiment, has_text) -> None:
     """What a run would find out only when it has begun."""
     if e.train.seconds:
         raise ConfigError(f"train.seconds={e.train.seconds:g} leaves open what a run computes: set train.steps")
     tokens.check_vocab(tokens.tokenizer(e.data.tokenizer), e.model.vocab)
-    for source in set(e.data.sources) - {"sotu"}:
-        sources.place(source)
+    if not any([has_text(source) for source in e.data.sources]):        # a list: each source is looked at
+        raise ConfigError(f"data.sources={e.data.sources} hold out no text, of ids alone there is no loss to tell: add a "
+                          "source of text")
+
+
+def _has_text(source: str) -> bool:
+    """Whether a source holds out text, and not ids alone."""
+    return source == "sotu" or any(not isinstance(raw, sources.Ids) for _, raw in sources.documents(source, "validation"))
 
 
 class Job(submitit.helpers.Checkpointable):
@@ -234,13 +252,19 @@ def _write(path: Path, text: str) -> None:
 
 
 def collect(out: Path) -> dict[str, dict]:
-    """The rows of all runs in OUT by name: those of runs.jsonl, and those that runs left; runs.jsonl is made to have all."""
+    """The rows of all runs in OUT by hash: those of runs.jsonl, and those that runs left; runs.jsonl is made to have all."""
     path, rows = out / "runs.jsonl", {}
     texts = path.read_text().splitlines() if path.exists() else []
-    for text in texts + [found.read_text() for found in sorted(out.glob("runs/*/row.json"))]:
-        with contextlib.suppress(ValueError):       # a line that somebody cut: the run's own row stands
+    places = [f"{path}:{number}" for number in range(1, len(texts) + 1)]
+    own = sorted(out.glob("runs/*/row.json"))
+    for place, text in zip([*places, *own], texts + [found.read_text() for found in own]):
+        try:
             row = json.loads(text)
-            rows[row["name"]] = row
+        except ValueError:      # a line that somebody cut: the run's own row stands
+            continue
+        if not (isinstance(row, dict) and {"name", "hash"} <= row.keys()):
+            raise ConfigError(f"{place} is no row of a sweep, it has no name and hash: give another --out")
+        rows[row["hash"]] = row
     lines = [json.dumps(row) for row in rows.values()]
     if lines != texts:
         _write(path, "\n".join(lines))
@@ -283,11 +307,13 @@ def executor(kind: str, out: Path, slurm: str):
     (out / "jobs").mkdir(parents=True, exist_ok=True)
     if kind == "inline":
         return Inline(out / "jobs" / "inline.log")
+    # its own: local jobs are numbered by process, and an older sweep's result of that number is not this one's
+    folder = tempfile.mkdtemp(dir=out / "jobs", prefix=time.strftime("%Y%m%d-%H%M%S-"))
     if kind == "local":
-        made = submitit.LocalExecutor(out / "jobs")
+        made = submitit.LocalExecutor(folder)
         made.update_parameters(timeout_min=60 * 24 * 365)
         return made
-    made = submitit.SlurmExecutor(out / "jobs")
+    made = submitit.SlurmExecutor(folder)
     try:
         made.update_parameters(**{"time": 60 * 24, "job_name": "mmx-sweep"} | parameters)
     except (TypeError, ValueError) as error:
@@ -366,17 +392,18 @@ class Board:
 def run(cells: list[Cell], out: str | Path, *, kind: str = "local", jobs: int | None = None, retries: int = 1,
         hours: float | None = None, flops_per_s: float | None = None, slurm: str = "", title: str = "") -> dict[str, str]:
     """Plans the runs of a grid that OUT has not, runs them, and tells them; what became of those that failed, by name."""
-    out, console, jobs = Path(out), Console(), jobs or EXECUTORS[kind]
+    out, jobs = Path(out), jobs or EXECUTORS[kind]
+    console = Console(file=sys.stdout)      # of now: Inline sends that of its runs to a file
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("w") as lock:
         if not _take(lock):
             raise ConfigError(f"another mmx sweep is at work in {out}: wait for it, or give another --out")
         pool = executor(kind, out, slurm)
         rows = collect(out)
-        todo = [cell for cell in cells if cell.name not in rows]
+        todo = [cell for cell in cells if cell.hash not in rows]
         if todo:
             start = functools.partial(_wait, pool) if kind != "slurm" else None
-            here = [rows[cell.name] for cell in cells if cell.name in rows]
+            here = [rows[cell.hash] for cell in cells if cell.hash in rows]
             with console.status("measuring how fast a run is"):
                 known = estimate(todo, here, start, out, flops_per_s)
             expected = known and sum(map(known.seconds, todo)) / 3600 / min(jobs, len(todo))
@@ -385,9 +412,9 @@ def run(cells: list[Cell], out: str | Path, *, kind: str = "local", jobs: int | 
                 told = "an unknown time" if expected is None else f"{expected:.2f} hours ({known.source})"
                 raise ConfigError(f"the {len(todo)} runs need {told}, --hours {hours:g} is less: give fewer or shorter runs, "
                                   "more --jobs, or more hours")
-        failed = _loop(todo, out, pool, jobs, retries, console)
+        failed = _loop(todo, out, pool, jobs, retries, console) if todo else {}
         rows = collect(out)
-        console.print(show([rows[cell.name] for cell in cells if cell.name in rows], title))
+        console.print(show([rows[cell.hash] for cell in cells if cell.hash in rows], title))
         return failed
 
 
@@ -406,6 +433,8 @@ def _submit(pool, *job):
     hears = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return pool.submit(Job(), *job, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+    except FailedJobError as error:
+        raise ConfigError(f"a job was not taken: {_last_line(error)}") from None
     finally:
         signal.signal(signal.SIGINT, hears)
 
@@ -413,9 +442,16 @@ def _submit(pool, *job):
 def _outcome(job) -> tuple[str, str]:
     """What a job that is done says; one that was killed says nothing."""
     if isinstance(job, _Ended) or job.paths.result_pickle.exists():
-        return job.result()
-    said = job.stderr() or ""
-    return FAILED, f"ended without a word: {said.strip().splitlines()[-1] if said.strip() else job.state}; {job.paths.stderr}"
+        try:
+            return job.result()
+        except FailedJobError as error:     # outside what Job catches; where its logs are follows its trace
+            trace = str(error).rpartition("\n---")[0]
+            return FAILED, f"{_last_line(trace or error)}; {job.paths.stderr}"
+    return FAILED, f"ended without a word: {_last_line(job.stderr() or '') or job.state}; {job.paths.stderr}"
+
+
+def _last_line(said) -> str:
+    return (str(said).strip().splitlines() or [""])[-1]
 
 
 def _loop(todo: list[Cell], out: Path, pool, jobs: int, retries: int, console: Console) -> dict[str, str]:
@@ -429,7 +465,7 @@ def _loop(todo: list[Cell], out: Path, pool, jobs: int, retries: int, console: C
     def ended(cell, kind, words):
         if kind == DONE or (folder(cell) / "row.json").exists():        # it may have been killed behind its row
             kind = DONE
-            row = collect(out)[cell.name]
+            row = collect(out)[cell.hash]
             say(f"done: {cell.name}, loss {row['loss']:.4f}, {row['seconds']:.0f} s")
         elif kind == STOPPED and isinstance(pool, Inline):      # it had the signal that was meant for the sweep
             raise KeyboardInterrupt

@@ -1,5 +1,6 @@
 """Planted laws come back, intervals hold them, and every mistake in a file is one line."""
 import json
+import math
 
 import numpy as np
 import pytest
@@ -109,6 +110,21 @@ def test_what_is_not_seen_is_said():
     assert fit(flat, "power").found["b"].note == "the interval holds 0"
     C_I = np.geomspace(1e17, 1e21, 10)
     assert "bound" in fit(Runs("", None, None, C_I, 30 * C_I ** -0.05), "power", True, resamples=40).found["E"].note
+
+
+def test_what_no_float_holds_is_open():
+    """Flat losses: optima of resamples go from 0 to infinity."""
+    N_I, D_I = (axis.ravel() for axis in np.meshgrid(np.geomspace(1e7, 1e10, 4), np.geomspace(1e9, 1e12, 4)))
+    for seed in range(1, 5):
+        for name, q in fit(runs(N_I, D_I, np.full(16, 3.0), 1e-4, seed), "chinchilla", resamples=60).found.items():
+            assert math.isnan(q.low) or q.low <= q.value <= q.high, name
+
+
+def test_isoflop_without_minima_says_so():
+    N = np.tile(np.geomspace(1e7, 1e8, 5), 3)
+    C = np.repeat([1e18, 1e19, 1e20], 5)
+    one = fit(Runs("", N, C / (6 * N), C, 3 - 0.1 * np.log(N / 1e7) ** 2), "isoflop", resamples=40)
+    assert {q.note for q in one.found.values()} == {"no line: fewer than 2 budgets show a minimum"}
 
 
 @pytest.fixture(scope="module")

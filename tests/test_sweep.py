@@ -1,6 +1,7 @@
 """Sweeps: what a grid means, mistakes before anything runs, and rows that no kill loses or doubles."""
 import collections
 import errno
+import io
 import json
 import os
 import random
@@ -89,9 +90,39 @@ def test_a_row_a_run_and_nothing_twice(place, trained, tmp_path, capsys):
     assert first["flops"] == 128 * model.flops_training(16) and first["flops_companion"] == 128 * model.flops_companion(16)
     assert first["train_loss"] == 2.0 and set(first["versions"]) == {"mmx", "jax", "python"}
     assert cli.main(command) == 0 and rows(tmp_path) == found
-    assert cli.main([*place('[{"train.seed": 3}, {"train.seed": 1, "arch": "S"}]'), "--rate", "1e9"]) == 0
-    assert [row["train.seed"] for row in rows(tmp_path)][:3] == [0, 1, 2]
-    assert trained[0][0] == trained[0][2] == 1
+    grid = '[{"train.seed": 3}, {"train.seed": 1, "arch": "S"}, {"train.seed": 2, "steps": 8}]'     # other keys, the same runs
+    assert cli.main([*place(grid), "--rate", "1e9"]) == 0
+    assert [row["train.seed"] for row in rows(tmp_path)] == [0, 1, 2, 3] and set(trained[0].values()) == {1}
+
+
+def test_a_table_of_something_else_stays(place, trained, tmp_path, capsys):
+    path = tmp_path / "out" / "runs.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"loss": 3}\n')
+    assert cli.main(place()) == 2 and path.read_text() == '{"loss": 3}\n'
+    err = capsys.readouterr().err
+    assert f"{path}:1 is no row of a sweep" in err and err.count("\n") == 1
+
+
+def test_a_live_table(place, trained, tmp_path, monkeypatch):
+    """On a terminal: it moves while a run in this process speaks to its log, and a finished sweep has none."""
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", said := Terminal())
+    log, run = tmp_path / "out" / "jobs" / "inline.log", train.run
+
+    def slow(experiment, folder):
+        print("training")
+        time.sleep(1.2)     # the table moves once a second
+        assert "running" in said.getvalue()
+        return run(experiment, folder)
+    monkeypatch.setattr(train, "run", slow)
+    command = [*place('{"train.seed": [0]}'), "--rate", "1e9"]
+    assert cli.main(command) == 0 and log.read_text() == "training\n"
+    assert cli.main(command) == 0 and trained[0] == {0: 1}
 
 
 class Kill(BaseException):
@@ -182,14 +213,19 @@ def test_a_file_that_cannot_be_written_is_what_it_was(tmp_path):
     ('{"train.seed": [0, 1]}', ["--config.train.seed=3"], "cell 2 of 2 (train.seed=1) is the same run as cell 1"),
     ('{"train.seed": 3}', [], "sweep(): 'train.seed' needs a list of values, got 3"),
     ("[]", [], "sweep() must return a dict of lists"),
+    ('{"train.seed": list(__import__("numpy").arange(2))}', [], "cell 1 of 2 (train.seed=0): train.seed is of int64, which no"),
+    ('{"model.vision.layers": [-1]}', [], "cell 1 of 1 (model.vision.layers=-1): model.vision.layers=-1 must be positive"),
+    ('{"data.sources": [("IDS",)]}', [], "hold out no text, of ids alone there is no loss to tell"),
     (GRID, ["--executor", "slurm"], "this is no SLURM cluster; --executor local runs processes"),
     (GRID, ["--slurm", "partition=gpu"], "--slurm partition=gpu needs --executor slurm"),
     (GRID, ["--rate", "1e3", "--hours", "0.5"], "the 3 runs need 1.73 hours (as --rate says), --hours 0.5 is less"),
     (GRID, ["--jobs", "0"], "--jobs 0 is out of range"),
+    (GRID, ["--hours", "nan"], "--hours nan is out of range"),
     (GRID, ["--jobs", "2"], "--jobs 2 needs processes: --executor local"),
 ])
 def test_mistakes_before_anything_runs(grid, more, message, place, trained, tmp_path, capsys):
-    assert cli.main([*place(grid), *more]) == 2
+    (tmp_path / "ids.jsonl").write_text('{"tokens": [1, 2], "targets": [2, -1]}\n' * 40)
+    assert cli.main([*place(grid.replace("IDS", str(tmp_path / "ids.jsonl"))), *more]) == 2
     err = capsys.readouterr().err
     assert message in err and err.startswith("mmx: ") and err.count("\n") == 1, err
     assert not trained[0] and not list(tmp_path.glob("out/runs/*"))
@@ -251,6 +287,12 @@ def slurm(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
+class Unreadable:
+    """What a job cannot read."""
+    def __reduce__(self):
+        return int, ("no number",)
+
+
 def test_a_cluster_runs_jobs(place, slurm, tmp_path):
     command = place()
     cell = sweep.Cell({"x": 1}, cli.read_experiment(command[2], []))
@@ -258,11 +300,17 @@ def test_a_cluster_runs_jobs(place, slurm, tmp_path):
     (tmp_path / "run" / "row.json").write_text("{}")
     pool = sweep.executor("slurm", tmp_path / "out", "partition=gpu,gpus_per_node=8")
     assert sweep._wait(pool, sweep.attempt, cell, tmp_path / "run") == (sweep.DONE, "")
-    script = next((tmp_path / "out" / "jobs").glob("*submission*.sh")).read_text()
+    script = next((tmp_path / "out" / "jobs").glob("*/*submission*.sh")).read_text()
     assert "--partition=gpu" in script and "--gpus-per-node=8" in script and "--time=1440" in script
     for given, message in (("color=red", "color"), ("nodes=2", "one process on one node")):
         with pytest.raises(ConfigError, match=message):
             sweep.executor("slurm", tmp_path / "out", given)
+    pool = sweep.executor("slurm", tmp_path / "out", "")
+    kind, words = sweep._wait(pool, str, Unreadable())       # ends before it begins
+    assert kind == sweep.FAILED and "no number" in words and "\n" not in words
+    (tmp_path / "bin" / "sbatch").write_text("#!/bin/bash\necho sbatch: error: invalid partition >&2; exit 1")
+    with pytest.raises(ConfigError, match="a job was not taken: .*invalid partition"):
+        sweep._wait(pool, sweep.attempt, cell, tmp_path / "run")
 
 
 SLOW = """\
@@ -323,7 +371,7 @@ def test_sigkill_in_earnest(place, tmp_path):
     assert len(list(out.glob("runs/*"))) == 2
     go.touch()
     killed_after("runs/*/row.json", 1)
-    for log in (out / "jobs").glob("*_0_log.err"):      # what still runs, by its controllers' numbers
+    for log in (out / "jobs").glob("*/*_0_log.err"):      # what still runs, by its controllers' numbers
         children = Path("/proc", log.name.partition("_")[0], "task", log.name.partition("_")[0], "children")
         for child in children.read_text().split() if children.exists() else ():
             os.kill(int(child), signal.SIGKILL)
