@@ -252,7 +252,7 @@ def test_int8_weights_are_channels_of_their_own():
 
 def compiled(loaded, function, T, c=C):
     cache = empty_cache(c, 1, 48)
-    args = (jnp.zeros((1, T), jnp.int32), jnp.ones((1, T), jnp.int32), cache, 0) if T > 1 else (
+    args = (jnp.zeros((1, T), jnp.int32), jnp.ones((1, T), jnp.int32), cache, 0, {}) if T > 1 else (
         *(np.ones(1, np.int32),) * 3, cache, jax.random.split(jax.random.key(0), 1), None, -1, 8)
     params = jax.tree.map(lambda x: x[:c.groups] if x.shape[0] == C.groups else x, loaded.params)
     return function.lower(Model(c), params, *args).compile().as_text()
