@@ -22,7 +22,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 import mmx
-from mmx import cli, hugepages, train
+from mmx import experiments, hugepages, train
 from mmx.data import packing, pipeline, tokens
 from mmx.model import Model
 from mmx.parallel import expert
@@ -43,7 +43,7 @@ def main():
         loaded = mmx.load(args.checkpoint)
     else:
         with tempfile.TemporaryDirectory() as workdir:
-            train.run(cli.read_experiment(EXPERIMENT, [f"--config.train.seconds={args.seconds}"]), workdir)
+            train.run(experiments.read(EXPERIMENT, [f"--config.train.seconds={args.seconds}"]), workdir)
             loaded = mmx.load(workdir)
     batches = held_out(loaded.tokenizer)
     dropped = {c: count(loaded, c, batches) for c in CAPACITIES}

@@ -6,7 +6,6 @@ tensor, and what is damaged is named. WORKDIR/config.json says what the run is; 
 """
 import contextlib
 import json
-import os
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from orbax.checkpoint import checkpoint_managers
 
+from mmx import atomic
 from mmx.config import ConfigError, Experiment, to_json
 from mmx.released import check_shapes, read_json
 
@@ -111,9 +111,8 @@ def check_config(workdir: str | Path, experiment: Experiment) -> None:
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         for file, content in files.items():
-            partial = file.with_name(f"{file.name}.partial-{os.getpid()}")
-            partial.write_bytes(content)
-            partial.replace(file)
+            with atomic.replacing(file, "wb") as new:
+                new.write(content)
 
 
 def _comparable(sections: dict, free: dict) -> dict:

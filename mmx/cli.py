@@ -3,24 +3,19 @@
 A user's mistake is one line on stderr and exit code 2. Heavy modules are imported by the command that needs them.
 """
 import argparse
-import contextlib
 import functools
 import json
 import os
 import re
-import runpy
 import signal
 import sys
-import traceback
 from pathlib import Path
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
 from rich.console import Console
 from rich.table import Table
 
 import mmx
-from mmx import config, hugepages, processes
+from mmx import config, experiments, hugepages, processes
 from mmx.config import ConfigError
 
 EPILOG = """\
@@ -102,20 +97,11 @@ def _joined(argv: list[str]) -> list[str]:
     joined = []
     for argument in argv:
         key = re.fullmatch(r"--config\.([\w.]+)", joined[-1]) if joined else None
-        if key and not argument.startswith("--") and _kinds().get(key[1]) != "bool":
+        if key and not argument.startswith("--") and experiments.kinds().get(key[1]) != "bool":
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)
     return joined
-
-
-def _kinds() -> dict[str, str]:
-    """The type of every config key."""
-    def kinds(values, above=""):
-        for key, value in values.items():
-            deeper = isinstance(value, ConfigDict)
-            yield from kinds(value, f"{above}{key}.") if deeper else [(above + key, type(value).__name__)]
-    return dict(kinds(config.default()))
 
 
 def _fail(message: str, code: int) -> int:
@@ -304,32 +290,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_experiment(path: str, overrides: list[str]) -> config.Experiment:
-    """The experiment of FILE.py, or FILE.py:A,B with arguments of its get_config, with `--config.key=value` overrides."""
-    return _override(_get_config(path), overrides)
-
-
-def _override(found: ConfigDict, overrides: list[str]) -> config.Experiment:
-    kinds = _kinds()
-    for override in overrides:
-        key = re.match(r"--config\.([\w.]*)", override)
-        if key and key[1] not in kinds:
-            raise ConfigError(f"unknown config key {key[1]}{config.nearest(key[1], kinds)}")
-    values = flags.FlagValues()
-    arguments = ["mmx", *overrides]
-    try:
-        config_flags.DEFINE_config_dict("config", found, flag_values=values, sys_argv=arguments)
-        left = values(arguments)[1:]
-    except flags.Error as error:
-        wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error))
-        raise ConfigError(f"config key {wrong[1]} needs {kinds[wrong[1]]}, got {wrong[2]!r}" if wrong else error) from None
-    if left:
-        raise ConfigError(f"unknown argument {left[0]!r}; overrides are --config.SECTION.KEY=VALUE")
-    return config.build(values.config)
-
-
 def memory(args):
-    model, lengths = read_experiment(args.config, args.overrides).model, config.lengths(args.lengths)
+    model, lengths = experiments.read(args.config, args.overrides).model, config.lengths(args.lengths)
     from mmx import memory
 
     chips = memory.pods(args.chips)
@@ -355,7 +317,7 @@ def fit(args):
 
 
 def aot(args):
-    experiment = read_experiment(args.config, args.overrides)
+    experiment = experiments.read(args.config, args.overrides)
     from mmx import aot, search
 
     if args.search and args.mesh:
@@ -372,68 +334,14 @@ def bench_kernels(args):
     return bench.kernels(args.chip, args.json, args.live, args.lengths, args.out)
 
 
-def _get_config(path: str) -> ConfigDict:
-    """What an experiment file's get_config returns for FILE.py, or for the arguments of FILE.py:A,B."""
-    file, arguments = re.fullmatch(r"(.*?)(?:(?<=\.py):(.*))?", path).groups()
-    return _called(file, _run_file(file), "get_config", *([] if arguments is None else arguments.split(",")))
-
-
-def _run_file(file: str) -> dict:
-    """The names of an experiment file."""
-    if not Path(file).is_file():
-        folder = Path(file) if Path(file).is_dir() else Path(file).parent
-        names = sorted(str(p) for p in folder.glob("*.py"))
-        raise ConfigError(f"no experiment file {file}" + (config.nearest(file, names) if names else ""))
-    with _mistakes_told(file):
-        return runpy.run_path(file)
-
-
-def _called(file: str, names: dict, function: str, *arguments, **keys):
-    """What a function of an experiment file returns: get_config a ConfigDict."""
-    with _mistakes_told(file):
-        found = names[function](*arguments, **keys)
-    if function == "get_config" and not isinstance(found, ConfigDict):
-        raise ConfigError(f"{file}: get_config() must return a ConfigDict, got {type(found).__name__}")
-    return found
-
-
-@contextlib.contextmanager
-def _mistakes_told(file: str):
-    """A mistake in an experiment file, with its line."""
-    try:
-        yield
-    except ConfigError as error:        # of an argument
-        raise ConfigError(f"{file}: {error}") from None
-    except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else 1
-        raise ConfigError(f"{file}:{line}: {type(error).__name__}: {error}") from None
-
-
 def sweep(args):
     _at_least(args, jobs=1, retries=0, hours=0, rate=1)
     if args.executor == "inline" and (args.jobs or 1) > 1:
         raise ConfigError(f"--jobs {args.jobs} needs processes: --executor local")
-    names = _run_file(args.config)
-    if "sweep" not in names:
-        raise ConfigError(f"{args.config} has no sweep(): it returns a dict of values by key, or a list of dicts, a run each")
-    grid = _called(args.config, names, "sweep")
-
-    def make(keys):
-        found = _called(args.config, names, "get_config", **{k: v for k, v in keys.items() if "." not in k})
-        for key, value in keys.items():
-            if "." in key and key not in _kinds():
-                raise ConfigError(f"unknown config key {key}{config.nearest(key, _kinds())}")
-            if "." in key:
-                *path, name = key.split(".")
-                section = functools.reduce(lambda section, part: section[part], path, found)
-                with section.ignore_type():      # build says what is wrong with a value
-                    section[name] = value
-        return _override(found, args.overrides)
-
+    grid = experiments.grid(args.config, args.overrides)
     from mmx import sweep
 
-    failed = sweep.run(sweep.cells(grid, make), args.out, kind=args.executor, jobs=args.jobs, retries=args.retries,
+    failed = sweep.run(sweep.cells(*grid), args.out, kind=args.executor, jobs=args.jobs, retries=args.retries,
                        hours=args.hours, flops_per_s=args.rate, slurm=args.slurm, title=args.config)
     print(f"written: {Path(args.out) / 'runs.jsonl'}; tensorboard --logdir {Path(args.out) / 'runs'}")
     if failed:
@@ -447,7 +355,7 @@ def train(args):
 
 
 def _train(args, world=None):
-    experiment = read_experiment(args.config, args.overrides)
+    experiment = experiments.read(args.config, args.overrides)
     if world:
         processes.join(world)
     from mmx import inference
@@ -612,7 +520,7 @@ def verify(args):
 
 
 def show_config(args):
-    e = read_experiment(args.config, args.overrides)
+    e = experiments.read(args.config, args.overrides)
     m, t, v = e.model, e.train, e.model.vision
     figures = {
         "params_total": m.params_total, "params_active": m.params_active, "params_active_all": m.params_active_all,

@@ -6,7 +6,6 @@ A source gives slices of leaves, a conversion writes them: both walk `released.l
 import contextlib
 import dataclasses
 import functools
-import glob
 import json
 import os
 import re
@@ -20,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from mmx import checkpoint, config, int8, released
+from mmx import atomic, checkpoint, config, int8, released
 from mmx.config import ConfigError
 from mmx.data import tokens
 
@@ -220,10 +219,7 @@ def _destination(out: str | Path):
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; give another --out, or remove it")
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    for old in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
-        if old == partial or not _runs(old.name.rpartition("-")[2]):
-            shutil.rmtree(old)
+    partial = atomic.beside(out)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -231,16 +227,6 @@ def _destination(out: str | Path):
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def _runs(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:      # killed amid a conversion
-        return False
-    except (OSError, ValueError, OverflowError):        # another user's, or no partial of ours
-        pass
-    return True
 
 
 def _ids(config_json: dict) -> dict:

@@ -9,7 +9,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
-from mmx import config
+from mmx import atomic, config
 
 SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate",
            "overflow_rate")
@@ -106,6 +106,5 @@ def latest(workdir: Path) -> dict | None:
 
 def _cut(path: Path, step: int):
     kept = [json.dumps(r) + "\n" for r in read(path.parent) if r["step"] <= step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    partial.replace(path)
+    with atomic.replacing(path) as file:
+        file.writelines(kept)

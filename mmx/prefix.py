@@ -6,7 +6,6 @@ stands beside its destination until it is whole.
 import dataclasses
 import hashlib
 import json
-import os
 import zipfile
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from mmx import atomic
 from mmx.config import ConfigError
 from mmx.inference import Prefix
 from mmx.parallel.cache import empty_cache, kv_dtype
@@ -26,18 +26,13 @@ FREE = {"impl", "chunk", "remat", "keep_arrived", "transport", "token_groups", "
 
 def save(path: str | Path, loaded, prefix: Prefix) -> None:
     """Writes a prefix of `inference.read`; an existing file is replaced once the new one is whole."""
-    path, names = Path(path), {}
+    names = {}
     for name, x in _flat(prefix.cache).items():
         x = np.asarray(x)
         names[name] = x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
     about = {"last": prefix.last, "length": prefix.length, "model": _model(loaded), "kv_dtype": kv_dtype(prefix.cache)}
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(file, about=np.array(json.dumps(about)), **names)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic.replacing(path, "wb") as file:
+        np.savez(file, about=np.array(json.dumps(about)), **names)
 
 
 def load(path: str | Path, loaded) -> Prefix:

@@ -383,6 +383,7 @@ def _notes(runs, law, used_I) -> list[str]:
         edge = int(((best_I == runs.params.min()) | (best_I == runs.params.max())).sum())
         if edge:
             notes.append(f"at {edge} of {len(best_I)} places of the envelope the best size is the ladder's smallest or largest")
+    # 5 %: published FLOPs are rounded, or count attention; it decides a note, no figure
     if law == "chinchilla" and not np.allclose(runs.flops, 6 * runs.params * runs.tokens, rtol=0.05):
         notes.append("FLOPs given are not 6 N D, of which N_opt(C) and D_opt(C) speak")
     return notes

@@ -35,7 +35,7 @@ from rich.table import Column, Table
 from submitit.core.utils import FailedJobError
 
 import mmx
-from mmx import config, metrics, optim
+from mmx import atomic, config, metrics, optim
 from mmx.config import ConfigError, Experiment
 from mmx.data import sources, tokens
 
@@ -243,12 +243,8 @@ def _held(path: Path) -> bool:
 
 def _write(path: Path, text: str) -> None:
     """The file is whole, or what it was."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
+    with atomic.replacing(path) as file:
         file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def collect(out: Path) -> dict[str, dict]:

@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 
 import mmx
-from mmx import cli, convert, metrics
+from mmx import cli, convert, experiments, metrics
 from mmx.data import tokens
 
 ROOT = Path(__file__).parent.parent
@@ -98,13 +98,13 @@ def test_overrides_in_both_forms(place):
     file = str(place / "small.py")
     for overrides in (["--config.model.layers=6", "--config.train.lr=1", "--config.model.pattern=LLS"],
                       ["--config.model.layers", "6", "--config.train.lr", "1", "--config.model.pattern", "LLS"]):
-        found = cli.read_experiment(file, overrides)
+        found = experiments.read(file, overrides)
         assert (found.model.layers, found.model.pattern, found.train.lr) == (6, "LLS", 1.0)
         assert found.model.alpha_moe == 12**0.25
-    assert cli.read_experiment(file, ["--config.data.sources=('a','b')"]).data.sources == ("a", "b")
-    assert cli.read_experiment(file + ":9", []).train.steps == 9
-    assert cli.read_experiment(file + ":9", ["--config.train.steps=7"]).train.steps == 7
-    assert cli.read_experiment(file, ["--config.model.remat"]).model.remat is True
+    assert experiments.read(file, ["--config.data.sources=('a','b')"]).data.sources == ("a", "b")
+    assert experiments.read(file + ":9", []).train.steps == 9
+    assert experiments.read(file + ":9", ["--config.train.steps=7"]).train.steps == 7
+    assert experiments.read(file, ["--config.model.remat"]).model.remat is True
 
 
 def test_overrides_stand_anywhere(place, capsys):

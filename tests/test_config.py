@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from mmx import cli, config, released
+from mmx import config, experiments, released
 from mmx.config import ConfigError, Model, build
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))
@@ -59,7 +59,7 @@ PRINTED = {     # PFLOPs of a step of 480 x 8,192 tokens: arXiv 2406.16690, Tabl
 @pytest.mark.parametrize("arch", PRINTED)
 def test_flops_as_the_companion_paper_prints_them(arch):
     sizes = ("70M", "160M", "410M", "1B", "3B", "7B")
-    found = [cli.read_experiment(f"{LADDER}:{arch},{size}", []).model.flops_companion(8192) * 480 * 8192 for size in sizes]
+    found = [experiments.read(f"{LADDER}:{arch},{size}", []).model.flops_companion(8192) * 480 * 8192 for size in sizes]
     assert tuple(round(flops / 1e15, 1) for flops in found) == PRINTED[arch]
 
 
@@ -75,7 +75,7 @@ def test_companion_flops_of_the_hybrid_and_of_experts():
 @pytest.mark.parametrize("size, params", [("70M", 20.5), ("160M", 85.0), ("410M", 334.1), ("1B", 906.2), ("3B", 2775.8),
                                           ("7B", 6476.5)])
 def test_the_published_ladder_has_the_published_parameters(size, params):
-    found = cli.read_experiment(f"{LADDER}:softmax,{size}", []).model.params_active / 1e6
+    found = experiments.read(f"{LADDER}:softmax,{size}", []).model.params_active / 1e6
     assert found == pytest.approx(params, abs=0.11)        # with a router row a layer, which the dense models there have not
 
 
@@ -103,7 +103,7 @@ def test_alphas_follow_the_layers_unless_they_are_given():
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_json_gives_the_experiment_back(path):
-    experiment = cli.read_experiment(str(path), [])
+    experiment = experiments.read(str(path), [])
     assert config.from_json(config.to_json(experiment)) == experiment
     assert hash(experiment.model) == hash(dataclasses.replace(experiment.model))
 
@@ -129,7 +129,7 @@ def test_vision_is_a_section_of_the_model():
     experiment = build({"model": {"vision": {"layers": 2, "grids": [[1, 2]], "token": 259}}})
     assert config.from_json(config.to_json(experiment)) == experiment and experiment.model.vision.grids == ((1, 2),)
     file = Path(__file__).parent.parent / "experiments" / "tiny.py"
-    found = cli.read_experiment(str(file), ["--config.model.vision.layers=3", "--config.model.vision.token=260"])
+    found = experiments.read(str(file), ["--config.model.vision.layers=3", "--config.model.vision.token=260"])
     assert (found.model.vision.layers, found.model.vision.token, found.model.vision.dim) == (3, 260, 1024)
 
 

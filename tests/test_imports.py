@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ABOVE = {       # each part, and the parts it may import; every part may import dims and config
-    "dims": "", "config": "", "chips": "",
+    "dims": "", "config": "", "chips": "", "atomic": "",
     "kernels": "",
     "parallel": "kernels",
     "int8": "",
@@ -18,25 +18,27 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "model": "layers parallel",
     "loss": "parallel",
     "data": "", "released": "",
-    "optim": "", "metrics": "",
-    "checkpoint": "released",
+    "optim": "", "metrics": "atomic",
+    "checkpoint": "atomic released",
     "torch": "checkpoint released",
     "inference": "data model parallel",
-    "prefix": "inference parallel",
-    "convert": "checkpoint data inference int8 model parallel released torch",
-    "evals": "checkpoint convert data inference loss metrics model",
+    "prefix": "atomic inference parallel",
+    "convert": "atomic checkpoint data inference int8 model parallel released torch",
+    "evals": "atomic checkpoint convert data inference loss metrics model",
     "train": "checkpoint convert data evals loss metrics model optim parallel",
-    "sweep": "data evals metrics optim train",
-    "deepseek": "", "memory": "chips deepseek", "scaling": "", "hugepages": "", "processes": "", "compilers": "",
+    "sweep": "atomic data evals metrics optim train",
+    "deepseek": "", "memory": "chips deepseek", "scaling": "", "experiments": "", "hugepages": "", "processes": "",
+    "compilers": "",
     "bench": "chips compilers kernels layers parallel",
     "aot": "chips compilers inference model optim parallel train",
     "search": "aot chips model parallel",
-    "cli": "aot bench checkpoint convert data evals hugepages inference memory prefix parallel processes scaling search "
-           "sweep train",
+    "cli": "aot bench checkpoint convert data evals experiments hugepages inference memory prefix parallel processes scaling "
+           "search sweep train",
 }
 FOREIGN = {     # packages that a part does without
     "dims": ("jax", "flax", "torch"), "config": ("jax", "flax", "torch"), "data": ("jax", "flax", "torch"),
     "released": ("jax", "flax", "torch"), "cli": ("jax", "flax", "torch"),
+    "experiments": ("jax", "flax", "torch"),
     "memory": ("jax", "flax", "torch"), "deepseek": ("jax", "flax", "torch"),
     "scaling": ("jax", "flax", "torch", "pandas", "sklearn"),
     "kernels": ("flax", "ml_collections", "torch"), "parallel": ("flax", "ml_collections", "torch"),

@@ -7,14 +7,14 @@ from pathlib import Path
 import jax
 import pytest
 
-from mmx import cli, config, memory
+from mmx import cli, config, experiments, memory
 from mmx.deepseek import DeepSeekV3
 from mmx.memory import CHIPS, decode, held, prefill, sequence, twin
 from mmx.parallel.cache import empty_cache
 
 ROOT = Path(__file__).parent.parent
 FILE = str(ROOT / "experiments" / "text_01.py")
-TEXT_01 = cli.read_experiment(FILE, []).model
+TEXT_01 = experiments.read(FILE, []).model
 M, WIDTH = 2 ** 20, 64 * 128
 
 

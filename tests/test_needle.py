@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmx import cli, metrics
+from mmx import cli, experiments, metrics
 
 ROOT = Path(__file__).parents[1]
 FILE = str(ROOT / "experiments" / "needle.py")
@@ -22,12 +22,12 @@ def bench():
 
 
 def test_twins_differ_in_their_layers_alone():
-    found = [cli.read_experiment(f"{FILE}:{kind}", []) for kind in KINDS]
+    found = [experiments.read(f"{FILE}:{kind}", []) for kind in KINDS]
     sizes = [e.model.params_total for e in found]
     assert max(sizes) < 1.002 * min(sizes)
     assert [e.model.layer_kinds for e in found] == ["LLLS", "SSSS", "LLLL"]
     assert len({(e.train, e.data, e.mesh) for e in found}) == 1
-    assert cli.read_experiment(FILE, []) == found[0]
+    assert experiments.read(FILE, []) == found[0]
 
 
 def test_what_is_neither_is_one_line(capsys):
@@ -46,7 +46,7 @@ def test_a_step_on_what_is_written_and_a_reading(bench, tmp_path, monkeypatch):
     bench.data(tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "needle.jsonl").read_text().splitlines()]
     longest = max(len(line["prompt"] + line["completion"]) + 2 for line in lines)
-    assert 1024 < longest <= cli.read_experiment(FILE, []).train.length
+    assert 1024 < longest <= experiments.read(FILE, []).train.length
     rows = list(bench.one(tmp_path, "lightning", 0))
     assert len(metrics.read(tmp_path / "lightning0")) == 1
     places = [(row["kind"], row["seed"], row["length"], row["depth"]) for row in rows]

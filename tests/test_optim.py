@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx import cli, optim
+from mmx import experiments, optim
 from mmx.config import Data, Train
 from mmx.data import pipeline
 
@@ -77,7 +77,7 @@ def test_the_stream_counts_the_same_steps(ramp, tmp_path):
 
 def test_the_papers_recipe():
     """Paper section 4.2: 16M, 32M, 64M, 128M tokens a step; 2e-4, from 7.2T tokens 1.3e-4, from 10.4T down to 3e-5 at 11.4T."""
-    t = cli.read_experiment(str(TEXT_01), []).train
+    t = experiments.read(str(TEXT_01), []).train
     total = optim.tokens_seen(t, t.steps)
     assert total == pytest.approx(11.4e12, rel=1e-4)
 

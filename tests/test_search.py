@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmx import aot, cli, search
+from mmx import aot, cli, experiments, search
 from mmx.chips import CHIPS
 from mmx.compilers import schedule
 
@@ -18,7 +18,7 @@ FULL = ["--config.train.batch=512", "--config.model.transport=1.25", "--config.m
 def test_the_full_size_as_it_was_compiled(more, peak, all_to_all):
     """docs/scale.md: 456 B on 512 v5p."""
     sizes = {"slice": 1, "edp": 16, "ep": 32, "etp": 1, "seq": 1}
-    e = cli.read_experiment(TEXT_01, FULL + more)
+    e = experiments.read(TEXT_01, FULL + more)
     found = search.estimate(e, sizes, "v5p", [8, 8, 8], "train")
     received = {(row["kind"], row["axes"]): row["bytes"] / 1e9 for row in found["exchanges"]}
     assert received["all-gather", "edp"] == pytest.approx(126, rel=0.02)
@@ -36,7 +36,7 @@ def test_the_full_size_as_it_was_compiled(more, peak, all_to_all):
     # 456,089,655,296 parameters, norms and routers whole
     ("decode", {"ep": 8}, "state", 456_089_655_296 * 2 / 8)])
 def test_memory_of_inference(mode, sizes, part, size):
-    e = cli.read_experiment(TEXT_01, ["--config.train.batch=8"])
+    e = experiments.read(TEXT_01, ["--config.train.batch=8"])
     sizes = {"slice": 1, "edp": 1, "ep": 1, "etp": 1, "seq": 1} | sizes
     found = search.estimate(e, sizes, "v5p", [2, 2, 2], mode)["memory"]
     assert found[part] == pytest.approx(size, rel=1e-3)
@@ -46,7 +46,7 @@ def test_memory_of_inference(mode, sizes, part, size):
 def test_prefill_is_a_chunk_behind_a_cache():
     """The cache grows with the length, what a run works on does not; new queries, keys and values meet every part of it."""
     sizes = {"slice": 1, "edp": 1, "ep": 2, "etp": 4, "seq": 2}
-    short, e = (cli.read_experiment(TEXT_01, ["--config.train.batch=2", f"--config.train.length={length}"])
+    short, e = (experiments.read(TEXT_01, ["--config.train.batch=2", f"--config.train.length={length}"])
                 for length in (8192, 1 << 20))
     short, long = (search.estimate(e, sizes, "v5p", [2, 2, 4], "prefill") for e in (short, e))
     keys = 2 * 10 * 2 * 8 * 128 * 2 / 16        # bytes a token of two rows and ten layers, on one of 16 devices
@@ -89,7 +89,7 @@ def test_the_order_of_compiled_meshes(experiment):
     compiled = {"ep=4": (0.436, 3.285), "ep=2,etp=2": (0.472, 4.079), "edp=2,ep=2": (0.447, 4.142),
                 "ep=2,seq=2": (0.450, 4.355), "edp=2,etp=2": (0.475, 4.881), "etp=2,seq=2": (0.480, 4.973),
                 "etp=4": (0.545, 5.049), "edp=4": (0.544, 5.170), "edp=2,seq=2": (0.492, 5.404), "seq=4": (0.554, 5.447)}
-    e = cli.read_experiment(experiment, [])
+    e = experiments.read(experiment, [])
     found = {search.name(sizes): search.estimate(e, sizes, "v5p", [2, 2, 1], "train") for sizes in search.candidates(e, 4, 1)}
     assert sorted(found, key=lambda name: found[name]["seconds"]) == list(compiled)
     for name, (peak, _) in compiled.items():

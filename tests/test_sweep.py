@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from mmx import cli, metrics, sweep, train
+from mmx import cli, experiments, metrics, sweep, train
 from mmx.config import ConfigError, build
 from mmx.evals import compression
 
@@ -38,6 +38,7 @@ def get_config(arch="S", steps=8):
 def sweep():
     return {grid}
 """
+DEAD = 2**22 + 1     # no process has such a number
 GRID = '{"arch": ["S"], "train.seed": [0, 1, 2]}'
 
 
@@ -83,7 +84,7 @@ def test_a_row_a_run_and_nothing_twice(place, trained, tmp_path, capsys):
     assert "3 runs, 0 of them done" in out and "as --rate says" in out and "done: S-0-" in out
     found = rows(tmp_path)
     assert [row["train.seed"] for row in found] == [0, 1, 2] and len({row["hash"] for row in found}) == 3
-    model = cli.read_experiment(str(tmp_path / "small.py"), []).model
+    model = experiments.read(str(tmp_path / "small.py"), []).model
     first = found[0]
     assert (first["arch"], first["tokens"], first["loss"], first["bits_per_byte"], first["seconds"]) == ("S", 128, 2, 3, 2)
     assert (first["params"], first["params_total"]) == (model.params_active, model.params_total)
@@ -138,7 +139,7 @@ def test_a_kill_at_any_write_loses_and_doubles_no_row(write, after, place, train
         nonlocal count
         count += 1
         if count > write and not after:
-            path.with_name(f"{path.name}.partial").write_text(text[:20])
+            path.with_name(f"{path.name}.partial-{DEAD}").write_text(text[:20])
             raise Kill
         whole(path, text)
         if count > write:
@@ -150,6 +151,7 @@ def test_a_kill_at_any_write_loses_and_doubles_no_row(write, after, place, train
     finished = {path.parent.name for path in tmp_path.glob("out/runs/*/row.json")}
     before = dict(trained[0])
     assert cli.main(command) == 0
+    assert not list(tmp_path.rglob("runs.jsonl.partial-*"))
     assert sorted(row["train.seed"] for row in rows(tmp_path)) == [0, 1, 2]
     for row in rows(tmp_path):
         again = trained[0][row["train.seed"]] - before.get(row["train.seed"], 0)
@@ -254,7 +256,7 @@ def test_a_second_sweep_stays_out(place, tmp_path, capsys):
 def test_rates_between_those_measured(place, trained, tmp_path):
     command = place('{"model.expert_dim": [8, 800]}')
     cells = sweep.cells([{"model.expert_dim": 8}, {"model.expert_dim": 800}],
-                        lambda keys: cli.read_experiment(command[2], [f"--config.{k}={v}" for k, v in keys.items()]))
+                        lambda keys: experiments.read(command[2], [f"--config.{k}={v}" for k, v in keys.items()]))
     known = sweep.estimate(cells, [], lambda function, *args: function(*args), tmp_path, None)
     assert known.points == tuple((cell.per_token, 1e9) for cell in cells) and known.source.startswith("measured by 12 steps")
     half = sweep.Rate(((cells[0].per_token, 1e6), (cells[1].per_token, 4e6)), 3.0, "")
@@ -295,7 +297,7 @@ class Unreadable:
 
 def test_a_cluster_runs_jobs(place, slurm, tmp_path):
     command = place()
-    cell = sweep.Cell({"x": 1}, cli.read_experiment(command[2], []))
+    cell = sweep.Cell({"x": 1}, experiments.read(command[2], []))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "row.json").write_text("{}")
     pool = sweep.executor("slurm", tmp_path / "out", "partition=gpu,gpus_per_node=8")

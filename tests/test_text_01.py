@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmx import cli, metrics
+from mmx import cli, experiments, metrics
 from mmx.parallel import mesh as meshes
 
 FILE = str(Path(__file__).parents[1] / "experiments" / "text_01.py")
@@ -22,7 +22,7 @@ TOY = {"model.vocab": 264, "model.dim": 16, "model.layers": 2, "model.pattern": 
 
 @pytest.mark.parametrize("pod, stage", list(itertools.product(CHIPS, STAGES)))
 def test_every_pod_and_stage(pod, stage):
-    e = cli.read_experiment(f"{FILE}:{pod},{stage}", [])
+    e = experiments.read(f"{FILE}:{pod},{stage}", [])
     t, sizes = e.train, vars(e.mesh)
     assert math.prod(sizes.values()) == CHIPS[pod] and meshes.misfit(e, sizes) is None
     length, base, tokens = STAGES[stage]
@@ -39,8 +39,8 @@ def test_every_pod_and_stage(pod, stage):
 
 
 def test_stages_follow_each_other():
-    found = {stage: cli.read_experiment(f"{FILE}:{stage}", []) for stage in STAGES}
-    assert cli.read_experiment(FILE, []) == found["8k"] == cli.read_experiment(f"{FILE}:v5p-2048,8k", [])
+    found = {stage: experiments.read(f"{FILE}:{stage}", []) for stage in STAGES}
+    assert experiments.read(FILE, []) == found["8k"] == experiments.read(f"{FILE}:v5p-2048,8k", [])
     assert [e.train.init_from for e in found.values()] == ["", "8k", "128k", "512k"]
     assert [found[stage].data.weights[0][1] for stage in MIX] == [(100, 0, 0, 0), (30, 70, 0, 0), (35, 35, 30, 0)]
 

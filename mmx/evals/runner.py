@@ -4,7 +4,6 @@ OUT/SUITE.jsonl has what the run is in its first line and then an example a line
 OUT/SUITE.png its picture. The model is two functions (`Reader`): whatever answers can be measured.
 """
 import json
-import os
 import sys
 import time
 from collections import defaultdict
@@ -16,7 +15,7 @@ import numpy as np
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from mmx import checkpoint, inference
+from mmx import atomic, checkpoint, inference
 from mmx.config import ConfigError, nearest
 from mmx.data import tokens
 from mmx.evals.examples import Ask, count, document, show_length
@@ -69,14 +68,9 @@ def write(name: str, path: Path, tokenizer: str = "bytes", **ask) -> int:
     if not suite.learned:
         raise ConfigError(f"{name} is made of files to be evaluated on, not to be trained on: give another --suite")
     tasks = list(suite.plan(Ask(tokens.tokenizer(tokenizer), train=True, **ask)))
-    partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for task in tqdm(tasks, name, unit="example", disable=None):
-                file.write(json.dumps(document(task.make()), ensure_ascii=False) + "\n")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic.replacing(path) as file:
+        for task in tqdm(tasks, name, unit="example", disable=None):
+            file.write(json.dumps(document(task.make()), ensure_ascii=False) + "\n")
     return len(tasks)
 
 
