@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mmx.config import ConfigError, Vision
 
@@ -108,7 +108,7 @@ def share(texts: list[str], images: list) -> list[tuple]:
     """Each text's images, as many as it has marks, in order."""
     ends = np.cumsum([text.count(MARK) for text in texts]).tolist()
     if images and ends[-1] != len(images):
-        raise ConfigError(_unlike(ends[-1], len(images)))
+        raise ConfigError(unlike(ends[-1], len(images)))
     return [tuple(images[begin:end]) for begin, end in zip([0, *ends[:-1]], ends)]
 
 
@@ -117,7 +117,7 @@ def encode(v: Vision, text: str, images: list[Picture], tokens_of) -> np.ndarray
     (which in a model of text alone is text)."""
     before, *behind = text.split(MARK) if v.layers else [text]
     if len(behind) != len(images):
-        raise ConfigError(_unlike(len(behind), len(images)))
+        raise ConfigError(unlike(len(behind), len(images)))
     ids = [tokens_of(before)]
     for image, part in zip(images, behind):
         ids += [np.full(len(image.places_T), v.token, np.int32), tokens_of(part)]
@@ -149,7 +149,7 @@ def _check_sees(v: Vision):
         raise ConfigError("this model reads text alone: an image needs a checkpoint with model.vision.layers above 0")
 
 
-def _unlike(marks: int, images: int) -> str:
+def unlike(marks: int, images: int) -> str:
     return (f"{_many(marks, MARK + ' mark')} in the prompt, {_many(images, 'image')} given: a mark stands where an image "
             f"belongs, as in '{MARK} What is this?'")
 
@@ -164,11 +164,31 @@ def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
     return across.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def read(source: str | Path | Image.Image) -> Image.Image:
-    """An image file, or Pillow's image: upright, RGB (transparency is left out), of an animation the first frame.
+def read(source) -> Image.Image:
+    """An image file, Pillow's image, or what has a `size` and draws one: upright, RGB (transparency is left out), of an
+    animation the first frame.
 
     Raises ConfigError for what is no whole image, and for more than PIXELS, before they are decoded.
     """
+    with _opened(source) as image:
+        return _rgb(ImageOps.exif_transpose(image))
+
+
+def size(source) -> tuple[int, int]:
+    """(height, width) of what `read` would give, by a file's head (a PNG is read whole: what turns it may stand last)."""
+    if hasattr(source, "draw"):
+        return source.size[::-1]
+    with _opened(source) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        if image is not source:
+            image.close()
+        return image.size if turned else image.size[::-1]
+
+
+@contextlib.contextmanager
+def _opened(source):
+    """Pillow's image of what `read` takes, not decoded; what is wrong with it, inside too, in one line."""
+    source = source.draw() if hasattr(source, "draw") else source
     name = "the image" if isinstance(source, Image.Image) else f"image {str(source)!r}"
     if not isinstance(source, (str, Path, Image.Image)):
         raise ConfigError(f"an image is a file's path or a PIL.Image, not {type(source).__name__}")
@@ -180,7 +200,7 @@ def read(source: str | Path | Image.Image) -> Image.Image:
                 raise ConfigError(f"{name} has {width} x {height} pixels, more than {PIXELS:,}: not decoded; scale it down")
             if not width * height:
                 raise ConfigError(f"{name} has {width} x {height} pixels: it needs one at least")
-            image = _rgb(ImageOps.exif_transpose(image))
+            yield image
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
     except ConfigError:
@@ -188,7 +208,6 @@ def read(source: str | Path | Image.Image) -> Image.Image:
     except Exception as error:      # Pillow has as many kinds as there are formats
         reason = "no image that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else f"damaged ({error})"
         raise ConfigError(f"{name} is {' '.join(reason.split())}; give a whole PNG, JPEG, WebP or the like") from None
-    return image
 
 
 def _rgb(image: Image.Image) -> Image.Image:

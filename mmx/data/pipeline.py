@@ -43,7 +43,8 @@ def _held_out(data: config.Data, split: str) -> list[tuple[str, bytes]]:
     """Of several sources, as SOURCE/NAME: each has names of its own."""
     names = dict.fromkeys(data.sources)         # one that is there for several lengths is held out once
     return [(f"{source}/{name}" if len(names) > 1 else name, raw if isinstance(raw, bytes) else b"".join(raw))
-            for source in names for name, raw in sources.documents(source, split) if not isinstance(raw, sources.Ids)]
+            for source in names for name, raw in sources.documents(source, split)
+            if not isinstance(raw, (sources.Ids, sources.Pictured))]
 
 
 class Stream:
