@@ -1,6 +1,7 @@
 """Generated pictures with questions, to learn from and be tested on: the sources "scenes" and "words".
 
-    scenes  1 to 4 objects of 5 shapes and 5 colours: how many, what colour, what shape, left or right of another
+    scenes  1 to 4 objects of 5 shapes and 5 colours: how many, what colour, what shape, left or right of another; to train on,
+            all of them too, row by row
     words   a word of 3 to 6 letters, to read
 
 What is held out was never trained on. Of scenes a fifth of the combinations of shape, colour and count, the count being how
@@ -30,6 +31,7 @@ SIZES = {"scenes": {"train": 32_000, "validation": 2_000, "test": 2_000},
          "words": {"train": 32_000, "validation": 1_000, "test": 1_000}}
 CHANCE = {"count": 1 / MOST, "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "side": 1 / 2}    # of one answer to all
 KINDS = (*CHANCE, "word")
+TRAINED = ("all", "side", "all", "count", "all", "colour", "all", "shape", "side", "count")    # in turn, of scenes
 LEAST, LONGEST = 3, 6           # letters
 LETTER, FONT = 14, 18           # pixels across a letter's cell, and of a line
 INK = (0, 0, 0)
@@ -117,7 +119,8 @@ def words(split: str) -> tuple[str, ...]:
 
 
 def _scene(split: str, index: int) -> tuple[str, Pictured]:
-    name, kind = f"{split}/{index}", list(CHANCE)[index % 4]
+    kinds = TRAINED if split == "train" else tuple(CHANCE)
+    name, kind = f"{split}/{index}", kinds[index % len(kinds)]
     draw = random.Random(f"scenes {name}")
     asked = _combination(draw, 1 if kind == "side" else draw.randint(1, MOST), split)
     others = draw.randint(kind == "side" and 1, MOST - asked[2])
@@ -131,7 +134,8 @@ def _scene(split: str, index: int) -> tuple[str, Pictured]:
         "colour": (f"What colour are the {many(shape)}?", colour),
         "shape": (f"What shape are the {colour} ones?", shape),
         "side": (f"Is the {colour} {shape} left or right of the {other.colour} {other.shape}?",
-                 "left" if things[0].x < other.x else "right")}[kind]
+                 "left" if things[0].x < other.x else "right"),
+        "all": ("What is there?", ", ".join(f"{thing.colour} {thing.shape}" for thing in sorted(things, key=_order)))}[kind]
     return f"{kind}/{name}", _asked(question, answer, Scene(tuple(things)))
 
 
@@ -145,7 +149,7 @@ def _combination(draw: random.Random, count: int, split: str) -> tuple[str, str,
 def _do(shape: str, colour: str, count: int, kinds: list, kind: str, split: str) -> bool:
     """Whether the question has one answer in a picture of these objects, and training may see them."""
     others = kinds[count:]
-    clear = {"count": (shape, colour) not in others, "colour": shape not in [of[0] for of in others],
+    clear = {"all": True, "count": (shape, colour) not in others, "colour": shape not in [of[0] for of in others],
              "shape": colour not in [of[1] for of in others],
              "side": (shape, colour) not in others and kinds.count(kinds[-1]) == 1}[kind]
     return clear and not (split == "train" and any(held_out(*of, n) for of, n in Counter(kinds).items()))
@@ -163,6 +167,10 @@ def _placed(draw: random.Random, kinds: list, kind: str) -> list[Thing]:
         x, y = (CELL * at + CELL // 2 + draw.randint(-room, room - 1) for at in (cell % 3, cell // 3))
         things.append(Thing(*of, x, y, radius))
     return things
+
+
+def _order(thing: Thing) -> tuple[int, int]:
+    return thing.y // CELL, thing.x // CELL
 
 
 def _word(split: str, index: int) -> tuple[str, Pictured]:
