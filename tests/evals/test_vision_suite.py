@@ -53,9 +53,10 @@ def test_the_table(tmp_path):
     assert result["score"] == result["by_column"]["picture"] > result["by_column"]["blind"]
     lines = [json.loads(line) for line in (tmp_path / "vision.jsonl").read_text().splitlines()[1:]]
     asked = {(line["row"], line["index"]): line for line in lines if line["column"] == "picture"}
+    documents = {source: dict(scenes.documents(source, "test")) for source in ("scenes", "words")}
     for line in lines:
         seen = asked[line["row"], line["index"]]
-        document = dict(scenes.documents("words" if line["row"] == "word" else "scenes", "test"))[line["name"]]
+        document = documents["words" if line["row"] == "word" else "scenes"][line["name"]]
         assert (line["name"], line["answers"], line["tokens"]) == (seen["name"], seen["answers"], seen["tokens"])
         assert line["tokens"] == 1 + 9 + len(document.prompt) - len(images.MARK)
     with Image.open(runner.plot(result, tmp_path / "vision.png")) as sheet:
