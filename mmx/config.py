@@ -74,6 +74,15 @@ class Vision:
         """Of the projector into `dim`, and the newline."""
         return dim * (self.dim + 1) + dim * (dim + 1) + dim if self.layers else 0
 
+    def flops_tile(self, dim: int) -> float:
+        """Forward FLOPs of one tile's way into a text model of width `dim`: two per matrix parameter and place that it touches,
+        4 P^2 J a layer for scores and values."""
+        if not self.layers:
+            return 0
+        places, patches = self.side ** 2 + 1, self.side ** 2
+        layer = 2 * places * (4 * self.dim ** 2 + 2 * self.dim * self.hidden) + 4 * places ** 2 * self.dim
+        return self.layers * layer + 2 * patches * (3 * self.patch ** 2 * self.dim + self.dim * dim + dim ** 2)
+
     @property
     def checkpoint_tensors(self) -> int:
         return 16 * self.layers + 10 if self.layers else 0
@@ -213,7 +222,7 @@ class Model:
         return 2 * matrices + softmax + lightning
 
     def flops_training(self, length: int) -> float:
-        """Forward and backward FLOPs per token, without recomputation."""
+        """Forward and backward FLOPs per token, without recomputation; of an image's tiles see `Vision.flops_tile`."""
         return 3 * self.flops_forward(length)
 
     def flops_companion(self, length: int) -> float:
@@ -239,6 +248,9 @@ class Train:
     length: int = 512               # T, tokens a sequence
     ramp: tuple = ()                # ((tokens seen, micro-batches a step), ...): batch ramp by gradient accumulation
     init_from: str = ""             # start from the parameters of this workdir, checkpoints/STEP or Hugging Face directory
+    freeze: tuple = ()              # parts of the parameters that stay as they are: "groups", "vision", "vision.layers"
+    vision_lr: float = 1.0          # learning rate of what sees (ViT, projector), over that of the rest
+    contrastive: float = 0.0        # weight of the contrastive loss of captioned images beside the captions' (CoCa)
     lr: float = 3e-3                # peak learning rate
     lr_end: float = 0.0             # last learning rate
     schedule: str = "wsd"           # wsd (linear warm-up, stable, decay), cosine, stepwise
@@ -266,7 +278,7 @@ class Train:
         for name in ("steps", "batch", "length", "log_every", "loss_chunk"):
             _require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
         for name in ("seconds", "lr", "lr_end", "warmup", "eps", "weight_decay", "clip", "eval_every", "eval_bytes",
-                     "sample_every"):
+                     "sample_every", "vision_lr", "contrastive"):
             _require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must be 0 or more")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"train.{name}={getattr(self, name)} must be from 0 to below 1")
@@ -282,6 +294,7 @@ class Train:
                    f"train.{name}={points} must start at 0 tokens and rise")
         _require(self.schedule != "stepwise" or self.rates, "train.schedule='stepwise' needs train.rates")
         _require(not (self.seconds and self.ramp), "train.seconds does not go with train.ramp")
+        _require(all(isinstance(name, str) for name in self.freeze), f"train.freeze={self.freeze} must be names")
 
 
 @dataclasses.dataclass(frozen=True)

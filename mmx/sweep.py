@@ -138,8 +138,9 @@ def _check(e: Experiment, has_text) -> None:
 
 
 def _has_text(source: str) -> bool:
-    """Whether a source holds out text, and not ids alone."""
-    return source == "sotu" or any(not isinstance(raw, sources.Ids) for _, raw in sources.documents(source, "validation"))
+    """Whether a source holds out text, and not ids or images alone."""
+    return source == "sotu" or any(not isinstance(raw, (sources.Ids, sources.Pictured))
+                                   for _, raw in sources.documents(source, "validation"))
 
 
 class Job(submitit.helpers.Checkpointable):

@@ -30,31 +30,34 @@ from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
 
 
-def train_step(params, opt, batch, lr, *, model: Model, optimizer, loss_chunk: int):
-    """One update by the gradient of the mean over all the micro-batches' targets. `batch` is [micro-batches, B, T] by name."""
-    grad = jax.value_and_grad(lambda p, b: loss(model, p, b, loss_chunk), has_aux=True)
+def train_step(params, opt, batch, lr, *, model: Model, optimizer, loss_chunk: int, freeze: tuple = (),
+               contrastive: float = 0.0):
+    """One update by the gradient of the mean over all the micro-batches' targets. `batch` is [micro-batches, B, T] by name,
+    of images' tiles [micro-batches, blocks of rows, ...]. What `freeze` names is no part of gradients, updates and `opt`."""
+    learned, frozen = optim.split(params, freeze)
+    grad = jax.value_and_grad(lambda p, b: loss(model, optim.join(p, frozen), b, loss_chunk, contrastive), has_aux=True)
 
     def micro(total, micro_batch):
-        (_, metrics), grads = grad(params, micro_batch)
+        (_, metrics), grads = grad(learned, micro_batch)
         return jax.tree.map(lambda t, g: t + metrics["targets"] * g, total, grads), metrics
 
     if len(batch["tokens"]) == 1:
-        (_, metrics), grads = grad(params, jax.tree.map(lambda x: x[0], batch))
+        (_, metrics), grads = grad(learned, jax.tree.map(lambda x: x[0], batch))
     else:
-        grads, metrics = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, params), batch)
+        grads, metrics = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, learned), batch)
         targets_N = metrics["targets"]      # micro-batches with more of them weigh more, as in one large batch
         count = targets_N.sum()             # none where all rows are parts of prompts
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
         metrics = jax.tree.map(lambda m_N: jnp.average(m_N, 0, jnp.where(count, targets_N, 1)), metrics)
-    updates, opt = optimizer.update(grads, opt, params)
-    params = optax.apply_updates(params, jax.tree.map(lambda u: lr * u, updates))
-    return params, opt, metrics | {"grad_norm": optax.tree.norm(grads)}
+    updates, opt = optimizer.update(grads, opt, learned)
+    learned = optax.apply_updates(learned, jax.tree.map(lambda u: lr * u, updates))
+    return optim.join(learned, frozen), opt, metrics | {"grad_norm": optax.tree.norm(grads)}
 
 
-def init(model: Model, optimizer, seed: int):
+def init(model: Model, optimizer, seed: int, freeze: tuple = ()):
     """Parameters and optimizer state of step 0."""
     params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
-    return params, optimizer.init(params)
+    return params, optimizer.init(optim.split(params, freeze)[0])
 
 
 def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int = 1) -> dict:
@@ -65,18 +68,18 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
     one WORKDIR; "process" is which one this is.
     """
     t, workdir = experiment.train, Path(workdir)
-    if experiment.model.vision.layers:
-        raise ConfigError(f"model.vision.layers={experiment.model.vision.layers}: no training on images is built yet; set it "
-                          "to 0 to train the text model")
+    optim.split(convert.abstract_params(experiment.model), t.freeze)
     tokenizer = tokens.tokenizer(experiment.data.tokenizer)
     tokens.check_vocab(tokenizer, experiment.model.vocab)
     mesh = meshes.make(experiment, processes)
     _check_same(experiment)
     host, hosts = meshes.reader(mesh)
-    stream = pipeline.stream(experiment.data, t, host=host, hosts=hosts)
+    stream = pipeline.stream(experiment.data, t, host=host, hosts=hosts, vision=experiment.model.vision,
+                             blocks=sharding.size(mesh, sharding.ROWS), share=sharding.size(mesh, sharding.TIME))
     held_out = pipeline.validation(experiment.data)
     if t.eval_every and not held_out:
-        raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text, data.sources holds ids alone: set it to 0")
+        raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text, data.sources holds ids or images alone: set "
+                          "it to 0")
     ratio = bytes_per_token(tokenizer, head(held_out, t.eval_bytes and max(t.eval_bytes, 65_536)))
     if experiment.model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ConfigError("model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment: without it JAX has float32 alone")
@@ -85,10 +88,10 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
 
     model, optimizer = Model(experiment.model), optim.adamw(t)
     undropped = Model(dataclasses.replace(experiment.model, capacity=0.0, transport=0.0))       # inference drops no token
-    whole, rows = sharding.whole(mesh), sharding.batch(mesh, leading=1)
+    whole, rows, tiles = sharding.whole(mesh), sharding.batch(mesh, leading=1), sharding.tiles(mesh, leading=1)
     checkpoints = Checkpoints(workdir, experiment.checkpoint.every, experiment.checkpoint.keep)
     with jax.set_mesh(mesh), jax.transfer_guard_host_to_device("disallow"), _Stop() as stop:
-        make = functools.partial(init, model, optimizer, t.seed)
+        make = functools.partial(init, model, optimizer, t.seed, t.freeze)
         abstract = jax.eval_shape(make)
         kept = sharding.tree(abstract, mesh)
         make, placed = jax.jit(make, out_shardings=kept), jax.tree.map(_placed, abstract, kept)
@@ -100,11 +103,12 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
         else:
             step, params, opt, data = state
             if opt is None:         # train.init_from or a converted checkpoint: its parameters, a new run
-                opt = jax.jit(optimizer.init, out_shardings=kept[1])(params)
+                opt = jax.jit(optimizer.init, out_shardings=kept[1])(optim.split(params, t.freeze)[0])
             else:
                 stream.restore(data["stream"])
                 before = data["seconds"]
-        update = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, loss_chunk=t.loss_chunk),
+        update = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, loss_chunk=t.loss_chunk,
+                                           freeze=t.freeze, contrastive=t.contrastive),
                          donate_argnums=(0, 1), out_shardings=(*kept, whole))
         evaluate = make_evaluator(undropped, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
                                   loss_chunk=t.loss_chunk, sharding=sharding.batch(mesh))
@@ -126,13 +130,14 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
                 if done:
                     break
                 lr = optim.learning_rate(t, step, progress)
-                batch = [stream.next() for _ in range(optim.micro_batches(t, seen))]
-                batch = {k: _global(rows, np.stack([b[k] for b in batch]), hosts) for k in batch[0]}
+                batch = pipeline.together([stream.next() for _ in range(optim.micro_batches(t, seen))])
+                looks = int(batch.pop("tiles", np.int64(0)).sum())
+                batch = {k: _global(tiles if k in ("pixels", "ends") else rows, x, hosts) for k, x in batch.items()}
                 params, opt, metrics = update(params, opt, batch, _global(whole, np.float32(lr)))
                 step += 1
                 if pending:
                     report(*pending)
-                pending = step, optim.tokens_seen(t, step), lr, metrics, before + time.monotonic() - begin
+                pending = step, optim.tokens_seen(t, step), lr, metrics, before + time.monotonic() - begin, looks
                 log.bar.update()
                 with jax.transfer_guard_host_to_device("allow"):
                     if t.eval_every and step % t.eval_every == 0:
@@ -146,20 +151,23 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
             "process": jax.process_index()}
 
 
-def _report(log, experiment, ratio, step, seen, lr, metrics, seconds):
-    """Fetches a step's metrics and writes them (`ratio`: bytes a token); a loss or gradient that is no number ends the run."""
-    m = jax.device_get(metrics)
+def _report(log, experiment, ratio, step, seen, lr, metrics, seconds, looks=0):
+    """Fetches a step's metrics and writes them (`ratio`: bytes a token; `looks`: tiles seen); a loss or gradient that is no
+    number ends the run."""
+    m, c = jax.device_get(metrics), experiment.model
     if not (math.isfinite(m["loss"]) and math.isfinite(m["grad_norm"])):
         raise ConfigError(f"step {step} has loss {m['loss']}, gradient norm {m['grad_norm']}: lower train.lr="
                           f"{experiment.train.lr} or train.clip={experiment.train.clip}, in another --workdir; the "
                           "checkpoints here are from before")
-    rate = log.tokens_per_s(seen)
+    rate, tiles = log.tokens_per_s(seen), looks / (seen - optim.tokens_seen(experiment.train, step - 1))     # a token
     record = {"step": step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / ratio,
               "tokens": seen, "lr": lr, "grad_norm": float(m["grad_norm"]), "seconds": seconds,
               "aux_loss": float(m["aux_loss"]), "z_loss": float(m["z_loss"]), "drop_rate": float(m["dropped"].mean()),
               "overflow_rate": float(m["overflow"].mean()),
               "tokens_per_s": rate,
-              "flops_per_s": rate * experiment.model.flops_training(experiment.train.length)}
+              "flops_per_s": rate * (c.flops_training(experiment.train.length) + 3 * tiles * c.vision.flops_tile(c.dim))}
+    record |= {"tiles": looks} if c.vision.layers else {}
+    record |= {name: float(m[name]) for name in ("contrastive_loss",) if name in m}
     log.step(record, m["load_E"], m["dropped"], step % experiment.train.log_every == 0)
 
 

@@ -16,7 +16,7 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "int8": "",
     "layers": "int8 kernels parallel",
     "model": "layers parallel",
-    "loss": "parallel",
+    "loss": "model parallel",
     "data": "atomic", "released": "",
     "optim": "", "metrics": "atomic",
     "checkpoint": "atomic released",
@@ -30,7 +30,7 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "deepseek": "", "memory": "chips deepseek", "scaling": "", "experiments": "", "hugepages": "", "processes": "",
     "compilers": "",
     "bench": "chips compilers kernels layers parallel",
-    "aot": "chips compilers inference model optim parallel train",
+    "aot": "chips compilers data inference model optim parallel train",
     "search": "aot chips model parallel",
     "cli": "aot bench checkpoint convert data evals experiments hugepages inference memory prefix parallel processes scaling "
            "search sweep train",

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmx import checkpoint, config, convert, inference, metrics, optim, train
@@ -23,6 +22,7 @@ from mmx.convert import load
 from mmx.data import pipeline
 from mmx.model import Model
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[1]
 TIMES = {"seconds", "tokens_per_s", "flops_per_s"}
 STEPS = 12
@@ -40,20 +40,6 @@ def learning_rate(t, at, progress):
 optim.learning_rate = learning_rate
 print(train.run(experiment, workdir))
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The same few programs run in nearly all these tests, and in their subprocesses: most of the time is compilation."""
-    options = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-               "jax_persistent_cache_min_compile_time_secs": 0.2}
-    before = {name: getattr(jax.config, name) for name in options}
-    for values in (options, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()     # it looks at the options once
-        if values is options:
-            yield {name.upper(): str(value) for name, value in options.items()}
 
 
 @pytest.fixture(scope="module")
@@ -325,8 +311,3 @@ def test_a_step_with_nothing_to_learn_is_no_mistake(text):
     _, _, told = train.train_step(params, opt, zeros | {"weights": jnp.zeros((2, 2, 32))}, jnp.float32(1e-2), model=model,
                                   optimizer=optimizer, loss_chunk=t.loss_chunk)
     assert told["loss"] == 0 and np.isfinite(told["grad_norm"])
-
-
-def test_a_model_that_sees_is_not_trained_yet(text, tmp_path):
-    with pytest.raises(ConfigError, match="no training on images is built yet"):
-        train.run(experiment(text, model={"vision": {"layers": 1, "token": 1}}), tmp_path / "run")

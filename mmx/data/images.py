@@ -65,6 +65,12 @@ def count(v: Vision, height, width):
     return v.side ** 2 + rows * (columns + 1)
 
 
+def tiles(v: Vision, height, width):
+    """How many tiles an image is, the squeezed one too."""
+    rows, columns = best_grid(v, height, width) if v.grids else (0, 0)
+    return 1 + rows * columns
+
+
 def places(v: Vision, height: int, width: int) -> np.ndarray:
     """What each token of an image shows, places_T; its first tile is 0."""
     squeezed_T = np.arange(v.side ** 2)
@@ -100,7 +106,7 @@ def prepare(v: Vision, image: Image.Image) -> Picture:
 def pictures(v: Vision, images) -> list[Picture]:
     """Of files, of Pillow's images, and of what is a Picture already."""
     if images:
-        _check_sees(v)
+        check_sees(v)
     return [image if isinstance(image, Picture) else prepare(v, read(image)) for image in images]
 
 
@@ -112,25 +118,28 @@ def share(texts: list[str], images: list) -> list[tuple]:
     return [tuple(images[begin:end]) for begin, end in zip([0, *ends[:-1]], ends)]
 
 
-def encode(v: Vision, text: str, images: list[Picture], tokens_of) -> np.ndarray:
-    """ids_T of a prompt, `tokens_of` its parts; each image has as many of the vision's tokens as it is long, at its MARK
-    (which in a model of text alone is text)."""
-    before, *behind = text.split(MARK) if v.layers else [text]
-    if len(behind) != len(images):
-        raise ConfigError(unlike(len(behind), len(images)))
+def encode(v: Vision, text: bytes, counts: list[int], tokens_of) -> np.ndarray:
+    """ids_T of a text, `tokens_of` its parts; at its MARKs (which in a model of text alone are text) stand as many of the
+    vision's tokens as `counts` says of the images, in order."""
+    before, *behind = text.split(MARK.encode()) if v.layers else [text]
+    if len(behind) != len(counts):
+        raise ConfigError(unlike(len(behind), len(counts)))
     ids = [tokens_of(before)]
-    for image, part in zip(images, behind):
-        ids += [np.full(len(image.places_T), v.token, np.int32), tokens_of(part)]
+    for count, part in zip(counts, behind):
+        ids += [np.full(count, v.token, np.int32), tokens_of(part)]
     return np.concatenate(ids)
 
 
-def lay(v: Vision, ids_BT, rows: list[list[Picture]]) -> tuple[np.ndarray, np.ndarray]:
-    """places_BT and pixels_IYXZ of token ids and each row's images: the vision's tokens are their places, in order. Tiles
-    are padded to a power of two, so that few shapes are compiled."""
-    _check_sees(v)
-    places_BT, tiles = np.zeros(ids_BT.shape, np.int32), []
+def lay(v: Vision, ids_BT, rows: list[list[Picture]], shards: int = 1, room: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """places_BT and pixels_NIYXZ of token ids and each row's images: the vision's tokens are their places, in order.
+
+    Rows fall into N `shards`, equal blocks, each of which has its own tiles: a place counts from the first of them. Each has
+    `room` for so many, 0: for as many as the fullest of them has, by level.
+    """
+    check_sees(v)
+    places_BT, tiles_N = np.zeros(ids_BT.shape, np.int32), [[] for _ in range(shards)]
     for b, (ids_T, row) in enumerate(zip(ids_BT, rows, strict=True)):
-        places = [np.zeros(0, np.int32)]
+        places, tiles = [np.zeros(0, np.int32)], tiles_N[b * shards // len(rows)]
         for image in row:
             places.append(image.places_T + (image.places_T >= PATCH) * np.int32(len(tiles) * v.side ** 2))
             tiles += [*image.pixels_IYXZ]
@@ -139,12 +148,20 @@ def lay(v: Vision, ids_BT, rows: list[list[Picture]]) -> tuple[np.ndarray, np.nd
             raise ConfigError(f"row {b} has token {v.token}, a place of an image, {at_T.sum()} times; its images ({len(row)}) "
                               f"need {len(places_T)}")
         places_BT[b, at_T] = places_T
-    pixels_IYXZ = np.zeros((1 << max(len(tiles) - 1, 0).bit_length(), v.tile, v.tile, 3), np.float32)
-    pixels_IYXZ[:len(tiles)] = np.stack(tiles) if tiles else 0
-    return places_BT, pixels_IYXZ
+    room = room or level(max(map(len, tiles_N)))
+    pixels_NIYXZ = np.zeros((shards, room, v.tile, v.tile, 3), np.float32)
+    for pixels_IYXZ, tiles in zip(pixels_NIYXZ, tiles_N):
+        pixels_IYXZ[:len(tiles)] = np.stack(tiles) if tiles else 0
+    return places_BT, pixels_NIYXZ
 
 
-def _check_sees(v: Vision):
+def level(tiles: int) -> int:
+    """As many or more, so that few shapes are compiled: 1, 2, 3, 4, 6, 8, 12, 16 and so on."""
+    power = 1 << max(tiles - 1, 0).bit_length()
+    return power * 3 // 4 if power >= 4 and tiles <= power * 3 // 4 else power
+
+
+def check_sees(v: Vision):
     if not v.layers:
         raise ConfigError("this model reads text alone: an image needs a checkpoint with model.vision.layers above 0")
 
