@@ -165,7 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print a JSON object a prompt: text, ids, log-probabilities")
 
     sub = command("eval", evaluate, "Held-out bits per byte, beside gzip -9 and xz -9e of the same files, each alone; or "
-                  "a long-context suite.")
+                  "a suite of long contexts or pictures.")
     sub.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)
     sub.add_argument("--split", choices=["validation", "test"], help="(default validation)")
     sub.add_argument("--source", help="text: sotu (embedded), a file or a folder (default: what the run was trained on)")
@@ -173,11 +173,11 @@ def build_parser() -> argparse.ArgumentParser:
                      "checkpoint's workdir)")
     sub.add_argument("--weights-dtype", **weights)
     sub.add_argument("--mesh", **mesh)
-    group = sub.add_argument_group("long contexts, in place of bits per byte", SUITES)
-    group.add_argument("--suite", metavar="NAME", help="needle, ruler, mr-niah, mqar, mtob, longbench2 or position")
+    group = sub.add_argument_group("long contexts or pictures, in place of bits per byte", SUITES)
+    group.add_argument("--suite", metavar="NAME", help="needle, ruler, mr-niah, mqar, mtob, longbench2, position; or vision")
     group.add_argument("--lengths", metavar="TOKENS", help="of prompts, with commas: 512,1k,4m (1k = 1,024)")
     group.add_argument("--rows", metavar="ROWS", help="of the table, with commas: depths in percent, RULER's tasks, MQAR's "
-                       "pairs, MTOB's ek and ke (default: all)")
+                       "pairs, MTOB's ek and ke, vision's kinds of question (default: all)")
     group.add_argument("--examples", type=int, metavar="N", help="in a cell of the table (default: the suite's)")
     group.add_argument("--seed", type=int, help="same seed, same examples (default 0)")
     group.add_argument("--data", metavar="DIR", help="your copy: squad.json and hotpotqa.json for ruler's qa_1 and qa_2, "

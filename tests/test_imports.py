@@ -17,7 +17,7 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "layers": "int8 kernels parallel",
     "model": "layers parallel",
     "loss": "model parallel",
-    "data": "", "released": "",
+    "data": "atomic", "released": "",
     "optim": "", "metrics": "atomic",
     "checkpoint": "atomic released",
     "torch": "checkpoint released",
