@@ -21,6 +21,7 @@ from mmx import loss as losses
 from mmx.config import ConfigError
 from mmx.convert import load
 from mmx.data import pipeline
+from mmx.guards import DivergedError
 from mmx.model import Model
 
 ROOT = Path(__file__).parents[1]
@@ -64,10 +65,11 @@ def text(tmp_path_factory):
     return str(folder)
 
 
-def experiment(text, model=(), mesh=(), every=5, **changes):
+def experiment(text, model=(), mesh=(), every=5, guard=(), **changes):
     options = {"steps": STEPS, "batch": 4, "length": 32, "warmup": 2, "lr": 1e-2, "log_every": 1, "tensorboard": False}
     return config.build({"model": {**MODEL, "capacity": 1.0, **dict(model)}, "train": options | changes,
-                         "data": {"sources": (text,)}, "checkpoint": {"every": every}, "mesh": {"edp": 1, **dict(mesh)}})
+                         "data": {"sources": (text,)},
+                         "checkpoint": {"every": every}, "guard": dict(guard), "mesh": {"edp": 1, **dict(mesh)}})
 
 
 def ramped(text, **changes):
@@ -147,7 +149,7 @@ def test_interrupted_anywhere_it_resumes_bit_by_bit(whole, text, tmp_path, monke
     print(f"stop at step {stop}")
 
     def report(*args):
-        if args[3] == stop:
+        if args[4] == stop:
             with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
                 jnp.add(np.ones(3, np.float32), 1)
             raise KeyboardInterrupt
@@ -294,19 +296,16 @@ def test_the_clock_ends_the_run_and_leads_its_rate(text, tmp_path, monkeypatch):
     assert 0 < records[-1]["lr"] < 0.11 * max(r["lr"] for r in records)
 
 
-def test_a_run_that_diverges_ends_before_it_is_saved(text, tmp_path):
-    """At this rate step 2 has a finite loss, and a gradient that is no number: its parameters are lost."""
-    with pytest.raises(ConfigError, match=r"^step 2 has loss .*: lower train.lr=1e\+30 or train.clip=1.0") as caught:
-        train.run(experiment(text, lr=1e30, warmup=0, every=1), tmp_path)
+@pytest.mark.parametrize("skips, last, told_of", [(0, 1, ""), (2, 3, ", as the 2 steps before it")])
+def test_a_run_that_diverges_ends(skips, last, told_of, text, tmp_path):
+    """At this rate step 2 has a finite loss, and a gradient that is no number, as all after it."""
+    with pytest.raises(DivergedError, match=rf"^step {last + 1} has loss .*{told_of}: lower train.lr=1e\+30 or train.clip=1.0"
+                       ) as caught:
+        train.run(experiment(text, lr=1e30, warmup=0, every=1, guard={"skips": skips}), tmp_path)
     assert "\n" not in str(caught.value)
-    assert checkpoint.find_step(tmp_path)[1].name == "1" and [r["step"] for r in told(tmp_path)] == [1]
+    assert checkpoint.find_step(tmp_path)[1].name == str(last) and len(metrics.read(tmp_path)) == last
+    assert metrics.read(tmp_path)[-1]["skipped"] == skips
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(load(tmp_path).params))
-
-
-@pytest.mark.parametrize("loss,grad_norm", [(np.nan, 1), (np.inf, 1), (1, np.nan), (1, np.inf)])
-def test_what_is_no_number_ends_the_run(loss, grad_norm, text):
-    with pytest.raises(ConfigError, match=f"^step 3 has loss {loss}, gradient norm {grad_norm}: lower"):
-        train._report(None, experiment(text), 1.0, 3, 384, 0.1, {"loss": loss, "grad_norm": grad_norm}, 1.0)
 
 
 def test_a_run_of_another_config_is_refused(whole, text):
