@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import re
 import shutil
 import sys
@@ -28,6 +29,7 @@ from mmx import atomic, checksums
 from mmx.config import ConfigError, Experiment, to_json
 from mmx.released import check_shapes, read_json
 
+TIMEOUT = 30 * 24 * 3600    # seconds that a save may take by the wall clock, which may leap; dead processes are found otherwise
 CHUNK_BYTES = 64 << 20      # of an array on disk: bounds what reading a slice decodes
 FREE = {    # what a resumed run may change, beside checkpoint and mesh: how long, how fast, what is shown
     "model": {"remat", "keep_arrived", "impl", "chunk", "token_groups", "ragged"},
@@ -83,13 +85,15 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, every: int, keep: int, verify: bool = True):
         self.directory, self.every, self.keep, self.verify = Path(workdir).absolute() / "checkpoints", every, keep, verify
         self.saving = None      # the step that is being saved
+        logging.getLogger("absl").addFilter(_from_elsewhere)
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             save_decision_policy=checkpoint_managers.FixedIntervalPolicy(self.every),
             preservation_policy=checkpoint_managers.LatestN(self.keep),
-            temporary_path_class=_Folder, cleanup_tmp_directories=True)
+            temporary_path_class=_Folder, cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT))
         return ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, params, opt, data: dict, force: bool = False) -> bool:
@@ -211,6 +215,11 @@ def agreed(problem: str) -> str:
         all_PN = multihost_utils.process_allgather(mine_N)
     return next((told for each_N in np.asarray(all_PN)
                  if (told := bytes(each_N).rstrip(b"\0").decode(errors="replace"))), "")
+
+
+def _from_elsewhere(record: logging.LogRecord) -> bool:
+    """Not what Orbax's threads print of errors that `Checkpoints` raises."""
+    return "orbax" not in record.pathname
 
 
 def _short(error: BaseException) -> str:

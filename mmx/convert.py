@@ -223,7 +223,8 @@ def _destination(out: str | Path):
     partial = atomic.beside(out)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with atomic.named(out):
+            yield partial
         partial.replace(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -56,7 +56,7 @@ class Log:
         """One step's figures; `board` says whether TensorBoard gets them too."""
         if not self.file:
             return
-        with _named(self.path):
+        with atomic.named(self.path):
             self.file.write(_line(record))
         left = f", {max(0, self.seconds - record['seconds']):.0f} s left" if self.seconds else ""
         self.bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
@@ -90,7 +90,7 @@ class Log:
     def flush(self):
         """What was written is on disk, metrics.jsonl whole."""
         if self.file:
-            with _named(self.path):
+            with atomic.named(self.path):
                 self.file.flush()
                 os.fsync(self.file.fileno())
         if self.board:
@@ -108,7 +108,7 @@ class Log:
             if self.board:
                 all_of_it.callback(self.board.close)
             if self.file:
-                all_of_it.enter_context(_named(self.path))
+                all_of_it.enter_context(atomic.named(self.path))
                 all_of_it.callback(self.file.close)
                 self.flush()
 
@@ -130,15 +130,6 @@ class _Events:
     def check(self):
         if self.problem:
             raise self.problem
-
-
-@contextlib.contextmanager
-def _named(path: Path):
-    """An error of an open file does not say which."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read(workdir: Path) -> list[dict]:
