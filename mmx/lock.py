@@ -45,7 +45,7 @@ def _take(path: Path):
         free, local = _lock(file)
         holder = _holder(file)
         if not free:
-            raise ConfigError(f"{path.parent} is in use: {_told(holder)} trains there; wait for its end, or give another "
+            raise ConfigError(f"{path.parent} is in use: {_told(holder)}, trains there; wait for its end, or give another "
                               "--workdir")
         if holder and not (local and holder.get("host") == socket.gethostname()):
             _wait(path, holder)
@@ -75,7 +75,7 @@ def _wait(path: Path, holder: dict) -> None:
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_mtime_ns == before:
                 continue
-            raise ConfigError(f"{path.parent} is in use: {_told(holder)} trains there; wait for its end, or give another "
+            raise ConfigError(f"{path.parent} is in use: {_told(holder)}, trains there; wait for its end, or give another "
                               "--workdir")
         return
 
@@ -96,4 +96,4 @@ def _holder(file) -> dict:
 
 
 def _told(holder: dict) -> str:
-    return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')},"
+    return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"

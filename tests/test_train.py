@@ -308,6 +308,61 @@ def test_a_run_that_diverges_ends(skips, last, told_of, text, tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(load(tmp_path).params))
 
 
+def test_a_step_that_is_no_number_changes_nothing(text, tmp_path, monkeypatch):
+    """Neither parameters nor optimizer; it is counted, and told as null."""
+    batch = batch_of(1, 8)
+    batch["weights"][0, 3, 3] = np.nan
+    params, after, opt, _ = one_step(batch)
+    jax.tree.map(np.testing.assert_array_equal, after, params)
+    assert not any(np.any(x) for x in jax.tree.leaves(opt))
+
+    def next_(self):
+        batch = given(self)
+        if self._step in (3, 4):        # the fourth and fifth
+            batch["weights"][0, 5] = np.nan
+        return batch
+
+    given = pipeline.Stream.next
+    monkeypatch.setattr(pipeline.Stream, "next", next_)
+    train.run(experiment(text, guard={"skips": 2}), tmp_path)
+    records = metrics.read(tmp_path)
+    assert [r["skipped"] for r in records] == [0] * 3 + [1] + [2] * 8
+    assert [np.isfinite(r["loss"]) for r in records] == [True] * 3 + [False] * 2 + [True] * 7
+    assert '"loss": null' in (tmp_path / "metrics.jsonl").read_text()
+    assert records[-1]["loss"] < records[2]["loss"]
+
+
+def test_a_spike_takes_the_run_back_and_its_data_are_left_out(text, tmp_path, monkeypatch, compiled_once):
+    """Interrupted after it, the run ends the same; other data take the place of those lost, also in the ramp."""
+    def run(name, **options):
+        leap, read = iter([1.0]), []
+
+        def learning_rate(t, step, progress):
+            return next(leap, rate(t, step, progress)) if step == 6 else rate(t, step, progress)
+
+        def next_(self):
+            read.append((self._step + (not self._left), self._micro))
+            return given(self)
+
+        monkeypatch.setattr(optim, "learning_rate", learning_rate)
+        monkeypatch.setattr(pipeline.Stream, "next", next_)
+        train.run(ramped(text, guard={"spike": 0.5, "window": 3, "beyond": 1}, every=4, **options), tmp_path / name)
+        return read
+
+    rate, given = optim.learning_rate, pipeline.Stream.next
+    read, records = run("whole"), metrics.read(tmp_path / "whole")
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert [r["rollbacks"] for r in records] == [0] * 4 + [1] * 8
+    at = next(n for n, (step, _) in enumerate(read) if n and step < read[n - 1][0])     # back at the fifth step
+    steps, micros = zip(*read)
+    assert steps[:at] == (0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 8, 8) and micros[:at] == (*range(14), 12, 13)
+    assert steps[at:] == (4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9, 10, 10, 11, 11) and micros[at:] == tuple(range(14, 30))
+    run("again", steps=9)
+    monkeypatch.setattr(optim, "learning_rate", rate)       # the data that it spiked on are behind it
+    train.run(ramped(text, guard={"spike": 0.5, "window": 3, "beyond": 1}, every=4), tmp_path / "again")
+    assert_same_run(tmp_path / "again", tmp_path / "whole")
+
+
 def test_a_run_of_another_config_is_refused(whole, text):
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
     with pytest.raises(ConfigError, match=r"another config: train.lr \(there 0.01, now 0.02\)"):

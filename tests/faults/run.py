@@ -16,6 +16,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=100, help="SIGKILLs; a fifth as many elastic restarts (default 100)")
     parser.add_argument("--memory-seconds", type=float, default=60, help="of training whose memory is watched (default 60)")
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which kills stop; with --folder, they go on")
     parser.add_argument("--only", help="names with commas (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where runs are (default: one that is removed)")
@@ -32,11 +33,13 @@ def run(args, folder: Path) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    rng, few = random.Random(args.seed), max(1, args.n // 5)
+    rng, few, kill = random.Random(args.seed), max(1, args.n // 5), s.signal.SIGKILL
     known = {
-        "kills": ("SIGKILL anywhere in one run", lambda: s.kills(harness.Place(folder / "kills", 20 * args.n), args.n, rng)),
+        "kills": ("SIGKILL anywhere in one run", lambda: s.kills(
+            harness.Place(folder / "kills", 20 * args.n), [kill] * args.n, rng, args.seconds)),
         "signals": ("SIGTERM, SIGSTOP, SIGKILL", lambda: s.kills(
-            harness.Place(folder / "signals", 20 * few), few, rng, (s.signal.SIGTERM, s.signal.SIGSTOP, s.signal.SIGKILL))),
+            harness.Place(folder / "signals", 20 * few), rng.choices((s.signal.SIGTERM, s.signal.SIGSTOP, kill), k=few), rng,
+            args.seconds)),
         "damage": ("bytes of a checkpoint", lambda: s.damage(harness.Place(folder / "files"), max(200, 5 * args.n), rng)),
         "disk": ("full disk", lambda: s.full_disk(harness.Place(folder / "files"))),
         "write": ("a write that fails amid a save", lambda: s.short_files(harness.Place(folder / "files"))),

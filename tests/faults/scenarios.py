@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import random
 import re
 import shutil
@@ -43,14 +44,21 @@ def one_line(run, code: int, words: str) -> None:
     assert run.code == code and len(lines) == 1 and re.search(words, lines[0]), (run.code, lines)
 
 
-def kills(place: Place, count: int, rng: random.Random, signals=(signal.SIGKILL,)) -> str:
-    """One run, ended `count` times: on its way to the first step, at a step, amid a save. Same bits at the end."""
-    end, found = whole(place), collections.Counter()
-    workdir = place.folder / "kills"
-    shutil.rmtree(workdir, ignore_errors=True)
-    for _ in range(count):
+def kills(place: Place, signals: list, rng: random.Random, seconds: float = math.inf) -> str:
+    """One run, ended by each signal: on its way to the first step, at a step, amid a save. Same bits at the end.
+
+    The clock of some of its processes leaps. After `seconds` it stops where it is; called again, it goes on.
+    """
+    end, workdir, notes = whole(place), place.folder / "kills", place.folder / "kills.json"
+    found = collections.Counter(json.loads(notes.read_text()) if notes.exists() else {})
+    if not found:
+        shutil.rmtree(workdir, ignore_errors=True)
+    until = time.monotonic() + seconds
+    for hurt in signals[sum(found.values()):]:
+        if time.monotonic() > until:
+            raise TimeoutError(f"{sum(found.values())} of {len(signals)} in {seconds:.0f} s; the same command goes on")
         since, moment = step_of(workdir), rng.choice(("start", "step", "step", "save", "save"))
-        run = place.start(place.train("kills"))
+        run = place.start(place.train("kills"), clock=rng.choice((0, 0, 86_400)))
         if moment == "start":
             time.sleep(rng.uniform(0, 4))
         else:
@@ -60,7 +68,6 @@ def kills(place: Place, count: int, rng: random.Random, signals=(signal.SIGKILL,
             _until(run, lambda: _half(workdir))
             time.sleep(rng.uniform(0, 0.05))
         assert run.alive(), f"the run ended after {sum(found.values())} ends, give it more steps: {run.text}"
-        hurt = rng.choice(signals)
         if hurt == signal.SIGSTOP:      # it is silent, and still holds the workdir
             run.signal(hurt)
             if (workdir / "run.lock").exists():
@@ -72,9 +79,11 @@ def kills(place: Place, count: int, rng: random.Random, signals=(signal.SIGKILL,
         assert run.code in ((0, -signal.SIGTERM) if hurt == signal.SIGTERM else (-signal.SIGKILL,)), run.text
         found[f"{hurt.name} amid a save" if _half(workdir) else f"{hurt.name} " + (
             "before new steps were told" if step_of(workdir) <= since else "at a step")] += 1
+        notes.write_text(json.dumps(found))
     run = place.done(place.train("kills"), 1200)
     assert run.code == 0, run.text
     assert_same(workdir, end)
+    notes.unlink()
     return f"{', '.join(f'{many} {what}' for what, many in sorted(found.items()))}; same bits after {step_of(workdir):,} steps"
 
 
@@ -317,7 +326,7 @@ def elastic(place: Place, count: int, rng: random.Random, steps: int = 200) -> s
     name, at = "elastic", 0
     workdir = place.folder / name
     for path in (workdir, *place.folder.glob("parts.*")):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     bounds = sorted(rng.sample(range(2, steps), count)) + [steps]
     known = _meshes(place)
     for number, bound in enumerate(bounds):
