@@ -80,7 +80,7 @@ def _told(run, args) -> int:
             raise ConfigError(f"unknown argument {args.overrides[0]!r}; `mmx {args.command} --help` lists them")
         return run(args) or 0
     except (ConfigError, ImportError) as error:
-        return _fail(" ".join(str(error).split()), 2)
+        return _fail(" ".join(str(error).split()), getattr(error, "code", 2))
     except BrokenPipeError:         # whoever read our output left, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
