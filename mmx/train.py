@@ -209,8 +209,7 @@ def _leave_out(stream, experiment, behind: dict, at: int, _) -> None:
 
 
 def _report(log, experiment, ratio, guard, step, seen, lr, metrics, seconds, looks=0):
-    """Fetches a step's metrics and writes them (`ratio`: bytes a token; `looks`: tiles seen); (step, why) where the run is to go
-    back."""
+    """Fetches a step's metrics and writes them (`ratio`: bytes a token; `looks`: tiles seen); (step, why) to go back."""
     m, c = jax.device_get(metrics), experiment.model
     skipped = guard.skipped
     if why := guard.see(step, float(m["loss"]), float(m["grad_norm"])):
