@@ -30,18 +30,19 @@ CALLS, ROUNDS = 5, 7
 def main():
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--lengths", default="2k,8k,32k", help="tokens, with commas (default %(default)s)")
+    flags.add_argument("--forms", default="gpu,triton,xla", help="ours, with commas (default %(default)s)")
     flags.add_argument("--documents", type=int, default=8, help="of the packed case (default 8)")
     args = flags.parse_args()
     cases = [(T, documents) for T in config.lengths(args.lengths) for documents in (1, args.documents)]
     for T, documents in tqdm(cases, "cases"):
         table = Table("form", "forward ms", "and backward ms", "error",
                       title=f"{jax.devices()[0].device_kind}, {T:,} tokens, documents: {documents}")
-        for name, cells in measure(T, documents).items():
+        for name, cells in measure(T, documents, args.forms.split(",")).items():
             table.add_row(name, *(x if isinstance(x, str) else f"{x:.3g}" for x in cells))
         Console(width=110).print(table)
 
 
-def measure(T, documents):
+def measure(T, documents, forms):
     """{form: (ms of a forward pass, ms of a forward and a backward pass, relative error)}."""
     rng = np.random.default_rng(T)
     x_HTD = [rng.standard_normal((1, H, T, D), np.float32) for _ in range(4)]
@@ -52,7 +53,7 @@ def measure(T, documents):
     with jax.default_matmul_precision("highest"):
         want = np.asarray(jax.jit(lambda *x: attend(*(y.astype(jnp.float32) for y in x), impl="xla")[0])(*ours))
     found = {}
-    for impl in ("gpu", "triton", "xla"):
+    for impl in forms:
         forward = jax.jit(lambda q, k, v, impl=impl: attend(q, k, v, impl=impl)[0])
         both = jax.jit(lambda do, *x, impl=impl: jax.vjp(lambda q, k, v: attend(q, k, v, impl=impl)[0], *x)[1](do))
         found[f"mmx, {impl}"] = attempt(forward, both, ours, do, want, jax.block_until_ready)

@@ -76,8 +76,9 @@ def test_flash(K, kind, return_lse):
     assert_attention_close(got, attention_gradients(full, (), args, do, segments_BT, segments_BT), "bfloat16")
 
 
-def test_experts_ragged():
-    """The GPU's form and the CPU's: values and gradients."""
+@pytest.mark.parametrize("impl", ["gpu", "ragged"])
+def test_experts(impl):
+    """Beside the CPU's form: values and gradients."""
     M, J, D, F, E, block = 200, 2, 64, 96, 8, 32
     rng = np.random.default_rng(0)
     expert_MJ = jnp.asarray(rng.integers(0, E, (M, J)))
@@ -88,7 +89,7 @@ def test_experts_ragged():
     def run(impl):
         squares = lambda *x: (grouped.expert_ffn(*x, plan, block=block, impl=impl) ** 2).sum()
         return jax.jit(jax.value_and_grad(squares, (0, 1, 2, 3, 4)))(*x)
-    got, want = run("ragged"), run("blocks")
+    got, want = run(impl), run("blocks")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
 
 
