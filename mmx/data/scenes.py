@@ -23,7 +23,9 @@ from mmx.data.sources import Pictured
 SIDE = 84
 GROUND = (122, 116, 104)        # near the mean of `images.MEAN`: bare ground is nearly zeros to a model
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 230), "yellow": (245, 190, 20), "black": (0, 0, 0)}
+COLOURS = {     # all lighter than the ground: where an object is, whatever its colour, is linear in the pixels
+    "red": (255, 116, 104), "green": (122, 255, 104), "blue": (122, 116, 255), "yellow": (255, 255, 104),
+    "white": (255, 255, 255)}
 MOST = 4                        # objects in a picture
 CELL = 28                       # pixels: objects stand in different cells of 3 x 3
 RADII = 9, 12                   # pixels
@@ -34,7 +36,7 @@ KINDS = (*CHANCE, "word")
 TRAINED = ("all", "side", "all", "count", "all", "colour", "all", "shape", "side", "count")    # in turn, of scenes
 LEAST, LONGEST = 3, 6           # letters
 LETTER, FONT = 14, 18           # pixels across a letter's cell, and of a line
-INK = (0, 0, 0)
+INK = COLOURS["white"]
 AROUND = 1                      # pixels that a word may be off its place
 
 
