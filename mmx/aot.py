@@ -71,6 +71,16 @@ def run(e: Experiment, topology: str, mesh: str | None = None, mode: str = "trai
     return found
 
 
+def flops_per_token(e: Experiment, topology: str) -> float:
+    """Matrix FLOPs a token of a training step as compiled, of all chips together, recomputation and padding included."""
+    found = run(e, topology)
+    if "flops" not in found:
+        raise ConfigError(f"{topology} is too small: the step needs {found['peak'] / 1e9:.0f} GB a chip; give a larger one")
+    if found["unknown"]:
+        raise ConfigError(f"{topology}: what {', '.join(found['unknown'])} computes its compiler does not say; a TPU's does")
+    return found["flops"] * found["devices"] / found["tokens"]
+
+
 def show(found: dict):
     """Prints a table."""
     gb = lambda size: f"{size / 1e9:.2f} GB"

@@ -19,6 +19,7 @@ INITS = ("deepnorm", "fan_in")
 
 class ConfigError(ValueError):
     """A mistake in a config that the user can mend; the message is one line."""
+    code = 2        # of the process that it ends
 
 
 GRIDS = tuple((rows, columns) for rows in range(1, 7) for columns in range(1, (6, 6, 6, 4, 3, 3)[rows - 1] + 1))
@@ -328,9 +329,24 @@ class Data:
 class Checkpoint:
     every: int = 500                # steps; also at the end and on SIGTERM
     keep: int = 2
+    verify: bool = True             # whether what is restored is compared with its checksums first: all of it is read twice
 
     def validate(self):
         _require(self.every > 0 and self.keep > 0, "checkpoint.every and checkpoint.keep must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """What a run does where its loss or gradient is no number, and where its loss leaps."""
+    skips: int = 10                 # most steps in a row that are left out because loss or gradient is no number
+    spike: float = 0.0              # nats above the median of the last losses that take it back to its last checkpoint; 0: none
+    window: int = 50                # last losses
+    beyond: int = 0                 # steps whose data is left out after a spike, beside those from the checkpoint to it
+    rollbacks: int = 3              # most from one checkpoint
+
+    def validate(self):
+        for name, least in (("skips", 0), ("spike", 0), ("window", 1), ("beyond", 0), ("rollbacks", 1)):
+            _require(getattr(self, name) >= least, f"guard.{name}={getattr(self, name)} must be {least} or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,6 +370,7 @@ class Experiment:
     train: Train = Train()
     data: Data = Data()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     mesh: Mesh = Mesh()
 
 

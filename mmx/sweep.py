@@ -210,7 +210,7 @@ def _row(cell: Cell, folder: Path, seconds: float) -> dict:
         "tokens": cell.tokens, "steps": e.train.steps,
         "flops": cell.flops, "flops_companion": cell.tokens * m.flops_companion(e.train.length),
         "loss": held_out["nats_per_token"], "bits_per_byte": held_out["bits_per_byte"],
-        "train_loss": float(np.mean([record["loss"] for record in last])),
+        "train_loss": float(np.nanmean([record["loss"] for record in last])),
         "seconds": seconds, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {"mmx": mmx.__version__, "jax": jax.__version__, "python": sys.version.split()[0]},
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}

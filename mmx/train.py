@@ -1,8 +1,10 @@
 """The training loop: mesh, data, state, restore, steps (paper section 4.2).
 
 A step takes the ramp's number of micro-batches, adds their gradients, and applies one AdamW update at the rate that
-`optim` gives for the step. Metrics are fetched a step late, so that the device never waits for the host.
+`optim` gives for the step. Metrics are fetched a step late, so that the device never waits for the host. `guards` sees
+them: a step that is no number has changed nothing, after a spike the run goes back to its last checkpoint.
 """
+import contextlib
 import dataclasses
 import functools
 import math
@@ -18,11 +20,12 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from mmx import convert, optim
-from mmx.checkpoint import Checkpoints, check_config, find_step
+from mmx import convert, lock, optim
+from mmx.checkpoint import Checkpoints, agreed, check_config, find_step
 from mmx.config import ConfigError, Experiment, to_json
 from mmx.data import pipeline, tokens
 from mmx.evals.compression import bytes_per_token, head, make_evaluator
+from mmx.guards import Guard
 from mmx.loss import loss
 from mmx.metrics import Log
 from mmx.model import Model
@@ -32,8 +35,11 @@ from mmx.parallel import sharding
 
 def train_step(params, opt, batch, lr, *, model: Model, optimizer, loss_chunk: int, freeze: tuple = (),
                contrastive: float = 0.0):
-    """One update by the gradient of the mean over all the micro-batches' targets. `batch` is [micro-batches, B, T] by name,
-    of images' tiles [micro-batches, blocks of rows, ...]. What `freeze` names is no part of gradients, updates and `opt`."""
+    """One update by the gradient of the mean over all the micro-batches' targets; none where loss or gradient is no number.
+
+    `batch` is [micro-batches, B, T] by name, of images' tiles [micro-batches, blocks of rows, ...]. What `freeze` names is no
+    part of gradients, updates and `opt`.
+    """
     learned, frozen = optim.split(params, freeze)
     grad = jax.value_and_grad(lambda p, b: loss(model, optim.join(p, frozen), b, loss_chunk, contrastive), has_aux=True)
 
@@ -49,9 +55,12 @@ def train_step(params, opt, batch, lr, *, model: Model, optimizer, loss_chunk: i
         count = targets_N.sum()             # none where all rows are parts of prompts
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
         metrics = jax.tree.map(lambda m_N: jnp.average(m_N, 0, jnp.where(count, targets_N, 1)), metrics)
-    updates, opt = optimizer.update(grads, opt, learned)
-    learned = optax.apply_updates(learned, jax.tree.map(lambda u: lr * u, updates))
-    return optim.join(learned, frozen), opt, metrics | {"grad_norm": optax.tree.norm(grads)}
+    norm = optax.tree.norm(grads)
+    sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    updates, moved = optimizer.update(grads, opt, learned)
+    moved = optax.apply_updates(learned, jax.tree.map(lambda u: lr * u, updates)), moved
+    learned, opt = jax.tree.map(lambda new, old: jnp.where(sound, new, old), moved, (learned, opt))
+    return optim.join(learned, frozen), opt, metrics | {"grad_norm": norm}
 
 
 def init(model: Model, optimizer, seed: int, freeze: tuple = ()):
@@ -84,51 +93,74 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
     if experiment.model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ConfigError("model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment: without it JAX has float32 alone")
     origin = convert.open_start(t.init_from, experiment.model) if t.init_from and not find_step(workdir) else None
-    check_config(workdir, experiment)
-
     model, optimizer = Model(experiment.model), optim.adamw(t)
     undropped = Model(dataclasses.replace(experiment.model, capacity=0.0, transport=0.0))       # inference drops no token
     whole, rows, tiles = sharding.whole(mesh), sharding.batch(mesh, leading=1), sharding.tiles(mesh, leading=1)
-    checkpoints = Checkpoints(workdir, experiment.checkpoint.every, experiment.checkpoint.keep)
-    with jax.set_mesh(mesh), jax.transfer_guard_host_to_device("disallow"), _Stop() as stop:
+    c = experiment.checkpoint
+    checkpoints, guard = Checkpoints(workdir, c.every, c.keep, c.verify), Guard(experiment)
+    with _held(workdir), jax.set_mesh(mesh), jax.transfer_guard_host_to_device("disallow"), _Stop() as stop:
+        check_config(workdir, experiment)
         make = functools.partial(init, model, optimizer, t.seed, t.freeze)
         abstract = jax.eval_shape(make)
         kept = sharding.tree(abstract, mesh)
         make, placed = jax.jit(make, out_shardings=kept), jax.tree.map(_placed, abstract, kept)
-        step, before, state = 0, 0.0, checkpoints.restore(*placed)
-        if origin:
-            state = 0, convert.start(origin, placed[0]), None, None
-        if state is None:
-            params, opt = make()
-        else:
-            step, params, opt, data = state
+        begun = {"stream": stream.state(), "seconds": 0.0, "guard": None}
+
+        def stand():
+            """(step, params, opt, position) of the last checkpoint, or of the beginning."""
+            state = checkpoints.restore(*placed)
+            if state is None and origin:
+                state = 0, convert.start(origin, placed[0]), None, None
+            if state is None:
+                return 0, *make(), begun
+            step, params, opt, position = state
             if opt is None:         # train.init_from or a converted checkpoint: its parameters, a new run
                 opt = jax.jit(optimizer.init, out_shardings=kept[1])(optim.split(params, t.freeze)[0])
-            else:
-                stream.restore(data["stream"])
-                before = data["seconds"]
+                position = begun
+            return step, params, opt, position
+
+        step, params, opt, position = stand()
+        stream.restore(position["stream"])
+        guard.restore(position.get("guard"))
+        before = position["seconds"]
         update = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, loss_chunk=t.loss_chunk,
                                            freeze=t.freeze, contrastive=t.contrastive),
                          donate_argnums=(0, 1), out_shardings=(*kept, whole))
         evaluate = make_evaluator(undropped, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
                                   loss_chunk=t.loss_chunk, sharding=sharding.batch(mesh))
         first, log = step, Log(workdir, t, step, optim.tokens_seen(t, step), write=jax.process_index() == 0)
-        report = functools.partial(_report, log, experiment, ratio)
-        total, pending, begin = optim.tokens_seen(t, t.steps), None, time.monotonic()
+        report = functools.partial(_report, log, experiment, ratio, guard)
+        total, begin = optim.tokens_seen(t, t.steps), time.monotonic()
+        pending, spike, behind = None, None, {}
         try:
             while True:
+                if spike:           # what is older than the checkpoint makes room for it
+                    params = opt = metrics = pending = None
+                    _leave_out(stream, experiment, behind, *spike)
+                    step, params, opt, position = stand()
+                    stream.repeat(position["stream"])
+                    guard.went_back(position.get("guard"))
+                    log.go_back(step, optim.tokens_seen(t, step))
+                    log.say(f"{spike[1]}: back to step {step}, the data since then are left out", step)
+                    spike = None
                 seen, seconds = optim.tokens_seen(t, step), before + time.monotonic() - begin
                 progress = _first_process(seconds) / t.seconds if t.seconds else seen / total
                 if checkpoints.preempted(step):
                     stop.asked = signal.SIGTERM
                 done = progress >= 1 or stop.asked
                 if pending and (done or step % experiment.checkpoint.every == 0):
-                    pending = report(*pending)
+                    spike, pending = report(*pending), None
+                    if spike:
+                        continue
                     log.flush()
-                    position = {"stream": stream.state(), "seconds": seconds}
-                    checkpoints.save(step, params, opt, position, force=done)
+                    position = {"stream": stream.state(), "seconds": seconds, "guard": guard.state()}
+                    if checkpoints.save(step, params, opt, position, force=done):
+                        guard.saved()
+                checkpoints.saved()         # an error of the save under way is told now
                 if done:
                     break
+                if step == first:
+                    checkpoints.check_room(params, opt)
                 lr = optim.learning_rate(t, step, progress)
                 batch = pipeline.together([stream.next() for _ in range(optim.micro_batches(t, seen))])
                 looks = int(batch.pop("tiles", np.int64(0)).sum())
@@ -136,7 +168,9 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
                 params, opt, metrics = update(params, opt, batch, _global(whole, np.float32(lr)))
                 step += 1
                 if pending:
-                    report(*pending)
+                    spike = report(*pending)
+                if experiment.guard.spike:
+                    behind = {step - 1: behind.get(step - 1), step: stream.state()}
                 pending = step, optim.tokens_seen(t, step), lr, metrics, before + time.monotonic() - begin, looks
                 log.bar.update()
                 with jax.transfer_guard_host_to_device("allow"):
@@ -145,30 +179,53 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
                     if sample and t.sample_every and step % t.sample_every == 0:
                         log.text("sample", sample(undropped, params, tokenizer, t.sample_prompt), step)
         finally:
-            log.close()
-            checkpoints.close()
+            with contextlib.closing(checkpoints):
+                log.close()
     return {"step": step, "new": step - first, "seconds": before + time.monotonic() - begin, "stopped": stop.asked,
             "process": jax.process_index()}
 
 
-def _report(log, experiment, ratio, step, seen, lr, metrics, seconds, looks=0):
-    """Fetches a step's metrics and writes them (`ratio`: bytes a token; `looks`: tiles seen); a loss or gradient that is no
-    number ends the run."""
+@contextlib.contextmanager
+def _held(workdir: Path):
+    """Process 0 holds the workdir for all meanwhile."""
+    with contextlib.ExitStack() as stack:
+        problem = ""
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(lock.held(workdir))
+            except ConfigError as error:
+                problem = str(error)
+        if problem := agreed(problem):
+            raise ConfigError(problem)
+        yield
+
+
+def _leave_out(stream, experiment, behind: dict, at: int, _) -> None:
+    """Takes the stream behind the data of step `at`, and of guard.beyond steps more."""
+    stream.restore(behind[at])
+    t = experiment.train
+    for _ in range(experiment.guard.beyond * optim.micro_batches(t, optim.tokens_seen(t, at))):
+        stream.next()
+
+
+def _report(log, experiment, ratio, guard, step, seen, lr, metrics, seconds, looks=0):
+    """Fetches a step's metrics and writes them (`ratio`: bytes a token; `looks`: tiles seen); (step, why) to go back."""
     m, c = jax.device_get(metrics), experiment.model
-    if not (math.isfinite(m["loss"]) and math.isfinite(m["grad_norm"])):
-        raise ConfigError(f"step {step} has loss {m['loss']}, gradient norm {m['grad_norm']}: lower train.lr="
-                          f"{experiment.train.lr} or train.clip={experiment.train.clip}, in another --workdir; the "
-                          "checkpoints here are from before")
+    skipped = guard.skipped
+    if why := guard.see(step, float(m["loss"]), float(m["grad_norm"])):
+        return step, why
+    if guard.skipped > skipped:
+        log.say(f"step {step} has loss {m['loss']}, gradient norm {m['grad_norm']}: it changed nothing", step)
     rate, tiles = log.tokens_per_s(seen), looks / (seen - optim.tokens_seen(experiment.train, step - 1))     # a token
     record = {"step": step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / ratio,
               "tokens": seen, "lr": lr, "grad_norm": float(m["grad_norm"]), "seconds": seconds,
               "aux_loss": float(m["aux_loss"]), "z_loss": float(m["z_loss"]), "drop_rate": float(m["dropped"].mean()),
-              "overflow_rate": float(m["overflow"].mean()),
+              "overflow_rate": float(m["overflow"].mean()), "skipped": guard.skipped, "rollbacks": guard.rollbacks,
               "tokens_per_s": rate,
               "flops_per_s": rate * (c.flops_training(experiment.train.length) + 3 * tiles * c.vision.flops_tile(c.dim))}
     record |= {"tiles": looks} if c.vision.layers else {}
     record |= {name: float(m[name]) for name in ("contrastive_loss",) if name in m}
-    log.step(record, m["load_E"], m["dropped"], step % experiment.train.log_every == 0)
+    log.step(record, m["load_E"], m["dropped"], step % experiment.train.log_every == 0 and not guard.row)
 
 
 def _check_same(experiment: Experiment) -> None:

@@ -3,8 +3,9 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Most of the suite's time is LLVM's, on programs that run for milliseconds: without its optimizations it is half.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Most of the suite's time is LLVM's, on programs that run for milliseconds: without its optimizations it is half.
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import jax.numpy as jnp

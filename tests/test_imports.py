@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ABOVE = {       # each part, and the parts it may import; every part may import dims and config
-    "dims": "", "config": "", "chips": "", "atomic": "",
+    "dims": "", "config": "", "chips": "", "atomic": "", "checksums": "", "lock": "", "guards": "",
     "kernels": "",
     "parallel": "kernels",
     "int8": "",
@@ -19,13 +19,13 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "loss": "model parallel",
     "data": "atomic", "released": "",
     "optim": "", "metrics": "atomic",
-    "checkpoint": "atomic released",
+    "checkpoint": "atomic checksums released",
     "torch": "checkpoint released",
     "inference": "data model parallel",
     "prefix": "atomic inference parallel",
     "convert": "atomic checkpoint data inference int8 model parallel released torch",
     "evals": "atomic checkpoint convert data inference loss metrics model",
-    "train": "checkpoint convert data evals loss metrics model optim parallel",
+    "train": "checkpoint convert data evals guards lock loss metrics model optim parallel",
     "sweep": "atomic data evals metrics optim train",
     "deepseek": "", "memory": "chips deepseek", "scaling": "", "experiments": "", "hugepages": "", "processes": "",
     "compilers": "",

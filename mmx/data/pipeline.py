@@ -88,7 +88,7 @@ class Stream:
         self._sizes = [len(rows) for rows in self._packed]
         self._shards = [_deal(rows, data, number) for number, rows in enumerate(self._sizes)]
         self._weights = _weights(data, self._sizes)
-        self._micro, self._step, self._left = 0, -1, 0
+        self._micro, self._step, self._left, self._lost = 0, -1, 0, 0
         self._given_VS = np.zeros((data.shards, len(self._sizes)), np.int64)
 
     def next(self) -> dict[str, np.ndarray]:
@@ -129,8 +129,8 @@ class Stream:
 
     def state(self) -> dict:
         """Where the stream stands, for JSON; the same on every host."""
-        return {"micro": self._micro, "step": self._step, "left": self._left, "given": self._given_VS.tolist(),
-                "rows": self._sizes}
+        return {"micro": self._micro, "step": self._step, "left": self._left, "lost": self._lost,
+                "given": self._given_VS.tolist(), "rows": self._sizes}
 
     def restore(self, state: dict) -> None:
         """Goes on where `state` was taken, by however many hosts."""
@@ -143,11 +143,17 @@ class Stream:
                 raise ConfigError(f"data source {source!r} has {now} rows of {self.train.length} tokens, had {was} at "
                                   "the checkpoint: its text, tokenizer or train.length has changed")
         self._micro, self._step, self._left = state["micro"], state["step"], state["left"]
+        self._lost = state.get("lost", 0)       # of before any was
         self._given_VS = np.array(state["given"], np.int64)
+
+    def repeat(self, state: dict) -> None:
+        """The next step is that of `state`, an earlier one, with the data that come now: those between are lost."""
+        self._step, self._left = state["step"], state["left"]
+        self._lost = state.get("lost", 0) + self._micro - state["micro"]
 
     def _micro_batches(self) -> int:
         """Micro-batches of the step that begins now, by train.ramp."""
-        seen = self._micro * self.train.batch * self.train.length
+        seen = (self._micro - self._lost) * self.train.batch * self.train.length
         return next((count for begin, count in reversed(self.train.ramp) if begin <= seen), 1)
 
     def _shards_B(self):
