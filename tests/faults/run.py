@@ -16,7 +16,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=100, help="SIGKILLs; a fifth as many elastic restarts (default 100)")
     parser.add_argument("--memory-seconds", type=float, default=60, help="of training whose memory is watched (default 60)")
-    parser.add_argument("--seconds", type=float, default=1e9, help="after which kills and restarts stop; with --folder, they go on")
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which kills, restarts stop; with --folder they go on")
     parser.add_argument("--only", help="names with commas (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where runs are (default: one that is removed)")

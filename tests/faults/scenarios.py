@@ -356,8 +356,8 @@ def elastic(place: Place, count: int, rng: random.Random, seconds: float = math.
     assert micros == _rows([rows]), "another stream"
     epochs, layouts = _count(micros, place.documents), {json.dumps(layout) for _, *layout in plan}
     notes.unlink()
-    return (f"{count} restarts, {len(layouts)} layouts; largest relative difference of a loss {worst:.1e}; {epochs} epochs, each "
-            f"of {place.documents} documents once")
+    return (f"{count} restarts, {len(layouts)} layouts; largest relative difference of a loss {worst:.1e}; {epochs} epochs, "
+            f"each of {place.documents} documents once")
 
 
 def _meshes(place: Place) -> list:
