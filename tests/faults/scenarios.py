@@ -329,7 +329,7 @@ def elastic(place: Place, count: int, rng: random.Random, seconds: float = math.
     if not notes.exists():
         for path in (workdir, *place.folder.glob("parts.*")):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        bounds, known = sorted(rng.sample(range(2, steps), count)) + [steps], _meshes(place)
+        bounds, known = sorted(rng.sample(range(2, steps), count)) + [steps], _layouts(place, rng)
         notes.write_text(json.dumps({"plan": [(bound, *rng.choice(known)) for bound in bounds], "done": 0, "worst": 0.0}))
     plan, done, worst = json.loads(notes.read_text()).values()
     for number, (bound, processes_, mesh) in enumerate(plan[done:], done):
@@ -360,17 +360,18 @@ def elastic(place: Place, count: int, rng: random.Random, seconds: float = math.
             f"each of {place.documents} documents once")
 
 
-def _meshes(place: Place) -> list:
-    """(processes, sizes) of all layouts of up to eight devices in up to two processes."""
+def _layouts(place: Place, rng: random.Random, many: int = 4) -> list:
+    """As many (processes, sizes) of one and of two processes, of up to eight devices: each is a program to compile."""
     from mmx import experiments
 
-    e, found = experiments.read(str(place.config), []), []
+    e, found = experiments.read(str(place.config), []), {1: [], 2: []}
     for sizes in itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2, 4)):
-        mesh = dict(zip(("edp", "ep", "etp", "seq"), sizes))
-        world = int(np.prod(sizes))
+        mesh, world = dict(zip(("edp", "ep", "etp", "seq"), sizes)), int(np.prod(sizes))
         if world <= 8 and not meshes.misfit(e, {"slice": 1, **mesh}):
-            found += [(count, mesh) for count in (1, 2) if world % count == 0 and _shares(sizes, count)]
-    return found
+            for count in (1, 2):
+                if world % count == 0 and _shares(sizes, count):
+                    found[count].append((count, mesh))
+    return [layout for layouts in found.values() for layout in rng.sample(layouts, many)]
 
 
 def _shares(sizes, count: int) -> bool:
