@@ -40,6 +40,10 @@ def test_a_fault_is_named(name, text, told, folder):
 @pytest.mark.parametrize("files", [
     {"a": None}, {"a": [5]}, {"a": ["5", "x"]}, {"../a": [5, "x"]}, {"/a": [5, "x"]}, {"item/../../a": [5, "x"]}, [1], "a", 7])
 def test_a_table_of_something_else_is_damaged(files, folder):
+    other = json.loads((folder / checksums.NAME).read_text())
+    other["files"]["a"][1] = "0" * 64
+    (folder / checksums.NAME).write_text(json.dumps(other))
+    assert checksums.fault(folder) == "checksums.json is damaged"
     own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     (folder / checksums.NAME).write_text(json.dumps({"sha256": own, "files": files}))
     assert checksums.fault(folder) == "checksums.json is damaged"
