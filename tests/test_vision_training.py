@@ -136,7 +136,7 @@ def test_eight_devices_equal_one(folder, one_device, sizes):
     with jax.enable_x64(True), jax.set_mesh(mesh):
         many = one_step(folder, mesh)
     for name, one, other in zip(("metrics", "gradients"), one_device, many):      # the ViT's softmax is in float32
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9, err_msg=name), one, other)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-8, err_msg=name), one, other)
     assert one_device[0]["contrastive_loss"] > 1
 
 
@@ -192,22 +192,24 @@ def test_what_is_frozen_stays_and_has_no_state(folder, whole):
     assert state == paths
 
 
-def test_a_text_model_learns_to_see(folder, whole, tmp_path):
-    """From a checkpoint without vision and the ViT of another, whose projector stays where it is."""
+def test_a_text_model_learns_to_see(whole, tmp_path):
+    """It starts from a checkpoint without vision and from the ViT of another, whose projector stays where it is."""
     text, rng = dataclasses.replace(C, vision=config.Vision()), np.random.default_rng(0)
     (tmp_path / "hf").mkdir()
     save_file({name: rng.standard_normal(leaf.tensor_shape).astype(np.float32) / 4
                for leaf in released.leaves(text) for _, name in leaf.tensors()}, tmp_path / "hf" / "model.safetensors")
     written = released.write_model(text, "released", "float32", convert.BYTE_IDS)
     (tmp_path / "hf" / "config.json").write_text(json.dumps(written))
-    before = convert.load(tmp_path / "hf").params
-    train.run(experiment(folder, init_from=str(tmp_path / "hf"), init_vision=str(whole), steps=1, lr=1e-6), tmp_path / "run")
-    after, seen = convert.load(tmp_path / "run").params, convert.load(whole).params["vision"]
-    jax.tree.map(np.testing.assert_array_equal, after["groups"], before["groups"])
-    np.testing.assert_allclose(after["embed_WD"], before["embed_WD"], atol=3e-6)
-    jax.tree.map(np.testing.assert_array_equal, after["vision"]["layers"], seen["layers"])
-    np.testing.assert_allclose(after["vision"]["patch_YXZJ"], seen["patch_YXZJ"], atol=3e-6)
-    assert np.abs(after["vision"]["in_JO"] - seen["in_JO"]).max() > 0.01
+    make = functools.partial(train.init, Model(C), optim.adamw(TRAIN), 0)
+    abstract, _ = jax.eval_shape(make)
+    kept = sharding.tree(abstract, meshes.make(config.Experiment(C, TRAIN, mesh=config.Mesh(1))))
+    made = train._started(make, jax.tree.map(train._placed, abstract, kept), convert.open_start(tmp_path / "hf", C),
+                          convert.open_vision(whole, C))
+    vision, seen, new = made.pop("vision"), convert.load(whole).params["vision"], start()[0]["vision"]
+    jax.tree.map(np.testing.assert_array_equal, made, convert.load(tmp_path / "hf").params)
+    for name, leaf in vision.items():
+        theirs = new if name in ("in_JO", "in_O", "out_OD", "out_D", "newline_D") else seen
+        jax.tree.map(np.testing.assert_array_equal, leaf, theirs[name])
 
 
 def test_a_vit_of_other_tiles(whole):
