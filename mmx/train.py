@@ -30,13 +30,22 @@ from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
 
 
+class Diverged(ConfigError):
+    """A loss or a gradient is no number any more; `done` says where."""
+
+    def __init__(self, message: str, done: dict):
+        super().__init__(message)
+        self.done = done
+
+
 def train_step(params, opt, batch, lr, *, model: Model, optimizer, loss_chunk: int):
     """One update by the gradient of the mean over all the micro-batches' targets. `batch` is [micro-batches, B, T] by name."""
     grad = jax.value_and_grad(lambda p, b: loss(model, p, b, loss_chunk), has_aux=True)
 
     def micro(total, micro_batch):
         (_, metrics), grads = grad(params, micro_batch)
-        return jax.tree.map(lambda t, g: t + metrics["targets"] * g, total, grads), metrics
+        total = jax.tree.map(lambda t, g: t + metrics["targets"] * g, total, grads)
+        return total, metrics | {"micro_square": optax.tree.norm(grads, squared=True)}
 
     if len(batch["tokens"]) == 1:
         (_, metrics), grads = grad(params, jax.tree.map(lambda x: x[0], batch))
@@ -48,7 +57,15 @@ def train_step(params, opt, batch, lr, *, model: Model, optimizer, loss_chunk: i
         metrics = jax.tree.map(lambda m_N: jnp.average(m_N, 0, jnp.where(count, targets_N, 1)), metrics)
     updates, opt = optimizer.update(grads, opt, params)
     params = optax.apply_updates(params, jax.tree.map(lambda u: lr * u, updates))
-    return params, opt, metrics | {"grad_norm": optax.tree.norm(grads)}
+    return params, opt, metrics | {"grad_norm": optax.tree.norm(grads), "layer_norms": _layer_norms(grads["groups"])}
+
+
+def _layer_norms(grads):
+    """Norms of the layers' gradients, of which the groups' are stacked."""
+    def square_L(x):
+        return jnp.sum(x ** 2, axis=tuple(range(1, x.ndim)))
+    squares_PL = [sum(map(square_L, jax.tree.leaves(grads[f"layer_{place}"]))) for place in range(len(grads))]
+    return jnp.sqrt(jnp.stack(squares_PL, axis=1).reshape(-1))
 
 
 def init(model: Model, optimizer, seed: int):
@@ -150,16 +167,19 @@ def _report(log, experiment, ratio, step, seen, lr, metrics, seconds):
     """Fetches a step's metrics and writes them (`ratio`: bytes a token); a loss or gradient that is no number ends the run."""
     m = jax.device_get(metrics)
     if not (math.isfinite(m["loss"]) and math.isfinite(m["grad_norm"])):
-        raise ConfigError(f"step {step} has loss {m['loss']}, gradient norm {m['grad_norm']}: lower train.lr="
-                          f"{experiment.train.lr} or train.clip={experiment.train.clip}, in another --workdir; the "
-                          "checkpoints here are from before")
+        raise Diverged(f"step {step} has loss {m['loss']}, gradient norm {m['grad_norm']}: lower train.lr="
+                       f"{experiment.train.lr} or train.clip={experiment.train.clip}, in another --workdir; the "
+                       "checkpoints here are from before", {"step": step, "seconds": seconds})
     rate = log.tokens_per_s(seen)
     record = {"step": step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / ratio,
               "tokens": seen, "lr": lr, "grad_norm": float(m["grad_norm"]), "seconds": seconds,
               "aux_loss": float(m["aux_loss"]), "z_loss": float(m["z_loss"]), "drop_rate": float(m["dropped"].mean()),
               "overflow_rate": float(m["overflow"].mean()),
               "tokens_per_s": rate,
-              "flops_per_s": rate * experiment.model.flops_training(experiment.train.length)}
+              "flops_per_s": rate * experiment.model.flops_training(experiment.train.length),
+              "layer_norms": [float(f"{norm:.4g}") for norm in m["layer_norms"]]}
+    if "micro_square" in m:     # of the micro-batches' gradients: how far it is above grad_norm tells their noise
+        record["micro_norm"] = math.sqrt(m["micro_square"])
     log.step(record, m["load_E"], m["dropped"], step % experiment.train.log_every == 0)
 
 
