@@ -3,12 +3,12 @@
     mmx sweep --config experiments/moe_vs_dense.py --out moe_vs_dense --jobs 6          # or one run:
     mmx train --config experiments/moe_vs_dense.py:facts,65536,moe,3e-3,0 --workdir facts-moe
 
-Protocol: four layers LLLS, 64 wide. Dense: a feed-forward part 133 wide; MoE: 16 experts of 64, top-2, none dropped, aux 0.01:
-2 x 64 and the router's 15 more rows are 133, so that a token's FLOPs are the same to the last. Facts: `count` keys of two ids
-with values of 16 random bits, seen as often in every run as steps x 128 rows x 85 / count; accuracy is the share of value ids
-that are told right, of 2,048 of the facts learned: it is memory that is asked for. Text: bytes of the embedded corpus in rows of
-256, 32 a step, 8 M tokens, two epochs; the loss is that of 262,144 bytes of validation text. Two learning rates and three seeds
-an arm; an arm is told at its better rate, of the mean over seeds.
+Protocol: four layers LLLS, 64 wide. Dense: a feed-forward part 133 wide; MoE: 16 experts of 64, top-2, none dropped, aux
+0.01: 2 x 64 and the router's 15 more rows are 133, so that a token's FLOPs are the same to the last. Facts: `count` keys of
+two ids with values of 16 random bits, seen as often in every run as steps x 128 rows x 85 / count; accuracy is the share of
+value ids that are told right, of 2,048 of the facts learned: it is memory that is asked for. Text: bytes of the embedded
+corpus in rows of 256, 32 a step, 8 M tokens, two epochs; the loss is that of 262,144 bytes of validation text. Two learning
+rates and three seeds an arm; an arm is told at its better rate, of the mean over seeds.
 Hours: not measured yet.
 Result: not run.
 """

@@ -1,14 +1,14 @@
-"""Does DeepNorm train deeper than pre-norm and plain post-norm? Loss, gradient norms by layer and divergence at 8, 24, 48 layers.
+"""Does DeepNorm train deeper than pre-norm and plain post-norm? Loss, gradient norms by layer, divergence at 8 to 48 layers.
 
     mmx sweep --config experiments/norm.py --out norm --jobs 6          # or one run:
     mmx train --config experiments/norm.py:deepnorm,48,3e-3,0 --workdir norm-one
 
-Protocol: LLLLLLLS repeated, 64 wide, dense, all three with Xavier's initial values. deepnorm: the normed input times (2 layers)^1/4
-is the residual, and v, out and the feed-forward part begin (8 layers)^-1/4 as large (the paper's); post: the same without either
-factor; pre: the residual is the input as it is. Bytes of the embedded corpus in rows of 256, 16 a step, 300 steps (1.2 M tokens);
-the loss is that of 65,536 bytes of validation text, gradient norms by layer are means over the last twentieth of the steps and
-before clipping, which is at 1. A run has failed to train when its loss is above 3.0 nats, about what a byte's frequency tells, or
-when it ends in a number that is none. Two learning rates and three seeds an arm.
+Protocol: LLLLLLLS repeated, 64 wide, dense, all three with Xavier's initial values. deepnorm: the normed input times (2
+layers)^1/4 is the residual, and v, out and the feed-forward part begin (8 layers)^-1/4 as large (the paper's); post: the
+same without either factor; pre: the residual is the input as it is. Bytes of the embedded corpus in rows of 256, 16 a step,
+300 steps (1.2 M tokens); the loss is that of 65,536 bytes of validation text, gradient norms by layer are means over the
+last twentieth of the steps and before clipping, which is at 1. A run has failed to train when its loss is above 3.0 nats,
+about what a byte's frequency tells, or when it ends in a number that is none. Two learning rates and three seeds an arm.
 Hours: not measured yet.
 Result: not run.
 """

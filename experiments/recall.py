@@ -3,11 +3,11 @@
     mmx sweep --config experiments/recall.py --out recall --jobs 6          # or one run:
     mmx train --config experiments/recall.py:LLLLLLLS,16,1e-3,0 --workdir recall-one
 
-Protocol: MQAR (Zoology), 4,096 ids, keys from one half and values from the other. All runs learn from one mixture, 4 to 64 pairs
-in 8 times as many tokens and 16 pairs in 256 and 512 tokens too, each in an equal share of the rows of 512 tokens, 32 a step.
-Eight layers 64 wide, dense, DeepNorm; 64 / head_dim heads, so that a lightning layer's state has 64 x head_dim numbers. Accuracy
-is the share of a task's queries on 200 held-out documents whose likeliest next token is the value. Three learning rates and three
-seeds an arm; an arm is told at its best rate, of the mean over seeds and tasks.
+Protocol: MQAR (Zoology), 4,096 ids, keys from one half and values from the other. All runs learn from one mixture, 4 to 64
+pairs in 8 times as many tokens and 16 pairs in 256 and 512 tokens too, each in an equal share of the rows of 512 tokens, 32
+a step. Eight layers 64 wide, dense, DeepNorm; 64 / head_dim heads, so that a lightning layer's state has 64 x head_dim
+numbers. Accuracy is the share of a task's queries on 200 held-out documents whose likeliest next token is the value. Three
+learning rates and three seeds an arm; an arm is told at its best rate, of the mean over seeds and tasks.
 Hours: not measured yet.
 Result: not run.
 """
@@ -48,5 +48,6 @@ def get_config(arch="LLLLLLLS", head_dim=16, lr=3e-3, seed=0):
 
 
 def sweep():
-    arms = [(arch, 16) for arch in ARMS[:3]] + [("LLLLLLLL", n) for n in HEAD_DIMS if n != 16] + [(arch, 16) for arch in ARMS[3:]]
+    states = [("LLLLLLLL", n) for n in HEAD_DIMS if n != 16]
+    arms = [(arch, 16) for arch in ARMS[:3]] + states + [(arch, 16) for arch in ARMS[3:]]
     return [{"arch": arch, "head_dim": n, "lr": lr, "seed": seed} for seed in SEEDS for arch, n in arms for lr in RATES]

@@ -104,7 +104,7 @@ class Model:
     z_weight: float = 0.0           # router z-loss, mean of logsumexp(logits)^2
     norm_eps: float = 1e-5
     head_norm_eps: float = 1e-6     # the norm inside lightning attention (model.md section 3)
-    postnorm: bool = True           # the residual is the normed input, with DeepNorm's alpha; False: pre-norm, the input as it is
+    postnorm: bool = True           # the residual is the normed input, with DeepNorm's alpha; False: pre-norm, the input itself
     alpha_lightning: float = 0.0    # residual factors: alpha x residual + beta x branch
     alpha_softmax: float = 0.0
     alpha_moe: float = 0.0

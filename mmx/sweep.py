@@ -176,7 +176,7 @@ def attempt(cell: Cell, folder: Path) -> tuple[str, str]:
 
         try:
             done = train.run(cell.experiment, folder)
-        except train.Diverged as error:
+        except train.DivergedError as error:
             done, found = error.done, {"loss": None, "bits_per_byte": None, "diverged": str(error)}
         else:
             if done["stopped"]:
@@ -201,13 +201,17 @@ def rate(cell: Cell, out: Path) -> tuple[str, float]:
 
 def _held_out(e: Experiment, folder: Path) -> dict:
     """Nats a token and bits a byte on held-out text; on ids nats a target and the share met, which stand alone without text."""
-    from mmx.evals import answers, compression
+    found = {"bits_per_byte": None}
+    if pipeline.held_out_ids(e.data):
+        from mmx.evals import answers
 
-    found = answers.measure(folder) if pipeline.held_out_ids(e.data) else {}
+        found |= answers.measure(folder)
     if pipeline.validation(e.data):
+        from mmx.evals import compression
+
         text = compression.measure(folder, limit=e.train.eval_bytes)
-        return found | {"loss": text["nats_per_token"], "bits_per_byte": text["bits_per_byte"]}
-    return found | {"bits_per_byte": None}
+        found |= {"loss": text["nats_per_token"], "bits_per_byte": text["bits_per_byte"]}
+    return found
 
 
 def _row(cell: Cell, folder: Path, seconds: float, found: dict) -> dict:

@@ -30,7 +30,7 @@ from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
 
 
-class Diverged(ConfigError):
+class DivergedError(ConfigError):
     """A loss or a gradient is no number any more; `done` says where."""
 
     def __init__(self, message: str, done: dict):
@@ -167,9 +167,9 @@ def _report(log, experiment, ratio, step, seen, lr, metrics, seconds):
     """Fetches a step's metrics and writes them (`ratio`: bytes a token); a loss or gradient that is no number ends the run."""
     m = jax.device_get(metrics)
     if not (math.isfinite(m["loss"]) and math.isfinite(m["grad_norm"])):
-        raise Diverged(f"step {step} has loss {m['loss']}, gradient norm {m['grad_norm']}: lower train.lr="
-                       f"{experiment.train.lr} or train.clip={experiment.train.clip}, in another --workdir; the "
-                       "checkpoints here are from before", {"step": step, "seconds": seconds})
+        raise DivergedError(f"step {step} has loss {m['loss']}, gradient norm {m['grad_norm']}: lower train.lr="
+                            f"{experiment.train.lr} or train.clip={experiment.train.clip}, in another --workdir; the "
+                            "checkpoints here are from before", {"step": step, "seconds": seconds})
     rate = log.tokens_per_s(seen)
     record = {"step": step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / ratio,
               "tokens": seen, "lr": lr, "grad_norm": float(m["grad_norm"]), "seconds": seconds,
