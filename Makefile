@@ -1,5 +1,5 @@
 # make setup: .venv with pinned requirements.  make demo: train, evaluate, sample, export.  make test: the whole suite.
-# make notebooks: run them and write their outputs.
+# make notebooks: run them and write their outputs.  make faults N=100 MEMORY_SECONDS=3600 ONLY=kills,disk: docs/reliability.md.
 PYTHON ?= python3
 DEMO_DIR ?= demo
 DEMO_SECONDS ?= 290
@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 MMX := JAX_PLATFORMS=$(or $(JAX_PLATFORMS),cpu) $(BIN)/mmx
 
-.PHONY: setup demo test notebooks clean
+.PHONY: setup demo test faults notebooks clean
 
 setup: .venv/ready
 
@@ -37,6 +37,9 @@ demo: setup
 test: .venv/ready-to-test
 	$(BIN)/ruff check .
 	JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+
+faults: .venv/ready-to-test
+	$(BIN)/python tests/faults/run.py --n $(or $(N),100) --memory-seconds $(or $(MEMORY_SECONDS),60) $(if $(ONLY),--only $(ONLY))
 
 notebooks: .venv/ready-to-test
 	rm -rf notebooks/run*/

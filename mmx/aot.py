@@ -20,6 +20,7 @@ from mmx import inference, optim
 from mmx.chips import CHIPS
 from mmx.compilers import hlo, ptx, schedule
 from mmx.config import ConfigError, Experiment
+from mmx.data.images import level
 from mmx.model import Model
 from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
@@ -68,6 +69,16 @@ def run(e: Experiment, topology: str, mesh: str | None = None, mode: str = "trai
         parts.append(program.flops_kernels / peak)
         found |= dict(zip(("matrix_s", "other_s", "kernels_s"), parts)) | {"static_s": sum(parts)}
     return found
+
+
+def flops_per_token(e: Experiment, topology: str) -> float:
+    """Matrix FLOPs a token of a training step as compiled, of all chips together, recomputation and padding included."""
+    found = run(e, topology)
+    if "flops" not in found:
+        raise ConfigError(f"{topology} is too small: the step needs {found['peak'] / 1e9:.0f} GB a chip; give a larger one")
+    if found["unknown"]:
+        raise ConfigError(f"{topology}: what {', '.join(found['unknown'])} computes its compiler does not say; a TPU's does")
+    return found["flops"] * found["devices"] / found["tokens"]
 
 
 def show(found: dict):
@@ -125,15 +136,27 @@ def pod(topology, slices):
 
 
 def _train(e, mesh):
-    t, model, optimizer, whole = e.train, Model(e.model), optim.adamw(e.train), sharding.whole(mesh)
-    abstract = jax.eval_shape(functools.partial(init, model, optimizer, t.seed))
+    t, v, model, optimizer, whole = e.train, e.model.vision, Model(e.model), optim.adamw(e.train), sharding.whole(mesh)
+    abstract = jax.eval_shape(functools.partial(init, model, optimizer, t.seed, t.freeze))
     kept, rows = sharding.tree(abstract, mesh), sharding.batch(mesh, leading=1)
     batch = {name: _array((1, t.batch, t.length), kind, rows) for name, kind in (
         ("tokens", jnp.int32), ("targets", jnp.int32), ("segments", jnp.int32), ("positions", jnp.int32),
         ("weights", jnp.float32))}
-    step = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, loss_chunk=t.loss_chunk),
+    if v.layers:
+        blocks, tiles = sharding.tiles(mesh, leading=1), (1, *_tiles(e, mesh))
+        batch |= {"places": batch["tokens"], "pixels": _array((*tiles, v.tile, v.tile, 3), jnp.float32, blocks),
+                  "ends": _array(tiles, jnp.int32, blocks)}
+    step = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, loss_chunk=t.loss_chunk, freeze=t.freeze,
+                                     contrastive=t.contrastive),
                    donate_argnums=(0, 1), out_shardings=(*kept, whole))
     return step, (*jax.tree.map(_placed, abstract, kept), batch, _array((), jnp.float32, whole))
+
+
+def _tiles(e, mesh) -> tuple[int, int]:
+    """Blocks of rows, and a block's tiles where the images' patches fill its rows."""
+    blocks, share = (sharding.size(mesh, axes) for axes in (sharding.ROWS, sharding.TIME))
+    tiles = e.train.batch // blocks * e.train.length // e.model.vision.side ** 2
+    return blocks, share * level(-(-tiles // share))
 
 
 def _prefill(e, mesh):

@@ -21,13 +21,23 @@ def replacing(path: str | Path, mode: str = "w"):
     path = Path(path)
     own = beside(path)
     try:
-        with own.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+        with named(path), own.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         own.replace(path)
     finally:
         own.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named(path: str | Path):
+    """An OSError of a file that is open does not say which: one in here does."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def remove(path: Path) -> None:

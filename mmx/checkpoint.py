@@ -1,11 +1,20 @@
 """Checkpoints of a run: WORKDIR/checkpoints/STEP holds the Orbax items params, opt (with the step) and data.
 
-Orbax saves asynchronously and commits a step by renaming it, so that a half-written one is never seen. `open_arrays`
-and `create_params` reach the arrays of an item through TensorStore: a conversion reads and writes slices, never a whole
-tensor, and what is damaged is named. WORKDIR/config.json says what the run is; `check_config` guards it.
+Orbax saves asynchronously and commits a step by renaming it, so that a half-written one is never seen. Before that
+checksums.json gets the length and SHA-256 of every file of the step, each process reading once more what it wrote; a run
+goes on from the newest step that has them right. `open_arrays` and `create_params` reach the arrays of an item through
+TensorStore: a conversion reads and writes slices, never a whole tensor, and what is damaged is named. WORKDIR/config.json
+says what the run is; `check_config` guards it.
 """
+import asyncio
 import contextlib
+import dataclasses
+import functools
 import json
+import logging
+import re
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -13,12 +22,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from mmx import atomic
+from mmx import atomic, checksums
 from mmx.config import ConfigError, Experiment, to_json
 from mmx.released import check_shapes, read_json
 
+TIMEOUT = 30 * 24 * 3600    # seconds that a save may take by the wall clock, which may leap; dead processes are found otherwise
 CHUNK_BYTES = 64 << 20      # of an array on disk: bounds what reading a slice decodes
 FREE = {    # what a resumed run may change, beside checkpoint and mesh: how long, how fast, what is shown
     "model": {"remat", "keep_arrived", "impl", "chunk", "token_groups", "ragged"},
@@ -28,38 +39,159 @@ FREE = {    # what a resumed run may change, beside checkpoint and mesh: how lon
 UNTRAINED = {"model": FREE["model"] | {"aux", "aux_weight", "context"}}     # what the first run of a converted checkpoint may
 
 
-class Checkpoints:
-    """The steps of one run: one is saved every `every` steps and whenever forced, the latest `keep` stay."""
+class _Folder(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """Where a step is written: its checksums are there before it has its name."""
 
-    def __init__(self, workdir: str | Path, every: int, keep: int):
+    async def finalize(self):
+        if not self.get_final().name.isdecimal():       # an item of the step
+            return await super().finalize()
+        if self._checkpoint_metadata_store:
+            self._checkpoint_metadata_store.wait_until_finished()
+        await asyncio.to_thread(checksums.write, Path(self.get()))
+        self.get().rename(self.get_final())     # without what Orbax would add to the step after its checksums
+
+
+class _Arrays(ocp.StandardCheckpointHandler):
+    """Orbax's handler, and behind its writing the checksums of what this process wrote."""
+
+    async def async_save(self, directory, args):
+        written = await super().async_save(directory, args=args) or []
+        return [*written, _Sums(written, Path(directory) / f"ocdbt.process_{jax.process_index()}")]
+
+
+@ocp.args.register_with_handler(_Arrays, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _ArraysSave(ocp.args.StandardSave):
+    pass
+
+
+class _Sums(ocp.future.NoopFuture):
+    def __init__(self, written, folder: Path):
+        self.written, self.folder = written, folder
+
+    def result(self, timeout=None):
+        for each in self.written:
+            each.result(timeout)
+        if self.folder.is_dir():
+            checksums.write(self.folder)
+
+
+class Checkpoints:
+    """The steps of one run: one is saved every `every` steps and whenever forced, the latest `keep` stay.
+
+    `verify`: whether what is restored is compared with its checksums, each process reading its share.
+    """
+
+    def __init__(self, workdir: str | Path, every: int, keep: int, verify: bool = True):
+        self.directory, self.every, self.keep, self.verify = Path(workdir).absolute() / "checkpoints", every, keep, verify
+        self.saving = None      # the step that is being saved
+        logging.getLogger("absl").addFilter(_from_elsewhere)
+
+    @functools.cached_property
+    def manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            save_decision_policy=checkpoint_managers.FixedIntervalPolicy(every),
-            preservation_policy=checkpoint_managers.LatestN(keep))
-        self.manager = ocp.CheckpointManager(Path(workdir).absolute() / "checkpoints", options=options)
+            save_decision_policy=checkpoint_managers.FixedIntervalPolicy(self.every),
+            preservation_policy=checkpoint_managers.LatestN(self.keep),
+            temporary_path_class=_Folder, cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT))
+        return ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, params, opt, data: dict, force: bool = False) -> bool:
         """Starts saving `step` where it is due or forced; every process calls it, with the same data state."""
         if step in self.manager.all_steps() or not (force or self.manager.should_save(step)):
             return False
+        self.wait()
+        self.check_room(params, opt)
         chunks = jax.tree_util.tree_map_with_path(_chunks, params)
-        args = ocp.args.Composite(params=ocp.args.StandardSave(params, chunks), opt=ocp.args.StandardSave(opt),
-                                  data=ocp.args.JsonSave(data))
-        return self.manager.save(step, args=args, force=True)
+        args = ocp.args.Composite(params=_ArraysSave(params, chunks), opt=_ArraysSave(opt), data=ocp.args.JsonSave(data))
+        with self._told(step):
+            self.saving = step
+            return self.manager.save(step, args=args, force=True)
+
+    def saved(self) -> bool:
+        """Whether a save has ended since the last call; what it could not do is raised here, and by `wait`."""
+        if self.saving is None or self.manager.is_saving_in_progress():
+            return False
+        self.wait()
+        return True
+
+    def wait(self):
+        """Until the save under way has ended."""
+        if self.saving is not None:
+            with self._told(self.saving):
+                self.saving = None
+                self.manager.wait_until_finished()
+
+    def check_room(self, params, opt):
+        """Raises where the disk has not room for one more step."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt))) * 1.01 + 1e6
+        self.directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.directory).free
+        if problem := agreed(f"a checkpoint needs {needed / 1e9:.3f} GB, {self.directory} has {free / 1e9:.3f} GB free: make "
+                             "room, and the same command goes on from the last checkpoint" if free < needed else ""):
+            raise ConfigError(problem)
+
+    @contextlib.contextmanager
+    def _told(self, step: int):
+        """Says in one line that a step could not be saved."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if isinstance(error, (ConfigError, TimeoutError)):      # Orbax's, where it waited for another process
+                raise
+            raise ConfigError(f"step {step} could not be saved in {self.directory}: {_short(error)}; the checkpoints there are "
+                              "whole, and the same command goes on from the last") from None
 
     def restore(self, params, opt):
-        """(step, params, opt, data) of the latest committed step, or None where there is none.
+        """(step, params, opt, data) of the newest whole step, or None where there is none.
 
         `params` and `opt` are abstract trees, shardings included. A converted checkpoint has parameters only: its opt
-        and data are None.
+        and data are None. Damaged steps that are newer are renamed STEP.damaged, a line each; ConfigError: all are damaged.
         """
-        number = self.manager.latest_step()
-        if number is None:
-            return None
-        step = Path(self.manager.directory) / str(number)
-        params = _read_tree(step, "params", params)
-        if "opt" not in read_json(step / "_CHECKPOINT_METADATA").get("item_handlers", ()):
-            return number, params, None, None
-        return number, params, _read_tree(step, "opt", opt), read_json(step / "data" / "metadata")
+        self.wait()
+        faults = {}
+        for number in sorted(_steps(self.directory), reverse=True):
+            step = self.directory / str(number)
+            fault = agreed(self._fault(step))
+            if not fault:
+                try:
+                    found = _read_step(step, params, opt)
+                except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                    if isinstance(error, PermissionError) or (self.verify and checksums.read(step)):
+                        raise       # it is as it was written
+                    fault = _short(error)
+                fault = agreed(fault)
+            if not fault:
+                self._set_aside(faults, number)
+                return number, *found
+            faults[number] = fault
+        if faults:
+            told = "; ".join(f"{number}: {fault}" for number, fault in faults.items())
+            raise ConfigError(f"{self.directory} has no whole step ({told}): give another "
+                              "--workdir, or remove them to begin anew")
+        return None
+
+    def _fault(self, step: Path) -> str:
+        try:
+            return checksums.fault(step, "", jax.process_index(), jax.process_count()) if self.verify else ""
+        except PermissionError:
+            raise
+        except OSError as error:        # a bad block
+            return str(error)
+
+    def _set_aside(self, faults: dict[int, str], number: int):
+        """Out of the way of what will be saved as the same steps."""
+        if not faults:
+            return
+        for damaged, fault in faults.items() if jax.process_index() == 0 else ():
+            aside = self.directory / f"{damaged}.damaged"
+            atomic.remove(aside)
+            (self.directory / str(damaged)).rename(aside)
+            print(f"mmx: {self.directory / str(damaged)} is damaged, {fault}: it is now {aside.name}, and the run goes on from "
+                  f"step {number}", file=sys.stderr)
+        agreed("")      # the others wait for that
+        if "manager" in vars(self):
+            self.manager.reload()
 
     def preempted(self, step: int) -> bool:
         """Whether a distributed run was asked to stop (SIGTERM to any process): true at the same step in all."""
@@ -67,8 +199,45 @@ class Checkpoints:
 
     def close(self):
         """Waits for the save under way."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        self.wait()
+        if "manager" in vars(self):
+            self.manager.close()
+
+
+def agreed(problem: str) -> str:
+    """The first problem that a process has, in all of them; each calls it."""
+    if jax.process_count() == 1:
+        return problem
+    mine_N = np.zeros(1000, np.uint8)
+    text = problem.encode()[:mine_N.size]
+    mine_N[:len(text)] = list(text)
+    with jax.transfer_guard_host_to_device("allow"):
+        all_PN = multihost_utils.process_allgather(mine_N)
+    return next((told for each_N in np.asarray(all_PN)
+                 if (told := bytes(each_N).rstrip(b"\0").decode(errors="replace"))), "")
+
+
+def _from_elsewhere(record: logging.LogRecord) -> bool:
+    """Not what Orbax's threads print of errors that `Checkpoints` raises."""
+    return "orbax" not in record.pathname
+
+
+def _short(error: BaseException) -> str:
+    """An error in one line, without the tail of TensorStore's."""
+    return " ".join(str(error).partition(" [")[0].split()) or type(error).__name__
+
+
+def _steps(directory: Path) -> list[int]:
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return [int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)]
+
+
+def _read_step(step: Path, params, opt):
+    table = checksums.read(step)
+    trained = (any(name.startswith("opt/") for name in table) if table
+               else "opt" in read_json(step / "_CHECKPOINT_METADATA").get("item_handlers", ()))
+    params = _read_tree(step, "params", params)
+    return (params, _read_tree(step, "opt", opt), read_json(step / "data" / "metadata")) if trained else (params, None, None)
 
 
 def _chunks(path, leaf) -> ocp.SaveArgs:
@@ -127,8 +296,14 @@ def find_step(path: str | Path) -> tuple[Path, Path] | None:
     if path.name.isdecimal() and path.parent.name == "checkpoints" and path.is_dir():
         return path.parent.parent, path
     steps = path / "checkpoints"
-    found = [p for p in steps.iterdir() if p.name.isdecimal()] if steps.is_dir() else []
-    return (path, max(found, key=lambda p: int(p.name))) if found else None
+    found = _steps(steps)
+    return (path, steps / str(max(found))) if found else None
+
+
+def check(step: Path, item: str) -> None:
+    """Raises where an item of a step is not as its checksums say."""
+    if fault := checksums.fault(step, f"{item}/"):
+        raise ConfigError(f"{step} is damaged, {fault}; an older WORKDIR/checkpoints/STEP may be whole")
 
 
 # No cache, and few copies at a time: what is held is the slice asked for and the chunks that it touches.

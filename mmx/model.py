@@ -19,6 +19,7 @@ from mmx.parallel import vocabulary
 from mmx.parallel.cache import put
 from mmx.parallel.expert import ARRIVED
 from mmx.parallel.sharding import constrain
+from mmx.parallel.vision import show
 
 MIXERS = {"L": Lightning, "S": Softmax}
 
@@ -62,7 +63,7 @@ class Model(nn.Module):
     config: config.Model
 
     @nn.compact
-    def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, cache=None, trace=False, places_BT=None, seen_MD=None):
+    def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, cache=None, trace=False, places_BT=None, seen=None):
         """Hidden states after the final norm; `logits` makes logits of them.
 
         Args:
@@ -72,8 +73,9 @@ class Model(nn.Module):
           positions_BT: positions for RoPE; None: by place (behind the cache's tokens).
           cache: of `parallel.cache.empty_cache`; the tokens continue it.
           trace: also return every layer's input and router logits in the statistics.
-          places_BT: which row of `seen_MD`, counted from 1, stands in a token's place; 0: the token itself. None: no images.
-          seen_MD: of `see`.
+          places_BT: what stands in a token's place: 0 the token itself, 1 the row that ends a row of patches, from 2 on a patch
+            of the row's own block. None: no images.
+          seen: of `see`.
 
         Returns:
           x_BTD, the cache with these tokens in (or None), and a dict of statistics, [layers, ...] each: load_E, prob_E,
@@ -88,7 +90,7 @@ class Model(nn.Module):
         embed_WD = self.param("embed_WD", nn.initializers.normal(c.embed_std), (c.vocab, c.dim))
         x_BTD = vocabulary.embed(embed_WD, tokens_BT, c.dtype)
         if places_BT is not None:
-            x_BTD = jnp.where(places_BT[..., None] > 0, seen_MD[jnp.maximum(places_BT - 1, 0)], x_BTD)
+            x_BTD = show(x_BTD, places_BT, *seen)
         x_BTD = constrain(x_BTD, "BTD")
         log_decay_LPH = jnp.array(c.log_decay, jnp.promote_types(c.dtype, jnp.float32)).reshape(
             c.groups, len(c.pattern), c.heads)
@@ -103,7 +105,7 @@ class Model(nn.Module):
         self.param("head_WD", nn.initializers.normal(c.dim ** -0.5), (c.vocab, c.dim))
         x_BTD = rms_norm(x_BTD, param(self, "norm_D"), c.norm_eps)
         if c.vision.layers and self.is_initializing():      # its parameters are here, what they do is `see`
-            Vision(c, name="vision")(jnp.zeros((1, c.vision.tile, c.vision.tile, 3)))
+            Vision(c, name="vision")(jnp.zeros((1, 1, c.vision.tile, c.vision.tile, 3)))
         return x_BTD, cache, {k: v.reshape(c.layers, *v.shape[2:]) for k, v in stats.items()}
 
 
@@ -114,9 +116,9 @@ def _rematerialised(layer, c: config.Model):
     return nn.remat(layer, policy=jax.checkpoint_policies.save_only_these_names(*[ARRIVED] * c.keep_arrived))
 
 
-def see(c: config.Model, params, pixels_IYXZ):
-    """seen_MD of tiles of pixels: the row that ends a row of patches, then the tiles' patches, tile by tile."""
-    return Vision(c).apply({"params": params["vision"]}, pixels_IYXZ)
+def see(c: config.Model, params, pixels_NIYXZ):
+    """What a model is shown of tiles, block by block of a batch's rows (`data.images.lay`): newline_D, patches_NMD."""
+    return Vision(c).apply({"params": params["vision"]}, pixels_NIYXZ)
 
 
 def logits(params, x_BTD):

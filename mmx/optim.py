@@ -11,16 +11,66 @@ import jax
 import optax
 
 from mmx import config
+from mmx.config import ConfigError
 
 
 def adamw(t: config.Train) -> optax.GradientTransformation:
-    """Clipped AdamW at rate -1: the caller multiplies by the step's learning rate. Norm scales do not decay."""
+    """Clipped AdamW at rate -1: the caller multiplies by the step's learning rate. Scales, shifts and biases do not decay."""
     def decays(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.startswith("norm_"), params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(path[-1].key), params)
+
+    def slowed(updates, _):
+        return jax.tree_util.tree_map_with_path(lambda path, u: u * t.vision_lr if path[0].key == "vision" else u, updates)
     return optax.chain(optax.clip_by_global_norm(t.clip) if t.clip else optax.identity(),
                        optax.scale_by_adam(t.beta1, t.beta2, t.eps),
                        optax.add_decayed_weights(t.weight_decay, decays),
+                       *[optax.stateless(slowed)] * (t.vision_lr != 1),
                        optax.scale(-1.0))
+
+
+def _is_matrix(name: str) -> bool:
+    letters = name.rpartition("_")[2]
+    return not name.startswith("norm_") and len(letters) > 1 and letters != "AK"       # AK: biases of the ViT's heads
+
+
+def split(params: dict, freeze: tuple) -> tuple[dict, dict]:
+    """(learned, frozen): parts are named by their place, as "groups" or "vision.layers". Raises ConfigError for a name of none,
+    and where nothing is left to learn."""
+    known = _parts(params)
+    for name in set(freeze) - set(known):
+        raise ConfigError(f"train.freeze names {name!r}, which is no part of this model{config.nearest(name, known)}")
+    learned, frozen = _split(params, freeze, "")
+    if not learned:
+        raise ConfigError(f"train.freeze={freeze} leaves nothing to learn")
+    return learned, frozen
+
+
+def join(learned: dict, frozen: dict) -> dict:
+    """The parameters that `split` took apart."""
+    both = {name: join(learned[name], frozen[name]) for name in learned.keys() & frozen.keys()}
+    return learned | frozen | both
+
+
+def _split(params, freeze, above):
+    learned, frozen = {}, {}
+    for name, part in params.items():
+        if above + name in freeze:
+            frozen[name] = part
+        elif isinstance(part, dict):
+            kept = _split(part, freeze, f"{above}{name}.")
+            for into, some in zip((learned, frozen), kept):
+                into |= {name: some} if some else {}
+        else:
+            learned[name] = part
+    return learned, frozen
+
+
+def _parts(params, above="") -> list[str]:
+    """The names of all parts, the parameters themselves too."""
+    found = []
+    for name, part in params.items():
+        found += [above + name, *(_parts(part, f"{above}{name}.") if isinstance(part, dict) else ())]
+    return found
 
 
 def micro_batches(t: config.Train, tokens: int) -> int:

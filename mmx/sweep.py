@@ -38,6 +38,7 @@ import mmx
 from mmx import atomic, config, metrics, optim
 from mmx.config import ConfigError, Experiment
 from mmx.data import pipeline, sources, tokens
+from mmx.guards import DivergedError
 
 PARTS = 20              # of a run, over each of which a row has means of what metrics.jsonl has of COURSE
 COURSE = ("tokens", "loss", "grad_norm", "micro_norm", "drop_rate")
@@ -139,8 +140,8 @@ def _check(e: Experiment, holds_out) -> None:
 
 
 def _holds_out(source: str) -> bool:
-    return source == "sotu" or bool(sources.documents(source, "validation"))
-
+    """Whether there is a loss to tell of a source: of text or ids, not of images."""
+    return source == "sotu" or any(not isinstance(raw, sources.Pictured) for _, raw in sources.documents(source, "validation"))
 
 
 class Job(submitit.helpers.Checkpointable):
@@ -176,13 +177,13 @@ def attempt(cell: Cell, folder: Path) -> tuple[str, str]:
 
         try:
             done = train.run(cell.experiment, folder)
-        except train.DivergedError as error:
-            done, found = error.done, {"loss": None, "bits_per_byte": None, "diverged": str(error)}
+        except DivergedError as error:
+            found = {"loss": None, "bits_per_byte": None, "diverged": str(error)}
         else:
             if done["stopped"]:
                 return STOPPED, f"stopped at step {done['step']}"
-            found = _held_out(cell.experiment, folder)
-        row = _row(cell, folder, done["seconds"], found)
+            found = _held_out(cell.experiment, folder) | {"seconds": done["seconds"]}
+        row = _row(cell, folder, found)
         if cell.experiment.train.tensorboard:
             _write_hparams(cell, folder, row)
         _write(folder / "row.json", json.dumps(row))
@@ -214,7 +215,7 @@ def _held_out(e: Experiment, folder: Path) -> dict:
     return found
 
 
-def _row(cell: Cell, folder: Path, seconds: float, found: dict) -> dict:
+def _row(cell: Cell, folder: Path, found: dict) -> dict:
     """What a run found: the cell's keys, counts, losses, that of training over its last twentieth, its course in PARTS."""
     import jax
 
@@ -223,17 +224,24 @@ def _row(cell: Cell, folder: Path, seconds: float, found: dict) -> dict:
     last = records[-max(1, len(records) // 20):]
     parts = [part.tolist() for part in np.array_split(np.array(records, object), max(1, min(PARTS, len(records))))]
     known = last[-1] if last else {}        # none: it diverged at the first step
-    course = {name: [float(np.mean([record[name] for record in part])) for part in parts] for name in COURSE if name in known}
+    course = {name: [_mean([record[name] for record in part]) for part in parts] for name in COURSE if name in known}
     return cell.keys | {
         "name": cell.name, "hash": cell.hash,
         "params": m.params_active, "params_total": m.params_total, "params_active_all": m.params_active_all,
         "tokens": cell.tokens, "steps": e.train.steps,
         "flops": cell.flops, "flops_companion": cell.tokens * m.flops_companion(e.train.length),
-        **found, "train_loss": float(np.mean([record["loss"] for record in last])) if last else None, "course": course,
-        "layer_norms": np.mean([record["layer_norms"] for record in last], axis=0).tolist() if "layer_norms" in known else [],
-        "seconds": seconds, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "seconds": known.get("seconds", 0.0), **found,
+        "train_loss": _mean([record["loss"] for record in last]), "course": course, "skipped": known.get("skipped", 0),
+        "layer_norms": [_mean(norms) for norms in zip(*[record["layer_norms"] for record in last if "layer_norms" in record])],
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {"mmx": mmx.__version__, "jax": jax.__version__, "python": sys.version.split()[0]},
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+
+
+def _mean(values) -> float | None:
+    """Of those that are numbers."""
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else None
 
 
 def _write_hparams(cell: Cell, folder: Path, row: dict) -> None:
@@ -244,7 +252,8 @@ def _write_hparams(cell: Cell, folder: Path, row: dict) -> None:
     keys = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in cell.keys.items()}
     with SummaryWriter(str(folder / "tensorboard")) as board:
         board.add_hparams(keys | {"params": row["params"], "flops": row["flops"]}, {
-            f"final/{name}": row[name] for name in ("loss", "bits_per_byte", "train_loss", "seconds")}, name="hparams")
+            f"final/{name}": row[name] for name in ("loss", "bits_per_byte", "train_loss", "seconds") if row[name] is not None},
+            name="hparams")
 
 
 def _take(lock) -> bool:

@@ -1,8 +1,10 @@
 """The training loop: mesh, data, state, restore, steps (paper section 4.2).
 
 A step takes the ramp's number of micro-batches, adds their gradients, and applies one AdamW update at the rate that
-`optim` gives for the step. Metrics are fetched a step late, so that the device never waits for the host.
+`optim` gives for the step. Metrics are fetched a step late, so that the device never waits for the host. `guards` sees
+them: a step that is no number has changed nothing, after a spike the run goes back to its last checkpoint.
 """
+import contextlib
 import dataclasses
 import functools
 import math
@@ -18,11 +20,12 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from mmx import convert, optim
-from mmx.checkpoint import Checkpoints, check_config, find_step
+from mmx import convert, lock, optim
+from mmx.checkpoint import Checkpoints, agreed, check_config, find_step
 from mmx.config import ConfigError, Experiment, to_json
 from mmx.data import pipeline, tokens
 from mmx.evals.compression import bytes_per_token, head, make_evaluator
+from mmx.guards import Guard
 from mmx.loss import loss
 from mmx.metrics import Log
 from mmx.model import Model
@@ -30,48 +33,50 @@ from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
 
 
-class DivergedError(ConfigError):
-    """A loss or a gradient is no number any more; `done` says where."""
+def train_step(params, opt, batch, lr, *, model: Model, optimizer, loss_chunk: int, freeze: tuple = (),
+               contrastive: float = 0.0):
+    """One update by the gradient of the mean over all the micro-batches' targets; none where loss or gradient is no number.
 
-    def __init__(self, message: str, done: dict):
-        super().__init__(message)
-        self.done = done
-
-
-def train_step(params, opt, batch, lr, *, model: Model, optimizer, loss_chunk: int):
-    """One update by the gradient of the mean over all the micro-batches' targets. `batch` is [micro-batches, B, T] by name."""
-    grad = jax.value_and_grad(lambda p, b: loss(model, p, b, loss_chunk), has_aux=True)
+    `batch` is [micro-batches, B, T] by name, of images' tiles [micro-batches, blocks of rows, ...]. What `freeze` names is no
+    part of gradients, updates and `opt`.
+    """
+    learned, frozen = optim.split(params, freeze)
+    grad = jax.value_and_grad(lambda p, b: loss(model, optim.join(p, frozen), b, loss_chunk, contrastive), has_aux=True)
 
     def micro(total, micro_batch):
-        (_, metrics), grads = grad(params, micro_batch)
+        (_, metrics), grads = grad(learned, micro_batch)
         total = jax.tree.map(lambda t, g: t + metrics["targets"] * g, total, grads)
         return total, metrics | {"micro_square": optax.tree.norm(grads, squared=True)}
 
     if len(batch["tokens"]) == 1:
-        (_, metrics), grads = grad(params, jax.tree.map(lambda x: x[0], batch))
+        (_, metrics), grads = grad(learned, jax.tree.map(lambda x: x[0], batch))
     else:
-        grads, metrics = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, params), batch)
+        grads, metrics = jax.lax.scan(micro, jax.tree.map(jnp.zeros_like, learned), batch)
         targets_N = metrics["targets"]      # micro-batches with more of them weigh more, as in one large batch
         count = targets_N.sum()             # none where all rows are parts of prompts
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
         metrics = jax.tree.map(lambda m_N: jnp.average(m_N, 0, jnp.where(count, targets_N, 1)), metrics)
-    updates, opt = optimizer.update(grads, opt, params)
-    params = optax.apply_updates(params, jax.tree.map(lambda u: lr * u, updates))
-    return params, opt, metrics | {"grad_norm": optax.tree.norm(grads), "layer_norms": _layer_norms(grads["groups"])}
+    norm = optax.tree.norm(grads)
+    sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    updates, moved = optimizer.update(grads, opt, learned)
+    moved = optax.apply_updates(learned, jax.tree.map(lambda u: lr * u, updates)), moved
+    learned, opt = jax.tree.map(lambda new, old: jnp.where(sound, new, old), moved, (learned, opt))
+    return optim.join(learned, frozen), opt, metrics | {"grad_norm": norm} | _layer_norms(grads.get("groups", {}))
 
 
-def _layer_norms(grads):
-    """Norms of the layers' gradients, of which the groups' are stacked."""
+def _layer_norms(grads) -> dict:
+    """Norms of the gradients of the layers that learn, of which the groups' are stacked."""
     def square_L(x):
         return jnp.sum(x ** 2, axis=tuple(range(1, x.ndim)))
-    squares_PL = [sum(map(square_L, jax.tree.leaves(grads[f"layer_{place}"]))) for place in range(len(grads))]
-    return jnp.sqrt(jnp.stack(squares_PL, axis=1).reshape(-1))
+    names = sorted(grads, key=lambda name: int(name.removeprefix("layer_")))
+    squares_PL = [sum(map(square_L, jax.tree.leaves(grads[name]))) for name in names]
+    return {"layer_norms": jnp.sqrt(jnp.stack(squares_PL, axis=1).reshape(-1))} if names else {}
 
 
-def init(model: Model, optimizer, seed: int):
+def init(model: Model, optimizer, seed: int, freeze: tuple = ()):
     """Parameters and optimizer state of step 0."""
     params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
-    return params, optimizer.init(params)
+    return params, optimizer.init(optim.split(params, freeze)[0])
 
 
 def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int = 1) -> dict:
@@ -82,74 +87,101 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
     one WORKDIR; "process" is which one this is.
     """
     t, workdir = experiment.train, Path(workdir)
-    if experiment.model.vision.layers:
-        raise ConfigError(f"model.vision.layers={experiment.model.vision.layers}: no training on images is built yet; set it "
-                          "to 0 to train the text model")
+    optim.split(convert.abstract_params(experiment.model), t.freeze)
     tokenizer = tokens.tokenizer(experiment.data.tokenizer)
     tokens.check_vocab(tokenizer, experiment.model.vocab)
     mesh = meshes.make(experiment, processes)
     _check_same(experiment)
     host, hosts = meshes.reader(mesh)
-    stream = pipeline.stream(experiment.data, t, host=host, hosts=hosts)
+    stream = pipeline.stream(experiment.data, t, host=host, hosts=hosts, vision=experiment.model.vision,
+                             blocks=sharding.size(mesh, sharding.ROWS), share=sharding.size(mesh, sharding.TIME))
     held_out = pipeline.validation(experiment.data)
     if t.eval_every and not held_out:
-        raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text, data.sources holds ids alone: set it to 0")
+        raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text, data.sources holds ids or images alone: set "
+                          "it to 0")
     ratio = bytes_per_token(tokenizer, head(held_out, t.eval_bytes and max(t.eval_bytes, 65_536)))
     if experiment.model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ConfigError("model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment: without it JAX has float32 alone")
     origin = convert.open_start(t.init_from, experiment.model) if t.init_from and not find_step(workdir) else None
-    check_config(workdir, experiment)
-
     model, optimizer = Model(experiment.model), optim.adamw(t)
     undropped = Model(dataclasses.replace(experiment.model, capacity=0.0, transport=0.0))       # inference drops no token
-    whole, rows = sharding.whole(mesh), sharding.batch(mesh, leading=1)
-    checkpoints = Checkpoints(workdir, experiment.checkpoint.every, experiment.checkpoint.keep)
-    with jax.set_mesh(mesh), jax.transfer_guard_host_to_device("disallow"), _Stop() as stop:
-        make = functools.partial(init, model, optimizer, t.seed)
+    whole, rows, tiles = sharding.whole(mesh), sharding.batch(mesh, leading=1), sharding.tiles(mesh, leading=1)
+    c = experiment.checkpoint
+    checkpoints, guard = Checkpoints(workdir, c.every, c.keep, c.verify), Guard(experiment)
+    with _held(workdir), jax.set_mesh(mesh), jax.transfer_guard_host_to_device("disallow"), _Stop() as stop:
+        check_config(workdir, experiment)
+        make = functools.partial(init, model, optimizer, t.seed, t.freeze)
         abstract = jax.eval_shape(make)
         kept = sharding.tree(abstract, mesh)
         make, placed = jax.jit(make, out_shardings=kept), jax.tree.map(_placed, abstract, kept)
-        step, before, state = 0, 0.0, checkpoints.restore(*placed)
-        if origin:
-            state = 0, convert.start(origin, placed[0]), None, None
-        if state is None:
-            params, opt = make()
-        else:
-            step, params, opt, data = state
+        begun = {"stream": stream.state(), "seconds": 0.0, "guard": None}
+
+        def stand():
+            """(step, params, opt, position) of the last checkpoint, or of the beginning."""
+            state = checkpoints.restore(*placed)
+            if state is None and origin:
+                state = 0, convert.start(origin, placed[0]), None, None
+            if state is None:
+                return 0, *make(), begun
+            step, params, opt, position = state
             if opt is None:         # train.init_from or a converted checkpoint: its parameters, a new run
-                opt = jax.jit(optimizer.init, out_shardings=kept[1])(params)
-            else:
-                stream.restore(data["stream"])
-                before = data["seconds"]
-        update = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, loss_chunk=t.loss_chunk),
+                opt = jax.jit(optimizer.init, out_shardings=kept[1])(optim.split(params, t.freeze)[0])
+                position = begun
+            return step, params, opt, position
+
+        step, params, opt, position = stand()
+        stream.restore(position["stream"])
+        guard.restore(position.get("guard"))
+        before = position["seconds"]
+        update = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, loss_chunk=t.loss_chunk,
+                                           freeze=t.freeze, contrastive=t.contrastive),
                          donate_argnums=(0, 1), out_shardings=(*kept, whole))
         evaluate = make_evaluator(undropped, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
                                   loss_chunk=t.loss_chunk, sharding=sharding.batch(mesh))
         first, log = step, Log(workdir, t, step, optim.tokens_seen(t, step), write=jax.process_index() == 0)
-        report = functools.partial(_report, log, experiment, ratio)
-        total, pending, begin = optim.tokens_seen(t, t.steps), None, time.monotonic()
+        report = functools.partial(_report, log, experiment, ratio, guard)
+        total, begin = optim.tokens_seen(t, t.steps), time.monotonic()
+        pending, spike, behind = None, None, {}
         try:
             while True:
+                if spike:           # what is older than the checkpoint makes room for it
+                    params = opt = metrics = pending = None
+                    _leave_out(stream, experiment, behind, *spike)
+                    step, params, opt, position = stand()
+                    stream.repeat(position["stream"])
+                    guard.went_back(position.get("guard"))
+                    log.go_back(step, optim.tokens_seen(t, step))
+                    log.say(f"{spike[1]}: back to step {step}, the data since then are left out", step)
+                    spike = None
                 seen, seconds = optim.tokens_seen(t, step), before + time.monotonic() - begin
                 progress = _first_process(seconds) / t.seconds if t.seconds else seen / total
                 if checkpoints.preempted(step):
                     stop.asked = signal.SIGTERM
                 done = progress >= 1 or stop.asked
                 if pending and (done or step % experiment.checkpoint.every == 0):
-                    pending = report(*pending)
+                    spike, pending = report(*pending), None
+                    if spike:
+                        continue
                     log.flush()
-                    position = {"stream": stream.state(), "seconds": seconds}
-                    checkpoints.save(step, params, opt, position, force=done)
+                    position = {"stream": stream.state(), "seconds": seconds, "guard": guard.state()}
+                    if checkpoints.save(step, params, opt, position, force=done):
+                        guard.saved()
+                checkpoints.saved()         # an error of the save under way is told now
                 if done:
                     break
+                if step == first:
+                    checkpoints.check_room(params, opt)
                 lr = optim.learning_rate(t, step, progress)
-                batch = [stream.next() for _ in range(optim.micro_batches(t, seen))]
-                batch = {k: _global(rows, np.stack([b[k] for b in batch]), hosts) for k in batch[0]}
+                batch = pipeline.together([stream.next() for _ in range(optim.micro_batches(t, seen))])
+                looks = int(batch.pop("tiles", np.int64(0)).sum())
+                batch = {k: _global(tiles if k in ("pixels", "ends") else rows, x, hosts) for k, x in batch.items()}
                 params, opt, metrics = update(params, opt, batch, _global(whole, np.float32(lr)))
                 step += 1
                 if pending:
-                    report(*pending)
-                pending = step, optim.tokens_seen(t, step), lr, metrics, before + time.monotonic() - begin
+                    spike = report(*pending)
+                if experiment.guard.spike:
+                    behind = {step - 1: behind.get(step - 1), step: stream.state()}
+                pending = step, optim.tokens_seen(t, step), lr, metrics, before + time.monotonic() - begin, looks
                 log.bar.update()
                 with jax.transfer_guard_host_to_device("allow"):
                     if t.eval_every and step % t.eval_every == 0:
@@ -157,30 +189,57 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
                     if sample and t.sample_every and step % t.sample_every == 0:
                         log.text("sample", sample(undropped, params, tokenizer, t.sample_prompt), step)
         finally:
-            log.close()
-            checkpoints.close()
+            with contextlib.closing(checkpoints):
+                log.close()
     return {"step": step, "new": step - first, "seconds": before + time.monotonic() - begin, "stopped": stop.asked,
             "process": jax.process_index()}
 
 
-def _report(log, experiment, ratio, step, seen, lr, metrics, seconds):
-    """Fetches a step's metrics and writes them (`ratio`: bytes a token); a loss or gradient that is no number ends the run."""
-    m = jax.device_get(metrics)
-    if not (math.isfinite(m["loss"]) and math.isfinite(m["grad_norm"])):
-        raise DivergedError(f"step {step} has loss {m['loss']}, gradient norm {m['grad_norm']}: lower train.lr="
-                            f"{experiment.train.lr} or train.clip={experiment.train.clip}, in another --workdir; the "
-                            "checkpoints here are from before", {"step": step, "seconds": seconds})
-    rate = log.tokens_per_s(seen)
+@contextlib.contextmanager
+def _held(workdir: Path):
+    """Process 0 holds the workdir for all meanwhile."""
+    with contextlib.ExitStack() as stack:
+        problem = ""
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(lock.held(workdir))
+            except ConfigError as error:
+                problem = str(error)
+        if problem := agreed(problem):
+            raise ConfigError(problem)
+        yield
+
+
+def _leave_out(stream, experiment, behind: dict, at: int, _) -> None:
+    """Takes the stream behind the data of step `at`, and of guard.beyond steps more."""
+    stream.restore(behind[at])
+    t = experiment.train
+    for _ in range(experiment.guard.beyond * optim.micro_batches(t, optim.tokens_seen(t, at))):
+        stream.next()
+
+
+def _report(log, experiment, ratio, guard, step, seen, lr, metrics, seconds, looks=0):
+    """Fetches a step's metrics and writes them (`ratio`: bytes a token; `looks`: tiles seen); (step, why) to go back."""
+    m, c = jax.device_get(metrics), experiment.model
+    skipped = guard.skipped
+    if why := guard.see(step, float(m["loss"]), float(m["grad_norm"])):
+        return step, why
+    if guard.skipped > skipped:
+        log.say(f"step {step} has loss {m['loss']}, gradient norm {m['grad_norm']}: it changed nothing", step)
+    rate, tiles = log.tokens_per_s(seen), looks / (seen - optim.tokens_seen(experiment.train, step - 1))     # a token
     record = {"step": step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / ratio,
               "tokens": seen, "lr": lr, "grad_norm": float(m["grad_norm"]), "seconds": seconds,
               "aux_loss": float(m["aux_loss"]), "z_loss": float(m["z_loss"]), "drop_rate": float(m["dropped"].mean()),
-              "overflow_rate": float(m["overflow"].mean()),
+              "overflow_rate": float(m["overflow"].mean()), "skipped": guard.skipped, "rollbacks": guard.rollbacks,
               "tokens_per_s": rate,
-              "flops_per_s": rate * experiment.model.flops_training(experiment.train.length),
-              "layer_norms": [float(f"{norm:.4g}") for norm in m["layer_norms"]]}
+              "flops_per_s": rate * (c.flops_training(experiment.train.length) + 3 * tiles * c.vision.flops_tile(c.dim))}
+    record |= {"tiles": looks} if c.vision.layers else {}
+    record |= {name: float(m[name]) for name in ("contrastive_loss",) if name in m}
+    if "layer_norms" in m:
+        record["layer_norms"] = [float(f"{norm:.4g}") for norm in m["layer_norms"]]
     if "micro_square" in m:     # of the micro-batches' gradients: how far it is above grad_norm tells their noise
         record["micro_norm"] = math.sqrt(m["micro_square"])
-    log.step(record, m["load_E"], m["dropped"], step % experiment.train.log_every == 0)
+    log.step(record, m["load_E"], m["dropped"], step % experiment.train.log_every == 0 and not guard.row)
 
 
 def _check_same(experiment: Experiment) -> None:

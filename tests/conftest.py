@@ -3,12 +3,14 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Most of the suite's time is LLVM's, on programs that run for milliseconds: without its optimizations it is half.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Most of the suite's time is LLVM's, on programs that run for milliseconds: without its optimizations it is half.
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec as P
 
@@ -34,3 +36,17 @@ def ragged_on_cpu():
     traced = jax.make_jaxpr(exchange)(jnp.zeros((1, 1)))
     primitive = next(eqn.primitive for eqn in traced.eqns[0].params["jaxpr"].eqns if "ragged" in eqn.primitive.name)
     mlir.register_lowering(primitive, mlir.lower_fun(from_all, multiple_results=False), platform="cpu")
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """For a file whose tests run the same few programs, and in subprocesses too: most of their time is compilation."""
+    options = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+               "jax_persistent_cache_min_compile_time_secs": 0.2}
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()     # it looks at the options once
+        if values is options:
+            yield {name.upper(): str(value) for name, value in options.items()}

@@ -1,16 +1,21 @@
 """Checkpoints: what is saved comes back bit by bit, half-written steps are ignored, another config is refused."""
 import dataclasses
+import errno
 import json
+import re
 import shutil
+import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
-from mmx import checkpoint, config, convert
+from mmx import checkpoint, checksums, config, convert
 from mmx.checkpoint import Checkpoints, check_config
 from mmx.config import ConfigError
 
@@ -93,11 +98,11 @@ def test_half_written_steps_are_ignored_damaged_ones_are_not(workdir, tmp_path):
     shutil.copytree(steps / "5", steps / "6.orbax-checkpoint-tmp")
     (steps / "7").mkdir()
     assert checkpoint.find_step(tmp_path / "run") == (tmp_path / "run", steps / "7")    # damaged, and never passed over
-    (steps / "7").rmdir()
-    assert checkpoint.find_step(tmp_path / "run") == (tmp_path / "run", steps / "5")
     checkpoints = Checkpoints(tmp_path / "run", every=2, keep=2)
     assert checkpoints.restore(abstract(params), abstract(opt))[0] == 5
+    checkpoints.save(7, params, opt, {}, force=True)
     checkpoints.close()
+    assert sorted(p.name for p in steps.iterdir()) == ["5", "7", "7.damaged"]
 
 
 def test_params_are_read_by_slices(workdir):
@@ -164,14 +169,17 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_step_is_one_line_that_names_the_place(workdir, tmp_path, damage):
+def test_damage_is_one_line_that_names_the_place(workdir, tmp_path, damage):
+    """In steps without checksums, the only ones of a run."""
     path, (params, opt), *_ = workdir
     spoil, message = DAMAGES[damage]
     run = shutil.copytree(path, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "4")
+    (run / "checkpoints" / "5" / checksums.NAME).unlink()
     spoil(run / "checkpoints" / "5")
     if damage != "config":          # where `check_config` comes first
         checkpoints = Checkpoints(run, every=2, keep=2)
-        with pytest.raises(ConfigError, match=message) as caught:
+        with pytest.raises(ConfigError, match=f"has no whole step \\(5: .*{message}") as caught:
             checkpoints.restore(abstract(params), abstract(opt))
         checkpoints.close()
         assert "\n" not in str(caught.value)
@@ -179,6 +187,82 @@ def test_a_damaged_step_is_one_line_that_names_the_place(workdir, tmp_path, dama
         with pytest.raises(ConfigError, match=message):
             convert.to_hf(run, tmp_path / "hf", progress=False)
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["checksums", "no checksums"])
+def test_a_damaged_step_is_passed_over(checked, workdir, tmp_path, capfd):
+    """And set aside: the run saves that step again."""
+    path, (params, opt), *_ = workdir
+    run = shutil.copytree(path, tmp_path / "run")
+    chunk("opt", "0.nu.head_WD/0")(run / "checkpoints" / "5")
+    if not checked:
+        (run / "checkpoints" / "5" / checksums.NAME).unlink()
+    checkpoints = Checkpoints(run, every=2, keep=2)
+    capfd.readouterr()
+    step, _, _, data = checkpoints.restore(abstract(params), abstract(opt))
+    told = capfd.readouterr().err
+    named = "opt/manifest.ocdbt .*" if checked else ".*0.nu.head_WD/0.0.* is missing.*"
+    assert re.fullmatch(rf"mmx: {run}/checkpoints/5 is damaged, {named}: it is now 5.damaged, and the run goes on from step 4"
+                        "\n", told), told
+    assert step == data["at"] == 4
+    assert checkpoints.save(5, params, opt, {"at": 5}, force=True)
+    checkpoints.close()
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["4", "5", "5.damaged"]
+
+
+def test_what_is_not_verified_is_read(workdir, tmp_path, capfd):
+    """checkpoint.verify=False: what nothing reads may be damaged."""
+    path, (params, opt), *_ = workdir
+    run = shutil.copytree(path, tmp_path / "run")
+    (run / "checkpoints" / "5" / "params" / "_sharding").write_text("")
+    for verify, step in ((False, 5), (True, 4)):
+        checkpoints = Checkpoints(run, every=2, keep=2, verify=verify)
+        assert checkpoints.restore(abstract(params), abstract(opt))[0] == step
+        checkpoints.close()
+
+
+def test_orbax_reads_what_is_saved(workdir):
+    """Without mmx's own handler."""
+    path, (params, _), *_ = workdir
+    manager = ocp.CheckpointManager(path / "checkpoints")
+    back = manager.restore(5, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract(params))))
+    equal(back["params"], params)
+
+
+def test_a_save_that_fails_is_told_and_removes_nothing(tmp_path, monkeypatch):
+    """Behind the loop's back, in Orbax's thread; what it left is cleaned up."""
+    params, opt = random_params(), {"step": jnp.zeros(())}
+    checkpoints = Checkpoints(tmp_path, every=1, keep=1)
+    checkpoints.save(1, params, opt, {})
+    checkpoints.wait()
+
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "x"))
+
+    monkeypatch.setattr(checksums, "write", full)
+    checkpoints.save(2, params, opt, {})
+    with pytest.raises(ConfigError, match="^step 2 could not be saved in .*No space left on device.* goes on from the last$"):
+        for _ in range(600):
+            checkpoints.saved()
+            time.sleep(0.1)
+    checkpoints.close()
+    monkeypatch.undo()
+    assert checkpoint.find_step(tmp_path)[1].name == "1"
+    checkpoints = Checkpoints(tmp_path, every=1, keep=1)
+    assert checkpoints.restore(abstract(params), abstract(opt))[0] == 1
+    checkpoints.save(3, params, opt, {})
+    checkpoints.close()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+def test_room_is_asked_for_before_it_is_needed(tmp_path, monkeypatch):
+    params, opt = random_params(), {"step": jnp.zeros(())}
+    checkpoints = Checkpoints(tmp_path, every=1, keep=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
+    with pytest.raises(ConfigError, match=r"^a checkpoint needs 0.001 GB, .*/checkpoints has 0.001 GB free: make ") as caught:
+        checkpoints.save(1, params, opt, {})
+    assert "\n" not in str(caught.value) and not list((tmp_path / "checkpoints").iterdir())
+    checkpoints.close()
 
 
 def test_a_run_keeps_its_tokenizer(tmp_path):

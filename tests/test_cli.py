@@ -404,3 +404,17 @@ def test_sigterm_saves_and_the_screen_stays_clean(place):
     step = metrics.read(place / "stopped")[-1]["step"]
     assert out == f"stopped at step {step:,} and saved; the same command goes on from there\n"
     assert (steps / str(step)).is_dir()
+
+
+def test_config_counts_what_is_compiled(monkeypatch, capsys):
+    found = {"flops": 6e6, "devices": 4, "tokens": 2048, "unknown": {}}
+    monkeypatch.setattr("mmx.aot.run", lambda e, topology: found)
+    assert cli.main(["config", "experiments/tiny.py", "--compiled", "v5p:2x2x1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["flops_per_token_compiled"] == 6e6 * 4 / 2048
+    found["unknown"] = {"pallas_call": 2}
+    assert cli.main(["config", "experiments/tiny.py", "--compiled", "h100:1x1"]) == 2
+    assert "what pallas_call computes" in capsys.readouterr().err
+    del found["flops"]
+    found["peak"] = 3e11
+    assert cli.main(["config", "experiments/text_01.py", "--compiled", "v5p:2x2x1"]) == 2
+    assert "needs 300 GB a chip" in capsys.readouterr().err

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmx import checkpoint, config, convert, inference, metrics, optim, train
@@ -21,8 +20,10 @@ from mmx import loss as losses
 from mmx.config import ConfigError
 from mmx.convert import load
 from mmx.data import pipeline
+from mmx.guards import DivergedError
 from mmx.model import Model
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[1]
 TIMES = {"seconds", "tokens_per_s", "flops_per_s"}
 STEPS = 12
@@ -42,20 +43,6 @@ print(train.run(experiment, workdir))
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The same few programs run in nearly all these tests, and in their subprocesses: most of the time is compilation."""
-    options = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-               "jax_persistent_cache_min_compile_time_secs": 0.2}
-    before = {name: getattr(jax.config, name) for name in options}
-    for values in (options, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()     # it looks at the options once
-        if values is options:
-            yield {name.upper(): str(value) for name, value in options.items()}
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
@@ -64,10 +51,11 @@ def text(tmp_path_factory):
     return str(folder)
 
 
-def experiment(text, model=(), mesh=(), every=5, **changes):
+def experiment(text, model=(), mesh=(), every=5, guard=(), **changes):
     options = {"steps": STEPS, "batch": 4, "length": 32, "warmup": 2, "lr": 1e-2, "log_every": 1, "tensorboard": False}
     return config.build({"model": {**MODEL, "capacity": 1.0, **dict(model)}, "train": options | changes,
-                         "data": {"sources": (text,)}, "checkpoint": {"every": every}, "mesh": {"edp": 1, **dict(mesh)}})
+                         "data": {"sources": (text,)},
+                         "checkpoint": {"every": every}, "guard": dict(guard), "mesh": {"edp": 1, **dict(mesh)}})
 
 
 def ramped(text, **changes):
@@ -147,7 +135,7 @@ def test_interrupted_anywhere_it_resumes_bit_by_bit(whole, text, tmp_path, monke
     print(f"stop at step {stop}")
 
     def report(*args):
-        if args[3] == stop:
+        if args[4] == stop:
             with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
                 jnp.add(np.ones(3, np.float32), 1)
             raise KeyboardInterrupt
@@ -295,19 +283,71 @@ def test_the_clock_ends_the_run_and_leads_its_rate(text, tmp_path, monkeypatch):
     assert 0 < records[-1]["lr"] < 0.11 * max(r["lr"] for r in records)
 
 
-def test_a_run_that_diverges_ends_before_it_is_saved(text, tmp_path):
-    """At this rate step 2 has a finite loss, and a gradient that is no number: its parameters are lost."""
-    with pytest.raises(ConfigError, match=r"^step 2 has loss .*: lower train.lr=1e\+30 or train.clip=1.0") as caught:
-        train.run(experiment(text, lr=1e30, warmup=0, every=1), tmp_path)
+@pytest.mark.parametrize("skips, last, told_of", [(0, 1, ""), (2, 3, ", as the 2 steps before it")])
+def test_a_run_that_diverges_ends(skips, last, told_of, text, tmp_path):
+    """At this rate step 2 has a finite loss, and a gradient that is no number, as all after it."""
+    with pytest.raises(DivergedError, match=rf"^step {last + 1} has loss .*{told_of}: lower train.lr=1e\+30 or train.clip=1.0"
+                       ) as caught:
+        train.run(experiment(text, lr=1e30, warmup=0, every=1, guard={"skips": skips}), tmp_path)
     assert "\n" not in str(caught.value)
-    assert checkpoint.find_step(tmp_path)[1].name == "1" and [r["step"] for r in told(tmp_path)] == [1]
+    assert checkpoint.find_step(tmp_path)[1].name == str(last) and len(metrics.read(tmp_path)) == last
+    assert metrics.read(tmp_path)[-1]["skipped"] == skips
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(load(tmp_path).params))
 
 
-@pytest.mark.parametrize("loss,grad_norm", [(np.nan, 1), (np.inf, 1), (1, np.nan), (1, np.inf)])
-def test_what_is_no_number_ends_the_run(loss, grad_norm, text):
-    with pytest.raises(ConfigError, match=f"^step 3 has loss {loss}, gradient norm {grad_norm}: lower"):
-        train._report(None, experiment(text), 1.0, 3, 384, 0.1, {"loss": loss, "grad_norm": grad_norm}, 1.0)
+def test_a_step_that_is_no_number_changes_nothing(text, tmp_path, monkeypatch):
+    """Neither parameters nor optimizer; it is counted, and told as null."""
+    batch = batch_of(1, 8)
+    batch["weights"][0, 3, 3] = np.nan
+    params, after, opt, _ = one_step(batch)
+    jax.tree.map(np.testing.assert_array_equal, after, params)
+    assert not any(np.any(x) for x in jax.tree.leaves(opt))
+
+    def next_(self):
+        batch = given(self)
+        if self._step in (3, 4):        # the fourth and fifth
+            batch["weights"][0, 5] = np.nan
+        return batch
+
+    given = pipeline.Stream.next
+    monkeypatch.setattr(pipeline.Stream, "next", next_)
+    train.run(experiment(text, guard={"skips": 2}), tmp_path)
+    records = metrics.read(tmp_path)
+    assert [r["skipped"] for r in records] == [0] * 3 + [1] + [2] * 8
+    assert [np.isfinite(r["loss"]) for r in records] == [True] * 3 + [False] * 2 + [True] * 7
+    assert '"loss": null' in (tmp_path / "metrics.jsonl").read_text()
+    assert records[-1]["loss"] < records[2]["loss"]
+
+
+def test_a_spike_takes_the_run_back_and_its_data_are_left_out(text, tmp_path, monkeypatch, compiled_once):
+    """Interrupted after it, the run ends the same; other data take the place of those lost, also in the ramp."""
+    def run(name, **options):
+        leap, read = iter([1.0]), []
+
+        def learning_rate(t, step, progress):
+            return next(leap, rate(t, step, progress)) if step == 6 else rate(t, step, progress)
+
+        def next_(self):
+            read.append((self._step + (not self._left), self._micro))
+            return given(self)
+
+        monkeypatch.setattr(optim, "learning_rate", learning_rate)
+        monkeypatch.setattr(pipeline.Stream, "next", next_)
+        train.run(ramped(text, guard={"spike": 0.5, "window": 3, "beyond": 1}, every=4, **options), tmp_path / name)
+        return read
+
+    rate, given = optim.learning_rate, pipeline.Stream.next
+    read, records = run("whole"), metrics.read(tmp_path / "whole")
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert [r["rollbacks"] for r in records] == [0] * 4 + [1] * 8
+    at = next(n for n, (step, _) in enumerate(read) if n and step < read[n - 1][0])     # back at the fifth step
+    steps, micros = zip(*read)
+    assert steps[:at] == (0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 8, 8) and micros[:at] == (*range(14), 12, 13)
+    assert steps[at:] == (4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9, 10, 10, 11, 11) and micros[at:] == tuple(range(14, 30))
+    run("again", steps=9)
+    monkeypatch.setattr(optim, "learning_rate", rate)       # the data that it spiked on are behind it
+    train.run(ramped(text, guard={"spike": 0.5, "window": 3, "beyond": 1}, every=4), tmp_path / "again")
+    assert_same_run(tmp_path / "again", tmp_path / "whole")
 
 
 def test_a_run_of_another_config_is_refused(whole, text):
@@ -326,8 +366,3 @@ def test_a_step_with_nothing_to_learn_is_no_mistake(text):
     _, _, told = train.train_step(params, opt, zeros | {"weights": jnp.zeros((2, 2, 32))}, jnp.float32(1e-2), model=model,
                                   optimizer=optimizer, loss_chunk=t.loss_chunk)
     assert told["loss"] == 0 and np.isfinite(told["grad_norm"])
-
-
-def test_a_model_that_sees_is_not_trained_yet(text, tmp_path):
-    with pytest.raises(ConfigError, match="no training on images is built yet"):
-        train.run(experiment(text, model={"vision": {"layers": 1, "token": 1}}), tmp_path / "run")

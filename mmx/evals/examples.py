@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mmx import config
 from mmx.config import ConfigError, nearest
+from mmx.data import images
 
 
 class Example(NamedTuple):
@@ -18,6 +20,7 @@ class Example(NamedTuple):
     steps: int = 0                  # tokens to generate at most
     stop: tuple[str, ...] = ()
     meta: dict = {}                 # more about it, for its line of the result
+    images: tuple = ()              # that the prompt marks, what `mmx.data.images.read` takes
 
 
 class Ask(NamedTuple):
@@ -30,6 +33,7 @@ class Ask(NamedTuple):
     data: Path | None = None        # the user's files
     context: int = 0                # tokens of a prompt at most
     train: bool = False             # to train on: other examples than those of an evaluation, in training text
+    vision: config.Vision | None = None     # of the checkpoint
 
 
 class Task(NamedTuple):
@@ -83,6 +87,16 @@ def draws(*key) -> np.random.Generator:
 def count(text: str, tokenizer) -> int:
     """Tokens of a prompt, the beginning of text among them."""
     return 1 + len(tokenizer.encode(text.encode()))
+
+
+def size(example: Example, ask: Ask) -> int:
+    """Tokens that are read before it is answered."""
+    if not isinstance(example.prompt, str):
+        return len(example.prompt)
+    if not example.images:
+        return count(example.prompt, ask.tokenizer)
+    shown = sum(int(images.count(ask.vision, *images.size(image))) for image in example.images)
+    return count(example.prompt.replace(images.MARK, ""), ask.tokenizer) + shown
 
 
 def budget(tokenizer, least: int, answers) -> int:

@@ -18,21 +18,21 @@ from tqdm.auto import tqdm
 from mmx import atomic, checkpoint, inference
 from mmx.config import ConfigError, nearest
 from mmx.data import tokens
-from mmx.evals.examples import Ask, count, document, show_length
+from mmx.evals.examples import Ask, document, show_length, size
 from mmx.evals.suites import SUITES, Suite
 
 SCALE = {"accuracy": 100, "chrF": 1, "perplexity": 1}       # to what tables and pictures show
 
 
 class Reader(NamedTuple):
-    write: Callable     # (prompt, steps, stop) -> its continuation
+    write: Callable     # (prompt, steps, stop, *images) -> its continuation
     read: Callable      # (ids_T, next_T) -> (nats_T of the next ids, best_T: the likeliest ones)
 
 
 def reader(loaded) -> Reader:
     """A checkpoint that `mmx.load` gave, greedy."""
-    def write(prompt, steps, stop):
-        return inference.generate(loaded, [prompt], steps=steps, stop=stop)[0]
+    def write(prompt, steps, stop, *images):
+        return inference.generate(loaded, [prompt], steps=steps, stop=stop, images=[images] if images else ())[0]
 
     def read(ids_T, next_T):
         return inference.score(loaded, ids_T, np.maximum(next_T, 0))
@@ -47,7 +47,7 @@ def find(name: str) -> Suite:
 
 
 def evaluate_checkpoint(path, name: str, out: Path, weights_dtype: str | None = None, **ask) -> dict:
-    """A suite on a checkpoint, as `mmx eval --suite` runs it; `ask` has the fields of `Ask` but for the tokenizer."""
+    """A suite on a checkpoint, as `mmx eval --suite` runs it; `ask` has the fields of `Ask` but for the checkpoint's."""
     find(name)
     from mmx import convert  # here, for train imports this package
 
@@ -56,7 +56,7 @@ def evaluate_checkpoint(path, name: str, out: Path, weights_dtype: str | None = 
     _, step = checkpoint.find_step(path) or (None, None)
     about = {"checkpoint": str(Path(path).resolve()), "step": step and int(step.name), "tokenizer": loaded.tokenizer,
              "weights_dtype": weights_dtype}
-    return run(name, Ask(tokenizer, **ask), reader(loaded), out, about, progress=True)
+    return run(name, Ask(tokenizer, vision=loaded.config.vision, **ask), reader(loaded), out, about, progress=True)
 
 
 def write(name: str, path: Path, tokenizer: str = "bytes", **ask) -> int:
@@ -66,7 +66,7 @@ def write(name: str, path: Path, tokenizer: str = "bytes", **ask) -> int:
     """
     suite = find(name)
     if not suite.learned:
-        raise ConfigError(f"{name} is made of files to be evaluated on, not to be trained on: give another --suite")
+        raise ConfigError(f"{name} is to be evaluated on, not to be trained on: give another --suite")
     tasks = list(suite.plan(Ask(tokens.tokenizer(tokenizer), train=True, **ask)))
     with atomic.replacing(path) as file:
         for task in tqdm(tasks, name, unit="example", disable=None):
@@ -114,19 +114,18 @@ def run(name: str, ask: Ask, model: Reader, out: Path, about: dict, progress: bo
 def _answered(suite: Suite, task, ask: Ask, model: Reader) -> dict:
     """The line of an example."""
     example = task.make()
-    text = isinstance(example.prompt, str)
-    size = count(example.prompt, ask.tokenizer) if text else len(example.prompt)
-    if ask.context and size > ask.context:
-        raise ConfigError(f"{task.column} {task.row}, example {task.index}: a prompt of {size:,} tokens is longer than "
+    length = size(example, ask)
+    if ask.context and length > ask.context:
+        raise ConfigError(f"{task.column} {task.row}, example {task.index}: a prompt of {length:,} tokens is longer than "
                           f"--context {ask.context:,}")
     begin = time.monotonic()
-    if text:
-        output = model.write(example.prompt, example.steps, example.stop)
+    if isinstance(example.prompt, str):
+        output = model.write(example.prompt, example.steps, example.stop, *example.images)
         said = {"output": output, "answers": list(example.answers)}
     else:
         output, said = model.read(example.prompt, example.answers), {}
-    return {"row": task.row, "column": task.column, "index": task.index, "score": suite.score(output, example), "tokens": size,
-            "seconds": round(time.monotonic() - begin, 3), **example.meta, **said}
+    return {"row": task.row, "column": task.column, "index": task.index, "score": suite.score(output, example),
+            "tokens": length, "seconds": round(time.monotonic() - begin, 3), **example.meta, **said}
 
 
 def _resume(path: Path, about: dict) -> dict[tuple, dict]:
@@ -181,11 +180,16 @@ def _table(suite: Suite, about: dict, records: list[dict]) -> dict:
         cells[record["row"]][record["column"]].append(record)
     scores = {row: {column: suite.cell(found) for column, found in columns.items()} for row, columns in cells.items()}
     columns = list(dict.fromkeys(record["column"] for record in records))
+    scored = columns
+    if suite.chance:
+        chance = suite.chance()
+        scores = {row: scores[row] | {"chance": chance[row]} for row in scores}
+        scored, columns = columns[:1], [*columns, "chance"]
     by_column = {c: float(np.mean([row[c] for row in scores.values() if c in row])) for c in columns}
     if "all" in scores:
         by_column = scores.pop("all")
     return about | {
-        "unit": suite.unit, "score": float(np.mean(list(by_column.values()))), "by_column": by_column, "scores": scores,
+        "unit": suite.unit, "score": float(np.mean([by_column[c] for c in scored])), "by_column": by_column, "scores": scores,
         "examples": len(records), "seen": [c for c in columns if any(r.get("seen") for r in records if r["column"] == c)],
         "cut": sum(bool(r.get("cut")) for r in records), "tokens": sum(r["tokens"] for r in records),
         "seconds": round(sum(r["seconds"] for r in records), 3)}
@@ -208,7 +212,9 @@ def show(result: dict) -> Table:
 
 
 def plot(result: dict, path: Path) -> Path:
-    """The table as a heat map; perplexity as lines over the position."""
+    """The table as a heat map, perplexity as lines over the position, or as the suite has it."""
+    if SUITES[result["suite"]].picture:
+        return SUITES[result["suite"]].picture(result, path)
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot

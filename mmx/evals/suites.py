@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmx.evals import dialogue, longbench, needle, position, recall, ruler, translation
+from mmx.evals import dialogue, longbench, needle, position, recall, ruler, translation, vision
 from mmx.evals.examples import Ask, Task, grid, match_all
 
 
@@ -17,6 +17,8 @@ class Suite(NamedTuple):
     unit: str = "accuracy"
     data: bool = False  # whether it reads files of the user
     learned: bool = True    # whether examples of it may be trained on
+    chance: Callable[[], dict] | None = None    # by row, a last column: then the first alone is the score
+    picture: Callable | None = None     # (table, its path) -> the path, in place of the heat map
 
 
 SUITES = {
@@ -28,4 +30,6 @@ SUITES = {
     "longbench2": Suite("LongBench v2", "difficulty", longbench.plan, longbench.score, data=True, learned=False),
     "position": Suite("Running text by position", "position", grid(position.example, (1024, 4096), ("all",), 10),
                       position.score, position.perplexity, "perplexity"),
+    "vision": Suite("Held-out pictures", "question", vision.plan, vision.score, learned=False, chance=vision.chance,
+                    picture=vision.contact),
 }

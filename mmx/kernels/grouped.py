@@ -9,8 +9,9 @@ row its token. Letters beyond `dims`: J choices of a token, I rows.
     "blocks"  a loop over the blocks in use that reads one expert's weights at a time, with its own backward pass that
               keeps the two products before the gate: work follows the tokens kept, not the buffer (for CPU, where
               ragged_dot is five times slower)
-    "ragged"  lax.ragged_dot over the sorted rows, differentiated by JAX (for TPU and GPU); rows are weighted before W2, so
-              that no gradient needs W2's product
+    "ragged"  lax.ragged_dot over the sorted rows, differentiated by JAX (for TPU); rows are weighted before W2, so that no
+              gradient needs W2's product
+    "gpu"     the same over `grouped_gpu`'s products, for XLA's ragged_dot does E times the work on GPUs
 """
 import functools
 from typing import NamedTuple
@@ -18,9 +19,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mmx.kernels import platform
+from mmx.kernels import grouped_gpu, platform
 
-IMPLS = ("blocks", "ragged")
+IMPLS = ("blocks", "ragged", "gpu")
 
 
 class Plan(NamedTuple):
@@ -44,10 +45,18 @@ def plan(expert_MJ, rank_MJ, keep_MJ, count_E, block: int) -> Plan:
 
 def expert_ffn(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan: Plan, *, block: int, impl: str | None = None):
     """y_MD, the weighted sum of each token's experts; zero for a token whose assignments were all dropped."""
-    impl = impl or ("blocks" if platform.name() == "cpu" else "ragged")
+    refusal = grouped_gpu.refusal(x_MD, w1_EDF, block)
+    impl = impl or {"cpu": "blocks", "gpu": "ragged" if refusal else "gpu"}.get(platform.name(), "ragged")
     if impl not in IMPLS:
         raise NotImplementedError(f"impl={impl!r}: expert_ffn has {', '.join(IMPLS)}")
-    return {"blocks": _blocks, "ragged": _ragged}[impl](x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, block)
+    if impl == "gpu" and refusal:
+        raise NotImplementedError(f"impl='gpu': {refusal}")
+    if impl == "blocks":
+        return _blocks(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, block)
+    dot = functools.partial(jax.lax.ragged_dot, group_sizes=plan.blocks_E * block)
+    if impl == "gpu":
+        dot = lambda x_IA, w_EAB: grouped_gpu.dot(x_IA, w_EAB, plan.blocks_E, block)
+    return _by_rows(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, dot)
 
 
 def expert_ffn_few(x_MD, weight_MJ, expert_MJ, w1_EDF, w3_EDF, w2_EFD):
@@ -71,8 +80,7 @@ def _take(x_MD, index):
     return x_MD.at[index].get(mode="fill", fill_value=0)
 
 
-def _ragged(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, block):
-    dot = functools.partial(jax.lax.ragged_dot, group_sizes=plan.blocks_E * block)
+def _by_rows(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, dot):
     x_ID, weight_I1 = _take(x_MD, plan.token_I), _by_row(weight_MJ, plan)[:, None]
     h_IF = jax.nn.silu(dot(x_ID, w1_EDF)) * dot(x_ID, w3_EDF)
     y_ID = dot((weight_I1 * h_IF).astype(h_IF.dtype), w2_EFD)

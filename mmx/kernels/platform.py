@@ -60,3 +60,13 @@ def old_gpu() -> str:
     """What is said of a GPU here that is older than the kernels need; empty where there is none."""
     old = [d.compute_capability for d in jax.devices() if d.platform == "gpu" and float(d.compute_capability) < 8]
     return f"this GPU has compute capability {old[0]}, the kernels need 8.0 (A100) or newer" if old else ""
+
+
+def gpu() -> str:
+    """The GPU whose tiles serve what is compiled for, a described one or the first here: "h100" or "a100"."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        kind = described.device_kind
+    else:
+        kind = next((d.device_kind for d in jax.devices() if d.platform == "gpu"), "H100")
+    return "h100" if any(name in kind for name in ("H100", "H200", "H800", "GH200")) else "a100"

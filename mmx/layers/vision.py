@@ -4,7 +4,8 @@
     x = x + Attention(LayerNorm(x));  x = x + W_down GELU(W_up LayerNorm(x))        biases everywhere, GELU by erf
     W_out GELU(W_in x) of every patch's place                           the class token is left out, no norm at the end
 
-The text takes from a table of rows: the one that ends a row of patches, then the tiles' patches (`data.images`' places).
+A text's tokens take their places from the patches, and from the row that ends a row of them (`data.images`' places). On a mesh
+tiles are cut over all its axes, each device's own (`parallel.sharding`), and a layer's weights are gathered as it runs.
 """
 import functools
 import math
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx import config
+from mmx.parallel.sharding import constrain_tiles, everywhere
 
 
 def param(module: nn.Module, name: str, fan_in: str = ""):
@@ -25,7 +27,8 @@ def param(module: nn.Module, name: str, fan_in: str = ""):
     size = c.vision.extents(c.dim)
     shape, width = (tuple(size[axis] for axis in axes) for axes in (name.rpartition("_")[2], fan_in))
     plain = nn.initializers.ones if name.startswith("norm") else nn.initializers.zeros
-    return module.param(name, nn.initializers.normal(math.prod(width) ** -0.5) if fan_in else plain, shape).astype(c.dtype)
+    made = module.param(name, nn.initializers.normal(math.prod(width) ** -0.5) if fan_in else plain, shape)
+    return everywhere(made.astype(c.dtype))
 
 
 def layer_norm(module: nn.Module, x_IPJ, name: str = ""):
@@ -49,24 +52,25 @@ class Block(nn.Module):
         x_IPJ += jnp.einsum("IPAK,AKJ->IPJ", o_IPAK, own("out_AKJ", "AK")) + own("out_J")
         h_IPU = jnp.einsum("IPJ,JU->IPU", layer_norm(self, x_IPJ, "_mlp"), own("up_JU", "J")) + own("up_U")
         h_IPU = jax.nn.gelu(h_IPU, approximate=False)
-        return x_IPJ + jnp.einsum("IPU,UJ->IPJ", h_IPU, own("down_UJ", "U")) + own("down_J"), None
+        return constrain_tiles(x_IPJ + jnp.einsum("IPU,UJ->IPJ", h_IPU, own("down_UJ", "U")) + own("down_J")), None
 
 
 class Vision(nn.Module):
     config: config.Model
 
     @nn.compact
-    def __call__(self, pixels_IYXZ):
-        """seen_MD: the row that ends a row of patches, then tile by tile its patches, row by row."""
+    def __call__(self, pixels_NIYXZ):
+        """newline_D, the row that ends a row of patches, and patches_NMD of each block's tiles: tile by tile, row by row."""
         c, own = self.config, functools.partial(param, self)
-        v, tiles = c.vision, len(pixels_IYXZ)
-        cut = pixels_IYXZ.astype(c.dtype).reshape(tiles, v.side, v.patch, v.side, v.patch, 3)
+        v, blocks, tiles = c.vision, len(pixels_NIYXZ), math.prod(pixels_NIYXZ.shape[:2])
+        cut = pixels_NIYXZ.astype(c.dtype).reshape(tiles, v.side, v.patch, v.side, v.patch, 3)
         # R rows, C columns of patches
         patches_IPJ = jnp.einsum("IRYCXZ,YXZJ->IRCJ", cut, own("patch_YXZJ", "YXZ")).reshape(tiles, v.side ** 2, v.dim)
         class_IPJ = jnp.broadcast_to(own("class_J", "J"), (tiles, 1, v.dim))
-        x_IPJ = layer_norm(self, jnp.concatenate([class_IPJ, patches_IPJ], axis=1) + own("place_PJ", "J"))
-        blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=v.layers)
-        x_IPJ, _ = blocks(c, name="layers")(x_IPJ, None)
+        x_IPJ = layer_norm(self, jnp.concatenate([class_IPJ, constrain_tiles(patches_IPJ)], axis=1) + own("place_PJ", "J"))
+        layers = nn.scan(nn.remat(Block) if c.remat else Block, variable_axes={"params": 0}, split_rngs={"params": True},
+                         length=v.layers)
+        x_IPJ, _ = layers(c, name="layers")(constrain_tiles(x_IPJ), None)
         h_IPO = jax.nn.gelu(jnp.einsum("IPJ,JO->IPO", x_IPJ[:, 1:], own("in_JO", "J")) + own("in_O"), approximate=False)
         y_IPD = jnp.einsum("IPO,OD->IPD", h_IPO, own("out_OD", "O")) + own("out_D")
-        return jnp.concatenate([own("newline_D", "D")[None], y_IPD.reshape(-1, c.dim)])
+        return own("newline_D", "D"), constrain_tiles(y_IPD).reshape(blocks, -1, c.dim)

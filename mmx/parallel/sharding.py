@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 ROWS, TIME, TENSOR = ("slice", "edp", "ep"), ("seq", "etp"), ("etp",)
 FSDP = "edp", "ep", "seq"
 WEIGHTS = {"E": ("ep",), "F": TENSOR, "H": TENSOR, "G": TENSOR, "W": TENSOR}
-ACTS = {"B": ROWS, "T": TIME, "S": ("seq",), "H": TENSOR, "G": TENSOR}      # S: time, gathered over the tensor axis
+ACTS = {"B": ROWS, "T": TIME, "S": ("seq",), "H": TENSOR, "G": TENSOR,      # S: time, gathered over the tensor axis
+        "I": ROWS + TIME}       # tiles: those of a block of rows are dealt to the devices that have its time
 
 
 def mesh() -> Mesh | None:
@@ -55,7 +56,7 @@ def weight(letters: str, shape, mesh) -> P:
     extents = shape[len(shape) - len(letters):]
     axes = [names if extent % size(mesh, names) == 0 else ()
             for extent, names in zip(extents, (WEIGHTS.get(letter, ()) for letter in letters))]
-    for axis in FSDP if "D" in letters[:-1] + letters[1:] else ():      # a norm's scale is not worth an exchange
+    for axis in FSDP if set("DJ") & set(letters[:-1] + letters[1:]) else ():       # a norm's scale is not worth an exchange
         fits = (n for n, extent in enumerate(extents) if extent % size(mesh, (*axes[n], axis)) == 0)
         if not any(axis in names for names in axes) and (n := next(fits, None)) is not None:
             axes[n] = (*axes[n], axis)
@@ -70,6 +71,17 @@ def act(letters: str, shape, mesh) -> P:
 def constrain(x, letters: str):
     """An activation [B, T or S, ...] cut by the table, where rows and time are cut."""
     return jax.lax.with_sharding_constraint(x, act(letters, x.shape, mesh())) if splits(*x.shape[:2]) else x
+
+
+def constrain_tiles(x_IPJ):
+    """Tiles, or what became of them, cut by the table, where they split over the mesh."""
+    here = mesh()
+    return x_IPJ if here is None else jax.lax.with_sharding_constraint(x_IPJ, act("IPJ", x_IPJ.shape, here))
+
+
+def everywhere(w):
+    """A weight whole on every device."""
+    return w if mesh() is None else jax.lax.with_sharding_constraint(w, P())
 
 
 def by_letters(letters: str, kept: P) -> P:
@@ -138,6 +150,11 @@ def whole(mesh: Mesh) -> NamedSharding:
 def batch(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Of the batch's arrays [B, T], behind `leading` whole axes."""
     return NamedSharding(mesh, P(*[None] * leading, ROWS, TIME))
+
+
+def tiles(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Of what a batch has block by block of its rows, behind `leading` whole axes: its tiles."""
+    return NamedSharding(mesh, P(*[None] * leading, ROWS))
 
 
 def _axes(kept: P) -> list[tuple[str, ...]]:

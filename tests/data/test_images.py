@@ -170,6 +170,7 @@ def test_any_mode(tmp_path, kind):
     found = images.read(tmp_path / "x")
     assert found.mode == "RGB"
     assert np.abs(np.asarray(found).astype(int) - want).max() <= off
+    assert images.size(tmp_path / "x") == images.size(found) == want.shape[:2]
 
 
 def header(width, height):

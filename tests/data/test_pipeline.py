@@ -202,7 +202,7 @@ def test_documents_of_a_length_make_up_a_source(texts):
     stream = pipeline.stream(data, TRAIN)
     short, long = (sum(size for size in sizes if (size < bound) == side) for side in (True, False))
     assert stream.state()["rows"] == [-(-short // 32), -(-long // 32)]
-    read = np.concatenate([stream._shards[0][shard][0]["tokens"] for shard in range(8)])
+    read = np.concatenate([stream._packed[0][stream._row((0, shard, 0))[1]]["tokens"] for shard in range(8)])
     text = bytes(read[read < 256].tolist())
     assert any(text[:20] in raw for _, raw in sources.documents(texts[0], "train") if len(raw) + 2 < bound)
     assert pipeline.validation(data) == sources.documents(texts[0], "validation")

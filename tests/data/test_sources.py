@@ -35,6 +35,20 @@ def test_jsonl_lines_are_texts_prompts_or_ids(tmp_path):
     assert [[x.tolist() for x in ids] for ids in found[2::3]] == [[[256, 7, 9], [-1, 9, -1]]] * 40
 
 
+def test_jsonl_lines_have_images(tmp_path):
+    """Their paths are below the line's file's folder; they are no text of the hold-out's size."""
+    (tmp_path / "deep" / "shown").mkdir(parents=True)
+    (tmp_path / "deep" / "shown" / "a.png").touch()
+    lines = [{"text": "<image> é", "images": ["shown/a.png"]}, {"text": "none", "images": []},
+             {"prompt": "<image>?", "completion": " <image>!", "images": ["shown/a.png", str(tmp_path / "deep/shown/a.png")]}]
+    (tmp_path / "deep" / "a.jsonl").write_text("\n".join(map(json.dumps, lines * 20)))
+    found = [d for part in PARTS for d in sources.documents(str(tmp_path), part)]
+    found = [content for _, content in sorted(found, key=lambda d: int(d[0].split(":")[1]))]
+    file = str(tmp_path / "deep" / "shown" / "a.png")
+    assert found[0::3] == [sources.Pictured(b"", "<image> é".encode(), (file,))] * 20 and found[1::3] == [b"none"] * 20
+    assert found[2::3] == [sources.Pictured(b"<image>?", b" <image>!", (file, file))] * 20
+
+
 def test_hold_out_cuts_no_completion(tmp_path):
     lines = [{"prompt": "p" * 90, "completion": "c" * 10}] * 5
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -71,7 +85,7 @@ def test_hold_out_crosses_documents(tmp_path):
 @pytest.mark.parametrize("make,message", [
     (lambda d: "soto", "no file or folder 'soto'; did you mean sotu?"),
     (lambda d: (d / "speeches.txt").write_text("x" * 99) and str(d / "speech.txt"), "did you mean speeches.txt"),
-    (lambda d: str(d / "qqqqqqqq"), "name 'sotu', a .txt, a .jsonl or a folder"),
+    (lambda d: str(d / "qqqqqqqq"), "name 'sotu', 'scenes', 'words', a .txt, a .jsonl or"),
     (lambda d: str(d), "holds no .txt and no .jsonl"),
     (lambda d: (d / "a.txt").touch() or str(d / "a.txt"), "is empty: no text in 1 file$"),
     (lambda d: (d / "a.txt").touch() or str(d), "is empty"),
@@ -85,6 +99,10 @@ def test_hold_out_crosses_documents(tmp_path):
     (lambda d: (d / "a.jsonl").write_text('{"tokens": [1, 2], "targets": [1]}') and str(d), "a.jsonl:1: tokens are ids, at"),
     (lambda d: (d / "a.jsonl").write_text('{"tokens": [1, -1], "targets": [1, 2]}') and str(d), "a.jsonl:1: tokens are ids"),
     (lambda d: (d / "a.jsonl").write_text('{"tokens": [1, 2]}') and str(d), "targets as many ids, -1 where nothing"),
+    (lambda d: (d / "a.jsonl").write_text('{"text": "<image>", "images": ["no.png"]}') and str(d), "1: no image file '"),
+    (lambda d: (d / "a.jsonl").write_text('{"text": "x", "images": ["no.png"]}') and str(d), "0 <image> marks in"),
+    (lambda d: (d / "a.jsonl").write_text('{"text": "x", "images": "no.png"}') and str(d), "images are a list"),
+    (lambda d: (d / "a.jsonl").write_text('{"text": "x", "images": [1]}') and str(d), "images are a list"),
     (lambda d: (d / "a.jsonl").write_text('{"text": "x"') and str(d), "a.jsonl:1: not JSON"),
     (lambda d: (d / "a.jsonl").write_bytes(b'{"text": "\xff"}') and str(d), "a.jsonl:1: not JSON"),
 ])

@@ -2,12 +2,14 @@
 import gzip
 import json
 import lzma
+import math
 
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
-from mmx import checkpoint, config, convert
+from mmx import checkpoint, config, convert, metrics
 from mmx.config import ConfigError
 from mmx.data import pipeline, tokens
 from mmx.evals import compression
@@ -112,6 +114,23 @@ def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(run, found, params, 
     assert {name: found[name] for name in ("gzip", "xz")} == compression.baselines(held_out)
     assert (found["steps"], found["train_seconds"], found["train_tokens"]) == (2, 1.0, 200)
     assert compression.plot_curve(run, found, tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_what_guards_did_is_drawn(run, found, tmp_path, monkeypatch):
+    """Steps that were skipped, rollbacks; a bit count that was no number is left out."""
+    counts = [(0, 0, 3.0), (1, 0, math.nan), (2, 0, 2.9), (2, 1, 2.8)]
+    monkeypatch.setattr(metrics, "read", lambda workdir: [
+        {"step": 1, "tokens": 100 * n, "bits_per_byte": bits, "skipped": skipped, "rollbacks": rollbacks}
+        for n, (skipped, rollbacks, bits) in enumerate(counts, 1)])
+    drawn = {}
+
+    def savefig(figure, *args, **kwargs):
+        axes, = figure.axes
+        drawn.update({line.get_label(): line.get_xydata().tolist() for line in axes.lines})
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    compression.plot_curve(run, found, tmp_path / "c.png")
+    assert drawn["steps skipped (2)"] == [[2e-4, pytest.approx(2.95)], [3e-4, 2.9]]
+    assert drawn["rollbacks (1)"] == [[4e-4, 2.8]]
 
 
 def test_an_earlier_step_has_its_own_figures(run, found):

@@ -252,7 +252,7 @@ def test_a_needle_again_is_written_to_train_on_alone(tmp_path):
     assert gaps == set(range(1, 9))
     with pytest.raises(ConfigError, match="--rows: there is no row 'again'"):
         made("needle", None, rows=("again",))
-    with pytest.raises(ConfigError, match="mtob is made of files to be evaluated on"):
+    with pytest.raises(ConfigError, match="mtob is to be evaluated on"):
         runner.write("mtob", tmp_path / "b.jsonl")
 
 

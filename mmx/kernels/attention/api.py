@@ -10,6 +10,7 @@ from mmx.kernels.arguments import as_int32, check_floats
 from mmx.kernels.attention import gpu, tpu, xla
 
 IMPLS = {"xla": xla, "tpu": tpu, "gpu": gpu}
+FEW = 128           # tokens: fewer fill no block of a kernel
 
 
 def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=None, start_B=None, scales=None,
@@ -69,10 +70,10 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
     else:
         check_floats(q_BHTK=q_BHTK, k_BGSK=k_BGSK, v_BGSV=v_BGSV)
     own = start_B is None and T == S and segments_BS is segments_BT and not scales
-    if own or impl:
+    if impl or (own and T >= FEW):
         impl = platform.choose("softmax attention", impl, tuple(IMPLS), lambda impl: _refusal(impl, *arrays, own), q_BHTK)
     else:
-        impl = "xla"        # a cache, or keys of others: nothing to tell of, no kernel here takes them
+        impl = "xla"        # a cache, keys of others, few tokens: nothing to tell of, no kernel here takes them
     if scales:
         o_BHTV, lse_BHT = xla.forward(*arrays, segments_BT, segments_BS, start_B, *xla.block_sizes(T, S), scales)[0]
     elif impl == "xla":

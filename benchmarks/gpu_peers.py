@@ -1,0 +1,121 @@
+"""Lightning attention on a GPU beside the published kernels: flash-linear-attention's and the paper's own (lightning_attn).
+
+    pip install fla-core lightning-attn         # and torch, triton, einops: peers to measure, mmx does not need them
+    python benchmarks/gpu_peers.py              # some minutes, most of them the peers' tuning of themselves
+
+One sequence, 64 heads of 128, bfloat16, the decays of a first layer, all in one process, in turn. Softmax attention is torch's,
+by cuDNN or FlashAttention. Medians; the error is ||o - o'|| / ||o'|| against float32 by XLA from the same rounded inputs.
+"""
+import argparse
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+
+from mmx import config
+from mmx.kernels.lightning import lightning_attention
+
+H, D = 64, 128
+LOG_DECAY_H = config.Model(heads=H, head_dim=D).log_decay[0]
+CALLS, ROUNDS = 5, 7
+
+
+def main():
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--lengths", default="2k,8k,32k", help="tokens, with commas (default %(default)s)")
+    flags.add_argument("--forms", default="gpu,triton,xla", help="ours, with commas (default %(default)s)")
+    flags.add_argument("--documents", type=int, default=8, help="of the packed case (default 8)")
+    args = flags.parse_args()
+    cases = [(T, documents) for T in config.lengths(args.lengths) for documents in (1, args.documents)]
+    for T, documents in tqdm(cases, "cases"):
+        table = Table("form", "forward ms", "and backward ms", "error",
+                      title=f"{jax.devices()[0].device_kind}, {T:,} tokens, documents: {documents}")
+        for name, cells in measure(T, documents, args.forms.split(",")).items():
+            table.add_row(name, *(x if isinstance(x, str) else f"{x:.3g}" for x in cells))
+        Console(width=110).print(table)
+
+
+def measure(T, documents, forms):
+    """{form: (ms of a forward pass, ms of a forward and a backward pass, relative error)}."""
+    rng = np.random.default_rng(T)
+    x_HTD = [rng.standard_normal((1, H, T, D), np.float32) for _ in range(4)]
+    edges = np.linspace(0, T, documents + 1).astype(int)
+    segments_BT = None if documents == 1 else jnp.asarray(np.searchsorted(edges[1:], np.arange(T), side="right")[None] + 1)
+    *ours, do = (jnp.asarray(x, jnp.bfloat16) for x in x_HTD)
+    attend = functools.partial(lightning_attention, log_decay_H=jnp.asarray(LOG_DECAY_H), segments_BT=segments_BT)
+    with jax.default_matmul_precision("highest"):
+        want = np.asarray(jax.jit(lambda *x: attend(*(y.astype(jnp.float32) for y in x), impl="xla")[0])(*ours))
+    found = {}
+    for impl in forms:
+        forward = jax.jit(lambda q, k, v, impl=impl: attend(q, k, v, impl=impl)[0])
+        both = jax.jit(lambda do, *x, impl=impl: jax.vjp(lambda q, k, v: attend(q, k, v, impl=impl)[0], *x)[1](do))
+        found[f"mmx, {impl}"] = attempt(forward, both, ours, do, want, jax.block_until_ready)
+    by_head = [torch.tensor(x, device="cuda").bfloat16() for x in x_HTD]
+    for name, (forward, layout) in peers(edges).items():
+        *args, cotangent = (x.transpose(1, 2).contiguous() if layout == "BTHD" else x for x in by_head)
+
+        def both(do, *args, forward=forward):
+            leaves = [x.detach().requires_grad_() for x in args]
+            return torch.autograd.grad(forward(*leaves), leaves, do)
+        want_ = np.moveaxis(want, 1, 2) if layout == "BTHD" else want
+        found[name] = attempt(forward, both, args, cotangent, want_ if name != "softmax, torch" else None, synchronize)
+    return found
+
+
+def peers(edges):
+    """{name: (function of q, k, v, its layout)} of what is installed."""
+    gamma_H, found = torch.tensor(LOG_DECAY_H, device="cuda", dtype=torch.float32), {}
+    packed = {} if len(edges) == 2 else {"cu_seqlens": torch.tensor(edges, device="cuda", dtype=torch.int32)}
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+        gla = functools.partial(chunk_simple_gla, g_gamma=gamma_H, scale=1.0, **packed)
+        found["flash-linear-attention"] = lambda *qkv: gla(*qkv)[0], "BTHD"
+    except ImportError:
+        pass
+    if packed:
+        return found            # the others know no documents
+    try:
+        from lightning_attn.ops import lightning_attn_func
+        found["lightning_attn"] = lambda q, k, v: lightning_attn_func(q, k, v, -gamma_H), "BHTD"
+    except ImportError:
+        pass
+    softmax = functools.partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
+    return found | {"softmax, torch": (softmax, "BHTD")}
+
+
+def attempt(forward, both, args, do, want, wait):
+    """Times and the error, or what went wrong in their place."""
+    try:
+        o = wait(forward(*args))
+        o = np.asarray(o.float().cpu() if isinstance(o, torch.Tensor) else o, np.float32)
+        error = np.linalg.norm(o - want) / np.linalg.norm(want) if want is not None else float("nan")
+        return median_ms(lambda: forward(*args), wait), median_ms(lambda: both(do, *args), wait), error
+    except Exception as fault:      # a peer's: its kernels may not take the shape, or the memory
+        return (" ".join(str(fault).split())[:40],) * 2 + ("",)
+
+
+def synchronize(x):
+    torch.cuda.synchronize()
+    return x
+
+
+def median_ms(run, wait):
+    times = []
+    for _ in range(2 + ROUNDS):
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            done = run()
+        wait(done)
+        times.append((time.perf_counter() - begin) / CALLS)
+    return statistics.median(times[2:]) * 1e3
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The suite of generated pictures: who looks at the pixels is right, who is blind is not, and what is told of it."""
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from looking import answer, look
+from PIL import Image
+
+import mmx
+from mmx import config, convert
+from mmx.config import ConfigError
+from mmx.data import images, scenes, tokens
+from mmx.evals import runner, vision
+from mmx.evals.examples import Ask
+from mmx.evals.runner import Reader
+from mmx.model import Model
+
+BYTES = tokens.tokenizer("bytes")
+V = config.Vision(layers=1, dim=8, heads=2, hidden=16, tile=84, patch=28, grids=(), token=259)
+ASK = Ask(BYTES, examples=12, vision=V)
+
+
+class Looking:
+    """Reads what the pixels show, and guesses where they are bare; after `last` answers it is killed."""
+
+    def __init__(self, last=10**9):
+        self.calls, self.last = 0, last
+
+    def __call__(self, prompt, steps, stop, image):
+        if self.calls == self.last:
+            raise KeyboardInterrupt
+        self.calls += 1
+        question, pixels_YXZ = prompt.removeprefix(images.MARK), np.asarray(images.read(image))
+        if question == "What is written?":
+            return f" {image.text[:-1]}q" if hasattr(image, "text") else " the"
+        return f" {answer(question, look(pixels_YXZ))}" if (pixels_YXZ != scenes.GROUND).any() else " left"
+
+
+def run(out, model, ask=ASK):
+    return runner.run("vision", ask, Reader(model, None), out, {})
+
+
+def test_the_table(tmp_path):
+    result = run(tmp_path, Looking())
+    assert list(result["scores"]) == ["count", "colour", "shape", "side", "word"] and result["examples"] == 120
+    for row, cells in result["scores"].items():
+        assert list(cells) == ["picture", "blind", "chance"]
+        assert cells["picture"] == 1 if row != "word" else 0.6 < cells["picture"] < 0.9      # its last letter is wrong
+        assert cells["blind"] <= (0.9 if row == "side" else 0.3)
+    assert [cells["chance"] for cells in result["scores"].values()][:4] == [0.25, 0.2, 0.2, 0.5]
+    assert result["score"] == result["by_column"]["picture"] > result["by_column"]["blind"]
+    lines = [json.loads(line) for line in (tmp_path / "vision.jsonl").read_text().splitlines()[1:]]
+    asked = {(line["row"], line["index"]): line for line in lines if line["column"] == "picture"}
+    documents = {source: dict(scenes.documents(source, "test")) for source in ("scenes", "words")}
+    for line in lines:
+        seen = asked[line["row"], line["index"]]
+        document = documents["words" if line["row"] == "word" else "scenes"][line["name"]]
+        assert (line["name"], line["answers"], line["tokens"]) == (seen["name"], seen["answers"], seen["tokens"])
+        assert line["tokens"] == 1 + 9 + len(document.prompt) - len(images.MARK)
+    with Image.open(runner.plot(result, tmp_path / "vision.png")) as sheet:
+        assert sheet.format == "PNG" and sheet.width > 1000
+    assert runner.show(result).row_count == 6
+
+
+def test_a_killed_run_goes_on_and_seeds_differ(tmp_path):
+    ask = ASK._replace(examples=3, rows=("side", "word"))
+    whole = run(tmp_path / "whole", Looking(), ask)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", Looking(5), ask)
+    rest = Looking()
+    found = run(tmp_path / "killed", rest, ask)
+    assert rest.calls == 12 - 5 and found["scores"] == whole["scores"]
+    names = [{task.make().meta["name"] for task in vision.plan(ask._replace(seed=seed))} for seed in (0, 0, 1)]
+    assert names[0] == names[1] != names[2] and all("/test/" in name for name in names[0])
+
+
+def test_letters_are_counted_by_place():
+    assert [vision.alike(said, "wake") for said in ("wake", "wak", "wakes", "ake", "", "wxkx")] == [1, 0.75, 0.8, 0, 0, 0.5]
+    assert 0.1 < vision.chance()["word"] < 0.25
+
+
+def test_a_models_answers_are_its_greedy_ones(tmp_path):
+    c = config.Model(vocab=264, dim=16, layers=1, pattern="S", heads=2, kv_heads=1, head_dim=8, rotary_dim=4, experts=1,
+                     top_k=1, expert_dim=8, vision=V)
+    params = Model(c).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    loaded = convert.Loaded(Model(c), params, c, "bytes")
+    runner.run("vision", ASK._replace(examples=1, rows=("shape",)), runner.reader(loaded), tmp_path, {})
+    for line in (tmp_path / "vision.jsonl").read_text().splitlines()[1:]:
+        record = json.loads(line)
+        asked = vision.example(record["name"], record["column"])
+        assert record["output"] == mmx.generate(loaded, [asked.prompt], steps=vision.STEPS, images=[asked.images])[0]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"vision": config.Vision()}, "vision: this checkpoint reads text alone"),
+    ({"lengths": (512,)}, "vision has questions of their own lengths: leave --lengths out"),
+    ({"rows": ("color",)}, "there is no row 'color'; did you mean colour"),
+    ({"examples": 501}, "vision has 500 questions of row count: --examples 501 is more"),
+    ({"data": "x"}, "vision makes its own text: leave --data out"),
+    ({"context": 20}, r"a prompt of \d\d tokens is longer than --context 20"),
+])
+def test_mistakes(change, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, Looking(), ASK._replace(**change))
+    with pytest.raises(ConfigError, match="vision is to be evaluated on, not to be trained on"):
+        runner.write("vision", tmp_path / "a.jsonl")

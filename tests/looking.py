@@ -1,0 +1,48 @@
+"""A look at generated pictures by their pixels alone, and what it answers: independent of how they were drawn."""
+import re
+from collections import Counter
+
+import numpy as np
+from scipy import ndimage
+
+from mmx.data import images, scenes
+
+
+def look(image):
+    """(shape, colour, x, y) of each object, by its pixels alone: its colour's connected parts, and where these are bare."""
+    seen, pixels_YXZ = [], np.asarray(image)
+    for colour, rgb in scenes.COLOURS.items():
+        parts_YX, _ = ndimage.label((pixels_YXZ == rgb).all(-1), np.ones((3, 3)))
+        for n, box in enumerate(ndimage.find_objects(parts_YX), 1):
+            full_YX = parts_YX[box] == n
+            middle, bottom, top = full_YX[len(full_YX) // 2, full_YX.shape[1] // 2], full_YX[-1].mean(), full_YX[0].mean()
+            shape = ("ring" if not middle else "square" if full_YX.all() else "triangle" if bottom == 1 else
+                     "cross" if full_YX.mean() < 0.65 and top > 0.2 and not full_YX[2, 1] else "circle")
+            seen.append((shape, colour, *((box[axis].start + box[axis].stop) / 2 for axis in (1, 0))))
+    return seen
+
+
+def answer(question, seen):
+    """Of a question to `look`'s."""
+    if question == "What is there?":
+        rows = sorted(seen, key=lambda of: (of[3] // 28, of[2]))
+        return ", ".join(f"{colour} {shape}" for shape, colour, *_ in rows)
+    kinds = Counter(of[:2] for of in seen)
+    if many := re.fullmatch(r"How many (\w+) (\w+?)(es)?s?\?", question):
+        return str(next(n for (shape, colour), n in kinds.items() if colour == many[1] and many[2].startswith(shape[:4])))
+    if of := re.fullmatch(r"What colour are the (\w+)\?", question):
+        [said] = {colour for shape, colour in kinds if of[1].startswith(shape)}
+        return said
+    if of := re.fullmatch(r"What shape are the (\w+) ones\?", question):
+        [said] = {shape for shape, colour in kinds if colour == of[1]}
+        return said
+    of = re.fullmatch(r"Is the (\w+) (\w+) left or right of the (\w+) (\w+)\?", question)
+    [one], [other] = ([x for shape, colour, x, _ in seen if (colour, shape) == pair]
+                      for pair in ((of[1], of[2]), (of[3], of[4])))
+    assert abs(one - other) > 10
+    return "left" if one < other else "right"
+
+
+def told(document):
+    """A document's question and answer."""
+    return document.prompt.decode().removeprefix(images.MARK), document.completion.decode().removeprefix(" ")

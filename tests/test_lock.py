@@ -1,0 +1,73 @@
+"""One run a workdir: who holds it is told, who died does not."""
+import json
+import multiprocessing
+import os
+import socket
+import threading
+
+import pytest
+
+from mmx import lock
+from mmx.config import ConfigError
+
+
+def _hold(workdir, ready, die):
+    with lock.held(workdir):
+        ready.set()
+        die.wait()
+        os._exit(1)         # as SIGKILL: nothing is cleaned up
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """Another process that holds the workdir; `die` ends it."""
+    context = multiprocessing.get_context("forkserver")
+    ready, die = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, ready, die))
+    process.start()
+    assert ready.wait(60)
+    process.stop = lambda: (die.set(), process.join())
+    yield process
+    process.stop()
+
+
+def test_the_holder_is_told_and_a_dead_one_is_none(tmp_path, elsewhere):
+    told = rf"^{tmp_path} is in use: process {elsewhere.pid} on {socket.gethostname()}, since \d{{4}}-.*, trains there; wait"
+    with pytest.raises(ConfigError, match=told), lock.held(tmp_path):
+        pass
+    elsewhere.stop()
+    assert json.loads((tmp_path / "run.lock").read_text())["pid"] == elsewhere.pid
+    with lock.held(tmp_path):
+        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_lock_is_taken_over(tmp_path):
+    for text in ("", "{", "[1]", "\0" * 100):
+        (tmp_path / "run.lock").write_text(text)
+        with lock.held(tmp_path / "."):
+            pass
+
+
+@pytest.mark.parametrize("beats", [True, False])
+def test_a_holder_on_another_machine_is_watched(beats, tmp_path, monkeypatch, capsys):
+    """Where the file system carries no locks between them."""
+    monkeypatch.setattr(lock, "SILENT", 0.5)
+    path = tmp_path / "run.lock"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "since": "then"}))
+    if beats:
+        threading.Timer(0.2, lambda: os.utime(path)).start()
+        with pytest.raises(ConfigError, match="is in use: process 7 on elsewhere, since then, trains"), lock.held(tmp_path):
+            pass
+    else:
+        with lock.held(tmp_path):
+            pass
+    assert "was last held by process 7 on elsewhere, since then: waiting 0.5 s" in capsys.readouterr().err
+
+
+def test_a_holder_renews_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    renewed = threading.Event()
+    monkeypatch.setattr(lock.os, "utime", lambda path: renewed.set())
+    with lock.held(tmp_path):
+        assert renewed.wait(10)

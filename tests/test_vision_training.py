@@ -1,0 +1,280 @@
+"""Training on images: packed equals separate, any mesh one device, a resumed run the whole one, what is frozen stays."""
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmx import checkpoint, config, convert, loss, metrics, optim, train
+from mmx.config import ConfigError
+from mmx.data import images, packing, pipeline
+from mmx.model import Model, see
+from mmx.parallel import mesh as meshes
+from mmx.parallel import sharding
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+T, B = 64, 8
+V = config.Vision(layers=2, dim=8, heads=2, hidden=12, tile=8, patch=4, grids=((1, 1), (1, 2), (2, 1)), token=259)
+C = config.Model(vocab=264, dim=16, layers=2, pattern="LS", heads=8, kv_heads=2, head_dim=4, rotary_dim=2, experts=4,
+                 expert_dim=8, init="fan_in", embed_std=1.0, z_weight=0.01, chunk=8, vision=V)
+SIZES = (8, 8), (8, 16), (20, 9), (5, 5)        # width, height
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Captions, questions about one image and two, answers that hold one, and text alone."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for i, (width, height) in enumerate(SIZES):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    lines = []
+    for n in range(60):
+        one, two = (f"{i}.png" for i in rng.integers(len(SIZES), size=2))
+        lines += [{"text": f"<image> number {n}", "images": [one]},
+                  {"prompt": "<image> or <image>?", "completion": f" {n}", "images": [one, two]},
+                  {"prompt": "Show one.", "completion": "<image>!", "images": [two]}, {"prompt": "1 + 1 = ", "completion": "2"}]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    captions = [{"text": f"<image> number {n}", "images": [f"{'03'[n % 2]}.png"]} for n in range(10, 90)]    # one fills a row
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, captions)))
+    return folder
+
+
+def stream(folder, t, **where):
+    return pipeline.stream(config.Data(sources=(str(folder / "a.jsonl"),)), t, vision=V, **where)
+
+
+def separate(folder, t):
+    """Every training document in a row of its own."""
+    rows, shown = [], []
+    for d in pipeline._documents(str(folder / "a.jsonl"), pipeline.tokens.tokenizer("bytes"), V, t.contrastive > 0):
+        rows.append(packing._lay([(d.ids_T, 0, len(d.ids_T), d.targets_T)], t.length))
+        shown.append(images.pictures(V, d.shown.images if d.shown else ()))
+    batch = packing.stack(rows)
+    return batch | dict(zip(("places", "pixels"), images.lay(V, batch["tokens"], shown)))
+
+
+def test_packed_equals_separate(folder):
+    """All documents of an epoch, values and gradients; an image's tokens are nowhere targets."""
+    t = config.Train(batch=len(stream(folder, config.Train(batch=8, length=T))._packed[0]), length=T)
+    packed = pipeline.stream(config.Data(sources=(str(folder / "a.jsonl"),), shards=1), t, vision=V).next()
+    alone = separate(folder, t)
+    assert not packed["targets"][packed["weights"] > 0].tolist().count(V.token)
+    assert packed["weights"].sum() == alone["weights"].sum() and len(alone["tokens"]) > 2 * t.batch
+    assert packed["segments"].max() > 2
+    params = jax.jit(Model(C).init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    step = jax.jit(jax.value_and_grad(lambda params, batch: loss.loss(Model(C), params, batch, 512)[0]))
+    rows = len(alone["tokens"])     # one program: the packed batch has empty rows behind it
+    packed = {k: x if k == "pixels" else np.pad(x, [(0, rows - t.batch), (0, 0)]) for k, x in packed.items() if k in alone}
+    (one, grads), (many, grads_alone) = (step(params, batch) for batch in (packed, alone))
+    np.testing.assert_allclose(one, many, rtol=1e-6)
+    assert np.abs(grads["vision"]["patch_YXZJ"]).max() > 1e-4 and np.abs(grads["vision"]["newline_D"]).max() > 1e-4
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), grads, grads_alone)
+
+
+def test_hosts_make_one_batch(folder):
+    """Each with the tiles of its own blocks of rows, as many as the fullest block of all has room for."""
+    t = config.Train(batch=B, length=T)
+    whole = stream(folder, t, blocks=4, share=2)
+    parts = [stream(folder, t, host=host, hosts=2, blocks=4, share=2) for host in range(2)]
+    for _ in range(5):
+        batch, halves = whole.next(), [part.next() for part in parts]
+        assert batch["pixels"].shape[1] % 2 == 0 and len(batch["pixels"]) == 4
+        assert len({int(b.pop("tiles")) for b in (batch, *halves)}) == 1
+        for name, array in batch.items():
+            np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), array, err_msg=name)
+        blank = (batch["pixels"] == 0).all((2, 3, 4))
+        for n, places_BT in enumerate(np.split(batch["places"], 4)):
+            assert places_BT.max() < 2 + 4 * (~blank[n]).sum()
+
+
+TRAIN = config.Train(batch=B, length=T, clip=1.0, loss_chunk=256, contrastive=0.5, ramp=((0, 2),))
+
+
+def one_step(folder, mesh=None, **changes):
+    """Metrics, gradients and parameters of a step of two micro-batches, in float64; on a mesh layers are recomputed."""
+    c = config.Model(**{**vars(C), "dtype": "float64", "remat": mesh is not None})
+    model, optimizer = Model(c), optim.adamw(TRAIN)
+    where = {"blocks": sharding.size(mesh, sharding.ROWS), "share": sharding.size(mesh, sharding.TIME)} if mesh else {}
+    batches = stream(folder, TRAIN, **where)
+    batch = pipeline.together([batches.next() for _ in range(2)])
+    del batch["tiles"]
+    params, opt = start()
+    step = functools.partial(train.train_step, model=model, optimizer=optimizer, loss_chunk=TRAIN.loss_chunk, contrastive=0.5)
+    if mesh:
+        kept = sharding.tree((params, opt), mesh)
+        params, opt = jax.device_put((params, opt), kept)
+        batch = {name: jax.device_put(x, (sharding.tiles if name in ("pixels", "ends") else sharding.batch)(mesh, 1))
+                 for name, x in batch.items()}
+        step = jax.jit(step, out_shardings=(*kept, sharding.whole(mesh)))
+    params, opt, told = jax.device_get(jax.jit(step)(params, opt, batch, np.float64(1e-2)))
+    return told, opt[1].mu, params
+
+
+@functools.cache
+def start():
+    with jax.enable_x64(False):
+        made = jax.jit(functools.partial(train.init, Model(C), optim.adamw(TRAIN), 0))()
+    return jax.tree.map(lambda x: np.asarray(x, np.float64) if x.ndim else np.asarray(x), made)
+
+
+@pytest.fixture(scope="module")
+def one_device(folder):
+    with jax.enable_x64(True):
+        return one_step(folder)
+
+
+@pytest.mark.parametrize("sizes", [(4, 2, 1, 1), (1, 2, 2, 2)], ids=str)
+def test_eight_devices_equal_one(folder, one_device, sizes):
+    """Tiles cut over the data axes and shared by the devices of their rows' time; contrastive pairs over all."""
+    mesh = meshes.make(config.Experiment(C, TRAIN, mesh=config.Mesh(*sizes)))
+    with jax.enable_x64(True), jax.set_mesh(mesh):
+        many = one_step(folder, mesh)
+    for name, one, other in zip(("metrics", "gradients", "parameters"), one_device, many):
+        off = 1e-7 if name == "parameters" else 1e-9       # Adam divides by the square root of very little
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=off, err_msg=name), one, other)
+    assert one_device[0]["contrastive_loss"] > 1
+
+
+# ---- runs ----
+
+FROZEN = "groups", "vision.layers", "vision.place_PJ"
+
+
+def experiment(folder, source="captions", **changes):
+    options = {"steps": 8, "batch": 4, "length": T, "warmup": 1, "lr": 1e-2, "tensorboard": False, "contrastive": 0.5,
+               "ramp": ((0, 2),), "vision_lr": 0.5, "freeze": FROZEN}
+    return config.build({"model": json.loads(json.dumps(config.sections(config.Experiment(C))["model"])),
+                         "train": options | changes, "data": {"sources": (str(folder / f"{source}.jsonl"),)},
+                         "checkpoint": {"every": 3}, "mesh": {"edp": 1}})
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "whole"
+    assert train.run(experiment(folder), workdir)["step"] == 8
+    return workdir
+
+
+def test_a_run_learns_and_is_resumed_bit_by_bit(folder, whole, tmp_path, monkeypatch):
+    def report(*args):
+        if args[3] == 5:
+            raise KeyboardInterrupt
+        return kept(*args)
+
+    kept = train._report
+    monkeypatch.setattr(train, "_report", report)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(experiment(folder), tmp_path / "run")
+    monkeypatch.undo()
+    train.run(experiment(folder), tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, *(convert.load(path).params for path in (tmp_path / "run", whole)))
+    one, two = (metrics.read(path) for path in (whole, tmp_path / "run"))
+    for r in one + two:
+        del r["seconds"], r["tokens_per_s"], r["flops_per_s"]
+    assert one == two
+    assert one[-1]["loss"] < one[0]["loss"] and one[-1]["contrastive_loss"] < one[0]["contrastive_loss"]
+    assert all(r["tiles"] == 16 for r in one)
+
+
+def test_what_is_frozen_stays_and_has_no_state(folder, whole):
+    before, after = start()[0], convert.load(whole).params
+    (learned, frozen), (learned_after, frozen_after) = (optim.split(p, FROZEN) for p in (before, after))
+    assert optim.join(learned, frozen).keys() == before.keys() and set(frozen["vision"]) == {"layers", "place_PJ"}
+    jax.tree.map(np.testing.assert_array_equal, frozen, frozen_after)
+    assert all((x != y).any() for x, y in zip(*map(jax.tree.leaves, (learned, learned_after)), strict=True))
+    state = {path[2:] for path in checkpoint.open_arrays(checkpoint.find_step(whole)[1], "opt") if path[1:2] == ("mu",)}
+    paths = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(learned)}
+    assert state == paths
+
+
+def test_optimizer_of_what_sees():
+    """Biases, shifts and scales do not decay; train.vision_lr is for all of vision alone."""
+    params = jax.tree.map(lambda _: np.ones(1, np.float32), convert.abstract_params(C))
+    optimizer = optim.adamw(config.Train(weight_decay=0.1, vision_lr=0.25))
+    updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
+    decayed = {path[-1].key: pytest.approx(-update) for path, update in jax.tree_util.tree_leaves_with_path(updates) if update}
+    vision = {"patch_YXZJ", "place_PJ", "in_JO", "out_OD", "q_JAK", "k_JAK", "v_JAK", "out_AKJ", "up_JU", "down_UJ"}
+    text = {"embed_WD", "head_WD", "q_DHK", "k_DHK", "v_DHV", "gate_DHV", "out_HVD", "k_DGK", "v_DGV", "router_DE", "w1_EDF",
+            "w3_EDF", "w2_EFD"}
+    assert decayed == dict.fromkeys(vision, 0.025) | dict.fromkeys(text, 0.1)
+
+
+def test_contrastive_loss_by_hand():
+    rng = np.random.default_rng(0)
+    x_BTD, patches_NMD = rng.normal(size=(4, 6, 5)), rng.normal(size=(2, 3 * 4, 5))
+    ends_NI = np.array([[7, -1, 2], [-1, 11, -1]])
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    pairs = [(0, 0), (0, 2), (1, 1)]
+    image = unit(np.stack([patches_NMD[n, 4 * i:4 * i + 4].mean(0) for n, i in pairs]))
+    text = unit(np.stack([x_BTD[2 * n + ends_NI[n, i] // 6, ends_NI[n, i] % 6] for n, i in pairs]))
+    p = np.exp(image @ text.T / 0.07)
+    want = np.mean(-np.log(np.diag(p) / p.sum(0)) - np.log(np.diag(p) / p.sum(1)))
+    np.testing.assert_allclose(jax.jit(loss.contrastive_loss)(ends_NI, x_BTD, patches_NMD), want, rtol=1e-5)
+    assert loss.contrastive_loss(np.full((2, 3), -1), x_BTD, patches_NMD) == 0
+
+
+def test_captions_stand_alone_too(folder):
+    """Behind each captioned image's document stands its text alone, of which nothing is learned, and its end is told."""
+    batch = stream(folder, config.Train(batch=B, length=T, contrastive=1.0), blocks=2).next()
+    found = 0
+    for n, ends_I in enumerate(batch["ends"]):
+        rows = slice(n * B // 2, (n + 1) * B // 2)
+        for tile in np.flatnonzero(ends_I >= 0):
+            b, end = divmod(ends_I[tile], T)
+            tokens_T, segments_T, weights_T = (batch[name][rows][b] for name in ("tokens", "segments", "weights"))
+            alone_T, seen_T = (segments_T == segments_T[end] - back for back in (0, 1))
+            assert tokens_T[end] == 257 and np.flatnonzero(alone_T)[-1] == end and not weights_T[alone_T].any()
+            np.testing.assert_array_equal(tokens_T[seen_T & (tokens_T != V.token)], tokens_T[alone_T])
+            first = batch["places"][rows][b][seen_T]
+            assert first[first > 1].min() == images.PATCH + 4 * tile
+            found += 1
+    assert found == 5 and not (stream(folder, config.Train(batch=B, length=T)).next()["ends"] >= 0).any()
+
+
+def test_flops_of_a_tile():
+    """Those that XLA counts are a little more: norms, softmax, GELU."""
+    v = config.Vision(layers=1, dim=64, heads=2, hidden=128, tile=32, patch=4, token=1)
+    c = config.Model(vocab=8, dim=96, layers=1, pattern="L", vision=v)
+    params = convert.abstract_params(c)
+    lowered = jax.jit(functools.partial(see, c)).lower(params, jax.ShapeDtypeStruct((1, 1, 32, 32, 3), np.float32))
+    assert 1 < lowered.cost_analysis()["flops"] / v.flops_tile(c.dim) < 1.2
+    assert config.Vision().flops_tile(c.dim) == 0
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"length": 16}, r"a.jsonl:\d+ has \d+ tokens with its images, train.length=16 is less, and it is not cut"),
+    ({"freeze": ("vision.layer",)}, "names 'vision.layer', which is no part of this model; did you mean vision.layers"),
+    ({"freeze": ("embed_WD", "groups", "head_WD", "norm_D", "vision")}, "leaves nothing to learn"),
+    ({"text": True}, "shows an image, and this model reads text alone: set model.vision.layers"),
+    ({"cut": "3.png"}, r"a.jsonl:\d+: image '.*3.png' is damaged"),
+    ({"text_file": "3.png"}, r"a.jsonl:\d+: image '.*3.png' is no image"),
+])
+def test_mistakes_are_one_line(folder, tmp_path, change, message):
+    shutil.copytree(folder, tmp_path / "data")
+    e = experiment(tmp_path / "data", "a", **({"freeze": ()} | {k: v for k, v in change.items() if k in ("length", "freeze")}))
+    if "cut" in change:
+        cut(tmp_path / "data" / change["cut"])
+    if "text_file" in change:
+        (tmp_path / "data" / change["text_file"]).write_text("no image")
+    if "text" in change:
+        e = config.build(config.sections(e) | {"model": {**config.sections(e)["model"], "vision": {}},
+                                               "train": {"freeze": ()}})
+    with pytest.raises(ConfigError, match=message) as caught:
+        train.run(e, tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def test_a_damaged_jpeg_is_found_when_it_is_seen(tmp_path):
+    Image.effect_noise((90, 90), 99).save(tmp_path / "a.jpg")
+    cut(tmp_path / "a.jpg")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "<image> noise", "images": ["a.jpg"]}) + '\n{"text": "none"}' * 20)
+    batches = stream(tmp_path, config.Train(batch=2, length=T))
+    with pytest.raises(ConfigError, match="image '.*a.jpg' is damaged"):
+        for _ in range(20):
+            batches.next()
