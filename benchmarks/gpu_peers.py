@@ -55,7 +55,7 @@ def measure(T, documents, forms):
     found = {}
     for impl in forms:
         forward = jax.jit(lambda q, k, v, impl=impl: attend(q, k, v, impl=impl)[0])
-        both = jax.jit(lambda do, *x, impl=impl: jax.vjp(lambda q, k, v: attend(q, k, v, impl=impl)[0], *x)[1](do))
+        both = jax.jit(functools.partial(with_gradients, forward))
         found[f"mmx, {impl}"] = attempt(forward, both, ours, do, want, jax.block_until_ready)
     by_head = [torch.tensor(x, device="cuda").bfloat16() for x in x_HTD]
     for name, (forward, layout) in peers(edges).items():
@@ -67,6 +67,11 @@ def measure(T, documents, forms):
         want_ = np.moveaxis(want, 1, 2) if layout == "BTHD" else want
         found[name] = attempt(forward, both, args, cotangent, want_ if name != "softmax, torch" else None, synchronize)
     return found
+
+
+def with_gradients(forward, do, *args):
+    o, pull = jax.vjp(forward, *args)
+    return o, pull(do)          # o too: XLA leaves out what nobody asks for
 
 
 def peers(edges):

@@ -24,6 +24,6 @@ def get_config():
     train.steps, train.batch, train.length = 6000, 4, 256       # two or three pictures a row
     train.lr, train.warmup, train.decay = 3e-3, 100, 0.5
     train.tensorboard = False
-    data.sources, data.weights = ("scenes", "words"), ((0, (0.7, 0.3)),)
+    data.sources, data.weights = ("scenes", "words"), ((0, (0.6, 0.4)),)
     config.mesh.edp = -1                    # two simulated devices on two cores
     return config

@@ -24,9 +24,11 @@ def look(image):
 
 def answer(question, seen):
     """Of a question to `look`'s."""
-    if question == "What is there?":
-        rows = sorted(seen, key=lambda of: (of[3] // 28, of[2]))
-        return ", ".join(f"{colour} {shape}" for shape, colour, *_ in rows)
+    if question == "What is where?":
+        cells = ["..."] * 9
+        for shape, colour, x, y in seen:
+            cells[int(y // 28 * 3 + x // 28)] = colour[:1] + shape[:2]
+        return "".join(cells)
     kinds = Counter(of[:2] for of in seen)
     if many := re.fullmatch(r"How many (\w+) (\w+?)(es)?s?\?", question):
         return str(next(n for (shape, colour), n in kinds.items() if colour == many[1] and many[2].startswith(shape[:4])))

@@ -1,7 +1,7 @@
 """Generated pictures with questions, to learn from and be tested on: the sources "scenes" and "words".
 
-    scenes  1 to 4 objects of 5 shapes and 5 colours: how many, what colour, what shape, left or right of another; to train on,
-            all of them too, row by row
+    scenes  1 to 4 objects of 5 shapes and 5 colours: how many, what colour, what shape, left or right of another; to train on
+            also maps, three letters for each of 9 cells: a small model learns what shapes look like from these first
     words   a word of 3 to 6 letters, to read
 
 What is held out was never trained on. Of scenes a fifth of the combinations of shape, colour and count, the count being how
@@ -23,7 +23,9 @@ from mmx.data.sources import Pictured
 SIDE = 84
 GROUND = (122, 116, 104)        # near the mean of `images.MEAN`: bare ground is nearly zeros to a model
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
-COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 230), "yellow": (245, 190, 20), "black": (0, 0, 0)}
+COLOURS = {     # all lighter than the ground: where an object is, whatever its colour, is linear in the pixels
+    "red": (255, 116, 104), "green": (122, 255, 104), "blue": (122, 116, 255), "yellow": (255, 255, 104),
+    "white": (255, 255, 255)}
 MOST = 4                        # objects in a picture
 CELL = 28                       # pixels: objects stand in different cells of 3 x 3
 RADII = 9, 12                   # pixels
@@ -31,10 +33,10 @@ SIZES = {"scenes": {"train": 32_000, "validation": 2_000, "test": 2_000},
          "words": {"train": 32_000, "validation": 1_000, "test": 1_000}}
 CHANCE = {"count": 1 / MOST, "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "side": 1 / 2}    # of one answer to all
 KINDS = (*CHANCE, "word")
-TRAINED = ("all", "side", "all", "count", "all", "colour", "all", "shape", "side", "count")    # in turn, of scenes
+TRAINED = ("map", "side", "map", "count", "map", "colour", "map", "shape", "side", "count")    # in turn, of scenes
 LEAST, LONGEST = 3, 6           # letters
 LETTER, FONT = 14, 18           # pixels across a letter's cell, and of a line
-INK = (0, 0, 0)
+INK = COLOURS["white"]
 AROUND = 1                      # pixels that a word may be off its place
 
 
@@ -135,7 +137,7 @@ def _scene(split: str, index: int) -> tuple[str, Pictured]:
         "shape": (f"What shape are the {colour} ones?", shape),
         "side": (f"Is the {colour} {shape} left or right of the {other.colour} {other.shape}?",
                  "left" if things[0].x < other.x else "right"),
-        "all": ("What is there?", ", ".join(f"{thing.colour} {thing.shape}" for thing in sorted(things, key=_order)))}[kind]
+        "map": ("What is where?", _map(things))}[kind]
     return f"{kind}/{name}", _asked(question, answer, Scene(tuple(things)))
 
 
@@ -149,7 +151,7 @@ def _combination(draw: random.Random, count: int, split: str) -> tuple[str, str,
 def _do(shape: str, colour: str, count: int, kinds: list, kind: str, split: str) -> bool:
     """Whether the question has one answer in a picture of these objects, and training may see them."""
     others = kinds[count:]
-    clear = {"all": True, "count": (shape, colour) not in others, "colour": shape not in [of[0] for of in others],
+    clear = {"map": True, "count": (shape, colour) not in others, "colour": shape not in [of[0] for of in others],
              "shape": colour not in [of[1] for of in others],
              "side": (shape, colour) not in others and kinds.count(kinds[-1]) == 1}[kind]
     return clear and not (split == "train" and any(held_out(*of, n) for of, n in Counter(kinds).items()))
@@ -169,8 +171,10 @@ def _placed(draw: random.Random, kinds: list, kind: str) -> list[Thing]:
     return things
 
 
-def _order(thing: Thing) -> tuple[int, int]:
-    return thing.y // CELL, thing.x // CELL
+def _map(things: list) -> str:
+    """Row by row of each cell's object the first letter of its colour and two of its shape, or dots."""
+    found = {(thing.y // CELL, thing.x // CELL): thing.colour[0] + thing.shape[:2] for thing in things}
+    return "".join(found.get((row, column), "...") for row in range(3) for column in range(3))
 
 
 def _word(split: str, index: int) -> tuple[str, Pictured]:
