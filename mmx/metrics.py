@@ -137,7 +137,7 @@ def read(workdir: Path) -> list[dict]:
     path, records = workdir / "metrics.jsonl", []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            record = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+            record = {k: _each(v, lambda x: math.nan if x is None else x) for k, v in json.loads(line).items()}
             records.append(record | {"step": int(record["step"])})
         except (AttributeError, KeyError, TypeError, ValueError):
             break
@@ -160,7 +160,11 @@ def latest(workdir: Path) -> dict | None:
 
 def _line(record: dict) -> str:
     """JSON has no nan and no infinity: null."""
-    return json.dumps({k: v if math.isfinite(v) else None for k, v in record.items()}) + "\n"
+    return json.dumps({k: _each(v, lambda x: x if math.isfinite(x) else None) for k, v in record.items()}) + "\n"
+
+
+def _each(value, change):
+    return [change(x) for x in value] if isinstance(value, list) else change(value)
 
 
 def _cut(path: Path, step: int):

@@ -1,7 +1,7 @@
 """The decoder: embedding, the pattern's layers scanned over its repeats, final norm (model.md section 2).
 
     u = RMSNorm(x);   y  = alpha u + beta Mixer(u)          the residual is the normed value,
-    v = RMSNorm(y);   x' = alpha v + beta MoE(v)            with DeepNorm's alpha
+    v = RMSNorm(y);   x' = alpha v + beta MoE(v)            with DeepNorm's alpha; in pre-norm alpha x and alpha y
 
 A letter of the pattern is a layer kind: two dicts below map it to its mixer and to its cache.
 """
@@ -34,10 +34,10 @@ class Layer(nn.Module):
         alpha, beta = {"L": (c.alpha_lightning, c.beta_lightning), "S": (c.alpha_softmax, c.beta_softmax)}[self.kind]
         u_BTD = rms_norm(x_BTD, param(self, "norm_mixer_D"), c.norm_eps)
         mixed_BTD, cache = MIXERS[self.kind](c, name="mixer")(u_BTD, context, cache, log_decay_H)
-        y_BTD = alpha * u_BTD + beta * constrain(mixed_BTD, "BTD")
+        y_BTD = alpha * (u_BTD if c.postnorm else x_BTD) + beta * constrain(mixed_BTD, "BTD")
         v_BTD = rms_norm(y_BTD, param(self, "norm_moe_D"), c.norm_eps)
         expert_BTD, logits_BTE, stats = MoE(c, name="moe")(v_BTD, context)
-        return c.alpha_moe * v_BTD + c.beta_moe * expert_BTD, cache, logits_BTE, stats
+        return c.alpha_moe * (v_BTD if c.postnorm else y_BTD) + c.beta_moe * expert_BTD, cache, logits_BTE, stats
 
 
 class Group(nn.Module):

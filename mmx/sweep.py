@@ -37,8 +37,11 @@ from submitit.core.utils import FailedJobError
 import mmx
 from mmx import atomic, config, metrics, optim
 from mmx.config import ConfigError, Experiment
-from mmx.data import sources, tokens
+from mmx.data import pipeline, sources, tokens
+from mmx.guards import DivergedError
 
+PARTS = 20              # of a run, over each of which a row has means of what metrics.jsonl has of COURSE
+COURSE = ("tokens", "loss", "grad_norm", "micro_norm", "drop_rate")
 STEPS = 12              # that measure a FLOP rate; the first two, which compile, do not count
 FAILED, MISTAKE, HELD, STOPPED, DONE = "failed", "mistake", "held", "stopped", "done"
 EXECUTORS = {"inline": 1, "local": 1, "slurm": 64}      # and how many runs at a time
@@ -97,13 +100,13 @@ def cells(grid, make) -> list[Cell]:
         grid = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     if not isinstance(grid, (list, tuple)) or not grid or not all(isinstance(keys, dict) and keys for keys in grid):
         raise ConfigError("sweep() must return a dict of lists of values by key, or a list of dicts, a cell each")
-    found, by_hash, has_text = [], {}, functools.cache(_has_text)
+    found, by_hash, holds_out = [], {}, functools.cache(_holds_out)
     for number, keys in enumerate(grid, 1):
         where = f"cell {number} of {len(grid)} ({_told(keys)})"
         try:
             _check_plain(keys)
             cell = Cell(keys, make(keys))
-            _check(cell.experiment, has_text)
+            _check(cell.experiment, holds_out)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
         if cell.hash in by_hash:
@@ -127,20 +130,18 @@ def _check_plain(keys: dict) -> None:
                               "float(x), and strings") from None
 
 
-def _check(e: Experiment, has_text) -> None:
+def _check(e: Experiment, holds_out) -> None:
     """What a run would find out only when it has begun."""
     if e.train.seconds:
         raise ConfigError(f"train.seconds={e.train.seconds:g} leaves open what a run computes: set train.steps")
     tokens.check_vocab(tokens.tokenizer(e.data.tokenizer), e.model.vocab)
-    if not any([has_text(source) for source in e.data.sources]):        # a list: each source is looked at
-        raise ConfigError(f"data.sources={e.data.sources} hold out no text, of ids alone there is no loss to tell: add a "
-                          "source of text")
+    if not any([holds_out(source) for source in e.data.sources]):       # a list: each source is looked at
+        raise ConfigError(f"data.sources={e.data.sources} hold nothing out: without it there is no loss to tell")
 
 
-def _has_text(source: str) -> bool:
-    """Whether a source holds out text, and not ids or images alone."""
-    return source == "sotu" or any(not isinstance(raw, (sources.Ids, sources.Pictured))
-                                   for _, raw in sources.documents(source, "validation"))
+def _holds_out(source: str) -> bool:
+    """Whether there is a loss to tell of a source: of text or ids, not of images."""
+    return source == "sotu" or any(not isinstance(raw, sources.Pictured) for _, raw in sources.documents(source, "validation"))
 
 
 class Job(submitit.helpers.Checkpointable):
@@ -174,10 +175,15 @@ def attempt(cell: Cell, folder: Path) -> tuple[str, str]:
             return DONE, ""
         from mmx import train
 
-        done = train.run(cell.experiment, folder)
-        if done["stopped"]:
-            return STOPPED, f"stopped at step {done['step']}"
-        row = _row(cell, folder, done["seconds"])
+        try:
+            done = train.run(cell.experiment, folder)
+        except DivergedError as error:
+            found = {"loss": None, "bits_per_byte": None, "diverged": str(error)}
+        else:
+            if done["stopped"]:
+                return STOPPED, f"stopped at step {done['step']}"
+            found = _held_out(cell.experiment, folder) | {"seconds": done["seconds"]}
+        row = _row(cell, folder, found)
         if cell.experiment.train.tensorboard:
             _write_hparams(cell, folder, row)
         _write(folder / "row.json", json.dumps(row))
@@ -194,26 +200,48 @@ def rate(cell: Cell, out: Path) -> tuple[str, float]:
         return DONE, float(np.median([record["flops_per_s"] for record in metrics.read(Path(folder))[2:]]))
 
 
-def _row(cell: Cell, folder: Path, seconds: float) -> dict:
-    """What a run found: the cell's keys, counts, losses in nats a token (that of training over its last twentieth)."""
-    import jax
+def _held_out(e: Experiment, folder: Path) -> dict:
+    """Nats a token and bits a byte on held-out text; on ids nats a target and the share met, which stand alone without text."""
+    found = {"bits_per_byte": None}
+    if pipeline.held_out_ids(e.data):
+        from mmx.evals import answers
 
-    from mmx.evals import compression
+        found |= answers.measure(folder)
+    if pipeline.validation(e.data):
+        from mmx.evals import compression
+
+        text = compression.measure(folder, limit=e.train.eval_bytes)
+        found |= {"loss": text["nats_per_token"], "bits_per_byte": text["bits_per_byte"]}
+    return found
+
+
+def _row(cell: Cell, folder: Path, found: dict) -> dict:
+    """What a run found: the cell's keys, counts, losses, that of training over its last twentieth, its course in PARTS."""
+    import jax
 
     e, m = cell.experiment, cell.experiment.model
     records = metrics.read(folder)
     last = records[-max(1, len(records) // 20):]
-    held_out = compression.measure(folder, limit=e.train.eval_bytes)
+    parts = [part.tolist() for part in np.array_split(np.array(records, object), max(1, min(PARTS, len(records))))]
+    known = last[-1] if last else {}        # none: it diverged at the first step
+    course = {name: [_mean([record[name] for record in part]) for part in parts] for name in COURSE if name in known}
     return cell.keys | {
         "name": cell.name, "hash": cell.hash,
         "params": m.params_active, "params_total": m.params_total, "params_active_all": m.params_active_all,
         "tokens": cell.tokens, "steps": e.train.steps,
         "flops": cell.flops, "flops_companion": cell.tokens * m.flops_companion(e.train.length),
-        "loss": held_out["nats_per_token"], "bits_per_byte": held_out["bits_per_byte"],
-        "train_loss": float(np.nanmean([record["loss"] for record in last])),
-        "seconds": seconds, "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "seconds": known.get("seconds", 0.0), **found,
+        "train_loss": _mean([record["loss"] for record in last]), "course": course, "skipped": known.get("skipped", 0),
+        "layer_norms": [_mean(norms) for norms in zip(*[record["layer_norms"] for record in last if "layer_norms" in record])],
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {"mmx": mmx.__version__, "jax": jax.__version__, "python": sys.version.split()[0]},
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+
+
+def _mean(values) -> float | None:
+    """Of those that are numbers."""
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else None
 
 
 def _write_hparams(cell: Cell, folder: Path, row: dict) -> None:
@@ -224,7 +252,8 @@ def _write_hparams(cell: Cell, folder: Path, row: dict) -> None:
     keys = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in cell.keys.items()}
     with SummaryWriter(str(folder / "tensorboard")) as board:
         board.add_hparams(keys | {"params": row["params"], "flops": row["flops"]}, {
-            f"final/{name}": row[name] for name in ("loss", "bits_per_byte", "train_loss", "seconds")}, name="hparams")
+            f"final/{name}": row[name] for name in ("loss", "bits_per_byte", "train_loss", "seconds") if row[name] is not None},
+            name="hparams")
 
 
 def _take(lock) -> bool:
@@ -463,7 +492,8 @@ def _loop(todo: list[Cell], out: Path, pool, jobs: int, retries: int, console: C
         if kind == DONE or (folder(cell) / "row.json").exists():        # it may have been killed behind its row
             kind = DONE
             row = collect(out)[cell.hash]
-            say(f"done: {cell.name}, loss {row['loss']:.4f}, {row['seconds']:.0f} s")
+            told = "diverged" if row["loss"] is None else f"loss {row['loss']:.4f}"
+            say(f"done: {cell.name}, {told}, {row['seconds']:.0f} s")
         elif kind == STOPPED and isinstance(pool, Inline):      # it had the signal that was meant for the sweep
             raise KeyboardInterrupt
         elif os.strerror(errno.ENOSPC) in words:
@@ -529,6 +559,7 @@ def show(rows: list[dict], title: str) -> Table:
     table = Table(Column("run", overflow="fold"), *names, title=title,
                   caption="losses in nats a token; loss and bits/byte on held-out text")
     for row in rows:
-        table.add_row(row["name"], f"{row['params']:,}", f"{row['tokens']:,}", f"{row['flops']:.3g}",
-                      f"{row['train_loss']:.4f}", f"{row['loss']:.4f}", f"{row['bits_per_byte']:.4f}", f"{row['seconds']:,.0f}")
+        losses = ["" if loss is None else f"{loss:.4f}" for loss in (row["train_loss"], row["loss"], row["bits_per_byte"])]
+        table.add_row(row["name"], f"{row['params']:,}", f"{row['tokens']:,}", f"{row['flops']:.3g}", *losses,
+                      f"{row['seconds']:,.0f}")
     return table

@@ -45,7 +45,8 @@ def train_step(params, opt, batch, lr, *, model: Model, optimizer, loss_chunk: i
 
     def micro(total, micro_batch):
         (_, metrics), grads = grad(learned, micro_batch)
-        return jax.tree.map(lambda t, g: t + metrics["targets"] * g, total, grads), metrics
+        total = jax.tree.map(lambda t, g: t + metrics["targets"] * g, total, grads)
+        return total, metrics | {"micro_square": optax.tree.norm(grads, squared=True)}
 
     if len(batch["tokens"]) == 1:
         (_, metrics), grads = grad(learned, jax.tree.map(lambda x: x[0], batch))
@@ -60,7 +61,16 @@ def train_step(params, opt, batch, lr, *, model: Model, optimizer, loss_chunk: i
     updates, moved = optimizer.update(grads, opt, learned)
     moved = optax.apply_updates(learned, jax.tree.map(lambda u: lr * u, updates)), moved
     learned, opt = jax.tree.map(lambda new, old: jnp.where(sound, new, old), moved, (learned, opt))
-    return optim.join(learned, frozen), opt, metrics | {"grad_norm": norm}
+    return optim.join(learned, frozen), opt, metrics | {"grad_norm": norm} | _layer_norms(grads.get("groups", {}))
+
+
+def _layer_norms(grads) -> dict:
+    """Norms of the gradients of the layers that learn, of which the groups' are stacked."""
+    def square_L(x):
+        return jnp.sum(x ** 2, axis=tuple(range(1, x.ndim)))
+    names = sorted(grads, key=lambda name: int(name.removeprefix("layer_")))
+    squares_PL = [sum(map(square_L, jax.tree.leaves(grads[name]))) for name in names]
+    return {"layer_norms": jnp.sqrt(jnp.stack(squares_PL, axis=1).reshape(-1))} if names else {}
 
 
 def init(model: Model, optimizer, seed: int, freeze: tuple = ()):
@@ -236,6 +246,10 @@ def _report(log, experiment, ratio, guard, step, seen, lr, metrics, seconds, loo
               "flops_per_s": rate * (c.flops_training(experiment.train.length) + 3 * tiles * c.vision.flops_tile(c.dim))}
     record |= {"tiles": looks} if c.vision.layers else {}
     record |= {name: float(m[name]) for name in ("contrastive_loss",) if name in m}
+    if "layer_norms" in m:
+        record["layer_norms"] = [float(f"{norm:.4g}") for norm in m["layer_norms"]]
+    if "micro_square" in m:     # of the micro-batches' gradients: how far it is above grad_norm tells their noise
+        record["micro_norm"] = math.sqrt(m["micro_square"])
     log.step(record, m["load_E"], m["dropped"], step % experiment.train.log_every == 0 and not guard.row)
 
 

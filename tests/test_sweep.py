@@ -217,7 +217,6 @@ def test_a_file_that_cannot_be_written_is_what_it_was(tmp_path):
     ("[]", [], "sweep() must return a dict of lists"),
     ('{"train.seed": list(__import__("numpy").arange(2))}', [], "cell 1 of 2 (train.seed=0): train.seed is of int64, which no"),
     ('{"model.vision.layers": [-1]}', [], "cell 1 of 1 (model.vision.layers=-1): model.vision.layers=-1 must be positive"),
-    ('{"data.sources": [("IDS",)]}', [], "hold out no text, of ids alone there is no loss to tell"),
     (GRID, ["--executor", "slurm"], "this is no SLURM cluster; --executor local runs processes"),
     (GRID, ["--slurm", "partition=gpu"], "--slurm partition=gpu needs --executor slurm"),
     (GRID, ["--rate", "1e3", "--hours", "0.5"], "the 3 runs need 1.73 hours (as --rate says), --hours 0.5 is less"),
@@ -226,8 +225,7 @@ def test_a_file_that_cannot_be_written_is_what_it_was(tmp_path):
     (GRID, ["--jobs", "2"], "--jobs 2 needs processes: --executor local"),
 ])
 def test_mistakes_before_anything_runs(grid, more, message, place, trained, tmp_path, capsys):
-    (tmp_path / "ids.jsonl").write_text('{"tokens": [1, 2], "targets": [2, -1]}\n' * 40)
-    assert cli.main([*place(grid.replace("IDS", str(tmp_path / "ids.jsonl"))), *more]) == 2
+    assert cli.main([*place(grid), *more]) == 2
     err = capsys.readouterr().err
     assert message in err and err.startswith("mmx: ") and err.count("\n") == 1, err
     assert not trained[0] and not list(tmp_path.glob("out/runs/*"))

@@ -183,6 +183,7 @@ def test_any_devices_give_the_losses_of_one(whole, text, tmp_path, monkeypatch):
     monkeypatch.undo()
     train.run(ramped(text, mesh={"edp": 2}), tmp_path)
     for one, many in zip(told(whole), told(tmp_path), strict=True):
+        assert many.pop("layer_norms") == pytest.approx(one.pop("layer_norms"), rel=2e-3)      # kept in four digits
         assert many == pytest.approx(one, rel=1e-5, abs=1e-7)
 
 

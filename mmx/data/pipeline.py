@@ -54,6 +54,13 @@ def validation(data: config.Data) -> list[tuple[str, bytes]]:
     return _held_out(data, "validation")
 
 
+def held_out_ids(data: config.Data) -> dict[str, list]:
+    """(tokens_T, targets_T) of every document of ids held out for validation, by source, where there are any."""
+    every = {source: [content for _, content in sources.documents(source, "validation") if isinstance(content, sources.Ids)]
+             for source in dict.fromkeys(data.sources)}
+    return {source: found for source, found in every.items() if found}
+
+
 def test(data: config.Data) -> list[tuple[str, bytes]]:
     """(name, raw bytes) of every test document; none where the sources' names put none there."""
     return _held_out(data, "test")

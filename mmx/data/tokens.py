@@ -1,10 +1,11 @@
-"""Text to token ids and back: bytes (no files, exact bits per byte) or a Hugging Face tokenizer.json.
+"""Text to token ids and back: bytes (no files, exact bits per byte), numbers, or a Hugging Face tokenizer.json.
 
 A tokenizer has `vocab` (ids are below it), `bos`, `eos`, `pad`, `encode(raw bytes) -> int32 ids` without specials, and
 `decode(ids) -> str`, which leaves specials out.
 """
 import numpy as np
 
+from mmx import config
 from mmx.config import ConfigError
 
 BOS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<beginning_of_sentence>", "<|startoftext|>", "<|bos|>")
@@ -21,6 +22,26 @@ class Bytes:
 
     def decode(self, ids) -> str:
         return bytes(int(i) for i in ids if 0 <= i < 256).decode("utf-8", "replace")
+
+
+class Numbers:
+    """A text is ids below `count` as decimal numbers; bos, eos and pad follow. For sources of ids (`data.generated`)."""
+
+    def __init__(self, count: str):
+        if not count.isdecimal() or not 0 < int(count) < 2**24:
+            raise ConfigError(f"data.tokenizer='numbers:{count}' needs how many ids there are, as numbers:4096")
+        self.bos = int(count)
+        self.eos, self.pad, self.vocab = self.bos + 1, self.bos + 2, self.bos + 3
+
+    def encode(self, raw: bytes, name: str = "text") -> np.ndarray:
+        words = raw.decode("utf-8", "replace").split()
+        wrong = next((word for word in words if not word.isdecimal() or int(word) >= self.bos), None)
+        if wrong is not None:
+            raise ConfigError(f"{name}: {wrong!r} is no number below {self.bos}, which data.tokenizer=numbers:{self.bos} takes")
+        return np.array(words, np.int32)
+
+    def decode(self, ids) -> str:
+        return " ".join(str(int(i)) for i in ids if 0 <= i < self.bos)
 
 
 class File:
@@ -60,12 +81,14 @@ class File:
         return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab], skip_special_tokens=True)
 
 
-def tokenizer(name: str) -> Bytes | File:
-    """"bytes", or the path of a tokenizer.json."""
+def tokenizer(name: str) -> Bytes | Numbers | File:
+    """"bytes", "numbers:COUNT", or the path of a tokenizer.json."""
+    if name.startswith(config.NUMBERS):
+        return Numbers(name.removeprefix(config.NUMBERS))
     return Bytes() if name == "bytes" else File(name)
 
 
-def of_checkpoint(name: str, vocab: int) -> Bytes | File:
+def of_checkpoint(name: str, vocab: int) -> Bytes | Numbers | File:
     """The tokenizer of a checkpoint with an embedding of `vocab` rows; `name` is empty where it has none."""
     if not name:
         raise ConfigError("this checkpoint has no tokenizer: put its tokenizer.json beside config.json, or give token ids")
@@ -88,8 +111,8 @@ def prompted(tokenizer, prompt: bytes, completion: bytes, name: str = "text") ->
 
 def check_ids(tokenizer, ids, name: str) -> None:
     """Refuses token ids of a file that the tokenizer does not have."""
-    if max(ids) >= tokenizer.vocab:
-        raise ConfigError(f"{name}: token id {max(ids)} is out of range, data.tokenizer has {tokenizer.vocab:,} ids")
+    if np.max(ids) >= tokenizer.vocab:
+        raise ConfigError(f"{name}: token id {np.max(ids)} is out of range, data.tokenizer has {tokenizer.vocab:,} ids")
 
 
 def check_vocab(tokenizer, vocab: int) -> None:

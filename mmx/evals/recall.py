@@ -10,11 +10,11 @@ import itertools
 import numpy as np
 
 from mmx.config import ConfigError
+from mmx.data.generated import near
 from mmx.evals.examples import Ask, Example, draws
 
 PAIRS = ("4", "16", "64")
 VOCAB = 8192        # Zoology's, where the tokenizer has as many
-POWER = 0.01
 
 
 def example(length: int, pairs: str, seed, ask: Ask) -> Example:
@@ -32,8 +32,7 @@ def example(length: int, pairs: str, seed, ask: Ask) -> Example:
     prompt[0] = tokenizer.bos
     prompt[1:1 + 2 * count:2], prompt[2:2 + 2 * count:2] = keys, values
     space = (length - 1 - 2 * count) // 2
-    share = np.arange(1, space + 1)**(POWER - 1.0)
-    queries = 1 + 2 * count + 2 * draw.choice(space, count, replace=False, p=share / share.sum())
+    queries = 1 + 2 * count + 2 * draw.choice(space, count, replace=False, p=near(space))
     prompt[queries], answers[queries] = keys, values
     return Example(prompt.astype(np.int32), answers.astype(np.int32))
 

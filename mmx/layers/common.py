@@ -35,10 +35,9 @@ def param(module: nn.Module, name: str, fan_in: str = "", fan_out: str = "", sca
     if not fan_in:
         return module.param(name, nn.initializers.ones, shape).astype(c.dtype)
     wide_in, wide_out = (math.prod(size[axis] for axis in fan) for fan in (fan_in, fan_out))
-    if c.init == "deepnorm":
-        std = (2 / (wide_in + wide_out)) ** 0.5 * ((8 * c.layers) ** -0.25 if scaled else 1)
-    else:
-        std = wide_in ** -0.5
+    std = wide_in ** -0.5 if c.init == "fan_in" else (2 / (wide_in + wide_out)) ** 0.5
+    if c.init == "deepnorm" and scaled:
+        std *= (8 * c.layers) ** -0.25
     return floats(module.param(name, nn.initializers.normal(std), shape), c.dtype)
 
 

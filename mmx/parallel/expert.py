@@ -128,6 +128,9 @@ def _on_the_spot(x_MD, weight_MJ, expert_MJ, keep_MJ, *weights):
     (M, J), E = expert_MJ.shape, len(weights[0])
     if M * J <= FEW:
         return grouped.expert_ffn_few(x_MD, weight_MJ * keep_MJ, expert_MJ, *weights)
+    if E == J == 1:     # dense: nothing to sort
+        h_MF = jax.nn.silu(x_MD @ weights[0][0]) * (x_MD @ weights[1][0])
+        return ((weight_MJ * keep_MJ).astype(h_MF.dtype) * h_MF) @ weights[2][0]
     rank_A, count_E = _rank(_queue(expert_MJ), _queue(keep_MJ), E)
     block = block_size(M * J, E)
     plan = grouped.plan(expert_MJ, rank_A.reshape(J, M).T, keep_MJ, count_E, block)

@@ -1,0 +1,52 @@
+"""Does a mixture of experts do more than a dense model at equal FLOPs? On text, and on facts, more than the dense one can hold.
+
+    mmx sweep --config experiments/moe_vs_dense.py --out moe_vs_dense --jobs 6          # or one run:
+    mmx train --config experiments/moe_vs_dense.py:facts,65536,moe,3e-3,0 --workdir facts-moe
+
+Protocol: four layers LLLS, 64 wide. Dense: a feed-forward part 133 wide; MoE: 16 experts of 64, top-2, none dropped, aux
+0.01: 2 x 64 and the router's 15 more rows are 133, so that a token's FLOPs are the same to the last. Facts: `count` keys of
+two ids with values of 16 random bits, seen as often in every run as steps x 128 rows x 85 / count; accuracy is the share of
+value ids that are told right, of 2,048 of the facts learned: it is memory that is asked for. Text: bytes of the embedded
+corpus in rows of 256, 32 a step, 8 M tokens, two epochs; the loss is that of 262,144 bytes of validation text. Two learning
+rates and three seeds an arm; an arm is told at its better rate, of the mean over seeds.
+Hours: not measured yet.
+Result: not run.
+"""
+from mmx.config import ConfigError, default
+
+KINDS = {"dense": (1, 1, 133), "moe": (16, 2, 64)}      # experts, top-k, width of one
+FACTS = (8_192, 32_768, 65_536)
+RATES, SEEDS = (3e-3, 1e-2), (0, 1, 2)
+
+
+def get_config(task="facts", count=32_768, kind="moe", lr=3e-3, seed=0):
+    if task not in ("facts", "text") or kind not in KINDS:
+        raise ConfigError(f"{task},{count},{kind} is no arm: give facts or text, how many facts, and dense or moe")
+    config = default()
+    model, train, data = config.model, config.train, config.data
+    model.layers, model.pattern, model.dim = 4, "LLLS", 64
+    model.heads = model.kv_heads = 4
+    model.head_dim, model.rotary_dim = 16, 8
+    model.experts, model.top_k, model.expert_dim = KINDS[kind]
+    model.embed_std = 1.0
+
+    if task == "facts":
+        data.tokenizer = "numbers:256"
+        data.sources = (f"facts:count={int(count)},vocab=256,seed={int(seed)}",)
+        train.batch, train.length, train.steps = 128, 255, 1500     # 85 facts of three ids a row
+    else:
+        train.batch, train.length, train.steps = 32, 256, 1000
+        train.eval_bytes = 2**18
+    train.lr, train.warmup, train.decay = float(lr), 100, 0.5
+    train.loss_chunk = train.batch * train.length
+    train.seed = data.seed = int(seed)
+    train.tensorboard = False
+    config.checkpoint.every = train.steps
+    config.mesh.edp = 1
+    return config
+
+
+def sweep():
+    tasks = [("facts", count) for count in FACTS] + [("text", 0)]
+    return [{"task": task, "count": count, "kind": kind, "lr": lr, "seed": seed}
+            for seed in SEEDS for task, count in tasks for lr in RATES for kind in KINDS]
