@@ -31,9 +31,9 @@ def read(folder: Path) -> dict[str, list] | None:
         return None
     try:
         found = json.loads(text)
-        if found["sha256"] == _own(found["files"]):
+        if found["sha256"] == _own(found["files"]) and all(map(_plain, *zip(*found["files"].items()))):
             return found["files"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise ValueError(f"{NAME} is damaged")
 
@@ -76,6 +76,12 @@ def _entry(path: Path) -> list:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return [file.tell(), digest]
+
+
+def _plain(name: str, entry) -> bool:
+    """Whether an entry is of a file below, as `write` makes them."""
+    return (isinstance(entry, list) and list(map(type, entry)) == [int, str] and not name.startswith("/")
+            and ".." not in name.split("/"))
 
 
 def _own(table: dict) -> str:

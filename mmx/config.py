@@ -249,6 +249,7 @@ class Train:
     length: int = 512               # T, tokens a sequence
     ramp: tuple = ()                # ((tokens seen, micro-batches a step), ...): batch ramp by gradient accumulation
     init_from: str = ""             # start from the parameters of this workdir, checkpoints/STEP or Hugging Face directory
+    init_vision: str = ""           # and from the ViT, without its projector, of this one
     freeze: tuple = ()              # parts of the parameters that stay as they are: "groups", "vision", "vision.layers"
     vision_lr: float = 1.0          # learning rate of what sees (ViT, projector), over that of the rest
     contrastive: float = 0.0        # weight of the contrastive loss of captioned images beside the captions' (CoCa)

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -266,8 +267,10 @@ def _nest(flat: dict[tuple[str, ...], object]) -> dict:
 
 
 def open_start(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
-    """A checkpoint in either form that `model` can start from: one with tensors of its shapes."""
+    """A checkpoint in either form that `model` can start from: one with tensors of its shapes, or of its text's alone."""
     source = open_source(path)
+    if not source.model.vision.layers:
+        model = dataclasses.replace(model, vision=config.Vision())
     there, wanted = ({"/".join(leaf.path): leaf.shape for leaf in released.leaves(m)} for m in (source.model, model))
     released.check_shapes(there, wanted, f"train.init_from={str(path)!r}", "this model")
     return source
@@ -282,6 +285,38 @@ def start(source: ReleasedSource | WorkdirSource, params: dict) -> dict:
             want, read = functools.reduce(dict.get, leaf.path, params), source.slices(files, leaf)
             made[leaf.path] = jax.make_array_from_callback(want.shape, want.sharding, lambda at: read(at).astype(want.dtype))
     return _nest(made)
+
+
+def open_vision(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
+    """A checkpoint in either form whose ViT `model` can start from; its tiles may have another size."""
+    source = open_source(path)
+    for name in ("layers", "dim", "heads", "hidden", "patch"):
+        there, wanted = (getattr(m.vision, name) for m in (source.model, model))
+        if there != wanted:
+            raise ConfigError(f"train.init_vision={str(path)!r} has model.vision.{name}={there}, this model {wanted}")
+    return source
+
+
+def start_vision(source: ReleasedSource | WorkdirSource, vision: dict) -> dict:
+    """`vision` with the ViT of a checkpoint, but for the projector and the newline, which are of its text's width; places of
+    tiles of another size are interpolated (bicubic)."""
+    made = jax.tree.map(lambda x: x, vision)
+    with released.Files(os.O_RDONLY) as files, jax.transfer_guard_host_to_device("allow"):
+        for leaf in released.leaves(source.model):
+            *above, name = leaf.path
+            if above[:1] == ["vision"] and not set("DO") & set(name.rpartition("_")[2]):
+                part = functools.reduce(dict.get, above[1:], made)
+                w = source.read_leaf(files, leaf).astype(part[name].dtype)
+                w = _interpolated(w, len(part[name])) if name == "place_PJ" else w
+                part[name] = jax.make_array_from_callback(w.shape, part[name].sharding, lambda at, w=w: w[at])
+    return made
+
+
+def _interpolated(place_PJ, places: int) -> np.ndarray:
+    """The class token's, then those of a square of patches."""
+    old, new = (math.isqrt(P - 1) for P in (len(place_PJ), places))
+    grid = jax.image.resize(place_PJ[1:].reshape(old, old, -1), (new, new, place_PJ.shape[1]), "bicubic")
+    return place_PJ if old == new else np.concatenate([place_PJ[:1], np.asarray(grid).reshape(new * new, -1)])
 
 
 def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Loaded:

@@ -4,6 +4,7 @@
     K key dim    V value dim     F expert hidden     E experts    C expert capacity
     N chunks     Q tokens/chunk  L scanned groups    W vocabulary M token rows (B x T, flattened)
     I tiles      Y, X pixels down and across          Z colours    P a tile's places, its class token first
+    N, of images: equal blocks of a batch's rows, each with tiles of its own, and M a block's patches
     J ViT model  A ViT heads     U ViT hidden        O projector hidden (as wide as D)
 
 Inside `shard_map` a letter means the local extent.

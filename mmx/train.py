@@ -92,7 +92,9 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
     ratio = bytes_per_token(tokenizer, head(held_out, t.eval_bytes and max(t.eval_bytes, 65_536)))
     if experiment.model.dtype == "float64" and not jax.config.jax_enable_x64:
         raise ConfigError("model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment: without it JAX has float32 alone")
-    origin = convert.open_start(t.init_from, experiment.model) if t.init_from and not find_step(workdir) else None
+    new = not find_step(workdir)
+    origin = convert.open_start(t.init_from, experiment.model) if t.init_from and new else None
+    eyes = convert.open_vision(t.init_vision, experiment.model) if t.init_vision and new else None
     model, optimizer = Model(experiment.model), optim.adamw(t)
     undropped = Model(dataclasses.replace(experiment.model, capacity=0.0, transport=0.0))       # inference drops no token
     whole, rows, tiles = sharding.whole(mesh), sharding.batch(mesh, leading=1), sharding.tiles(mesh, leading=1)
@@ -109,8 +111,8 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
         def stand():
             """(step, params, opt, position) of the last checkpoint, or of the beginning."""
             state = checkpoints.restore(*placed)
-            if state is None and origin:
-                state = 0, convert.start(origin, placed[0]), None, None
+            if state is None and (origin or eyes):
+                state = 0, _started(make, placed[0], origin, eyes), None, None
             if state is None:
                 return 0, *make(), begun
             step, params, opt, position = state
@@ -183,6 +185,15 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
                 log.close()
     return {"step": step, "new": step - first, "seconds": before + time.monotonic() - begin, "stopped": stop.asked,
             "process": jax.process_index()}
+
+
+def _started(make, placed: dict, origin, eyes) -> dict:
+    """Parameters of other checkpoints; what those have not, vision of a text model, is a new run's."""
+    params = convert.start(origin, placed) if origin else {}
+    if missing := placed.keys() - params.keys():
+        kept = {name: jax.tree.map(lambda x: x.sharding, placed[name]) for name in missing}
+        params |= jax.jit(lambda: {name: make()[0][name] for name in missing}, out_shardings=kept)()
+    return params | ({"vision": convert.start_vision(eyes, params["vision"])} if eyes else {})
 
 
 @contextlib.contextmanager

@@ -23,9 +23,9 @@ def test_steps_that_are_no_number_are_counted_until_too_many_in_a_row():
 
 def test_a_spike_is_measured_from_the_median_of_a_full_window():
     g = guard(spike=1.0, window=3)
-    assert [g.see(step, loss, 1) for step, loss in enumerate((9, 2, 2.1), 1)] == [""] * 3     # not full yet: nothing is usual
-    assert g.see(4, 3.05, 1) == "" and g.losses == [2, 2.1, 3.05]
-    assert g.see(5, 3.2, 1) == "step 5 has loss 3.200, usual is 2.100" and g.losses == [2, 2.1, 3.05]
+    assert [g.see(step, loss, 1) for step, loss in enumerate((2, 9, 2.1), 1)] == [""] * 3     # not full yet: nothing is usual
+    assert g.see(4, 3.05, 1) == "" and g.losses == [9, 2.1, 3.05]
+    assert g.see(5, 4.1, 1) == "step 5 has loss 4.100, usual is 3.050" and g.losses == [9, 2.1, 3.05]
     assert guard().see(1, 1e9, 1) == ""
 
 

@@ -1,5 +1,7 @@
 """metrics.jsonl, TensorBoard and the bar: each step once, also after a restart in the middle."""
+import errno
 import json
+import time
 
 import numpy as np
 import pytest
@@ -75,6 +77,36 @@ def test_tensorboard_forgets_what_a_restart_makes_again(tmp_path):
     first.rename(first.with_name("events.out.tfevents.0000000001.here"))     # names count seconds
     write(tmp_path, (3, 4), begin=2).close()
     assert [e.step for e in board(tmp_path).Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def test_a_disk_that_is_full_stops_no_thread(tmp_path, monkeypatch):
+    """TensorBoard's would end, and the tenth event behind it wait for ever; the file is named."""
+    log = write(tmp_path, ())
+    inner = log.board.file_writer.event_writer._ev_writer._py_recordio_writer
+
+    def full(data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(inner, "write", full)
+    for step in range(1, 40):
+        log.step(record(step), np.array([[0.25, 0.75]]), np.array([0.0]), True)
+    with pytest.raises(OSError, match=r"No space left on device: '.*tfevents.*'"):
+        for _ in range(100):
+            log.flush()
+            time.sleep(0.1)
+    log.close()
+    assert len(metrics.read(tmp_path)) == 39
+
+
+def test_a_line_that_cannot_be_written_names_the_file(tmp_path, monkeypatch):
+    log = write(tmp_path, (1,), tensorboard=False)
+    log.file.close()
+    log.file = open("/dev/full", "w")
+    with pytest.raises(OSError, match="No space left on device: '.*metrics.jsonl'"):
+        for _ in range(1000):
+            log.step(record(2), None, None, False)
+    with pytest.raises(OSError, match="metrics.jsonl"):
+        log.close()
 
 
 def test_tensorboard_is_optional_and_thinned(tmp_path):

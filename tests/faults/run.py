@@ -16,7 +16,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n", type=int, default=100, help="SIGKILLs; a fifth as many elastic restarts (default 100)")
     parser.add_argument("--memory-seconds", type=float, default=60, help="of training whose memory is watched (default 60)")
-    parser.add_argument("--seconds", type=float, default=1e9, help="after which kills stop; with --folder, they go on")
+    parser.add_argument("--seconds", type=float, default=1e9, help="after which kills, restarts stop; with --folder they go on")
     parser.add_argument("--only", help="names with commas (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where runs are (default: one that is removed)")
@@ -47,8 +47,10 @@ def run(args, folder: Path) -> int:
         "two": ("two runs on one workdir", lambda: s.two_runs(harness.Place(folder / "files"))),
         "clock": ("clock that leaps", lambda: s.clock(harness.Place(folder / "files"))),
         "ranks": ("one of two processes killed", lambda: s.ranks(harness.Place(folder / "files"))),
-        "elastic": ("elastic restarts, float64", lambda: s.elastic(harness.Place(folder / "e64", dtype="float64"), few, rng)),
-        "elastic32": ("elastic restarts, float32, first loss", lambda: s.elastic(harness.Place(folder / "e32"), few, rng)),
+        "elastic": ("elastic restarts, float64", lambda: s.elastic(
+            harness.Place(folder / "e64", dtype="float64"), few, rng, args.seconds)),
+        "elastic32": ("elastic restarts, float32, first loss", lambda: s.elastic(
+            harness.Place(folder / "e32"), few, rng, args.seconds)),
         "memory": ("memory over time", lambda: s.memory(harness.Place(folder / "files"), args.memory_seconds)),
     }
     table, failed = Table("what", "held", "seconds", "found"), False

@@ -315,27 +315,33 @@ def _together(place: Place, command, count: int, **hurt):
                         **{k: f"{v}.{process}" for k, v in hurt.items()}) for process in range(count)]
 
 
-def elastic(place: Place, count: int, rng: random.Random, steps: int = 200) -> str:
-    """`count` restarts over random numbers of processes, devices and meshes: the losses of the uninterrupted run, its rows."""
-    rows, worst, told_of = place.folder / "rows", 0.0, set()
-    end = place.folder / "uninterrupted"
+def elastic(place: Place, count: int, rng: random.Random, seconds: float = math.inf, steps: int = 200) -> str:
+    """`count` restarts over random numbers of processes, devices and meshes: the losses of the uninterrupted run, its rows.
+
+    In float32 the first loss after each restart is that of one device from the same checkpoint. After `seconds` it stops where
+    it is; called again, it goes on.
+    """
+    rows, end, workdir = place.folder / "rows", place.folder / "uninterrupted", place.folder / "elastic"
     if not end.exists():
         run = place.done(place.train("uninterrupted", train__steps=steps), 900, record=str(rows))
         assert run.code == 0, run.text
-    want = {r["step"]: r for r in told(end)}
-    name, at = "elastic", 0
-    workdir = place.folder / name
-    for path in (workdir, *place.folder.glob("parts.*")):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    bounds = sorted(rng.sample(range(2, steps), count)) + [steps]
-    known = _meshes(place)
-    for number, bound in enumerate(bounds):
-        processes_, mesh = rng.choice(known)
-        told_of.add((processes_, *mesh.values()))
+    want, notes, until = {r["step"]: r for r in told(end)}, place.folder / "elastic.json", time.monotonic() + seconds
+    if not notes.exists():
+        for path in (workdir, *place.folder.glob("parts.*")):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        bounds, known = sorted(rng.sample(range(2, steps), count)) + [steps], _layouts(place, rng)
+        notes.write_text(json.dumps({"plan": [(bound, *rng.choice(known)) for bound in bounds], "done": 0, "worst": 0.0}))
+    plan, done, worst = json.loads(notes.read_text()).values()
+    for number, (bound, processes_, mesh) in enumerate(plan[done:], done):
+        if time.monotonic() > until:
+            raise TimeoutError(f"{number} of {len(plan)} in {seconds:.0f} s, worst {worst:.1e}; the same command goes on")
+        at = plan[number - 1][0] if number else 0
         options = {f"mesh__{axis}": size for axis, size in mesh.items()} | {"train__steps": bound}
         first = None if place.x64 or not at else _first_loss(place, workdir)
-        runs = _together(place, place.train(name, **options), processes_, record=str(place.folder / f"parts.{number:03}"))
-        for run in runs:
+        for part in place.folder.glob(f"parts.{number:03}*"):
+            part.unlink()
+        for run in _together(place, place.train("elastic", **options), processes_,
+                             record=str(place.folder / f"parts.{number:03}")):
             assert run.end(900).code == 0, run.text
         got = {r["step"]: r for r in told(workdir)}
         for step in range(at + 1, bound + 1):
@@ -344,26 +350,28 @@ def elastic(place: Place, count: int, rng: random.Random, steps: int = 200) -> s
                 worst = max(worst, abs(got[step]["loss"] / want[step]["loss"] - 1))
         if first is not None:
             worst = max(worst, abs(got[at + 1]["loss"] / first - 1))
-        at = bound
+        notes.write_text(json.dumps({"plan": plan, "done": number + 1, "worst": worst}))
     assert worst <= (1e-9 if place.x64 else 1e-6), worst
     micros = _rows(place.folder.glob("parts.*"))
     assert micros == _rows([rows]), "another stream"
-    epochs = _count(micros, place.documents)
-    return (f"{count} restarts, {len(told_of)} layouts; largest relative difference of a loss {worst:.1e}; {epochs} epochs, "
+    epochs, layouts = _count(micros, place.documents), {json.dumps(layout) for _, *layout in plan}
+    notes.unlink()
+    return (f"{count} restarts, {len(layouts)} layouts; largest relative difference of a loss {worst:.1e}; {epochs} epochs, "
             f"each of {place.documents} documents once")
 
 
-def _meshes(place: Place) -> list:
-    """(processes, sizes) of all layouts of up to eight devices in up to two processes."""
+def _layouts(place: Place, rng: random.Random, many: int = 4) -> list:
+    """As many (processes, sizes) of one and of two processes, of up to eight devices: each is a program to compile."""
     from mmx import experiments
 
-    e, found = experiments.read(str(place.config), []), []
+    e, found = experiments.read(str(place.config), []), {1: [], 2: []}
     for sizes in itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2, 4)):
-        mesh = dict(zip(("edp", "ep", "etp", "seq"), sizes))
-        world = int(np.prod(sizes))
+        mesh, world = dict(zip(("edp", "ep", "etp", "seq"), sizes)), int(np.prod(sizes))
         if world <= 8 and not meshes.misfit(e, {"slice": 1, **mesh}):
-            found += [(count, mesh) for count in (1, 2) if world % count == 0 and _shares(sizes, count)]
-    return found
+            for count in (1, 2):
+                if world % count == 0 and _shares(sizes, count):
+                    found[count].append((count, mesh))
+    return [layout for layouts in found.values() for layout in rng.sample(layouts, many)]
 
 
 def _shares(sizes, count: int) -> bool:

@@ -1,0 +1,45 @@
+"""MiniMax-VL-01's reference experiment: every pod and stage can be built and split, and says what the report says."""
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+
+from mmx import cli, experiments
+from mmx.parallel import mesh as meshes
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+FILE, TEXT = str(FOLDER / "vl_01.py"), str(FOLDER / "text_01.py")
+CHIPS = {"v5p-512": 8 * 8 * 8, "v5p-2048": 8 * 16 * 16, "v6e-256": 16 * 16, "h100-512": 64 * 8}
+TOKENS = {"align": 80e9, "full": 420e9, "long": 44.8e9}
+
+
+@pytest.mark.parametrize("pod, stage", list(itertools.product(CHIPS, ("vit-224", "vit-336", *TOKENS))))
+def test_every_pod_and_stage(pod, stage):
+    e = experiments.read(f"{FILE}:{pod},{stage}", [])
+    t, sizes, released = e.train, vars(e.mesh), experiments.read(TEXT, []).model
+    assert math.prod(sizes.values()) == CHIPS[pod] and meshes.misfit(e, sizes) is None
+    assert e.model.vision.params == pytest.approx(303e6, rel=2e-3)
+    if stage in TOKENS:
+        (_, count), = t.ramp
+        assert 0 <= t.steps * count * t.batch * t.length - TOKENS[stage] < count * t.batch * t.length
+        assert e.model.params_total - e.model.params_vision == released.params_total and e.model.checkpoint_tensors == 8637
+        assert bool(t.freeze) == (e.model.vision.grids == ()) == (stage == "align")
+    else:
+        pairs, row = {"vit-224": (37e9, 4), "vit-336": (1.2e9, 2)}[stage]
+        assert t.steps * t.batch * row == pytest.approx(pairs, rel=1e-4)
+        twice = 2 * (76 + 2)        # a caption with both ends, behind its image and alone
+        assert t.length // (e.model.vision.side ** 2 + twice) == row
+
+
+def test_stages_follow_each_other():
+    found = {stage: experiments.read(f"{FILE}:{stage}", []).train for stage in TOKENS}
+    assert experiments.read(FILE, []).train == found["align"] == experiments.read(f"{FILE}:v5p-2048,align", []).train
+    assert [(t.init_from, t.init_vision) for t in found.values()] == [("text-01", "vit-336"), ("align", ""), ("full", "")]
+    assert experiments.read(f"{FILE}:vit-336", []).train.init_vision == "vit-224"
+
+
+def test_what_is_no_pod_and_no_stage_is_one_line(capsys):
+    assert cli.main(["config", f"{FILE}:v5p-512,8k"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "'8k' is no pod (v5p-512" in err
