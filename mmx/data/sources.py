@@ -1,11 +1,11 @@
 """Documents of a source, as (name, content), split into train, validation and test.
 
 A source is "sotu" (embedded), "scenes", "maps" or "words" (pictures with questions, of `mmx.data.scenes`), a task with its
-numbers (`data.generated`: `Ids`), a .txt file (one document), a .jsonl file (one document a line) or a folder of them (recursive,
-sorted). A line has a "text" (content: raw bytes); a "prompt" and a "completion", of which the completion alone is learned
-(`Prompted`); or "tokens", ids as they are, and "targets", the id to learn at each, -1 for none (`Ids`). Beside a text, or a
-prompt and a completion, "images" are paths of image files below the line's own file's folder, one for each "<image>" in them
-(`Pictured`).
+numbers (`data.generated`: `Ids`), a .txt file (one document), a .jsonl file (one document a line) or a folder of them
+(recursive, sorted). A line has a "text" (content: raw bytes); a "prompt" and a "completion", of which the completion alone is
+learned (`Prompted`); or "tokens", ids as they are, and "targets", the id to learn at each, -1 for none (`Ids`). Beside a text,
+or a prompt and a completion, "images" are paths of image files below the line's own file's folder, one for each "<image>" in
+them (`Pictured`).
 
 A document's name decides its part (`corpus.split_of`): the file's path below the source, with ":line" for jsonl. Where that
 leaves no text to train on (a single .txt, say), all of it is for training; where it leaves none to validate on, the last 5 %
