@@ -1,6 +1,6 @@
 """Generated pictures with questions, to learn from and be tested on: the sources "scenes", "maps" and "words".
 
-    scenes  1 to 4 objects of 5 shapes and 5 colours: how many, what colour, what shape, left or right of another
+    scenes  1 to 4 objects of 5 shapes and 5 colours: how many of a shape, what colour, what shape, left or right of another
     maps    such objects, all of them: three letters for each of 9 cells. From maps a small model learns in a few thousand
             pictures what there is to see; from one word an answer, in many more
     words   a word of 3 to 6 letters, to read
@@ -133,7 +133,7 @@ def _scene(split: str, index: int, kind: str = "") -> tuple[str, Pictured]:
     things = _placed(draw, kinds, kind)
     (shape, colour, count), other = asked, things[-1]
     question, answer = {
-        "count": (f"How many {colour} {many(shape)}?", count),
+        "count": (f"How many {many(shape)}?", [of[0] for of in kinds].count(shape)),
         "colour": (f"What colour are the {many(shape)}?", colour),
         "shape": (f"What shape are the {colour} ones?", shape),
         "side": (f"Is the {colour} {shape} left or right of the {other.colour} {other.shape}?",
@@ -152,7 +152,7 @@ def _combination(draw: random.Random, count: int, split: str) -> tuple[str, str,
 def _do(shape: str, colour: str, count: int, kinds: list, kind: str, split: str) -> bool:
     """Whether the question has one answer in a picture of these objects, and training may see them."""
     others = kinds[count:]
-    clear = {"map": True, "count": (shape, colour) not in others, "colour": shape not in [of[0] for of in others],
+    clear = {"map": True, "count": True, "colour": shape not in [of[0] for of in others],
              "shape": colour not in [of[1] for of in others],
              "side": (shape, colour) not in others and kinds.count(kinds[-1]) == 1}[kind]
     return clear and not (split == "train" and any(held_out(*of, n) for of, n in Counter(kinds).items()))
