@@ -131,7 +131,7 @@ def _scene(split: str, index: int, kind: str = "") -> tuple[str, Pictured]:
     while not kinds or not _do(*asked, kinds, kind, split):
         kinds = [asked[:2]] * asked[2] + [(draw.choice(SHAPES), draw.choice(list(COLOURS))) for _ in range(others)]
     things = _placed(draw, kinds, kind)
-    (shape, colour, count), other = asked, things[-1]
+    (shape, colour, _), other = asked, things[-1]
     question, answer = {
         "count": (f"How many {many(shape)}?", [of[0] for of in kinds].count(shape)),
         "colour": (f"What colour are the {many(shape)}?", colour),
