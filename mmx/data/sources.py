@@ -12,12 +12,12 @@ leaves no text to train on (a single .txt, say), all of it is for training; wher
 of the training text is held out. The test part may be empty.
 """
 import difflib
-import json
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
 
+from mmx import untrusted
 from mmx.config import ConfigError
 from mmx.data import corpus, generated, images
 
@@ -92,7 +92,7 @@ def _texts(file: pathlib.Path, name: str) -> list[tuple]:
 
 def _content(line: bytes, place: str, folder: pathlib.Path) -> bytes | Prompted | Pictured | Ids:
     try:
-        value = json.loads(line)
+        value = untrusted.loads(line)
     except ValueError as error:
         raise ConfigError(f"{place}: not JSON ({error}); each line needs an object with a \"text\" string") from None
     value = value if isinstance(value, dict) else {}
@@ -116,7 +116,7 @@ def _pictured(prompt: bytes, completion: bytes, names, place: str, folder: pathl
     if marks != len(names):
         raise ConfigError(f"{place}: {images.unlike(marks, len(names))}")
     for name in names:
-        if not (folder / name).is_file():
+        if not (folder / name).is_file() or not untrusted.inside(folder / name, folder):
             raise ConfigError(f"{place}: no image file {str(folder / name)!r}; paths are below the line's file's folder")
     return Pictured(prompt, completion, tuple(str(folder / name) for name in names))
 
