@@ -40,7 +40,7 @@ from mmx.config import ConfigError, Experiment
 from mmx.data import pipeline, sources, tokens
 from mmx.guards import DivergedError
 
-PARTS = 20              # of a run, over each of which a row has means of what metrics.jsonl has of COURSE
+PARTS = 20              # of a run, over each of which a row has means, of norms root mean squares, of COURSE in metrics.jsonl
 COURSE = ("tokens", "loss", "grad_norm", "micro_norm", "drop_rate")
 STEPS = 12              # that measure a FLOP rate; the first two, which compile, do not count
 FAILED, MISTAKE, HELD, STOPPED, DONE = "failed", "mistake", "held", "stopped", "done"
@@ -224,7 +224,8 @@ def _row(cell: Cell, folder: Path, found: dict) -> dict:
     last = records[-max(1, len(records) // 20):]
     parts = [part.tolist() for part in np.array_split(np.array(records, object), max(1, min(PARTS, len(records))))]
     known = last[-1] if last else {}        # none: it diverged at the first step
-    course = {name: [_mean([record[name] for record in part]) for part in parts] for name in COURSE if name in known}
+    course = {name: [_mean([record[name] for record in part], 2 if name.endswith("_norm") else 1) for part in parts]
+              for name in COURSE if name in known}
     return cell.keys | {
         "name": cell.name, "hash": cell.hash,
         "params": m.params_active, "params_total": m.params_total, "params_active_all": m.params_active_all,
@@ -238,10 +239,10 @@ def _row(cell: Cell, folder: Path, found: dict) -> dict:
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
 
 
-def _mean(values) -> float | None:
-    """Of those that are numbers."""
-    finite = [value for value in values if math.isfinite(value)]
-    return float(np.mean(finite)) if finite else None
+def _mean(values, power: int = 1) -> float | None:
+    """Of those that are numbers; `power` 2: their root mean square."""
+    finite = [value ** power for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) ** (1 / power) if finite else None
 
 
 def _write_hparams(cell: Cell, folder: Path, row: dict) -> None:

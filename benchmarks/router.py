@@ -1,0 +1,69 @@
+"""Dropped tokens and what they cost, by experiments/router.py: trains its seeds, then reads held-out text under capacities.
+
+    python benchmarks/router.py --run router        # writes experiments/router.jsonl
+"""
+import argparse
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmx import atomic, experiments, hugepages, train
+from mmx.config import Data
+from mmx.convert import load
+from mmx.data import packing, pipeline, tokens
+from mmx.loss import loss
+from mmx.model import Model
+
+EXPERIMENT = str(Path(__file__).parents[1] / "experiments" / "router.py")
+CAPACITIES, SHARDS, SEEDS = (1.0, 1.25, 1.5, 2.0), (1, 4, 16, 32), (0, 1, 2)
+BATCH, BATCHES = 32, 3
+
+
+def main():
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--run", metavar="DIR", required=True, help="the runs' workdirs are made here, and gone on with")
+    flags.add_argument("--out", default=EXPERIMENT.replace(".py", ".jsonl"), help="the rows (default experiments/router.jsonl)")
+    args = flags.parse_args()
+    rows = []
+    for seed in SEEDS:
+        experiment = experiments.read(f"{EXPERIMENT}:{seed}", [])
+        train.run(experiment, Path(args.run) / str(seed))
+        rows += [{"seed": seed} | row for row in measure(load(Path(args.run) / str(seed)), experiment.train.length)]
+    with atomic.replacing(Path(args.out)) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    print(f"{len(rows)} rows: {args.out}")
+
+
+def measure(loaded, length, capacities=CAPACITIES, shards=SHARDS, batches=BATCHES):
+    """By capacity and number of shards: nats a token, and the share of assignments dropped, of all layers and of the worst."""
+    documents = [tokens.document(tokens.tokenizer("bytes"), raw, name) for name, raw in pipeline.validation(Data())]
+    packed = packing.Packed(documents, length)
+    order = np.random.default_rng(0).permutation(len(packed))[:batches * BATCH]
+    read = [packing.stack(packed[n] for n in part) for part in np.split(order, batches)]
+    for capacity in (0.0, *capacities):
+        for parts in shards if capacity else shards[:1]:
+            c = dataclasses.replace(loaded.config, capacity=capacity)
+            found = [_read(c, parts, loaded.params, batch) for batch in read]
+            nats, dropped_L = (np.mean(x, axis=0) for x in zip(*found))
+            yield {"capacity": capacity, "shards": parts, "loss": float(nats), "dropped": float(dropped_L.mean()),
+                   "worst": float(dropped_L.max())}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _read(c, shards, params, batch):
+    """Mean over shards that are read one by one, each with its own capacity: loss, dropped_L."""
+    def one(part):
+        _, metrics = loss(Model(c), params, part, part["tokens"].size)
+        return metrics["loss"], metrics["dropped"]
+    parts = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), batch)
+    return jax.tree.map(lambda x: jnp.mean(x, 0), jax.lax.map(one, parts))
+
+
+if __name__ == "__main__":
+    hugepages.restart(hugepages.KEPT)
+    main()

@@ -1,0 +1,39 @@
+"""Does the critical batch grow as the loss falls? Gradient noise scale against loss, at three sizes.
+
+    mmx sweep --config experiments/critical_batch.py --out critical_batch --executor inline         # or one run:
+    mmx train --config experiments/critical_batch.py:48,0 --workdir critical-one
+
+Protocol: four layers LLLS, dense, 32 to 64 wide; bytes of the embedded corpus, eight micro-batches of 2 x 128 a step. The noise
+scale (McCandlish et al., arXiv 1812.06162, appendix A: the batch at which noise and gradient are alike) comes from the norms of
+micro-batches' gradients and of their mean's, each a root mean square over a twentieth of the run. The rate does not decay. The
+paper's doublings (at 2.22, 1.98, 1.77, 1.58 nats) are of models of 50 to 600 M active parameters, and by critical batches, of
+which the noise scale is a stand-in.
+Hours: not measured yet.
+Result: not run.
+"""
+from mmx.config import default
+
+DIMS, SEEDS, MICRO = (32, 48, 64), (0, 1, 2), 8
+
+
+def get_config(dim=48, seed=0, micro=MICRO):
+    config = default()
+    model, train = config.model, config.train
+    model.layers, model.pattern, model.dim = 4, "LLLS", int(dim)
+    model.heads = model.kv_heads = int(dim) // 16
+    model.head_dim, model.rotary_dim = 16, 8
+    model.experts, model.top_k, model.expert_dim, model.aux_weight = 1, 1, 8 * int(dim) // 3, 0.0       # dense
+    model.init, model.embed_std = "fan_in", 1.0
+    train.batch, train.length, train.steps = 2, 128, 400
+    train.ramp = ((0, int(micro)),)
+    train.lr, train.warmup, train.decay = 3e-3, 40, 0.0
+    train.eval_bytes = 2**15
+    train.seed = config.data.seed = int(seed)
+    train.tensorboard = False
+    config.checkpoint.every = train.steps
+    config.mesh.edp = 1
+    return config
+
+
+def sweep():
+    return [{"dim": dim, "micro": MICRO, "seed": seed} for seed in SEEDS for dim in DIMS]

@@ -1,0 +1,41 @@
+"""Does half RoPE reach further than was trained? None, half and full RoPE, learned at 256 bytes, read at up to 2,048.
+
+    mmx sweep --config experiments/rope_length.py --out rope_length --jobs 6            # or one run, and its reading:
+    mmx train --config experiments/rope_length.py:8,S,3e-3,0 --workdir rope-one
+    mmx eval --checkpoint rope-one --suite position --lengths 256,512,1k,2k
+
+Protocol: four layers, 64 wide, dense, heads of 16 dims of which 0, 8 or 16 turn, base 10,000; softmax alone (S), and the hybrid
+(LLLS), whose lightning layers know nothing of positions. Bytes of the embedded corpus in rows of 256. The suite `position`
+tells the perplexity by place; a needle has to be trained for (needle.py). Two learning rates, three seeds.
+Hours: not measured.
+Result: not run.
+"""
+from mmx.config import ConfigError, default
+
+TURNED, PATTERNS = (0, 8, 16), ("S", "LLLS")
+RATES, SEEDS = (3e-3, 1e-2), (0, 1, 2)
+
+
+def get_config(turned=8, pattern="S", lr=3e-3, seed=0):
+    if int(turned) not in TURNED or pattern not in PATTERNS:
+        raise ConfigError(f"{turned},{pattern} is no arm: give one of {', '.join(map(str, TURNED))} and S or LLLS")
+    config = default()
+    model, train = config.model, config.train
+    model.layers, model.pattern, model.dim = 4, pattern, 64
+    model.heads = model.kv_heads = 4
+    model.head_dim, model.rotary_dim = 16, int(turned)
+    model.experts, model.top_k, model.expert_dim, model.aux_weight = 1, 1, 170, 0.0         # dense
+    model.init, model.embed_std = "fan_in", 1.0
+    train.batch, train.length, train.steps = 16, 256, 1000
+    train.lr, train.warmup, train.decay = float(lr), 100, 0.5
+    train.eval_bytes = 2**17
+    train.seed = config.data.seed = int(seed)
+    train.tensorboard = False
+    config.checkpoint.every = train.steps
+    config.mesh.edp = 1
+    return config
+
+
+def sweep():
+    return [{"turned": turned, "pattern": pattern, "lr": lr, "seed": seed}
+            for seed in SEEDS for pattern in PATTERNS for turned in TURNED for lr in RATES]

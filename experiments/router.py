@@ -1,0 +1,30 @@
+"""What do dropped tokens cost, and does one capacity for all shards of a batch drop fewer than one for each? On real routing.
+
+    python benchmarks/router.py --run router        # trains three seeds, reads held-out text, writes router.jsonl; or one run:
+    mmx train --config experiments/router.py:0 --workdir router-0
+
+Protocol: four layers LLLS, 64 wide, 8 experts of 64, top-2, aux 0.01, trained on bytes of the embedded corpus without dropping;
+then 96 rows of 256 held-out bytes, in random order, are read in batches of 32 with capacity factors of 1 to 2, over the whole
+batch (the paper's global router) and over each of 4, 16 and 32 shards of its rows by itself. What is dropped by one layer is
+missed by the next. The model never met a drop in training: what a run that trains with drops would lose is not asked here.
+Hours: not measured yet.
+Result: not run.
+"""
+from mmx.config import default
+
+
+def get_config(seed=0):
+    config = default()
+    model, train, data = config.model, config.train, config.data
+    model.layers, model.pattern, model.dim = 4, "LLLS", 64
+    model.heads = model.kv_heads = 4
+    model.head_dim, model.rotary_dim = 16, 8
+    model.experts, model.top_k, model.expert_dim = 8, 2, 64
+    model.init, model.embed_std = "fan_in", 1.0
+    train.batch, train.length, train.steps = 8, 256, 500
+    train.lr, train.warmup, train.decay = 5e-3, 50, 0.5
+    train.seed = data.seed = int(seed)
+    train.tensorboard = False
+    config.checkpoint.every = train.steps
+    config.mesh.edp = 1
+    return config

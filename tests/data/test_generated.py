@@ -1,0 +1,74 @@
+"""Tasks made of ids: read by rules of their own, by whoever knows only what a document shows."""
+import collections
+
+import numpy as np
+import pytest
+
+from mmx.config import ConfigError
+from mmx.data import generated, sources
+
+MQAR = "mqar:pairs=6,length=40,vocab=64,tokens=4000,held=30,seed=3"
+FACTS = "facts:count=500,vocab=32,held=40,seed=3"
+
+
+def parts(source):
+    return {split: [content for _, content in sources.documents(source, split)] for split in ("train", "validation", "test")}
+
+
+def test_mqar_is_read_from_left_to_right():
+    """Who writes down each pair once, and looks a key up where it comes again, has every answer, and is asked nothing else."""
+    by_part = parts(MQAR)
+    assert {split: len(found) for split, found in by_part.items()} == {"train": 100, "validation": 30, "test": 30}
+    gaps = []
+    for ids, targets in (document for found in by_part.values() for document in found):
+        assert len(ids) == len(targets) == 40
+        value_of = dict(zip(ids[:12:2].tolist(), ids[1:12:2].tolist()))
+        assert len(value_of) == len(set(value_of.values())) == 6
+        assert max(value_of) < 32 <= min(value_of.values()) and ids.max() < 64
+        asked = np.flatnonzero(targets >= 0)
+        assert {int(ids[n]): int(targets[n]) for n in asked} == value_of and len(asked) == 6 and asked.min() >= 12
+        gaps += [n - ids[:12:2].tolist().index(ids[n]) * 2 for n in asked]
+    assert len(set(gaps)) == 19     # all that there are, from 2 to 38
+    documents = [tuple(ids) for found in by_part.values() for ids, _ in found]
+    assert len(set(documents)) == len(documents) == 160
+
+
+def test_queries_are_near_by_zoologys_law():
+    """Drawn one by one and none twice, as numpy's choice does with these shares."""
+    share = generated.near(8)
+    assert share[0] / share[3] == pytest.approx(4 ** 0.99) and share.sum() == pytest.approx(1)
+    first = collections.Counter(np.flatnonzero(targets >= 0)[0] for targets in (
+        content[1] for content in parts("mqar:pairs=1,length=18,vocab=64,tokens=54000,seed=1")["train"]))
+    for n, part in enumerate(share):
+        assert abs(first[2 + 2 * n] - 3000 * part) < 4 * (3000 * part) ** 0.5
+
+
+def test_facts_are_the_same_wherever_they_are_held():
+    by_part = parts(FACTS)
+    known = {tuple(ids[:2]): tuple(targets[1:]) for ids, targets in by_part["train"]}
+    assert len(by_part["train"]) == len(known) == 500
+    for ids, targets in (document for found in by_part.values() for document in found):
+        assert len(ids) == 3 and targets[0] == -1 and ids[2] == targets[1] and known[tuple(ids[:2])] == tuple(targets[1:])
+    assert len(by_part["validation"]) == len({tuple(ids[:2]) for ids, _ in by_part["validation"]}) == 40
+    values = list(known.values())
+    assert len(set(values)) > 300 and max(map(max, values)) == 31
+
+
+@pytest.mark.parametrize("source", [MQAR, FACTS])
+def test_the_seed_makes_the_documents(source):
+    one, again, other = (parts(s)["train"] for s in (source, source, source.replace("seed=3", "seed=4")))
+    np.testing.assert_equal(one, again)
+    assert not all(np.array_equal(a[0], b[0]) for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize("source, message", [
+    ("mqar:pair=4", "'mqar:pair=4' has no 'pair'; did you mean pairs?"),
+    ("mqar:pairs=0", "pairs needs a number, 1 at least, got '0'"),
+    ("facts:count=ten", "count needs a number, 1 at least, got 'ten'"),
+    ("mqar:pairs=16,length=63", "16 pairs need 64 tokens and as many ids"),
+    ("facts:count=5000,vocab=64", "64 ids make 4,096 keys, not 5,000"),
+])
+def test_mistakes_are_one_line(source, message):
+    with pytest.raises(ConfigError) as caught:
+        sources.documents(source, "train")
+    assert message in str(caught.value) and "\n" not in str(caught.value), caught.value

@@ -1,0 +1,93 @@
+"""The page of findings is what the committed rows say; intervals and verdicts by their rule; noise scales of made-up norms."""
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+F = runpy.run_path(str(ROOT / "benchmarks" / "findings.py"))
+PADDING = runpy.run_path(str(ROOT / "benchmarks" / "padding.py"))
+
+
+def test_the_page_is_what_the_rows_say():
+    """Made again by `python benchmarks/findings.py`; a figure for every file of rows."""
+    text = (ROOT / "docs" / "findings.md").read_text()
+    assert F["page"](text) == text and len(text.splitlines()) < 200
+    for name in F["FIGURES"]:
+        assert (ROOT / "experiments" / f"{name}.png").exists() == bool(F["rows"](name)), name
+        assert (f"experiments/{name}.png" in text) == bool(F["rows"](name)), name
+    for line in text.splitlines():
+        if line.startswith("| ") and "**" in line:
+            assert line.rsplit("**", 2)[1] in ("supports", "contradicts", "cannot tell", "not run"), line
+
+
+def test_an_interval_is_a_bootstrap_over_seeds():
+    found = F["interval"]([1, 2, 6])
+    assert found == (3, 1, 6, 3)        # of 27 resamples one is three times the lowest: 3.7 %
+    values = np.random.default_rng(0).normal(5, 2, 400)
+    mean, low, high, _ = F["interval"](values)
+    error = 1.96 * values.std() / 20
+    assert (mean, low, high) == pytest.approx((values.mean(), values.mean() - error, values.mean() + error), abs=0.03)
+
+
+@pytest.mark.parametrize("values, above, word", [
+    ([1, 2, 3], 0, "supports"), ([-1, -2, -3], 0, "contradicts"), ([-1, 2, 3], 0, "cannot tell"), ([0, 0, 0], 0, "cannot tell"),
+    ([-0.01, 0, 0.01], -0.02, "supports"), ([1, 2], 0, "cannot tell")])
+def test_verdicts(values, above, word):
+    assert F["verdict"](F["interval"](values), above) == word
+
+
+def rows_of(tmp_path, monkeypatch, **files):
+    (tmp_path / "experiments").mkdir()
+    for name, rows in files.items():
+        (tmp_path / "experiments" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setitem(F["rows"].__globals__, "ROOT", tmp_path)
+
+
+def test_recall_is_told_at_the_best_rate(tmp_path, monkeypatch):
+    """A higher single seed at another rate does not count, nor does a run that diverged."""
+    def row(arch, lr, seed, accuracy):
+        sources = {f"mqar:pairs={n},length={8 * n},vocab=64,seed={seed}": {"accuracy": accuracy} for n in (4, 64)}
+        return {"arch": arch, "head_dim": 16, "lr": lr, "seed": seed, "loss": 1.0, "accuracy": accuracy, "by_source": sources}
+
+    rows = [row(arch, 0.1, seed, value + seed / 100) for arch, value in
+            (("LLLLLLLL", 0.3), ("LLLLLLLS", 0.97), ("SSSSSSSS", 0.96)) for seed in range(3)]
+    rows += [row("LLLLLLLL", 0.2, 0, 0.8), row("LLLLLLLL", 0.2, 1, 0.0)]
+    rows += [{"arch": "LLLLLLLL", "head_dim": 16, "lr": 0.2, "seed": 2, "loss": None, "diverged": "step 3"}]
+    rows_of(tmp_path, monkeypatch, recall=rows)
+    lightning, softmax, memory, apart = F["recall"]()
+    assert lightning.measured.endswith("0.980 (0.970 to 0.990) against 0.310 (0.300 to 0.320); 0.670 (0.670 to 0.670) higher")
+    assert [x.verdict for x in (lightning, softmax, memory, apart)] == ["supports", "supports", "not run", "supports"]
+    assert apart.measured.startswith("4 pairs in 32 tokens: hybrid 0.980")
+
+
+def test_a_run_that_diverged_knows_nothing(tmp_path, monkeypatch):
+    rows = [{"form": form, "layers": 24, "lr": 1e-3, "seed": seed, "loss": None if form == "post" else 2.0 + seed / 10}
+            for form in ("deepnorm", "pre", "post") for seed in range(3)]
+    rows_of(tmp_path, monkeypatch, norm=rows)
+    post, pre = F["norm"]()
+    assert "failed 0 of 3 and 3 of 3" in post.measured and "5.545 (5.545 to 5.545)" in post.measured
+    assert (post.verdict, pre.verdict) == ("supports", "cannot tell")
+
+
+def test_noise_scale():
+    """Of gradients with |G| = 0.5 and S = 600: 2,400 tokens."""
+    square = {tokens: 0.25 + 600 / tokens for tokens in (256, 2048)}
+    row = {"tokens": 20480, "steps": 10, "micro": 8, "course": {
+        "loss": [2.0, 1.5], "micro_norm": [square[256] ** 0.5, 0.1], "grad_norm": [square[2048] ** 0.5, 0.2]}}
+    assert F["noise"](row) == [(2.0, pytest.approx(2400))]      # the second has less noise than none
+    assert F["slope"]([(loss, 3 * loss ** -6.1) for loss in (1.5, 2.0, 2.2)]) == pytest.approx(-6.1)
+
+
+def test_padding_is_counted():
+    n_M = np.array([1, 32, 33, 200, 256, 300])
+    assert PADDING["levels"](n_M).tolist() == [32, 32, 64, 256, 256, 320]
+    assert PADDING["to"](256, n_M).tolist() == [256, 256, 256, 256, 256, 512]
+    found = PADDING["count"](n_M)
+    padded = {"blocks": 1792, "packed": 8192, "ring": 864, "levels": 960}
+    assert found == pytest.approx({name: tokens / 822 - 1 for name, tokens in padded.items()})
+    committed = [json.loads(line) for line in (ROOT / "experiments" / "padding.jsonl").read_text().splitlines()]
+    first = committed[0]
+    assert PADDING["count"](PADDING["lengths"](first["median"], first["seed"])) == {k: first[k] for k in found}
