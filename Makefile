@@ -1,13 +1,18 @@
 # make setup: .venv with pinned requirements.  make demo: train, evaluate, sample, export.  make test: the whole suite.
 # make notebooks: run them and write their outputs.  make faults N=100 MEMORY_SECONDS=3600 ONLY=kills,disk: docs/reliability.md.
+# make fuzz N=100000 ONLY=images,orbax: hostile files for every reader, SECURITY.md.
+# constraints.txt pins what Python 3.11 gets. Another one, as make test PYTHON=python3.12, gets the newest versions that
+# setup.cfg admits, and neither torch nor compilers: the tests of those are skipped, and listed.
 PYTHON ?= python3
+PINNED := $(shell $(PYTHON) -c 'import sys; print(*["pinned"] * (sys.version_info[:2] == (3, 11)))')
 DEMO_DIR ?= demo
 DEMO_SECONDS ?= 290
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+comma := ,
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(if $(PINNED),--constraint constraints.txt)
 MMX := JAX_PLATFORMS=$(or $(JAX_PLATFORMS),cpu) $(BIN)/mmx
 
-.PHONY: setup demo test faults notebooks clean
+.PHONY: setup demo test faults fuzz notebooks clean
 
 setup: .venv/ready
 
@@ -18,7 +23,7 @@ setup: .venv/ready
 	@touch $@
 
 .venv/ready-to-test: .venv/ready
-	$(PIP) --editable '.[dev,torch,compilers,eval]'
+	$(PIP) --editable '.[dev$(if $(PINNED),$(comma)torch$(comma)compilers$(comma)eval)]'
 	@touch $@
 
 demo: setup
@@ -40,6 +45,9 @@ test: .venv/ready-to-test
 
 faults: .venv/ready-to-test
 	$(BIN)/python tests/faults/run.py --n $(or $(N),100) --memory-seconds $(or $(MEMORY_SECONDS),60) $(if $(ONLY),--only $(ONLY))
+
+fuzz: .venv/ready-to-test
+	$(BIN)/python tests/fuzz/fuzz.py --n $(or $(N),10000) $(if $(ONLY),--only $(ONLY))
 
 notebooks: .venv/ready-to-test
 	rm -rf notebooks/run*/

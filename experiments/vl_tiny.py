@@ -24,6 +24,7 @@ def get_config():
     train.steps, train.batch, train.length = 6000, 4, 256       # two or three pictures a row
     train.lr, train.warmup, train.decay = 3e-3, 100, 0.5
     train.tensorboard = False
-    data.sources, data.weights = ("scenes", "words"), ((0, (0.6, 0.4)),)
+    data.sources = ("maps", "words", "scenes")          # what there is to see first, questions about it then
+    data.weights = ((0, (0.5, 0.4, 0.1)), (1000, (0.1, 0.15, 0.75)))
     config.mesh.edp = -1                    # two simulated devices on two cores
     return config

@@ -25,10 +25,11 @@ import tensorstore as ts
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from mmx import atomic, checksums
+from mmx import atomic, checksums, untrusted
 from mmx.config import ConfigError, Experiment, to_json
-from mmx.released import check_shapes, read_json
+from mmx.released import check_shapes, own_file, read_json
 
+KEY = re.compile(r"[\w-]{1,100}", re.ASCII)     # of a path in a parameter tree: it names a folder
 TIMEOUT = 30 * 24 * 3600    # seconds that a save may take by the wall clock, which may leap; dead processes are found otherwise
 CHUNK_BYTES = 64 << 20      # of an array on disk: bounds what reading a slice decodes
 FREE = {    # what a resumed run may change, beside checkpoint and mesh: how long, how fast, what is shown
@@ -251,7 +252,7 @@ def _chunks(path, leaf) -> ocp.SaveArgs:
 def read_config(workdir: str | Path) -> dict:
     """The sections of WORKDIR/config.json."""
     path = Path(workdir) / "config.json"
-    sections = read_json(path)
+    sections = read_json(own_file(path))
     if "model" not in sections or not all(isinstance(section, dict) for section in sections.values()):
         raise ConfigError(f"{path} is no run's config: it is damaged, or a Hugging Face checkpoint's")
     return sections
@@ -327,10 +328,13 @@ def open_arrays(step: Path, item: str = "params", limits: dict = CONTEXT) -> dic
     """
     folder = step / item
     metadata = read_json(folder / "_METADATA")
+    untrusted.check_plain(folder)
     try:
         paths = [tuple(k["key"] for k in entry["key_metadata"]) for entry in metadata["tree_metadata"].values()
                  if entry["value_metadata"]["value_type"] == "jax.Array"]       # not an optimizer's empty state
         names = {path: ".".join(path) for path in paths}
+        if not all(KEY.fullmatch(key) for path in paths for key in path):
+            raise TypeError
         driver, ocdbt = "zarr3" if metadata["use_zarr3"] else "zarr", metadata["use_ocdbt"]
     except (AttributeError, KeyError, TypeError):
         raise ConfigError(f"{folder / '_METADATA'} is damaged: it has no table of arrays") from None

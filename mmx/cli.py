@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mmx
-from mmx import config, experiments, hugepages, processes
+from mmx import config, experiments, hugepages, processes, untrusted
 from mmx.config import ConfigError
 
 EPILOG = """\
@@ -80,7 +80,7 @@ def _told(run, args) -> int:
             raise ConfigError(f"unknown argument {args.overrides[0]!r}; `mmx {args.command} --help` lists them")
         return run(args) or 0
     except (ConfigError, ImportError) as error:
-        return _fail(" ".join(str(error).split()), getattr(error, "code", 2))
+        return _fail(str(error), getattr(error, "code", 2))
     except BrokenPipeError:         # whoever read our output left, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -88,6 +88,8 @@ def _told(run, args) -> int:
         if isinstance(error, TimeoutError) and not error.errno:     # Orbax's, where it waited for another process
             raise
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
+    except MemoryError as error:
+        return _fail(f"out of memory: {error}" if str(error) else "out of memory", 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 
@@ -105,7 +107,7 @@ def _joined(argv: list[str]) -> list[str]:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"mmx: {message}", file=sys.stderr)
+    print(f"mmx: {untrusted.line(message)}", file=sys.stderr)
     return code
 
 

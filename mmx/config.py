@@ -16,6 +16,8 @@ AUX_FORMS = ("switch", "paper", "hf")
 SCHEDULES = ("wsd", "cosine", "stepwise")
 INITS = ("deepnorm", "xavier", "fan_in")
 NUMBERS = "numbers:"            # a tokenizer without a file, before how many ids it has
+MOST_LAYERS, MOST_HEADS, MOST_PIXELS = 10_000, 65_536, 1 << 26      # of a model, and of the tiles that an image is cut into
+MOST = 1 << 40                  # of any whole number
 
 
 class ConfigError(ValueError):
@@ -47,10 +49,13 @@ class Vision:
             _require(getattr(v, name) > 0, f"model.vision.{name}={getattr(v, name)} must be positive")
         _require(v.layers >= 0, f"model.vision.layers={v.layers} must be positive, or 0 for text alone")
         _require(v.dim % v.heads == 0, f"model.vision.heads={v.heads} does not divide model.vision.dim={v.dim}")
+        _require(v.layers <= MOST_LAYERS, f"model.vision.layers={v.layers} is more than {MOST_LAYERS:,}")
         _require(v.tile % v.patch == 0, f"model.vision.patch={v.patch} does not divide model.vision.tile={v.tile}")
         _require(v.norm_eps > 0, f"model.vision.norm_eps={v.norm_eps} must be positive")
         _require(all(isinstance(g, tuple) and len(g) == 2 and all(type(n) is int and n > 0 for n in g) for g in v.grids),
                  f"model.vision.grids={v.grids} must be pairs of positive rows and columns")
+        _require(max([rows * columns for rows, columns in v.grids], default=1) * v.tile ** 2 <= MOST_PIXELS,
+                 f"model.vision.tile={v.tile}: the largest of model.vision.grids has more than {MOST_PIXELS:,} pixels")
         _require(not v.layers or 0 <= v.token < vocab,
                  f"model.vision.token={v.token} is no id of model.vocab={vocab}")
 
@@ -140,6 +145,8 @@ class Model:
         m = self
         for name in ("vocab", "dim", "layers", "heads", "kv_heads", "head_dim", "experts", "top_k", "expert_dim"):
             _require(getattr(m, name) > 0, f"model.{name}={getattr(m, name)} must be positive")
+        for name, most in (("layers", MOST_LAYERS), ("heads", MOST_HEADS)):
+            _require(getattr(m, name) <= most, f"model.{name}={getattr(m, name)} is more than {most:,}")
         _require(m.pattern and set(m.pattern) <= set("LS"),
                  f"model.pattern={m.pattern!r} may hold only L (lightning) and S (softmax)")
         _require(m.layers % len(m.pattern) == 0,
@@ -303,8 +310,8 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Documents. Each source is "sotu" (embedded), "scenes" or "words" (`mmx.data.scenes`), or a path to .txt, .jsonl (texts,
-    prompts with completions, either with images, ids with targets) or a folder of them."""
+    """Documents. Each source is "sotu" (embedded), "scenes", "maps" or "words" (`mmx.data.scenes`), or a path to .txt, .jsonl
+    (texts, prompts with completions, either with images, ids with targets) or a folder of them."""
     sources: tuple = ("sotu",)
     lengths: tuple = ()             # ((least, below), ...), one a source: tokens of its training documents; (9, 0): 9 or more
     weights: tuple = ()             # ((step, (weight, ...)), ...): mixture that changes by step; empty: by size
@@ -478,6 +485,7 @@ def typed(key, value, kind):
         return tuple(typed(key, v, tuple) if isinstance(v, (list, tuple)) else v for v in value)
     if kind is float and type(value) is int and abs(value) < 2 ** 1023:
         return float(value)
+    _require(type(value) is not int or kind is not int or abs(value) < MOST, f"config key {key} needs a number below 2^40")
     _require(type(value) is kind, f"config key {key} needs {kind.__name__}, got {value!r}")
     if kind is float:
         _require(math.isfinite(value), f"config key {key} needs a finite number, got {value!r}")

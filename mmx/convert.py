@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
-from mmx import atomic, checkpoint, config, int8, released
+from mmx import atomic, checkpoint, config, int8, released, untrusted
 from mmx.config import ConfigError
 from mmx.data import tokens
 
@@ -45,7 +45,7 @@ class ReleasedSource:
 
     def __init__(self, directory: Path):
         where = directory / "config.json"
-        self.beside, self.json = directory, released.read_json(where)
+        self.beside, self.json = directory, released.read_json(released.own_file(where))
         self.arguments = released.read_model(self.json, where)
         self.model = config.build({"model": self.arguments}).model
         self.tensors = released.find_tensors(directory)
@@ -238,15 +238,15 @@ def _ids(config_json: dict) -> dict:
 
 def _tokenizer(directory: Path, ids: dict) -> str:
     file = directory / "tokenizer.json"
-    return str(file) if file.exists() else "bytes" if ids == BYTE_IDS else ""
+    return str(released.own_file(file)) if file.exists() else "bytes" if ids == BYTE_IDS else ""
 
 
 def _side_files(source, out: Path):
     for name in SIDE_FILES:
         if source.beside and (source.beside / name).exists():
-            shutil.copyfile(source.beside / name, out / name)
+            (out / name).write_bytes(untrusted.content(released.own_file(source.beside / name), tokens.MOST_BYTES))
     if not (out / "tokenizer.json").exists() and config.tokenizer_file(source.tokenizer):
-        shutil.copyfile(source.tokenizer, out / "tokenizer.json")
+        (out / "tokenizer.json").write_bytes(untrusted.content(source.tokenizer, tokens.MOST_BYTES))
     if not (out / "generation_config.json").exists():
         (out / "generation_config.json").write_text(json.dumps(source.ids(), indent=1))
 

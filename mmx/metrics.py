@@ -12,7 +12,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
-from mmx import atomic, config
+from mmx import atomic, config, untrusted
 
 SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate",
            "overflow_rate", "skipped", "rollbacks")
@@ -137,9 +137,9 @@ def read(workdir: Path) -> list[dict]:
     path, records = workdir / "metrics.jsonl", []
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
-            record = {k: _each(v, lambda x: math.nan if x is None else x) for k, v in json.loads(line).items()}
+            record = {k: _each(v, lambda x: math.nan if x is None else x) for k, v in untrusted.loads(line).items()}
             records.append(record | {"step": int(record["step"])})
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             break
     return records
 
@@ -153,7 +153,8 @@ def latest(workdir: Path) -> dict | None:
         file.seek(max(0, path.stat().st_size - 4096))
         lines = file.read().split(b"\n")[:-1]
     try:
-        return json.loads(lines[-1])
+        last = untrusted.loads(lines[-1])
+        return last if isinstance(last, dict) else None
     except (IndexError, ValueError):
         return None
 

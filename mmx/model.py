@@ -95,8 +95,9 @@ class Model(nn.Module):
         log_decay_LPH = jnp.array(c.log_decay, jnp.promote_types(c.dtype, jnp.float32)).reshape(
             c.groups, len(c.pattern), c.heads)
 
+        # Nothing broadcast comes out: flax's check of that would trace the body once more, and takes a shard_map for such.
         groups = nn.scan(Group, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.groups,
-                         in_axes=(nn.broadcast, 0, 0))(c, trace, name="groups")
+                         in_axes=(nn.broadcast, 0, 0), check_constancy_invariants=False)(c, trace, name="groups")
         layers = None if cache is None else cache["layers"]
         x_BTD, (layers, stats) = groups(x_BTD, context, layers, log_decay_LPH)
         if cache is not None:

@@ -116,8 +116,9 @@ def _call(world: World, port: int, until: float) -> str:
             try:
                 connection, _ = server.accept()
                 connection.settimeout(5)
-                process, processes = json.loads(connection.makefile().readline())
-            except (OSError, ValueError):       # time is up, or it was somebody else's call
+                process, processes = json.loads(connection.makefile().readline(100))
+                process, processes = int(process), int(processes)
+            except (OSError, ValueError, TypeError, OverflowError, RecursionError):     # time is up, or it was another's call
                 continue
             if processes != world.processes:
                 problem = f"process {process} was started with --processes={processes}, process 0 with {world.processes}"

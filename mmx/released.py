@@ -16,9 +16,11 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from mmx import untrusted
 from mmx.config import ConfigError, Model, build, typed
 
 SLICE_BYTES = 64 << 20
+MOST_TENSORS, MOST_AXES, MOST_NAME = 1_000_000, 8, 256      # of a file, of a tensor, characters of a tensor's name
 BLOCK = 256                                             # transformers' block_size: the extent of its decay buffers
 DECAY_BUFFERS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -361,11 +363,12 @@ class Tensor(NamedTuple):
 
 
 def read_json(path: Path) -> dict:
-    if not path.exists():
-        raise ConfigError(f"{path} is missing")
+    """The object in a JSON file, within `untrusted`'s limits."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        value = untrusted.loads(untrusted.content(path))
+    except ConfigError:
+        raise
+    except ValueError as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object, got {type(value).__name__}")
@@ -374,24 +377,32 @@ def read_json(path: Path) -> dict:
 
 def read_header(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file: an 8-byte length, a JSON header of that length, then the data."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is no file")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         if size < 8 or start > size:
             raise ConfigError(f"{path} is truncated or no safetensors file: its header ends at byte {start} of {size}")
+        if start > untrusted.JSON_BYTES:
+            raise ConfigError(f"{path}: a header of {start:,} bytes is more than {untrusted.JSON_BYTES:,}: it is not read")
         try:
-            header = json.loads(file.read(start - 8))
-            header.pop("__metadata__", None)
-        except (ValueError, AttributeError, RecursionError):
-            raise ConfigError(f"{path} is no safetensors file: its header is not a JSON table of tensors") from None
+            header = untrusted.loads(file.read(start - 8))
+            if not isinstance(header, dict):
+                raise ValueError("it is no object")
+        except ValueError as error:
+            raise ConfigError(f"{path} is no safetensors file: its header is not a JSON table of tensors ({error})") from None
+    header.pop("__metadata__", None)
     tensors, spans = {}, []
     for name, entry in header.items():
+        if len(name) > MOST_NAME or not name.isprintable():
+            raise ConfigError(f"{path} is damaged: {name[:MOST_NAME]!r} is no tensor's name")
         try:
             code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             sound = type(code) is str and all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
         except (ValueError, KeyError, TypeError):
             sound = False
-        if not sound:
+        if not sound or len(shape) > MOST_AXES:
             raise ConfigError(f"{path} is damaged: tensor {name} needs dtype, shape and data_offsets, has {entry!s:.200}")
         if start + end > size:
             raise ConfigError(f"{path} is truncated: {name} ends at byte {start + end} of {size}; fetch the file again")
@@ -399,10 +410,12 @@ def read_header(path: Path) -> dict[str, Tensor]:
         if name.rpartition(".")[2] in DECAY_BUFFERS:
             continue
         if code not in DTYPES:
-            raise ConfigError(f"{path}: tensor {name} has dtype {code}; only {', '.join(DTYPES)} are supported")
+            raise ConfigError(f"{path}: tensor {name} has dtype {code:.20}; only {', '.join(DTYPES)} are supported")
         if end - begin != math.prod(shape) * DTYPES[code].itemsize:
             raise ConfigError(f"{path} is damaged: tensor {name} of {code} {list(shape)} has {end - begin} bytes")
         tensors |= _released_names(name, Tensor(path, DTYPES[code], shape, start + begin))
+        if len(tensors) > MOST_TENSORS:
+            raise ConfigError(f"{path} holds more than {MOST_TENSORS:,} tensors: it is not read")
     for (_, end, name), (begin, _, after) in itertools.pairwise(sorted(spans)):
         if begin < end:
             raise ConfigError(f"{path} is damaged: the bytes of tensors {name} and {after} overlap")
@@ -420,6 +433,8 @@ def _released_names(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if tail not in stacks or len(tensor.shape) != 3 or tensor.shape[1] % len(stacks[tail]) or 0 in tensor.shape:
         return {f"{head}.block_sparse_moe.{tail}": tensor}
     names, (experts, rows, columns) = stacks[tail], tensor.shape
+    if experts > MOST_TENSORS:
+        raise ConfigError(f"{tensor.file}: tensor {name} stacks {experts:,} experts, more than {MOST_TENSORS:,}")
     rows //= len(names)
     size = rows * columns * tensor.dtype.itemsize
     return {f"{head}.block_sparse_moe.experts.{e}.{w}.weight": Tensor(
@@ -438,7 +453,7 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
     """Every tensor of a directory with model.safetensors, or with an index of shards."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.exists():
-        return read_header(single)
+        return read_header(own_file(single))
     if not index.exists():
         raise ConfigError(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
     places = read_json(index).get("weight_map")
@@ -446,16 +461,25 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{index} has no weight_map from tensor to file")
     tensors = {}
     for file in sorted(set(places.values())):
-        if Path(file).name != file or file in ("..", "."):
-            raise ConfigError(f"{index} names the file {file!r}; only files in the same directory are read")
+        if Path(file).name != file or file in ("..", ".") or not file.isprintable():
+            raise ConfigError(f"{index} names the file {file[:MOST_NAME]!r}; only files in the same directory are read")
         if not (directory / file).is_file():
             raise ConfigError(f"{index} names the file {file!r}, which is not there")
-        tensors |= read_header(directory / file)
+        tensors |= read_header(own_file(directory / file))
+        if len(tensors) > MOST_TENSORS:
+            raise ConfigError(f"{index}: its files hold more than {MOST_TENSORS:,} tensors")
     listed = {new for name in places for new in _stem(name, tensors)}
     absent = sorted(listed - tensors.keys())
     if absent:
         raise ConfigError(f"{index} lists tensors that its files do not hold: {few(absent)}")
     return tensors
+
+
+def own_file(path: Path) -> Path:
+    """A file of a checkpoint; raises ConfigError for a link out of its directory."""
+    if not untrusted.inside(path, path.parent):
+        raise ConfigError(f"{path} is a link that leads out of its directory: put the file itself there")
+    return path
 
 
 def _stem(name: str, tensors) -> list[str]:

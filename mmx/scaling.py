@@ -21,7 +21,6 @@ features' means, then K exponents).
 """
 import csv
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import optimize, special
 
+from mmx import untrusted
 from mmx.config import ConfigError, nearest
 
 LAWS = {"power": ("flops",), "envelope": ("flops",), "chinchilla": ("params", "tokens"), "moe": ("params", "tokens"),
@@ -42,6 +42,7 @@ ROLES = ("params", "tokens", "flops", "loss")
 HUBER, SQUARES = 1e-3, 1e3          # where Huber's loss turns from squares to lines; log losses never differ by 1e3
 LEAST, MOST, STEEP = 7.0, 4.0, 4.0  # a summand is exp(-7) of the smallest loss to exp(4) of the largest; |exponent| is below
 STARTS, ENDS = 24, 4               # that L-BFGS goes from; of its minima those that resamples go from
+MOST_BYTES = 16 << 20               # of a file of runs
 BLOCK = 4_000_000                   # numbers in the Jacobian of resamples that are computed at once
 SIZES, BUDGETS = 4, 3               # of an IsoFLOP parabola, and of a line through their minima
 
@@ -124,7 +125,7 @@ def _hint(column, known) -> str:
 def _rows(path: str) -> list[tuple[int, dict]]:
     """(line, columns) of each row."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = untrusted.content(path, MOST_BYTES).decode("utf-8-sig")
         if text.lstrip().startswith("{"):
             return [(number, _object(path, number, line)) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
         lines = text.splitlines()
@@ -146,8 +147,8 @@ def _rows(path: str) -> list[tuple[int, dict]]:
 
 def _object(path, number, line) -> dict:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = untrusted.loads(line)
+    except ValueError as error:
         raise ConfigError(f"{path}:{number}: not a JSON object: {error}") from None
     if not isinstance(row, dict):
         raise ConfigError(f"{path}:{number}: not a JSON object")
@@ -157,10 +158,10 @@ def _object(path, number, line) -> dict:
 def _number(path, line, row, column) -> float:
     try:
         value = float(row.get(column))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{path}:{line}: {column} is {row.get(column)!r}, and must be a positive number")
+        raise ConfigError(f"{path}:{line}: {column} is {row.get(column)!r:.200}, and must be a positive number")
     return value
 
 

@@ -35,7 +35,7 @@ from rich.table import Column, Table
 from submitit.core.utils import FailedJobError
 
 import mmx
-from mmx import atomic, config, metrics, optim
+from mmx import atomic, config, metrics, optim, untrusted
 from mmx.config import ConfigError, Experiment
 from mmx.data import pipeline, sources, tokens
 from mmx.guards import DivergedError
@@ -281,15 +281,15 @@ def _write(path: Path, text: str) -> None:
 def collect(out: Path) -> dict[str, dict]:
     """The rows of all runs in OUT by hash: those of runs.jsonl, and those that runs left; runs.jsonl is made to have all."""
     path, rows = out / "runs.jsonl", {}
-    texts = path.read_text().splitlines() if path.exists() else []
+    texts = path.read_text(errors="replace").splitlines() if path.exists() else []
     places = [f"{path}:{number}" for number in range(1, len(texts) + 1)]
     own = sorted(out.glob("runs/*/row.json"))
-    for place, text in zip([*places, *own], texts + [found.read_text() for found in own]):
+    for place, text in zip([*places, *own], texts + [found.read_text(errors="replace") for found in own]):
         try:
-            row = json.loads(text)
+            row = untrusted.loads(text)
         except ValueError:      # a line that somebody cut: the run's own row stands
             continue
-        if not (isinstance(row, dict) and {"name", "hash"} <= row.keys()):
+        if not (isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("name", "hash"))):
             raise ConfigError(f"{place} is no row of a sweep, it has no name and hash: give another --out")
         rows[row["hash"]] = row
     lines = [json.dumps(row) for row in rows.values()]

@@ -26,7 +26,7 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, **options) -
     if checkpoint.find_step(directory):
         raise ConfigError(f"{directory} is an mmx workdir: first mmx convert to-hf --checkpoint {directory} --out DIR")
     where = directory / "config.json"
-    config = released.read_json(where)
+    config = released.read_json(released.own_file(where))
     model = build({"model": released.read_model(config, where)}).model
     if model.vision.layers:
         raise ConfigError(f"{directory} holds a model that sees: mmx.torch has the function of the text model alone")
@@ -43,7 +43,7 @@ def load_stock(directory: str | Path, **options) -> MiniMaxForCausalLM:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()       # its report calls decay buffers that are not in the file newly initialized
     try:
-        return MiniMaxForCausalLM.from_pretrained(directory, **options)
+        return MiniMaxForCausalLM.from_pretrained(directory, use_safetensors=True, trust_remote_code=False, **options)
     finally:
         logging.set_verbosity(verbosity)
 

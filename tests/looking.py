@@ -30,8 +30,8 @@ def answer(question, seen):
             cells[int(y // 28 * 3 + x // 28)] = colour[:1] + shape[:2]
         return "".join(cells)
     kinds = Counter(of[:2] for of in seen)
-    if many := re.fullmatch(r"How many (\w+) (\w+?)(es)?s?\?", question):
-        return str(next(n for (shape, colour), n in kinds.items() if colour == many[1] and many[2].startswith(shape[:4])))
+    if many := re.fullmatch(r"How many (\w+?)(es)?s?\?", question):
+        return str(sum(n for (shape, _), n in kinds.items() if many[1].startswith(shape[:4])))
     if of := re.fullmatch(r"What colour are the (\w+)\?", question):
         [said] = {colour for shape, colour in kinds if of[1].startswith(shape)}
         return said

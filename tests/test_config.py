@@ -165,7 +165,7 @@ def test_what_is_bent_and_what_is_not():
     ("model", {"dim": 0}, "model.dim=0 must be positive"),
     ("model", {"chunk": -1}, "model.chunk=-1 must be at least 1"),
     ("model", {"rope_theta": 0.0}, "model.rope_theta=0.0 must be positive"),
-    ("train", {"seed": 2 ** 70}, "must be from 0 to"),
+    ("train", {"seed": 2 ** 33}, "must be from 0 to"),
     ("train", {"beta1": 2.0}, "train.beta1=2.0 must be from 0 to below 1"),
     ("data", {"weights": (("a", (1,)),)}, "needs (step, one weight a source) pairs"),
     ("model", {"pattern": ""}, "only L (lightning) and S (softmax)"),

@@ -325,7 +325,7 @@ MISTAKES = {
     "context": (edit_config(max_position_embeddings="8192"), "key max_position_embeddings needs int, got '8192'"),
     "experts": (edit_config(num_local_experts=10**12), "holds 131 tensors, its config.json asks for 24000000000059"),
     "many digits": (edit_config(rope_theta=10**400), "key rope_theta needs float, got 1000"),
-    "deep": (lambda d: (d / "config.json").write_text("[" * 10**5), "cannot be read as JSON: maximum recursion"),
+    "deep": (lambda d: (d / "config.json").write_text("[" * 10**5), "cannot be read as JSON: nested deeper than 64"),
     "header length": (edit_header(lambda h: None, length=2**63), "its header ends at byte 9223372036854775816 of"),
     "header": (edit_header(lambda h: h.update({NORM: [1]})), f"damaged: tensor {NORM} needs dtype, .* has \\[1\\]"),
     "offsets": (edit_header(lambda h: h[NORM].update(data_offsets="ab")), f"damaged: tensor {NORM} needs .*'ab'"),

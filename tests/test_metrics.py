@@ -94,7 +94,8 @@ def test_a_disk_that_is_full_stops_no_thread(tmp_path, monkeypatch):
         for _ in range(100):
             log.flush()
             time.sleep(0.1)
-    log.close()
+    with pytest.raises(OSError, match="tfevents"):      # once more; all is closed
+        log.close()
     assert len(metrics.read(tmp_path)) == 39
 
 

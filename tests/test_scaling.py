@@ -204,4 +204,4 @@ def test_mistakes_are_one_line(text, law, flags, said, tmp_path, capsys):
 
 def test_a_file_that_is_not_there(tmp_path, capsys):
     assert cli.main(["fit", str(tmp_path / "no.csv"), "--law", "power"]) == 2
-    assert capsys.readouterr().err == f"mmx: {tmp_path / 'no.csv'}: No such file or directory\n"
+    assert capsys.readouterr().err == f"mmx: {tmp_path / 'no.csv'} is missing\n"

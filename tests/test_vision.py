@@ -281,7 +281,7 @@ def test_the_command_line_shows_images(checkpoint, capsys):
     (["--prompt", "<image><image> what?", "--image", "a.png"], "2 <image> marks in the prompt, 1 image given"),
     (["--prompt", "<image> what?"], "1 <image> mark in the prompt, 0 images given"),
     (["--prompt", "<image>", "--image", "a.png"], "the prompt ends in an image: text must stand behind it"),
-    (["--prompt", "<image> what?", "--image", "none.png"], "none.png' cannot be read: No such file"),
+    (["--prompt", "<image> what?", "--image", "none.png"], "none.png is missing"),
     (["--prompt", "<image> what?", "--image", "hf/config.json"], "is no image that Pillow knows"),
 ])
 def test_mistakes_of_the_command_line(checkpoint, capsys, monkeypatch, arguments, message):

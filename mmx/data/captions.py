@@ -6,10 +6,12 @@
 An archive holds pictures and a captions.jsonl, each line an object with the path of one ("image") and its "title" or "name".
 """
 import json
+import lzma
 import tarfile
+import zlib
 from pathlib import Path
 
-from mmx import atomic
+from mmx import atomic, untrusted
 from mmx.config import ConfigError
 from mmx.data.images import MARK
 
@@ -23,9 +25,10 @@ def unpack(archive, folder) -> int:
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
-        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found = [untrusted.loads(line) for line in path.read_bytes().splitlines()]
         lines = [value | {"text": MARK + (value.get("title") or value["name"]), "images": [value["image"]]} for value in found]
-    except (OSError, tarfile.TarError, ValueError, KeyError) as error:
+    except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, ValueError, LookupError, TypeError,
+            AttributeError) as error:
         raise ConfigError(f"{archive} is no archive of captioned pictures ({error}): it needs a captions.jsonl, in each line "
                           "an \"image\" and a \"title\" or a \"name\"") from None
     with atomic.replacing(path) as file:

@@ -9,6 +9,7 @@
 All of it follows from the image's size: tokens are counted before any pixel is read. Sizes are (height, width).
 """
 import contextlib
+import io
 import threading
 import warnings
 from pathlib import Path
@@ -17,10 +18,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from mmx import untrusted
 from mmx.config import ConfigError, Vision
 
 MARK = "<image>"                # stands for an image in a prompt
-PIXELS = 20_000 ** 2            # of the largest image that is decoded
+PIXELS = 8192 ** 2              # of the largest image that is decoded: 4 bytes each, three times at most
+FILE_BYTES = 512 << 20
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")     # not EPS, which runs a program, nor what nobody gives a model
+SCANS = 100                     # of a progressive JPEG, each of which goes over the whole image
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)        # CLIP's, of red, green, blue
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 TEXT, NEWLINE, PATCH = 0, 1, 2  # places: text, a row's end, the first patch of the first tile
@@ -182,10 +187,10 @@ def _resized(image: Image.Image, height: int, width: int) -> Image.Image:
 
 
 def read(source) -> Image.Image:
-    """An image file, Pillow's image, or what has a `size` and draws one: upright, RGB (transparency is left out), of an
-    animation the first frame.
+    """An image file of FORMATS, Pillow's image, or what has a `size` and draws one: upright, RGB (transparency is
+    left out), of an animation the first frame.
 
-    Raises ConfigError for what is no whole image, and for more than PIXELS, before they are decoded.
+    Raises ConfigError for what is no whole image, and for more than FILE_BYTES, PIXELS and SCANS, before they are decoded.
     """
     with _opened(source) as image:
         return _rgb(ImageOps.exif_transpose(image))
@@ -195,7 +200,7 @@ def size(source) -> tuple[int, int]:
     """(height, width) of what `read` would give, by a file's head (a PNG is read whole: what turns it may stand last)."""
     if hasattr(source, "draw"):
         return source.size[::-1]
-    with _opened(source) as image:
+    with _opened(source, whole=False) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         if image is not source:
             image.close()
@@ -203,23 +208,22 @@ def size(source) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _opened(source):
-    """Pillow's image of what `read` takes, not decoded; what is wrong with it, inside too, in one line."""
+def _opened(source, whole: bool = True):
+    """Pillow's image of what `read` takes, not decoded; what is wrong with it, inside too, in one line. Not `whole`: a file is
+    read no further than its size stands."""
     source = source.draw() if hasattr(source, "draw") else source
     name = "the image" if isinstance(source, Image.Image) else f"image {str(source)!r}"
     if not isinstance(source, (str, Path, Image.Image)):
         raise ConfigError(f"an image is a file's path or a PIL.Image, not {type(source).__name__}")
     try:
-        with _no_limit():
-            image = source if isinstance(source, Image.Image) else Image.open(source)
+        with _no_limit(), contextlib.ExitStack() as stack:
+            image = source if isinstance(source, Image.Image) else Image.open(_file(source, whole, stack), formats=FORMATS)
             width, height = image.size
             if width * height > PIXELS:
                 raise ConfigError(f"{name} has {width} x {height} pixels, more than {PIXELS:,}: not decoded; scale it down")
             if not width * height:
                 raise ConfigError(f"{name} has {width} x {height} pixels: it needs one at least")
             yield image
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
     except ConfigError:
         raise
     except Exception as error:      # Pillow has as many kinds as there are formats
@@ -227,11 +231,24 @@ def _opened(source):
         raise ConfigError(f"{name} is {' '.join(reason.split())}; give a whole PNG, JPEG, WebP or the like") from None
 
 
+def _file(path, whole: bool, stack):
+    """A file to read from, which ends with `stack`."""
+    if not whole:
+        return stack.enter_context(untrusted.opened(path, FILE_BYTES))
+    raw = untrusted.content(path, FILE_BYTES)
+    scans = raw.count(b"\xff\xda") if raw[:2] == b"\xff\xd8" else 0
+    if scans > SCANS:
+        raise ConfigError(f"image {str(path)!r} is a JPEG of {scans:,} scans, more than {SCANS}: not decoded; save it anew")
+    return io.BytesIO(raw)
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     """Modes of more than 8 bits are scaled, where Pillow would clip them."""
     if image.mode.startswith("I"):          # 16 bits, in whatever Pillow keeps them
-        deep = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        image = Image.fromarray(np.uint8((deep * 255 + 32767) // 65535))
+        levels = np.asarray(image)
+        image = Image.fromarray(np.concatenate([
+            np.uint8((np.clip(rows.astype(np.int64), 0, 65535) * 255 + 32767) // 65535)
+            for rows in np.array_split(levels, -(-levels.size // (1 << 20)))]))      # a few rows at a time are int64
     return image.convert("RGB")
 
 

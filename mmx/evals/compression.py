@@ -73,7 +73,7 @@ def measure(path, split: str = "validation", source: str | None = None, weights_
     from mmx import convert  # here, for train imports this module
 
     loaded, found = convert.load(path, weights_dtype=weights_dtype), checkpoint.find_step(path)
-    experiment = config.from_json((found[0] / "config.json").read_text()) if found else config.Experiment()
+    experiment = config.build(checkpoint.read_config(found[0])) if found else config.Experiment()
     data = dataclasses.replace(experiment.data, sources=(source,)) if source else experiment.data
     documents = head((pipeline.validation if split == "validation" else pipeline.test)(data), limit)
     if not documents:

@@ -15,7 +15,7 @@ import numpy as np
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from mmx import atomic, checkpoint, inference
+from mmx import atomic, checkpoint, inference, untrusted
 from mmx.config import ConfigError, nearest
 from mmx.data import tokens
 from mmx.evals.examples import Ask, document, show_length, size
@@ -136,13 +136,17 @@ def _resume(path: Path, about: dict) -> dict[tuple, dict]:
         raise ConfigError(f"{path} is no file of a suite: move it, or give another --out")
     for line in raw.splitlines(keepends=True):
         try:
-            lines.append(json.loads(line))
+            lines.append(untrusted.loads(line))
         except ValueError:
             break
         if not line.endswith(b"\n"):
             lines.pop()
             break
         kept += len(line)
+    for number, record in enumerate(lines, 1):
+        place = [record.get(key) for key in ("row", "column", "index")] if isinstance(record, dict) else ()
+        if not (place and (number == 1 or list(map(type, place)) == [str, str, int])):
+            raise ConfigError(f"{path}:{number} is no example of a suite: move the file, or give another --out")
     if kept < len(raw):
         with path.open("r+b") as file:
             file.truncate(kept)

@@ -93,7 +93,7 @@ def contact(result: dict, path: Path) -> Path:
     cells = result["scores"]
     figure.suptitle("held out, right with the picture / blind: " + ", ".join(
         f"{row} {100 * cells[row][SEEN]:.0f} / {100 * cells[row][BLIND]:.0f} %" for row in rows), fontsize=9)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=85)
     pyplot.close(figure)
     return path
 

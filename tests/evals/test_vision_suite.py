@@ -76,6 +76,13 @@ def test_a_killed_run_goes_on_and_seeds_differ(tmp_path):
     assert names[0] == names[1] != names[2] and all("/test/" in name for name in names[0])
 
 
+def test_an_answer_is_right_to_the_last_character():
+    asked = vision.example("colour/test/1", vision.SEEN)
+    [truth] = asked.answers
+    assert truth in scenes.COLOURS
+    assert [vision.score(said, asked) for said in (truth, f" {truth}\n", f"{truth}s", truth[:1], "")] == [1, 1, 0, 0, 0]
+
+
 def test_letters_are_counted_by_place():
     assert [vision.alike(said, "wake") for said in ("wake", "wak", "wakes", "ake", "", "wxkx")] == [1, 0.75, 0.8, 0, 0, 0.5]
     assert 0.1 < vision.chance()["word"] < 0.25

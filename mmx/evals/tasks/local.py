@@ -1,11 +1,11 @@
 """Data sets that lie on this machine, for the tasks beside: lm-eval's `--metadata data=PATH` says where."""
-import json
 from pathlib import Path
 
 import datasets
 from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer  # noqa: F401 (wikitext2_local.yaml)
 
 from mmx.config import ConfigError
+from mmx.evals.files import column, records
 
 
 def blimp(data=None, paradigm="*", **metadata):
@@ -14,9 +14,9 @@ def blimp(data=None, paradigm="*", **metadata):
     if not files:
         raise ConfigError(f"--metadata data={data} paradigm={paradigm}: give the folder of BLiMP's .jsonl files as data, and "
                           "the name of one as paradigm, or none")
-    pairs = (json.loads(line) for file in files for line in file.read_text().splitlines())
-    return {"test": datasets.Dataset.from_list([{key: pair[key] for key in ("sentence_good", "sentence_bad")}
-                                                for pair in pairs])}
+    return {"test": datasets.Dataset.from_list([
+        {key: column(pair, key, file, str) for key in ("sentence_good", "sentence_bad")}
+        for file in files for pair in records(file)])}
 
 
 def wikitext(data=None, **metadata):

@@ -1,0 +1,222 @@
+"""Hostile files, drawn by hypothesis: a folder of whole files, of which one or more are damaged in the way of their kind."""
+import io
+import json
+import os
+import re
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+BIG = "9" * 5000
+RAW = (         # JSON as text, for what Python would not write
+    BIG, "-" + BIG, "1e999", "-1e999", "NaN", "Infinity", "1e-999", "[" * 70 + "]" * 70, "[" * 100_000 + "]" * 100_000,
+    '{"a":' * 70 + "1" + "}" * 70, '{"a":1,"a":2}', r'"\ud800"', r'"\u0000"', r'"a\u0000b"', r'"\u001b[2J"', "0x10", "'", "",
+    '"' + "a" * 100_000 + '"', "[" + "0," * 10_000 + "0]", "[" + "{}," * 10_000 + "{}]")
+VALUES = (
+    None, True, False, 0, 1, -1, 2, 3, 7, 255, 2**31 - 1, 2**31, 2**32, 2**40, 2**53, 2**63, 2**64 - 1, 2**64, -2**63, 10**18,
+    0.0, 0.5, -1.5, 1e300, "", "0", "../../etc/passwd", "/etc/passwd", "..", ".", "a/b", "\\", "é", "𝄞", "F32", "I64", "BOOL",
+    "minimax", [], {}, [[]], [None], [0], [1, 2, 3], [2**40] * 8, {"a": 1}, {"key": ".."}, "bytes", "sotu", "Regex",
+    "Precompiled", "Replace", "ByteLevel", "FixedLength", "gzip", "<f8", "|O", "S", "L" * 50)
+KEYS = ("", "__metadata__", "a" * 1000, "\ud800", "a\0", "../x", "..", "/etc/passwd", "layer", "\x1b[2J")
+NUMBERS = (0, 1, 2, 7, 8, 255, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
+
+
+def folder(draw, files: dict[str, bytes], into: Path, outside: Path) -> None:
+    """Writes `files` into a folder, with some of them damaged; links lead to `outside`."""
+    files = dict(files)
+    for _ in range(draw(st.sampled_from((1, 1, 1, 2, 4)))):
+        name = draw(st.sampled_from(sorted(files)))
+        files[name] = damaged(draw, name, files[name])
+    special = draw(st.sampled_from((None,) * 12 + ("link", "pipe", "folder", "missing", "device", "loop", "other", "empty")))
+    victim = draw(st.sampled_from(sorted(files)))
+    for name, raw in files.items():
+        path = into / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if special == "other" and name == victim:
+            raw = files[draw(st.sampled_from(sorted(files)))]
+        path.write_bytes(b"" if special == "empty" and name == victim else raw)
+    path = into / victim
+    if special in ("link", "pipe", "folder", "missing", "device", "loop"):
+        path.unlink()
+    if special == "link":
+        path.symlink_to(outside / "secret")
+    elif special == "pipe":
+        os.mkfifo(path)
+    elif special == "folder":
+        path.mkdir()
+    elif special == "device":
+        path.symlink_to("/dev/zero")
+    elif special == "loop":
+        path.symlink_to(path)
+
+
+def damaged(draw, name: str, raw: bytes) -> bytes:
+    kind = _kind(name, raw)
+    if kind and draw(st.integers(0, 3)):
+        return kind(draw, raw)
+    return spoilt(draw, raw)
+
+
+def _kind(name: str, raw: bytes):
+    if name.endswith(".safetensors"):
+        return tensors
+    if name.endswith((".jsonl", ".csv")):
+        return lines
+    if name.endswith(".npz"):
+        return archive
+    if raw[:8] == b"\x89PNG\r\n\x1a\n":
+        return png
+    return tree if raw[:1] in (b"{", b"[") else None
+
+
+def spoilt(draw, raw: bytes) -> bytes:
+    """Bytes flipped, overwritten by numbers, taken out, repeated, cut off."""
+    raw = bytearray(raw)
+    for _ in range(draw(st.sampled_from((1, 1, 2, 4, 8)))):
+        at = draw(st.integers(0, max(len(raw) - 1, 0)))
+        match draw(st.integers(0, 7)):
+            case 0 | 1:
+                if raw:
+                    raw[at] ^= 1 << draw(st.integers(0, 7))
+            case 2:
+                raw[at:at + 1] = bytes([draw(st.sampled_from((0, 10, 34, 44, 91, 123, 127, 255)))])
+            case 3:
+                form, number = draw(st.sampled_from(("<Q", ">Q", "<I", ">I", "<H", ">H"))), draw(st.sampled_from(NUMBERS))
+                packed = struct.pack(form, number % (1 << 8 * struct.calcsize(form)))
+                raw[at:at + len(packed)] = packed
+            case 4:
+                del raw[at:at + draw(st.integers(1, 64))]
+            case 5:
+                raw[at:at] = raw[at:at + draw(st.integers(1, 64))] * draw(st.sampled_from((1, 2, 1000)))
+            case 6:
+                del raw[at:]
+            case 7:
+                raw[at:at] = draw(st.binary(min_size=1, max_size=16))
+    return bytes(raw)
+
+
+class Raw(str):
+    """JSON that is put into a text as it stands."""
+
+
+def tree(draw, raw: bytes) -> bytes:
+    """A JSON text with some of its fields changed, moved, taken out or named twice."""
+    try:
+        value = [json.loads(raw)]
+    except (ValueError, RecursionError):
+        return spoilt(draw, raw)
+    for _ in range(draw(st.sampled_from((1, 1, 2, 3)))):
+        places = list(_places(value, 400))
+        outer, key = places[draw(st.integers(0, len(places) - 1))]
+        match draw(st.integers(0, 7)):
+            case 0 | 1 | 2:
+                outer[key] = draw(st.sampled_from(VALUES))
+            case 3 | 4:
+                outer[key] = Raw(draw(st.sampled_from(RAW)))
+            case 5:
+                if outer is not value:
+                    del outer[key]
+            case 6:
+                there, its = places[draw(st.integers(0, len(places) - 1))]
+                outer[key] = json.loads(json.dumps(there[its], default=str)) if there is not value else 0
+            case 7:
+                new = draw(st.sampled_from(KEYS))
+                if isinstance(outer, dict):
+                    outer[str(new)] = outer.pop(key)
+    return written(value[0]).encode("utf-8", "surrogatepass")
+
+
+def _places(value, most: int):
+    """(container, key) of everything in a value, breadth first."""
+    level, found = [value], 0
+    while level and found < most:
+        inner = []
+        for outer in level:
+            for key in outer if isinstance(outer, dict) else range(len(outer)):
+                yield outer, key
+                found += 1
+                inner += [outer[key]] if isinstance(outer[key], (dict, list)) else []
+        level = inner
+
+
+def written(value) -> str:
+    raws = []
+
+    def stand_in(value):
+        if isinstance(value, Raw):
+            raws.append(str(value))
+            return f"@raw{len(raws) - 1}@"
+        if isinstance(value, dict):
+            return {key: stand_in(inner) for key, inner in value.items()}
+        return [stand_in(inner) for inner in value] if isinstance(value, list) else value
+
+    return re.sub(r'"@raw(\d+)@"', lambda found: raws[int(found[1])], json.dumps(stand_in(value)))
+
+
+def tensors(draw, raw: bytes) -> bytes:
+    """A safetensors file with another header, of its own length or of a wrong one."""
+    end = 8 + int.from_bytes(raw[:8], "little")
+    header, data = tree(draw, raw[8:end]), raw[end:]
+    length = draw(st.sampled_from((len(header),) * 8 + NUMBERS))
+    data = draw(st.sampled_from((data,) * 6 + (data[:-1], data + b"\0", b"")))
+    return struct.pack("<Q", length) + header + data
+
+
+def lines(draw, raw: bytes) -> bytes:
+    """One of the lines is damaged."""
+    found = raw.split(b"\n")
+    at = draw(st.integers(0, len(found) - 1))
+    found[at] = tree(draw, found[at]) if found[at][:1] == b"{" and draw(st.booleans()) else spoilt(draw, found[at])
+    return b"\n".join(found)
+
+
+def archive(draw, raw: bytes) -> bytes:
+    """A zip whose parts were damaged before they were packed: its check sums are right."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(out, "w") as new:
+        names = old.namelist()
+        victim, how = draw(st.sampled_from(names)), draw(st.integers(0, 4))
+        for name in names:
+            part = old.read(name)
+            kind = zipfile.ZIP_STORED
+            if name == victim and how == 0:
+                part = spoilt(draw, part)
+            elif name == victim and how == 1:
+                old_text = re.search(rb"\{.*\}", part)[0]
+                text = draw(st.sampled_from((b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
+                                             b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,), }",
+                                             b"{'descr': '<f4', 'fortran_order': True, 'shape': (-1,), }",
+                                             b"(" * 40, b"{'descr': '<U99999999', 'fortran_order': False, 'shape': (), }")))
+                part = part.replace(old_text, text.ljust(len(old_text)))
+            elif name == victim and how == 2:
+                kind = zipfile.ZIP_DEFLATED
+                part += bytes(draw(st.sampled_from((0, 1, 50_000_000))))
+            elif name == victim and how == 3:
+                continue
+            new.writestr(draw(st.sampled_from(("../x.npy", "x"))) if name == victim and how == 4 else name, part, kind)
+    return out.getvalue()
+
+
+def png(draw, raw: bytes) -> bytes:
+    """A PNG with one chunk damaged and its check sum put right."""
+    chunks, at = [], 8
+    while at + 12 <= len(raw):
+        length = int.from_bytes(raw[at:at + 4], "big")
+        chunks.append((raw[at + 4:at + 8], raw[at + 8:at + 8 + length]))
+        at += 12 + length
+    victim = draw(st.integers(0, len(chunks) - 1))
+    name, data = chunks[victim]
+    if name == b"IHDR" and draw(st.booleans()):
+        sides = st.sampled_from((0, 1, 31, 4096, 8193, 60_000, 2**31 - 1))
+        data = struct.pack(">II", draw(sides), draw(sides)) + data[8:]
+    elif name == b"IDAT" and draw(st.booleans()):
+        data = zlib.compress(bytes(draw(st.sampled_from((0, 10, 10_000_000)))))
+    else:
+        data = spoilt(draw, data)
+    chunks[victim] = draw(st.sampled_from((name, name, name, b"tEXt", b"iCCP", b"zTXt", b"eXIf", b"acTL", b"fdAT"))), data
+    chunks[victim:victim + 1] *= draw(st.sampled_from((0, 1, 1, 1, 2, 100)))
+    return raw[:8] + b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+                              for name, data in chunks)

@@ -1,0 +1,295 @@
+"""Hostile files: some hundreds for every reader, what `make fuzz` has found, and limits one by one."""
+import io
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import fuzz
+import parsers
+
+from mmx import released, untrusted
+from mmx.config import ConfigError
+from mmx.data import captions, images, sources, tokens
+
+
+@pytest.mark.parametrize("names", ["safetensors config tokenizer images sources runs"])
+def test_some_hundreds(names, tmp_path):
+    """In child processes with limits, as `make fuzz`."""
+    for name in names.split():
+        done, outcomes, found = fuzz.fuzz(name, 60, 7, tmp_path / "found")
+        assert done >= 60 and len(outcomes) > 3 and not found, (name, [p.read_text() for p in tmp_path.rglob("FOUND")])
+
+
+@pytest.mark.parametrize("name", ["released", "suites", "workdir", "orbax", "prefix"])
+def test_whole_files_are_read(name, tmp_path):
+    """What `make fuzz` damages is whole."""
+    files, read = parsers.PARSERS[name]
+    for path, raw in files().items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(raw)
+    assert fuzz.check(read, tmp_path) == "read"
+
+
+# ---- JSON ----
+
+@pytest.mark.parametrize("text, message", [
+    ("[" * 65 + "]" * 65, "nested deeper than 64"), ("[" * 100_000, "nested deeper than 64"),
+    ('{"a":1,"a":2}', "a key stands twice"),
+    ("[" + "9" * 5000 + "]", "4300 digits"), ("[" + "0," * 8_000_001 + "0]", "more than 8,000,000 values"), ("{", "Expecting"),
+    (b"\xff", "utf-8"), ("", "Expecting")])
+def test_json_within_limits(text, message):
+    with pytest.raises(ValueError, match=message):
+        untrusted.loads(text)
+
+
+def test_json_that_is_allowed():
+    assert untrusted.loads("[" * 64 + "]" * 64)
+    assert untrusted.loads(json.dumps("[{," * 3_000_000)) == "[{," * 3_000_000      # text is no structure
+    assert untrusted.loads(b'\xef\xbb\xbf{"a": [1e999]}') == {"a": [float("inf")]}
+
+
+def test_a_file_that_never_ends_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in ((tmp_path / "pipe", "is no file"), ("/dev/zero", "is no file"), (tmp_path, "Is a directory"),
+                          (tmp_path / "none", "is missing"), ("a\0b", "null byte")):
+        with pytest.raises(ConfigError, match=message):
+            untrusted.content(path)
+    (tmp_path / "large").write_bytes(b"ab")
+    with pytest.raises(ConfigError, match="has 2 bytes, more than 1"):
+        untrusted.content(tmp_path / "large", 1)
+
+
+def test_a_message_moves_no_cursor():
+    assert untrusted.line("a\n\x1b[2Jb\ud800") == r"a \x1b[2Jb\ud800"
+    assert len(untrusted.line("a" * 10**6)) < 2100
+
+
+# ---- checkpoints ----
+
+def write(folder, files):
+    for name, raw in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(raw)
+    return folder
+
+
+def header(folder, change, data=b""):
+    """A safetensors file of a header that `change` made."""
+    text = json.dumps(change).encode() if not isinstance(change, bytes) else change
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return folder / "model.safetensors"
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize("change, message", [
+    (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{}}', "a key stands twice"), (b"[]", "it is no object"),
+    ({"a": ENTRY, "b": ENTRY}, "overlap"), ({"a": ENTRY | {"shape": [2**62] * 8}}, "has 8 bytes"),
+    ({"a": ENTRY | {"shape": [1] * 9}}, "needs dtype, shape"), ({"a" * 300: ENTRY}, "is no tensor's name"),
+    ({"a\x1b[2J": ENTRY}, "is no tensor's name"), ({"a": ENTRY | {"dtype": "I" * 10**5}}, "has dtype IIIIIIIIIIIIIIIIIIII;"),
+    ({"a": ENTRY | {"data_offsets": [0, 2**63]}}, "is truncated"), ({"a": ENTRY | {"data_offsets": [-8, 0]}}, "needs dtype")])
+def test_headers(change, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        released.read_header(header(tmp_path, change, bytes(8)))
+
+
+def test_a_header_that_is_too_long_is_not_read(tmp_path):
+    path = header(tmp_path, {})
+    with path.open("r+b") as file:
+        file.write((17 << 20).to_bytes(8, "little"))
+        file.truncate(18 << 20)
+    with pytest.raises(ConfigError, match="more than 16,777,216: it is not read"):
+        released.read_header(path)
+
+
+def test_a_stack_of_a_million_experts_in_a_hole(tmp_path):
+    """A file of 8 TB that takes no place: its experts would be names enough to fill the memory."""
+    count, name = 1 << 40, "model.layers.0.mlp.experts.down_proj"
+    path = header(tmp_path, {name: {"dtype": "F32", "shape": [count, 1, 2], "data_offsets": [0, count * 8]}})
+    os.truncate(path, (8 << 40) + 1000)
+    with pytest.raises(ConfigError, match="stacks 1,099,511,627,776 experts"):
+        released.read_header(path)
+
+
+def test_links_out_of_a_checkpoint_are_refused(tmp_path):
+    from mmx import convert
+
+    elsewhere = write(tmp_path / "elsewhere", parsers.released_files())
+    for victim in ("config.json", "model-00001-of-00002.safetensors", "generation_config.json"):
+        names = parsers.released_files()
+        here = write(tmp_path / f"hf-{victim}", names)
+        victim = next(name for name in names if name.startswith(victim[:11]))
+        (here / victim).unlink()
+        (here / victim).symlink_to(elsewhere / victim)
+        if victim == "generation_config.json":
+            convert.open_source(here)       # read for its ids alone
+            continue
+        with pytest.raises(ConfigError, match="is a link that leads out of its directory"):
+            convert.open_source(here)
+
+
+def test_the_hugging_face_cache_is_read(tmp_path):
+    """snapshots/COMMIT holds links into blobs."""
+    files, blobs = parsers.safetensors_files(), tmp_path / "models--a--b" / "blobs"
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    for number, (name, raw) in enumerate(files.items()):
+        write(blobs, {str(number): raw})
+        (snapshot / name).symlink_to(Path("../../blobs") / str(number))
+    assert released.find_tensors(snapshot)
+
+
+def test_orbax_paths_stay_inside(tmp_path):
+    from mmx import checkpoint
+
+    write(tmp_path, parsers.orbax_files())
+    params = tmp_path / "converted" / "checkpoints" / "0" / "params"
+    text = json.loads((params / "_METADATA").read_text())
+    for key in ("..", "../../etc", "a/b", "", ".", "a\0"):
+        entry = next(iter(text["tree_metadata"].values())) | {"key_metadata": [{"key": key, "key_type": 2}]}
+        (params / "_METADATA").write_text(json.dumps(text | {"tree_metadata": {"x": entry}}))
+        with pytest.raises(ConfigError, match="has no table of arrays"):
+            checkpoint.open_arrays(params.parent)
+    (params / "_METADATA").write_text(json.dumps(text))
+    (params / "link").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="a checkpoint holds no links"):
+        checkpoint.open_arrays(params.parent)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"num_hidden_layers": 10**6, "attn_type_list": [0] * 10**6},
+     "model.layers=1000000 is more than 10,000"),
+    ({"num_attention_heads": 2**20}, "model.heads=1048576 is more than 65,536"), ({"hidden_size": 10**400}, "below 2\\^40"),
+    ({"hidden_size": 2**70}, "below 2\\^40"), ({"num_local_experts": []}, "num_local_experts=\\[\\]"),
+    ({"rope_theta": float("nan")}, "finite")])
+def test_configs_of_what_no_memory_holds(changes, message):
+    text = json.loads(parsers.config_files()["text-released.json"])
+    with pytest.raises(ConfigError, match=message):
+        released.read_model(text | changes, "config.json")
+
+
+# ---- tokenizer.json ----
+
+def tokenizer(tmp_path, **changes):
+    text = json.loads(parsers.tokenizer_files()["bpe.json"])
+    for key, value in changes.items():
+        text[key] = text[key] | value if key == "model" else value
+    (tmp_path / "t.json").write_text(json.dumps(text))
+    return tokens.tokenizer(str(tmp_path / "t.json"))
+
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"normalizer": {"type": "Sequence", "normalizers": [DOUBLE] * 40}}, "can make a text 256 times as long"),
+    ({"normalizer": {"type": "Prepend", "prepend": "a" * 1000}}, "can make a text 256 times as long"),
+    ({"decoder": {"type": "Sequence", "decoders": [DOUBLE] * 40}}, "can make a text 256 times as long"),
+    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel"}] * 40}}, "can make a text 256 times"),
+    ({"model": {"continuing_subword_prefix": "#" * 10**6}}, "continuing_subword_prefix has 1000000 characters"),
+    ({"model": {"vocab": {"a": 2**32 - 1}, "merges": []}}, "has ids up to 4,294,967,295"),
+    ({"model": {"vocab": {}, "merges": []}, "added_tokens": []}, "has no end-of-text token"),
+    ({"model": {"continuing_subword_prefix": "######"}}, "neither 'bytes' nor a tokenizer.json")])
+def test_tokenizers_that_explode(changes, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        tokenizer(tmp_path, **changes)
+
+
+def test_tokenizers_that_panic_on_a_text(tmp_path):
+    """Rust's panics are no Exception: a regex that tries too long, pieces of no length."""
+    endless = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    for step in (endless, {"type": "FixedLength", "length": 0}):
+        made = tokenizer(tmp_path, pre_tokenizer=step)
+        with pytest.raises(ConfigError, match="a.txt: data.tokenizer fails on it"):
+            made.encode(b"a" * 40 + b"c", "a.txt")
+
+
+# ---- images, sources ----
+
+def test_only_formats_that_run_nothing(tmp_path):
+    for kind in ("EPS", "PDF", "ICNS"):
+        Image.new("RGB", (32, 32)).save(tmp_path / "x.png", kind)
+        with pytest.raises(ConfigError, match="is no image that Pillow knows"):
+            images.read(tmp_path / "x.png")
+
+
+def test_a_jpeg_of_too_many_scans(tmp_path):
+    raw = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(raw, "JPEG", progressive=True)
+    raw, at = raw.getvalue(), raw.getvalue().rindex(b"\xff\xda")
+    (tmp_path / "x.jpg").write_bytes(raw[:at] + raw[at:-2] * 200 + raw[-2:])
+    with pytest.raises(ConfigError, match="scans, more than 100: not decoded"):
+        images.read(tmp_path / "x.jpg")
+
+
+def test_images_of_a_line_stay_in_its_folder(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    here = tmp_path / "data"
+    here.mkdir()
+    (here / "link.png").symlink_to(tmp_path / "secret.png")
+    for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png"):
+        (here / "a.jsonl").write_text(json.dumps({"text": "<image>", "images": [name]}))
+        with pytest.raises(ConfigError, match="paths are below the line's file's folder"):
+            sources.documents(str(here), "train")
+
+
+def test_an_archive_of_pictures_writes_inside(tmp_path):
+    import tarfile
+
+    for name in ("../out.txt", "/tmp/mmx-out.txt"):
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"x"))
+        with pytest.raises(ConfigError, match="is no archive of captioned pictures"):
+            captions.unpack(tmp_path / "a.tar", tmp_path / "into" / "here")
+    assert not (tmp_path / "into" / "out.txt").exists() and not Path("/tmp/mmx-out.txt").exists()
+
+
+# ---- prefixes ----
+
+def test_a_prefix_is_no_bomb(tmp_path):
+    from mmx import prefix
+
+    raw = parsers.prefix_files()["kept.npz"]
+
+    def rebuilt(change, kind=zipfile.ZIP_STORED):
+        with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(tmp_path / "kept.npz", "w") as new:
+            for name in old.namelist():
+                new.writestr(name, change(name, old.read(name)), kind)
+        with pytest.raises(ConfigError, match="is no prefix that --save-cache wrote, or it is damaged"):
+            prefix.load(tmp_path / "kept.npz", parsers.loaded())
+
+    rebuilt(lambda name, part: part, zipfile.ZIP_DEFLATED)
+    rebuilt(lambda name, part: part + bytes(10**6) if name.startswith("about") else part)
+    rebuilt(lambda name, part: part[:-1])
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([print], object), allow_pickle=True)
+    rebuilt(lambda name, part: pickled.getvalue())
+    (tmp_path / "kept.npz").write_bytes(raw)
+    assert prefix.load(tmp_path / "kept.npz", parsers.loaded()).length == 5
+
+
+def test_every_flip_in_an_array_of_a_prefix_is_found(tmp_path):
+    """A flipped bit of an array is found by zip's check sum."""
+    from mmx import prefix
+
+    raw = bytearray(parsers.prefix_files()["kept.npz"])
+    with zipfile.ZipFile(io.BytesIO(raw)) as file:
+        info = next(i for i in file.infolist() if "k_BGSK" in i.filename)
+    for at in range(info.header_offset + 200, info.header_offset + 200 + 64):
+        raw[at] ^= 1
+        (tmp_path / "kept.npz").write_bytes(raw)
+        with pytest.raises(ConfigError):
+            prefix.load(tmp_path / "kept.npz", parsers.loaded())
+        raw[at] ^= 1
