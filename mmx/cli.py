@@ -166,7 +166,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--load-cache", metavar="FILE", help="prompts stand behind what --save-cache kept")
     sub.add_argument("--json", action="store_true", help="print a JSON object a prompt: text, ids, log-probabilities")
 
-    sub = command("eval", evaluate, "Held-out bits per byte, beside gzip -9 and xz -9e of the same files, each alone; or a suite.")
+    sub = command("eval", evaluate,
+                  "Held-out bits per byte, beside gzip -9 and xz -9e of the same files, each alone; or a suite.")
     sub.add_argument("--checkpoint", required=True, metavar="PATH", help=CHECKPOINT)
     sub.add_argument("--split", choices=["validation", "test"], help="(default validation)")
     sub.add_argument("--source", help="text: sotu (embedded), a file or a folder (default: what the run was trained on)")
