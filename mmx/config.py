@@ -486,7 +486,7 @@ def typed(key, value, kind):
     if kind is float and type(value) is int and abs(value) < 2 ** 1023:
         return float(value)
     _require(type(value) is not int or kind is not int or abs(value) < MOST, f"config key {key} needs a number below 2^40")
-    _require(type(value) is kind, f"config key {key} needs {kind.__name__}, got {value!r}")
+    _require(type(value) is kind, f"config key {key} needs {kind.__name__}, got {value!r:.200}")
     if kind is float:
         _require(math.isfinite(value), f"config key {key} needs a finite number, got {value!r}")
     return value

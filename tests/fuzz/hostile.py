@@ -1,4 +1,5 @@
 """Hostile files, drawn by hypothesis: a folder of whole files, of which one or more are damaged in the way of their kind."""
+import copy
 import io
 import json
 import os
@@ -104,16 +105,18 @@ class Raw(str):
 
 def tree(draw, raw: bytes) -> bytes:
     """A JSON text with some of its fields changed, moved, taken out or named twice."""
+    if raw.count(b"[" * 80) + raw.count(b'{"a":' * 80):      # where Python gives up depends on who called
+        return spoilt(draw, raw)
     try:
         value = [json.loads(raw)]
-    except (ValueError, RecursionError):
+    except ValueError:
         return spoilt(draw, raw)
     for _ in range(draw(st.sampled_from((1, 1, 2, 3)))):
         places = list(_places(value, 400))
         outer, key = places[draw(st.integers(0, len(places) - 1))]
         match draw(st.integers(0, 7)):
             case 0 | 1 | 2:
-                outer[key] = draw(st.sampled_from(VALUES))
+                outer[key] = copy.deepcopy(draw(st.sampled_from(VALUES)))
             case 3 | 4:
                 outer[key] = Raw(draw(st.sampled_from(RAW)))
             case 5:

@@ -88,7 +88,7 @@ def read_config(folder: Path):
             model = config.build(text).model
         else:
             model = config.build({"model": released.read_model(text, path)}).model
-        model.checkpoint_tensors, model.params_total, model.log_decay     # noqa: B018
+        model.checkpoint_tensors, model.params_total     # noqa: B018
         with contextlib.suppress(config.ConfigError):
             released.check_tensors({}, model, path)
 
