@@ -1,0 +1,44 @@
+"""The share of held-out answers that a run gives: against a reading of each document by itself."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmx import config, train
+from mmx.convert import load
+from mmx.data import pipeline
+from mmx.evals import answers
+from mmx.model import logits
+
+SOURCES = tuple(f"mqar:pairs={pairs},length={length},vocab=16,tokens=400,held={held}" for pairs, length, held in
+                ((2, 8, 5), (2, 16, 3)))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    train.run(config.build({
+        "model": {"vocab": 24, "dim": 8, "layers": 2, "pattern": "LS", "heads": 1, "kv_heads": 1, "head_dim": 8,
+                  "rotary_dim": 4, "experts": 1, "top_k": 1, "expert_dim": 8, "embed_std": 1.0},
+        "train": {"steps": 1, "batch": 2, "length": 18, "tensorboard": False, "warmup": 0, "lr": 0.1},
+        "data": {"sources": SOURCES, "tokenizer": "numbers:16"}, "mesh": {"edp": 1}}), workdir)
+    return workdir
+
+
+def test_against_each_document_by_itself(run):
+    """Two documents of 8 fill a row of 18 with a half; targets without an answer and rows that fill a batch do not count."""
+    loaded = load(run)
+    forward = jax.jit(lambda ids_T: logits(loaded.params, loaded.model.apply({"params": loaded.params}, ids_T[None])[0])[0])
+    found, data = answers.measure(run), config.from_json((run / "config.json").read_text()).data
+    assert list(found["by_source"]) == list(SOURCES)
+    for source, documents in pipeline.held_out_ids(data).items():
+        met, nats = [], []
+        for ids_T, targets_T in documents:
+            asked = np.flatnonzero(targets_T >= 0)
+            shares_TW = jax.nn.log_softmax(forward(jnp.asarray(ids_T)))[asked]
+            met += (shares_TW.argmax(1) == targets_T[asked]).tolist()
+            nats += (-shares_TW[np.arange(len(asked)), targets_T[asked]]).tolist()
+        assert len(met) == 2 * len(documents)
+        assert found["by_source"][source] == pytest.approx({"loss": np.mean(nats), "accuracy": np.mean(met)}, rel=1e-4)
+    for name in ("loss", "accuracy"):       # sources weigh alike
+        assert found[name] == pytest.approx(np.mean([found["by_source"][source][name] for source in SOURCES]))
