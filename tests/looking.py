@@ -38,11 +38,10 @@ def answer(question, seen):
     if of := re.fullmatch(r"What shape are the (\w+) ones\?", question):
         [said] = {shape for shape, colour in kinds if colour == of[1]}
         return said
-    of = re.fullmatch(r"Is the (\w+) (\w+) left or right of the (\w+) (\w+)\?", question)
-    [one], [other] = ([x for shape, colour, x, _ in seen if (colour, shape) == pair]
-                      for pair in ((of[1], of[2]), (of[3], of[4])))
-    assert abs(one - other) > 10
-    return "left" if one < other else "right"
+    of = re.fullmatch(r"Is the (\w+) (\w+) left or right\?", question)
+    [x] = [x for shape, colour, x, _ in seen if (colour, shape) == (of[1], of[2])]
+    assert abs(x - scenes.SIDE / 2) > 10
+    return "left" if x < scenes.SIDE / 2 else "right"
 
 
 def told(document):

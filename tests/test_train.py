@@ -240,7 +240,7 @@ def test_micro_batches_equal_one_large_batch():
     whole = {k: v.reshape(1, 8, 16) for k, v in parts.items()}
     (_, params, opt, one), (_, params_parts, opt_parts, four) = one_step(whole), one_step(parts)
     for name in ("loss", "grad_norm", "z_loss"):
-        np.testing.assert_allclose(four[name], one[name], rtol=1e-5 if name != "z_loss" else 1e-2, err_msg=name)
+        np.testing.assert_allclose(four[name], one[name], rtol=1e-5 if name != "z_loss" else 2e-2, err_msg=name)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-7), opt_parts, opt)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), params_parts, params)
 

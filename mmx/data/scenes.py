@@ -1,6 +1,6 @@
 """Generated pictures with questions, to learn from and be tested on: the sources "scenes", "maps" and "words".
 
-    scenes  1 to 4 objects of 5 shapes and 5 colours: how many of a shape, what colour, what shape, left or right of another
+    scenes  1 to 4 objects of 5 shapes and 5 colours: how many of a shape, what colour, what shape, on which side
     maps    such objects, all of them: three letters for each of 9 cells. From maps a small model learns in a few thousand
             pictures what there is to see; from one word an answer, in many more
     words   a word of 3 to 6 letters, to read
@@ -126,18 +126,17 @@ def _scene(split: str, index: int, kind: str = "") -> tuple[str, Pictured]:
     name = f"{kind}/{split}/{index}"
     draw = random.Random(name)
     asked = _combination(draw, 1 if kind == "side" else draw.randint(1, MOST), split)
-    others = draw.randint(kind == "side" and 1, MOST - asked[2])
+    others = draw.randint(0, MOST - asked[2])
     kinds = []
     while not kinds or not _do(*asked, kinds, kind, split):
         kinds = [asked[:2]] * asked[2] + [(draw.choice(SHAPES), draw.choice(list(COLOURS))) for _ in range(others)]
     things = _placed(draw, kinds, kind)
-    (shape, colour, _), other = asked, things[-1]
+    shape, colour, _ = asked
     question, answer = {
         "count": (f"How many {many(shape)}?", [of[0] for of in kinds].count(shape)),
         "colour": (f"What colour are the {many(shape)}?", colour),
         "shape": (f"What shape are the {colour} ones?", shape),
-        "side": (f"Is the {colour} {shape} left or right of the {other.colour} {other.shape}?",
-                 "left" if things[0].x < other.x else "right"),
+        "side": (f"Is the {colour} {shape} left or right?", "left" if things[0].x < SIDE / 2 else "right"),
         "map": ("What is where?", _map(things))}[kind]
     return name, _asked(question, answer, Scene(tuple(things)))
 
@@ -154,14 +153,16 @@ def _do(shape: str, colour: str, count: int, kinds: list, kind: str, split: str)
     others = kinds[count:]
     clear = {"map": True, "count": True, "colour": shape not in [of[0] for of in others],
              "shape": colour not in [of[1] for of in others],
-             "side": (shape, colour) not in others and kinds.count(kinds[-1]) == 1}[kind]
-    return clear and not (split == "train" and any(held_out(*of, n) for of, n in Counter(kinds).items()))
+             "side": (shape, colour) not in others}[kind]
+    if split != "train":
+        return clear and (shape, colour) not in others
+    return clear and not any(held_out(*of, n) for of, n in Counter(kinds).items())
 
 
 def _placed(draw: random.Random, kinds: list, kind: str) -> list[Thing]:
-    """Objects in cells, not quite in their middle; where it is asked which side, the first and the last in two columns."""
+    """Objects in cells, not quite in their middle; where it is asked on which side, the first on one."""
     cells = []
-    while not cells or (kind == "side" and cells[0] % 3 == cells[-1] % 3):
+    while not cells or (kind == "side" and cells[0] % 3 == 1):
         cells = draw.sample(range((SIDE // CELL) ** 2), len(kinds))
     things = []
     for of, cell in zip(kinds, cells):

@@ -201,7 +201,7 @@ def test_remat_and_scan_change_nothing():
 
     twice = jax.jit(jax.grad(lambda q: (layer(layer(q, None)[0], None)[0] * do).sum()))
     scanned = jax.jit(jax.grad(lambda q: (jax.lax.scan(jax.checkpoint(layer), q, None, 2)[0] * do).sum()))
-    np.testing.assert_allclose(scanned(q), twice(q), atol=1e-6)
+    np.testing.assert_allclose(scanned(q), twice(q), rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("change, error, message", [

@@ -90,7 +90,7 @@ def test_against_all_experts(impl, block, kind):
     assert_close(got, oracle(args, dy_MD, expert_MJ, keep_MJ), "float32")
 
 
-@pytest.mark.parametrize("impl", grouped.IMPLS)
+@pytest.mark.parametrize("impl", ["blocks", "ragged"])
 def test_bfloat16(impl):
     args, dy_MD = inputs("bfloat16")
     expert_MJ, keep_MJ = routing("drops")
