@@ -41,7 +41,7 @@ demo: setup
 
 test: .venv/ready-to-test
 	$(BIN)/ruff check .
-	JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile
+	JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 faults: .venv/ready-to-test
 	$(BIN)/python tests/faults/run.py --n $(or $(N),100) --memory-seconds $(or $(MEMORY_SECONDS),60) $(if $(ONLY),--only $(ONLY))

@@ -87,6 +87,7 @@ class Checkpoints:
         self.directory, self.every, self.keep, self.verify = Path(workdir).absolute() / "checkpoints", every, keep, verify
         self.saving = None      # the step that is being saved
         logging.getLogger("absl").addFilter(_from_elsewhere)
+        sys.unraisablehook = _unraisable
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
@@ -221,6 +222,12 @@ def agreed(problem: str) -> str:
 def _from_elsewhere(record: logging.LogRecord) -> bool:
     """Not what Orbax's threads print of errors that `Checkpoints` raises."""
     return "orbax" not in record.pathname
+
+
+def _unraisable(args) -> None:
+    """Without what TensorStore prints of each write that ends after Orbax gave the save up, and closed its loop."""
+    if str(args.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(args)
 
 
 def _short(error: BaseException) -> str:

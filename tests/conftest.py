@@ -18,6 +18,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()       # the devices are made now: `mesh.make` would ask for as many as it needs itself
 
 
+LONGEST = ("test_notebooks.py", "test_train.py", "test_processes.py", "test_faults.py", "test_vision_training.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take a minute or more come first: of two workers none ends with one of them, the other being idle."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session")
 def ragged_on_cpu():
     """JAX's primitive with its own transpose, which no CPU has, made of gathers as its documentation says."""
