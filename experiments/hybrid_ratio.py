@@ -1,11 +1,11 @@
-"""How many softmax layers does a hybrid need? Ratios of 1/2 to 1/16 and both pure ones, equal FLOPs.
+"""How many softmax layers does a hybrid need, and do windows do instead of lightning? Ratios of 1/2 to 1/16, equal FLOPs.
 
     mmx sweep --config experiments/hybrid_ratio.py --out hybrid_ratio --jobs 6          # or one run:
-    mmx train --config experiments/hybrid_ratio.py:8,3e-3,0 --workdir hybrid-one
+    mmx train --config experiments/hybrid_ratio.py:L,8,3e-3,0 --workdir hybrid-one
 
-Protocol: 16 layers, 64 wide, dense, DeepNorm; every `period`-th layer is softmax, the others lightning; period 0 has none, 1
-only softmax. MQAR as recall.py has it, 4 to 32 pairs in 32 to 256 tokens and 16 in 256. A token's FLOPs are made the same, to
-0.5 %, by the width of the feed-forward part. Two learning rates, three seeds.
+Protocol: 16 layers, 64 wide, dense, DeepNorm; every `period`-th layer is softmax, the others lightning (L) or softmax in a
+window of 32 tokens (W); period 0 has none, 1 only softmax. MQAR as recall.py has it, 4 to 32 pairs in 32 to 256 tokens and 16
+in 256. A token's FLOPs are made the same, to 0.5 %, by the width of the feed-forward part. Two learning rates, three seeds.
 Hours: not measured.
 Result: not run.
 """
@@ -14,17 +14,17 @@ from mmx.config import ConfigError, build, default
 PERIODS = (0, 1, 2, 4, 8, 16)
 RATES, SEEDS = (3e-3, 1e-2), (0, 1, 2)
 TASKS = ((4, 32), (8, 64), (16, 128), (32, 256), (16, 256))     # pairs, tokens
-VOCAB, LENGTH = 4096, 256
+VOCAB, LENGTH, WINDOW = 4096, 256, 32
 WIDTH = 170             # of lightning's feed-forward part, 8/3 of the width: what the others are made equal to
 
 
-def get_config(period=8, lr=3e-3, seed=0):
+def get_config(other="L", period=8, lr=3e-3, seed=0):
     period = int(period)
-    if period not in PERIODS:
-        raise ConfigError(f"{period} is no arm: give one of {', '.join(map(str, PERIODS))}")
+    if other not in ("L", "W") or period not in PERIODS:
+        raise ConfigError(f"{other},{period} is no arm: give L or W, and one of {', '.join(map(str, PERIODS))}")
     config = default()
     model, train, data = config.model, config.train, config.data
-    model.layers, model.dim = 16, 64
+    model.layers, model.dim, model.window = 16, 64, WINDOW
     model.heads = model.kv_heads = 4
     model.head_dim, model.rotary_dim = 16, 8
     model.experts, model.top_k, model.aux_weight = 1, 1, 0.0
@@ -42,11 +42,13 @@ def get_config(period=8, lr=3e-3, seed=0):
     config.mesh.edp = 1
     model.pattern, model.expert_dim = "L", WIDTH
     goal = build(config).model.flops_forward(LENGTH)
-    model.pattern = "L" * (period - 1) + "S" if period else "L"
+    model.pattern = other if not period else other * (period - 1) + "S"
     more = build(config).model.flops_forward(LENGTH) - goal
     model.expert_dim = WIDTH - round(more / (model.layers * 6 * model.dim))     # a column of the three matrices: 6 D FLOPs
     return config
 
 
 def sweep():
-    return [{"period": period, "lr": lr, "seed": seed} for seed in SEEDS for period in PERIODS for lr in RATES]
+    arms = [("L", period) for period in PERIODS] + [("W", period) for period in PERIODS if period != 1]
+    return [{"other": other, "period": period, "lr": lr, "seed": seed}
+            for seed in SEEDS for other, period in arms for lr in RATES]

@@ -101,7 +101,8 @@ class Model:
     vocab: int = 264                # bytes, bos, eos, pad and five spare ids
     dim: int = 256                  # D
     layers: int = 8
-    pattern: str = "LLLLLLLS"       # L lightning, S softmax; repeated layers / len(pattern) times
+    pattern: str = "LLLLLLLS"       # L lightning, S softmax, W softmax in a window; repeated layers / len(pattern) times
+    window: int = 256               # tokens that a token of a W layer sees, itself included
     heads: int = 8                  # H, both layer kinds
     kv_heads: int = 2               # G, softmax layers
     head_dim: int = 32              # K = V
@@ -147,8 +148,9 @@ class Model:
             _require(getattr(m, name) > 0, f"model.{name}={getattr(m, name)} must be positive")
         for name, most in (("layers", MOST_LAYERS), ("heads", MOST_HEADS)):
             _require(getattr(m, name) <= most, f"model.{name}={getattr(m, name)} is more than {most:,}")
-        _require(m.pattern and set(m.pattern) <= set("LS"),
-                 f"model.pattern={m.pattern!r} may hold only L (lightning) and S (softmax)")
+        _require(m.pattern and set(m.pattern) <= set("LSW"),
+                 f"model.pattern={m.pattern!r} may hold only L (lightning), S (softmax) and W (softmax in a window)")
+        _require(m.window > 0, f"model.window={m.window} must be positive")
         _require(m.layers % len(m.pattern) == 0,
                  f"model.pattern={m.pattern!r} has {len(m.pattern)} letters, which does not divide model.layers={m.layers}")
         _require(m.heads % m.kv_heads == 0, f"model.kv_heads={m.kv_heads} does not divide model.heads={m.heads}")
@@ -221,13 +223,15 @@ class Model:
     def flops_forward(self, length: int) -> float:
         """Forward FLOPs per token at the mean of a causal sequence of `length` tokens.
 
-        Two per matrix parameter touched (embedding lookup and norms: none); softmax scores and values 4 H K (length+1)/2;
-        lightning in recurrent form 4 H K V (state update and read-out).
+        Two per matrix parameter touched (embedding lookup and norms: none); softmax scores and values 4 H K (length+1)/2,
+        in a window fewer; lightning in recurrent form 4 H K V (state update and read-out).
         """
         width, norms = self.heads * self.head_dim, 2 * self.layers * self.dim + self.dim
         norms += self.layer_kinds.count("L") * width
         matrices = self.params_active + self.vocab * self.dim - norms
-        softmax = self.layer_kinds.count("S") * 4 * width * (length + 1) / 2
+        seen = min(self.window, length)
+        keys = {"L": 0, "S": (length + 1) / 2, "W": seen - seen * (seen - 1) / 2 / length}      # means over a sequence
+        softmax = sum(4 * width * keys[kind] for kind in self.layer_kinds)
         lightning = self.layer_kinds.count("L") * 4 * width * self.head_dim
         return 2 * matrices + softmax + lightning
 
@@ -245,7 +249,7 @@ class Model:
         """
         d = self.dim
         ffn = 8 * d ** 2 if self.experts == 1 else 3 * self.top_k * d * self.expert_dim + self.experts * d
-        mixers = {"S": 12 * d * length, "L": 36 * d ** 2 / self.heads}
+        mixers = {"S": 12 * d * length, "W": 12 * d * min(length, self.window), "L": 36 * d ** 2 / self.heads}
         return sum(6 * (4 * d ** 2 + ffn) + 20 * d + mixers[kind] for kind in self.layer_kinds)
 
 
@@ -440,10 +444,12 @@ def _section(name: str, values: dict, kind: type):
 
 
 def sections(experiment: Experiment) -> dict:
-    """Plain, as it is kept; a model of text alone says nothing of vision, as before there was any."""
+    """Plain, as it is kept; a model without vision, or without a window, says nothing of it, as before there was any."""
     values = dataclasses.asdict(experiment)
     if not experiment.model.vision.layers:
         del values["model"]["vision"]
+    if "W" not in experiment.model.pattern:
+        del values["model"]["window"]
     return values
 
 

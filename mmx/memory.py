@@ -51,7 +51,7 @@ def held(m: config.Model) -> dict[str, float]:
     """Parameters; bytes of a sequence's state; bytes of its cache a token."""
     kinds, size = m.layer_kinds, {"bfloat16": 2, "float32": 4, "float64": 8}[m.dtype]
     return {"weights": m.params_total, "state": kinds.count("L") * m.heads * m.head_dim ** 2 * max(size, 4),
-            "cache": kinds.count("S") * 2 * m.kv_heads * m.head_dim * size}
+            "cache": sum(kind != "L" for kind in kinds) * 2 * m.kv_heads * m.head_dim * size}
 
 
 def twin(m: config.Model) -> config.Model:

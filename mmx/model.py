@@ -21,7 +21,7 @@ from mmx.parallel.expert import ARRIVED
 from mmx.parallel.sharding import constrain
 from mmx.parallel.vision import show
 
-MIXERS = {"L": Lightning, "S": Softmax}
+MIXERS = {"L": Lightning, "S": Softmax, "W": lambda c, name=None: Softmax(c, c.window, name=name)}
 
 
 class Layer(nn.Module):
@@ -31,7 +31,7 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, context: Context, cache, log_decay_H):
         c = self.config
-        alpha, beta = {"L": (c.alpha_lightning, c.beta_lightning), "S": (c.alpha_softmax, c.beta_softmax)}[self.kind]
+        alpha, beta = (c.alpha_lightning, c.beta_lightning) if self.kind == "L" else (c.alpha_softmax, c.beta_softmax)
         u_BTD = rms_norm(x_BTD, param(self, "norm_mixer_D"), c.norm_eps)
         mixed_BTD, cache = MIXERS[self.kind](c, name="mixer")(u_BTD, context, cache, log_decay_H)
         y_BTD = alpha * (u_BTD if c.postnorm else x_BTD) + beta * constrain(mixed_BTD, "BTD")

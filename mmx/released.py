@@ -312,6 +312,8 @@ def write_model(model: Model, dialect: str, dtype: str, ids: dict) -> dict:
         raise ConfigError(f"model.head_norm_eps={model.head_norm_eps} has no place in the released form: 1e-6 is fixed")
     if not model.postnorm:
         raise ConfigError("model.postnorm=False has no place in the released form, whose residual is the normed input")
+    if "W" in model.pattern:
+        raise ConfigError(f"model.pattern={model.pattern!r}: layers with a window, W, have no place in the released form")
     aux_weight = model.aux_weight / {"hf": 1, "switch": model.top_k, "paper": model.top_k * model.experts**2}[model.aux]
     released = {
         "attn_type_list": ["LS".index(kind) for kind in model.layer_kinds], "rotary_dim": model.rotary_dim,

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from mmx import config
-from mmx.layers.common import Context, extents
+from mmx.layers.common import Context, extents, rms_norm
+from mmx.layers.moe import MoE
 from mmx.loss import loss
-from mmx.model import Group, Model
+from mmx.model import MIXERS, Group, Model
 from mmx.parallel.cache import empty_cache
 
 C = config.Model(vocab=40, dim=16, layers=4, pattern="LS", heads=4, kv_heads=2, head_dim=8, rotary_dim=4, experts=4,
@@ -26,7 +27,8 @@ def shape(pattern, kv_heads=2, rotary_dim=4):
                                rotary_dim=rotary_dim)
 
 
-SHAPES = [shape("L"), shape("S", 1, 8), shape("LS", 2, 4), shape("LLS", 4, 0), shape("LLLLLLLS", 1, 2)]
+SHAPES = [shape("L"), shape("S", 1, 8), shape("LS", 2, 4), shape("LLS", 4, 0), shape("LLLLLLLS", 1, 2),
+          dataclasses.replace(shape("SW"), window=6)]
 by_shape = pytest.mark.parametrize("c", SHAPES, ids=lambda c: f"{c.pattern}-{c.kv_heads}-{c.rotary_dim}")
 
 
@@ -127,6 +129,23 @@ def test_causality_by_gradient(pattern):
     np.testing.assert_array_equal(influence_TS[real] > 0, sees_TS[real])
 
 
+def test_a_window_by_gradient():
+    """A layer's token hangs on the last five before it in its own document, and on itself."""
+    c = dataclasses.replace(C, pattern="W", layers=1, window=6)
+    params, tokens_BT = parameters(c), np.arange(T)[None].astype(np.int32)
+    segments_BT = np.array([[1] * 10 + [2] * 4 + [0] * 2])
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jacrev
+    def jacobian(embed_WD):
+        return Model(c).apply({"params": params | {"embed_WD": embed_WD}}, tokens_BT, segments_BT)[0][0, :, 0]
+
+    t, segments_T = np.arange(T), segments_BT[0]
+    sees_TS = (t[:, None] >= t) & (t[:, None] - t < 6) & (segments_T[:, None] == segments_T)
+    real = segments_T > 0
+    np.testing.assert_array_equal(np.abs(jacobian(params["embed_WD"])[:, :T]).max(2)[real] > 0, sees_TS[real])
+
+
 # how many tokens each of three rows takes at a time; a call is padded on the right to 8, or to 1
 SPLITS = [((8, 5, 3), (1, 1, 1), (0, 8, 2), (1, 0, 1), (8, 2, 8), (1, 1, 1)), ((1, 1, 1),) * 12, ((8, 8, 0), (8, 8, 8))]
 
@@ -209,11 +228,37 @@ def test_names_spell_their_axes(c):
         assert leaf.shape == tuple(size[axis] for axis in axes), path
 
 
-def test_initial_values():
-    """DeepNorm: Xavier's variance, and beta = (8 layers)^(-1/4) on v, out and the experts (paper section 4.2)."""
-    c = dataclasses.replace(C, init="deepnorm", embed_std=0.5)
+@pytest.mark.parametrize("postnorm, alpha", [(True, (2 * 4) ** 0.25), (False, 1)])
+def test_a_layer_by_its_formula(postnorm, alpha):
+    """y = alpha r + Mixer(norm x), x' = alpha r + MoE(norm y), where r is what was normed, in pre-norm what was not."""
+    c = dataclasses.replace(shape("LS"), postnorm=postnorm, capacity=0.0, **dict.fromkeys(
+        ("alpha_lightning", "alpha_softmax", "alpha_moe"), 0.0))
+    params = parameters(c)
+    last_BTD, stats = forward(c, params, ids(2, T))
+    context = Context(None, jnp.arange(T)[None], None)
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    def layer(kind, p, log_decay_H, x_BTD):
+        u_BTD = rms_norm(x_BTD, p["norm_mixer_D"], c.norm_eps)
+        mixed_BTD, _ = MIXERS[kind](c).apply({"params": p["mixer"]}, u_BTD, context, None, log_decay_H)
+        y_BTD = alpha * (u_BTD if postnorm else x_BTD) + mixed_BTD
+        v_BTD = rms_norm(y_BTD, p["norm_moe_D"], c.norm_eps)
+        return alpha * (v_BTD if postnorm else y_BTD) + MoE(c).apply({"params": p["moe"]}, v_BTD, context)[0]
+
+    for n, kind in enumerate(c.layer_kinds):
+        p = jax.tree.map(lambda x: x[n // 2], params["groups"][f"layer_{n % 2}"])
+        x_BTD = layer(kind, p, jnp.array(c.log_decay[n]), stats["hidden_BTD"][n])
+        if n + 1 < c.layers:
+            np.testing.assert_allclose(stats["hidden_BTD"][n + 1], x_BTD, rtol=1e-4, atol=1e-4, err_msg=f"layer {n}")
+    np.testing.assert_allclose(last_BTD, rms_norm(x_BTD, params["norm_D"], c.norm_eps), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("init, scaled", [("deepnorm", (8 * 4) ** -0.25), ("xavier", 1)])
+def test_initial_values(init, scaled):
+    """Xavier's variance, and with DeepNorm beta = (8 layers)^(-1/4) on v, out and the experts (paper section 4.2)."""
+    c = dataclasses.replace(C, init=init, embed_std=0.5)
     params = jax.jit(Model(c).init, compiler_options=QUICK)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    D, HK, GK, E, F, beta = c.dim, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.experts, c.expert_dim, (8 * 4) ** -0.25
+    D, HK, GK, E, F, beta = c.dim, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.experts, c.expert_dim, scaled
     xavier = lambda fan_in, fan_out: (2 / (fan_in + fan_out)) ** 0.5
     lightning = {"q_DHK": xavier(D, HK), "k_DHK": xavier(D, HK), "v_DHV": beta * xavier(D, HK),
                  "gate_DHV": xavier(D, HK), "out_HVD": beta * xavier(HK, D)}

@@ -1,4 +1,4 @@
-"""The softmax-attention mixer: grouped queries, RoPE on a leading part of each head (model.md section 4)."""
+"""The softmax-attention mixer: grouped queries, RoPE on a leading part of each head (model.md section 4); also in a window."""
 import flax.linen as nn
 
 from mmx import config
@@ -11,6 +11,7 @@ from mmx.parallel.projection import heads, join
 
 class Softmax(nn.Module):
     config: config.Model
+    window: int = 0         # tokens that one sees, itself included; 0: all
 
     @nn.compact
     def __call__(self, u_BTD, context: Context, cache, log_decay_H):
@@ -21,8 +22,8 @@ class Softmax(nn.Module):
         q_BHTK, k_BGTK = (rope(x, context.positions_BT, rotary_dim=c.rotary_dim, theta=c.rope_theta)
                           for x in (q_BHTK, k_BGTK))
         if cache is None:
-            o_BHTV, new = attention.softmax(q_BHTK, k_BGTK, v_BGTV, segments_BT=context.segments_BT), None
+            o_BHTV, new = attention.softmax(q_BHTK, k_BGTK, v_BGTV, segments_BT=context.segments_BT, window=self.window), None
         else:
-            o_BHTV = attention.behind(q_BHTK, k_BGTK, v_BGTV, cache, context.start_B)
+            o_BHTV = attention.behind(q_BHTK, k_BGTK, v_BGTV, cache, context.start_B, self.window)
             new = stored(k_BGTK, v_BGTV, cache)
         return join(o_BHTV, param(self, "out_HVD", "HV", "D", True)), new

@@ -31,20 +31,21 @@ def lightning(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT, state_BHKV, i
     return _sharded(local, ("BHSK", "BHSK", "BHSV", "H", "BS", "BHKV"), (*args, segments_BT, state_BHKV), (0, 5))
 
 
-def softmax(q_BHTK, k_BGTK, v_BGTV, *, segments_BT):
-    """`kernels.softmax_attention` of whole sequences. KV heads are repeated just enough to be cut over etp."""
+def softmax(q_BHTK, k_BGTK, v_BGTV, *, segments_BT, window=0):
+    """`kernels.softmax_attention` of whole sequences; with a window time is not cut. KV heads are repeated just enough to be
+    cut over etp."""
     if not _split(q_BHTK):
-        return softmax_attention(q_BHTK, k_BGTK, v_BGTV, segments_BT=segments_BT, segments_BS=segments_BT)
+        return softmax_attention(q_BHTK, k_BGTK, v_BGTV, segments_BT=segments_BT, segments_BS=segments_BT, window=window)
     G, etp = k_BGTK.shape[1], sharding.mesh().shape["etp"]
     k_BGTK, v_BGTV = (jnp.repeat(x, math.lcm(G, etp) // G, axis=1) for x in (k_BGTK, v_BGTV))
-    function = _ring if _cut() else softmax_attention
+    function = _ring if _cut() else functools.partial(softmax_attention, window=window)
 
     def local(q_BHTK, k_BGTK, v_BGTV, segments_BT):
         return function(q_BHTK, k_BGTK, v_BGTV, segments_BT=segments_BT),
     return _sharded(local, ("BHSK", "BGSK", "BGSV", "BS"), (q_BHTK, k_BGTK, v_BGTV, segments_BT), (0,))[0]
 
 
-def behind(q_BHTK, k_BGTK, v_BGTV, cache, start_B):
+def behind(q_BHTK, k_BGTK, v_BGTV, cache, start_B, window=0):
     """o_BHTV of T new tokens: softmax attention to row b's first start_b places of a cache, and to one another.
 
     The cache is only read: to put the new ones in where others still read would copy it (`parallel.cache.put` does it
@@ -54,19 +55,21 @@ def behind(q_BHTK, k_BGTK, v_BGTV, cache, start_B):
     (G, S), mesh = cache["k_BGSK"].shape[1:3], sharding.mesh()
     args = (q_BHTK, k_BGTK, v_BGTV, start_B, *keys, *scales)
     if mesh is None or G % mesh.shape["etp"] or S % mesh.shape["seq"]:
-        before = _before(q_BHTK, start_B, *keys, scales)
-        return _joined(*before, *softmax_attention(q_BHTK, k_BGTK, v_BGTV, return_lse=True))[0].astype(q_BHTK.dtype)
+        before = _before(q_BHTK, start_B, *keys, scales, window)
+        new = softmax_attention(q_BHTK, k_BGTK, v_BGTV, window=window, return_lse=True)
+        return _joined(*before, *new)[0].astype(q_BHTK.dtype)
     letters = ("BHSK", "BGSK", "BGSV", "B", "BGSK", "BGSV", "BGS", "BGS")[:len(args)]
-    return _sharded(functools.partial(_parts, cut=q_BHTK.shape[2] % mesh.shape["seq"] == 0), letters, args, (0,))[0]
+    parts = functools.partial(_parts, cut=q_BHTK.shape[2] % mesh.shape["seq"] == 0, window=window)
+    return _sharded(parts, letters, args, (0,))[0]
 
 
-def _parts(q_BHTK, k_BGTK, v_BGTV, start_B, k_BGSK, v_BGSV, *scales, cut):
+def _parts(q_BHTK, k_BGTK, v_BGTV, start_B, k_BGSK, v_BGSV, *scales, cut, window):
     """Every letter is a local extent; `cut`: whether T is, over seq."""
     place, mine = jax.lax.axis_index("seq"), q_BHTK
     if cut:
         with jax.named_scope("new"):        # 'B H T/seq K -> B H T K': the new queries, keys and values
             q_BHTK, k_BGTK, v_BGTV = (jax.lax.all_gather(x, "seq", axis=2, tiled=True) for x in (q_BHTK, k_BGTK, v_BGTV))
-    o_BHTV, lse_BHT = _before(q_BHTK, start_B - place * k_BGSK.shape[2], k_BGSK, v_BGSV, scales)
+    o_BHTV, lse_BHT = _before(q_BHTK, start_B - place * k_BGSK.shape[2], k_BGSK, v_BGSV, scales, window)
     with jax.named_scope("join"):           # 'B H T V -> B H T/seq V', summed in float32
         top_BHT = jax.lax.pmax(lse_BHT, "seq")
         weight_BHT1 = jnp.exp(lse_BHT - jnp.where(jnp.isneginf(top_BHT), 0, top_BHT))[..., None]
@@ -78,18 +81,18 @@ def _parts(q_BHTK, k_BGTK, v_BGTV, start_B, k_BGSK, v_BGSV, *scales, cut):
         top_BHT = jax.lax.dynamic_slice_in_dim(top_BHT, place * T, T, axis=2)
     lse_BHT = top_BHT + jnp.log(sum_BHT1[..., 0])
     first_B = jnp.full_like(start_B, place * T if cut else 0)
-    new = softmax_attention(mine, k_BGTK, v_BGTV, start_B=first_B, return_lse=True)
+    new = softmax_attention(mine, k_BGTK, v_BGTV, start_B=first_B, window=window, return_lse=True)
     return _joined(o_BHTV / jnp.where(sum_BHT1 > 0, sum_BHT1, 1), lse_BHT, *new)[0].astype(q_BHTK.dtype),
 
 
-def _before(q_BHTK, start_B, k_BGSK, v_BGSV, scales):
+def _before(q_BHTK, start_B, k_BGSK, v_BGSV, scales, window):
     """o_BHTV and lse_BHT over the keys before row b's start, which may lie before or behind all of them."""
     (B, _, T, _), S, how = q_BHTK.shape, k_BGSK.shape[2], {"scales": scales or None, "return_lse": True}
-    if T == 1:
-        return softmax_attention(q_BHTK, k_BGSK, v_BGSV, start_B=start_B - 1, **how)
+    if T == 1 and window != 1:      # a window of one has no key before its query
+        return softmax_attention(q_BHTK, k_BGSK, v_BGSV, start_B=start_B - 1, window=max(window - 1, 0), **how)
     here_BS = jnp.asarray(jnp.arange(S) < start_B[:, None], jnp.int32)
-    return softmax_attention(q_BHTK, k_BGSK, v_BGSV, start_B=start_B, segments_BT=jnp.ones((B, T), jnp.int32),
-                             segments_BS=here_BS, **how)
+    return softmax_attention(q_BHTK, k_BGSK, v_BGSV, start_B=start_B, window=window,
+                             segments_BT=jnp.ones((B, T), jnp.int32), segments_BS=here_BS, **how)
 
 
 def _joined(o_BHTV, lse_BHT, other_BHTV, other_BHT):

@@ -27,7 +27,7 @@ def empty_cache(c: config.Model, rows: int, places: int, kv_dtype: str = ""):
         return {"k_BGSK": jnp.zeros((L, B, G, S, K), kv_dtype), "v_BGSV": jnp.zeros((L, B, G, S, K), kv_dtype)} | scales
 
     kinds = {"L": lambda: {"state_BHKV": jnp.zeros((L, B, H, K, K), jnp.promote_types(c.dtype, jnp.float32))},
-             "S": softmax}
+             "S": softmax, "W": softmax}        # what no window reaches any more is kept too
     return placed({"length_B": jnp.zeros(rows, jnp.int32),
                    "layers": {f"layer_{i}": kinds[kind]() for i, kind in enumerate(c.pattern)}})
 

@@ -109,6 +109,8 @@ def _check(e, sizes):
 
 def misfit(e: Experiment, sizes) -> str | None:
     """What of the experiment does not split over the mesh axes."""
+    if "W" in e.model.pattern and sizes["seq"] > 1:
+        return f"model.pattern={e.model.pattern!r} has windows, W, which mesh.seq={sizes['seq']} would cut"
     parts = [("model.experts", e.model.experts, ("ep",)), ("model.expert_dim", e.model.expert_dim, ("etp",)),
              ("model.heads", e.model.heads, ("etp",))]
     if e.train:

@@ -135,7 +135,7 @@ def _backward(axis, impl, balanced, residuals, do_BHTV):
         k_BGSK, v_BGSV, segments_BS = keys
         blocks = xla.block_sizes(q_BHQK.shape[2], k_BGSK.shape[2])
         inputs = q_BHQK, k_BGSK, v_BGSV, segments_BQ, segments_BS, start_B, o_BHQV, lse_BHQ
-        return wide(xla.backward(*blocks, inputs, (do_BHQV, jnp.zeros_like(lse_BHQ)))[:3])
+        return wide(xla.backward(*blocks, 0, inputs, (do_BHQV, jnp.zeros_like(lse_BHQ)))[:3])
     mine = q_BHTK, segments_BT, o_BHTV, lse_BHT, do_BHTV
 
     def meet(step, keys, carry):

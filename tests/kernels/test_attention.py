@@ -90,6 +90,20 @@ def test_cache(T):
         assert_close(blockwise(args, do, *who), oracle(args, do, *who))
 
 
+@pytest.mark.parametrize("window", [1, 13, 40])
+@pytest.mark.parametrize("kind, T, S, start", [(None, 61, 61, None), ("many", 61, 61, None), (None, 5, 70, [3, 0, 60]),
+                                               (None, 1, 70, [3, 0, 60])])
+def test_window(kind, T, S, start, window):
+    """One token, less than a block, over several; of documents, and behind a cache."""
+    args, do = inputs(4, 2, T, S)
+    who = [segments(kind, 3, T)] * 2 if kind else [None, None]
+    who.append(None if start is None else np.array(start, np.int32))
+    attention = functools.partial(xla.attention, window=window)
+    got = values_and_gradients(attention, (min(16, T), 8), args, do, *who)
+    want = values_and_gradients(functools.partial(reference.attention_lse, window=window), (), args, do, *who)
+    assert_close(got, want)
+
+
 def test_public_function():
     """The defaults of segments, starts and blocks: 300 tokens are more than a block."""
     (q, k, v), _ = inputs(4, 2, 300, B=2)

@@ -101,6 +101,27 @@ def test_against_oracle_and_greedy_drops(M, top_k, capacity):
     np.testing.assert_allclose(got["load_E"].sum(), 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("capacity, kept", [(0.0, M), (0.5, M // 2)])
+def test_one_expert_is_what_alike_ones_are(capacity, kept):
+    """A dense layer against the sorted path: top-1 of four experts with the same weights, whose gradients add up to its own."""
+    (x_MD, router_DE, *_), (dy_MD, *_) = inputs()
+    one = [w[:1] for w in inputs()[0][2:]]
+    live_M = jnp.asarray(live()) & (jnp.cumsum(live()) <= kept)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+    def run(capacity, E, live_M):
+        def objective(x_MD, *weights):
+            y_MD, _, stats = moe(x_MD, router_DE[:, :E], *[w.repeat(E, 0) for w in weights], live_M, top_k=1, capacity=capacity)
+            return jnp.sum(y_MD * dy_MD), (y_MD, stats.dropped)
+        return jax.value_and_grad(objective, range(4), has_aux=True)(x_MD, *one)
+
+    (_, (y_MD, dropped)), grads = run(capacity, 1, live())
+    (_, (want_MD, _)), want = run(0.0, 4, live_M)
+    assert_same(dict(zip(("y_MD", "dx_MD", "dw1", "dw3", "dw2"), (y_MD, *grads))),
+                dict(zip(("y_MD", "dx_MD", "dw1", "dw3", "dw2"), (want_MD, *want))))
+    assert dropped == pytest.approx(1 - live_M.sum() / live().sum()) and (dropped > 0) == (capacity > 0)
+
+
 def test_nothing_but_padding():
     args, cotangents = inputs()
     got = step(moe, args, cotangents, np.zeros(M, bool), top_k=2, capacity=0.0)

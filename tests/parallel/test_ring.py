@@ -85,7 +85,7 @@ def test_work(monkeypatch, balanced, packed, squares):
             return function(*args, **kwargs)
         return count
     forward = lambda q, k, v, start_B=None, **_: (q.shape[2], k.shape[2], start_B is not None)
-    backward = lambda queries, keys, saved, _: (saved[0].shape[2], saved[1].shape[2], saved[5] is not None)
+    backward = lambda queries, keys, window, saved, _: (saved[0].shape[2], saved[1].shape[2], saved[5] is not None)
     monkeypatch.setattr(ring, "attention", counted(ring.attention, 0, forward))
     monkeypatch.setattr(ring.xla, "backward", counted(ring.xla.backward, 1, backward))
     # the second document goes over an edge, the others end on one

@@ -13,8 +13,8 @@ IMPLS = {"xla": xla, "tpu": tpu, "gpu": gpu}
 FEW = 128           # tokens: fewer fill no block of a kernel
 
 
-def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=None, start_B=None, scales=None,
-                      return_lse=False, impl=None):
+def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=None, start_B=None, window=0,
+                      scales=None, return_lse=False, impl=None):
     """Causal attention with grouped KV heads (model.md section 4): KV head g serves query heads g R .. (g + 1) R - 1.
 
     o_t = sum_s p_ts v_s with p_t the softmax over the keys s that t sees of q_t . k_s / sqrt(K). Query t of row b
@@ -28,6 +28,7 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
       start_B: the key index of each row's first query, for a chunk or one token against a cache of capacity S, whose
         keys past the last query are never seen; keys before the first may lie elsewhere (then a start counts from the
         first key here, and is negative where all keys come after). None: 0.
+      window: how many keys a query sees at most, itself the last of them, as they stand on the key axis; 0: all.
       scales: (k_scale_BGS, v_scale_BGS), by which int8 keys and values are multiplied; no gradients then. None: floats.
       return_lse: whether to return lse_BHT too.
       impl: "xla"; "tpu", splash attention, and "gpu", flash attention, for whole sequences; None picks by platform, dtype
@@ -69,15 +70,15 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
             check(x, "BGS", name, B=B, G=G, S=S)
     else:
         check_floats(q_BHTK=q_BHTK, k_BGSK=k_BGSK, v_BGSV=v_BGSV)
-    own = start_B is None and T == S and segments_BS is segments_BT and not scales
+    own = start_B is None and T == S and segments_BS is segments_BT and not scales and not window
     if impl or (own and T >= FEW):
         impl = platform.choose("softmax attention", impl, tuple(IMPLS), lambda impl: _refusal(impl, *arrays, own), q_BHTK)
     else:
         impl = "xla"        # a cache, keys of others, few tokens: nothing to tell of, no kernel here takes them
     if scales:
-        o_BHTV, lse_BHT = xla.forward(*arrays, segments_BT, segments_BS, start_B, *xla.block_sizes(T, S), scales)[0]
+        o_BHTV, lse_BHT = xla.forward(*arrays, segments_BT, segments_BS, start_B, *xla.block_sizes(T, S), window, scales)[0]
     elif impl == "xla":
-        o_BHTV, lse_BHT = xla.attention(*arrays, segments_BT, segments_BS, start_B, *xla.block_sizes(T, S))
+        o_BHTV, lse_BHT = xla.attention(*arrays, segments_BT, segments_BS, start_B, *xla.block_sizes(T, S), window)
     else:
         o_BHTV, lse_BHT = (_kernel_with_lse if return_lse else _kernel)(*arrays, segments_BT, impl)
     return (o_BHTV, lse_BHT) if return_lse else o_BHTV
@@ -90,8 +91,8 @@ def _refusal(impl, q_BHTK, k_BGSK, v_BGSV, own) -> str:
     if reason := platform.refusal(impl, q_BHTK):
         return reason
     if not own:
-        return (f"T={q_BHTK.shape[2]} queries against S={k_BGSK.shape[2]} keys of a cache, or of other segments; the kernels "
-                "take whole sequences")
+        return (f"T={q_BHTK.shape[2]} queries against S={k_BGSK.shape[2]} keys of a cache, of other segments or in a window; "
+                "the kernels take whole sequences")
     return IMPLS[impl].refusal(q_BHTK, k_BGSK, v_BGSV)
 
 
@@ -118,7 +119,7 @@ def _kernel_forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, impl):
 
 def _kernel_backward(impl, residuals, cotangents):
     T = residuals[0].shape[2]
-    return xla.backward(*xla.block_sizes(T, T), residuals, cotangents)[:4]
+    return xla.backward(*xla.block_sizes(T, T), 0, residuals, cotangents)[:4]
 
 
 _kernel_with_lse.defvjp(_kernel_forward, _kernel_backward)

@@ -37,16 +37,16 @@ def block_sizes(T: int, S: int) -> tuple[int, int]:
     return min(T, BLOCK), min(S, BLOCK)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, keys):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, keys, window=0):
     """o_BHTV, lse_BHT: see `api.softmax_attention`. Segments are both given or both None; `queries`, `keys` count a block's."""
-    return forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, keys)[0]
+    return forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, keys, window)[0]
 
 
-def forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, keys, scales=None):
+def forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, keys, window=0, scales=None):
     """(o_BHTV, lse_BHT) and the residuals of `backward`. With `scales` (k_scale_BGS, v_scale_BGS) keys and values are int8."""
     (B, H, T, K), (_, G, S, V) = q_BHTK.shape, v_BGSV.shape
-    sight = Sight(T, S, queries, keys, segments_BT, segments_BS, start_B)
+    sight = Sight(T, S, queries, keys, segments_BT, segments_BS, start_B, window)
     acc, scale, R = jnp.promote_types(q_BHTK.dtype, jnp.float32), K ** -0.5, H // G
     q_BGRTK = q_BHTK.reshape(B, G, R, T, K)
     first_N, end_N = sight.spans(axis=1)
@@ -94,12 +94,12 @@ def forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, 
     return out, (q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, *out)
 
 
-def backward(queries, keys, residuals, cotangents):
+def backward(queries, keys, window, residuals, cotangents):
     """The gradients of `attention`'s first three arguments, from its first six and its results, whoever worked them out."""
     q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, o_BHTV, lse_BHT = residuals
     do_BHTV, dlse_BHT = cotangents
     (B, _, T, K), (_, G, S, V) = q_BHTK.shape, v_BGSV.shape
-    sight = Sight(T, S, queries, keys, segments_BT, segments_BS, start_B)
+    sight = Sight(T, S, queries, keys, segments_BT, segments_BS, start_B, window)
     acc, scale = lse_BHT.dtype, K ** -0.5
     q_BGRTK, do_BGRTV = q_BHTK.reshape(B, G, -1, T, K), do_BHTV.reshape(B, G, -1, T, V)
     # Who sees nothing has p = exp(-inf - lse), 0 with the other infinity, and often dlse = nan: a logsumexp of -inf alone.
@@ -150,6 +150,7 @@ class Sight:
     segments_BT: jax.Array | None
     segments_BS: jax.Array | None
     start_B: jax.Array | None
+    window: int = 0         # keys that a query sees, the last of them its own; 0: all
 
     def spans(self, axis: int):
         """For every block of queries (axis 1) or of keys (axis 0): the first block it has to meet, and the end.
@@ -159,6 +160,9 @@ class Sight:
         n_N1, j_J = self._numbers()
         last_N1 = jnp.minimum((n_N1 + 1) * self.queries, self.T) - 1
         meet_NJ = last_N1 + self._starts().max() >= j_J * self.keys
+        if self.window:
+            first_N1 = jnp.minimum(n_N1 * self.queries, self.T - self.queries)
+            meet_NJ &= first_N1 + self._starts().min() - jnp.minimum((j_J + 1) * self.keys, self.S) + 1 < self.window
         if self.segments_BT is not None and self.T > 1:
             low_BN, high_BN, _ = _documents(self.segments_BT, self.queries)
             low_BJ, high_BJ, _ = _documents(self.segments_BS, self.keys)
@@ -171,6 +175,9 @@ class Sight:
         n_N1, j_J = self._numbers()
         first_N1 = jnp.minimum(n_N1 * self.queries, self.T - self.queries)
         clear_NJ = first_N1 + self._starts().min() >= (j_J + 1) * self.keys - 1
+        if self.window:
+            first_J = jnp.minimum(j_J * self.keys, self.S - self.keys)
+            clear_NJ &= first_N1 + self.queries - 1 + self._starts().max() - first_J < self.window
         if self.segments_BT is not None:
             only_BN, only_BJ = (_documents(x, size)[2] for x, size in
                                 ((self.segments_BT, self.queries), (self.segments_BS, self.keys)))
@@ -185,6 +192,8 @@ class Sight:
         t_Q1 = jnp.minimum(n * self.queries, self.T - self.queries) + jnp.arange(self.queries)[:, None]
         s_P = jnp.minimum(j * self.keys, self.S - self.keys) + jnp.arange(self.keys)
         sees_BQP = (self._starts()[:, None, None] + t_Q1 >= s_P) & (s_P >= j * self.keys)
+        if self.window:
+            sees_BQP &= self._starts()[:, None, None] + t_Q1 - s_P < self.window
         if once:
             sees_BQP &= t_Q1 >= n * self.queries
         if self.segments_BT is not None:

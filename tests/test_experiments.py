@@ -1,0 +1,84 @@
+"""One step of each experiment that a finding rests on: run again it is the same, with another seed it is not; equal FLOPs."""
+import itertools
+from pathlib import Path
+
+import pytest
+
+from mmx import experiments, metrics, sweep, train
+from mmx.data import generated
+
+FOLDER = Path(__file__).parent.parent / "experiments"
+SMALL = ["--config.train.steps=1", "--config.train.batch=2", "--config.train.length=64", "--config.train.warmup=0",
+         "--config.data.shards=2"]
+TWO = ["--config.model.layers=2", "--config.model.pattern=LS"]
+ONE = {     # the arguments of one arm, its seed last, and what makes it small
+    "recall": ("LLLLLLLL,16,3e-3", ["--config.model.layers=1"]), "moe_vs_dense": ("facts,8192,moe,3e-3", TWO),
+    "norm": ("pre,8,3e-3", TWO), "router": ("", TWO), "rope_length": ("0,S,3e-3", ["--config.model.layers=1"]),
+    "hybrid_ratio": ("W,0,3e-3", ["--config.model.layers=1"]), "critical_batch": ("32", TWO)}
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Few documents of the generated tasks."""
+    for kind, name in (("mqar", "tokens"), ("mqar", "held"), ("facts", "held")):
+        monkeypatch.setitem(generated.NUMBERS[kind], name, 2048 if name == "tokens" else 8)
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_a_step(name, tmp_path, compiled_once):
+    arm, small = ONE[name]
+    told = []
+    for run, seed in enumerate((0, 0, 1)):
+        experiment = experiments.read(f"{FOLDER / name}.py:{','.join(filter(None, (arm, str(seed))))}", SMALL + small)
+        train.run(experiment, tmp_path / str(run))
+        [record] = metrics.read(tmp_path / str(run))
+        told.append((record["loss"], record["grad_norm"], record["layer_norms"], record.get("micro_norm")))
+    assert told[0] == told[1]
+    assert told[0][0] != told[2][0] and told[0][1] != told[2][1]
+    assert len(told[0][2]) == experiment.model.layers and (told[0][3] is not None) == (name == "critical_batch")
+    squares = sum(norm ** 2 for norm in told[0][2])
+    assert 0 < squares < told[0][1] ** 2        # embedding and head have gradients too
+    if name == "critical_batch":
+        assert told[0][3] > told[0][1]          # micro-batches' noise
+
+
+def test_a_sweeps_row_of_ids_has_its_answers(tmp_path, compiled_once):
+    arm = {"arch": "LLLLLLLL", "head_dim": 16, "lr": 3e-3, "seed": 0}
+    _, make = experiments.grid(str(FOLDER / "recall.py"), [*SMALL, "--config.model.layers=1"])
+    [cell] = sweep.cells([arm], make)
+    assert sweep.attempt(cell, tmp_path / "runs" / cell.name) == (sweep.DONE, "")
+    [row] = sweep.collect(tmp_path).values()
+    assert len(row["by_source"]) == 7 and 0 <= row["accuracy"] <= 1 and row["loss"] > 0 and row["bits_per_byte"] is None
+    assert row["skipped"] == 0 and len(row["layer_norms"]) == 1 and row["course"]["tokens"] == [128]
+    assert sweep.show([row], "one").row_count == 1
+
+
+def test_a_run_that_diverges_has_a_row(tmp_path, compiled_once):
+    keys = {"form": "pre", "layers": 8, "lr": 1e30, "seed": 0}
+    options = [*SMALL, *TWO, "--config.train.steps=4", "--config.guard.skips=1", "--config.train.tensorboard=True"]
+    [cell] = sweep.cells([keys], experiments.grid(str(FOLDER / "norm.py"), options)[1])
+    assert sweep.attempt(cell, tmp_path / "runs" / cell.name) == (sweep.DONE, "")
+    [row] = sweep.collect(tmp_path).values()
+    assert row["loss"] is None and row["diverged"].startswith("step ") and row["skipped"] == 1 and row["train_loss"] > 0
+    assert sweep.show([row], "one").row_count == 1
+
+
+@pytest.mark.parametrize("name, least", [("recall", 72), ("moe_vs_dense", 48), ("norm", 54), ("hybrid_ratio", 66),
+                                         ("rope_length", 36), ("critical_batch", 9)])
+def test_arms(name, least):
+    """Every cell is an experiment, three seeds each; where the question says equal FLOPs they are."""
+    cells = sweep.cells(*experiments.grid(str(FOLDER / f"{name}.py"), []))
+    assert len(cells) == least and {cell.keys["seed"] for cell in cells} == {0, 1, 2}
+    by = {"moe_vs_dense": lambda cell: (cell.keys["task"], cell.keys["count"]), "hybrid_ratio": lambda cell: ""}.get(name)
+    for _, group in itertools.groupby(sorted(cells, key=by), by) if by else ():
+        flops = [cell.flops for cell in group]
+        assert max(flops) <= min(flops) * (1.005 if name == "hybrid_ratio" else 1)
+
+
+def test_a_sweep_says_its_hours_before_it_starts(capsys):
+    from mmx import cli
+
+    command = ["sweep", "--config", str(FOLDER / "recall.py"), "--out", "unused", "--rate", "1e9", "--hours", "12"]
+    assert cli.main(command) == 2
+    err = capsys.readouterr().err
+    assert "the 72 runs need " in err and "--hours 12 is less" in err and err.count("\n") == 1
