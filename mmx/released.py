@@ -46,6 +46,7 @@ MIXERS = {
     "S": {"q_DHK": Layout("self_attn.q_proj.weight", "HK D"), "k_DGK": Layout("self_attn.k_proj.weight", "GK D"),
           "v_DGV": Layout("self_attn.v_proj.weight", "GV D"), "out_HVD": Layout("self_attn.o_proj.weight", "D HV")},
 }
+MIXERS["W"] = MIXERS["S"]       # within mmx alone: `write_model` refuses it
 MOE = {"router_DE": Layout("block_sparse_moe.gate.weight", "E D"),
        "w1_EDF": Layout("block_sparse_moe.experts.{e}.w1.weight", "F D"),
        "w3_EDF": Layout("block_sparse_moe.experts.{e}.w3.weight", "F D"),

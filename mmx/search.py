@@ -199,7 +199,8 @@ def _memory(e, w: Work, mode) -> dict[str, float]:
     c, train, item = e.model, mode == "train", jnp.dtype(e.model.dtype).itemsize
     D, F, etp, M, width = c.dim, c.expert_dim, w.sizes["etp"], w.tokens, c.heads * c.head_dim
     numbers = sum(weight.times * weight.kept for weight in w.weights)
-    heads = {"L": 5 * M * width, "S": 2 * M * (width + c.head_dim * max(c.kv_heads, min(etp, c.heads)))}
+    softmax = 2 * M * (width + c.head_dim * max(c.kv_heads, min(etp, c.heads)))
+    heads = {"L": 5 * M * width, "S": softmax, "W": softmax}
     moe = w.computed * (2 * D + 3 * F // etp)
     layers = [sum(weight.whole for weight in w.weights if weight.part == f"layer_{i}") + heads[kind] + 2 * M * D + w.sent * D
               for i, kind in enumerate(c.pattern)]

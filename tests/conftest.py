@@ -18,7 +18,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()       # the devices are made now: `mesh.make` would ask for as many as it needs itself
 
 
-LONGEST = ("test_notebooks.py", "test_train.py", "test_processes.py", "test_faults.py", "test_vision_training.py")
+LONGEST = ("test_notebooks.py", "test_train.py", "test_processes.py", "test_faults.py", "test_vision_training.py",
+           "test_experiments.py")
 
 
 def pytest_collection_modifyitems(items):
