@@ -75,10 +75,10 @@ def test_arms(name, least):
         assert max(flops) <= min(flops) * (1.005 if name == "hybrid_ratio" else 1)
 
 
-def test_a_sweep_says_its_hours_before_it_starts(capsys):
+def test_a_sweep_says_its_hours_before_it_starts(tmp_path, capsys):
     from mmx import cli
 
-    command = ["sweep", "--config", str(FOLDER / "recall.py"), "--out", "unused", "--rate", "1e9", "--hours", "12"]
+    command = ["sweep", "--config", str(FOLDER / "recall.py"), "--out", str(tmp_path), "--rate", "1e9", "--hours", "12"]
     assert cli.main(command) == 2
     err = capsys.readouterr().err
     assert "the 72 runs need " in err and "--hours 12 is less" in err and err.count("\n") == 1
