@@ -230,7 +230,7 @@ class Model:
         norms += self.layer_kinds.count("L") * width
         matrices = self.params_active + self.vocab * self.dim - norms
         seen = min(self.window, length)
-        keys = {"L": 0, "S": (length + 1) / 2, "W": seen - seen * (seen - 1) / 2 / length}      # means over a sequence
+        keys = {"L": 0, "S": (length + 1) / 2, "W": seen - seen * (seen - 1) / 2 / max(length, 1)}   # means over it
         softmax = sum(4 * width * keys[kind] for kind in self.layer_kinds)
         lightning = self.layer_kinds.count("L") * 4 * width * self.head_dim
         return 2 * matrices + softmax + lightning
