@@ -19,7 +19,7 @@ jax.devices()       # the devices are made now: `mesh.make` would ask for as man
 
 
 LONGEST = ("test_notebooks.py", "test_train.py", "test_processes.py", "test_faults.py", "test_vision_training.py",
-           "test_experiments.py")
+           "test_experiments.py", "test_mesh.py", "test_aot.py", "test_inference.py", "test_oracles.py")
 
 
 def pytest_collection_modifyitems(items):

@@ -13,6 +13,7 @@ from mmx.convert import Loaded
 from mmx.model import Model
 from mmx.parallel.cache import empty_cache
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 C = config.Model(dim=16, layers=4, pattern="LS", heads=2, kv_heads=1, head_dim=8, rotary_dim=4, experts=4, expert_dim=16,
                  init="fan_in", embed_std=1.0)
 

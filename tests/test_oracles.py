@@ -20,6 +20,7 @@ from mmx.model import Model, logits
 from mmx.parallel import mesh, sharding
 from mmx.parallel.cache import empty_cache
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 ORACLES = Path(__file__).parent / "oracles"
 STATE_ATOL = {"c_partial_orig": 5e-5, "a_7to1_hf": 2e-4}       # a_7to1_hf's depth factor divides by L - 1 + 1e-5
 

@@ -111,9 +111,8 @@ def assert_close(got, want, tolerance):
 
 # edp, ep, etp, seq; how many steps; slices
 @pytest.mark.parametrize("sizes, count, slices", [
-    ((8, 1, 1, 1), 1, 1), ((1, 8, 1, 1), 1, 1), ((1, 1, 8, 1), 1, 1), ((1, 1, 1, 8), 1, 1), ((2, 4, 1, 1), 1, 1),
-    ((4, 1, 2, 1), 1, 1), ((1, 2, 4, 1), 1, 1), ((2, 2, 2, 1), STEPS, 1), ((1, 2, 2, 2), STEPS, 1), ((2, 1, 2, 2), STEPS, 1),
-    ((2, 2, 1, 1), STEPS, 2)], ids=str)
+    ((1, 8, 1, 1), 1, 1), ((1, 1, 1, 8), 1, 1), ((4, 1, 2, 1), 1, 1), ((1, 2, 4, 1), 1, 1), ((2, 2, 2, 1), STEPS, 1),
+    ((1, 2, 2, 2), STEPS, 1), ((2, 1, 2, 2), STEPS, 1), ((2, 2, 1, 1), STEPS, 2)], ids=str)
 def test_any_mesh_equals_one_device(sizes, count, slices):
     want, want_grads, want_params = one_device()
     mesh = make(sizes, slices)
