@@ -24,9 +24,7 @@ def get_config(other="L", period=8, lr=3e-3, seed=0):
         raise ConfigError(f"{other},{period} is no arm: give L or W, and one of {', '.join(map(str, PERIODS))}")
     config = default()
     model, train, data = config.model, config.train, config.data
-    model.layers, model.dim = 16, 64
-    if other == "W":
-        model.window = WINDOW
+    model.layers, model.dim, model.window = 16, 64, WINDOW
     model.heads = model.kv_heads = 4
     model.head_dim, model.rotary_dim = 16, 8
     model.experts, model.top_k, model.aux_weight = 1, 1, 0.0

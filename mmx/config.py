@@ -432,7 +432,10 @@ def build(config: ConfigDict | dict) -> Experiment:
     parts = {name: _section(name, config.get(name, {}), kind) for name, kind in SECTIONS.items()}
     for part in parts.values():
         part.validate()
-    return Experiment(**parts)
+    experiment = Experiment(**parts)
+    _require(not experiment.train.contrastive or experiment.model.vision.layers,
+             f"train.contrastive={experiment.train.contrastive} needs images: set model.vision.layers")
+    return experiment
 
 
 def _section(name: str, values: dict, kind: type):
@@ -444,11 +447,11 @@ def _section(name: str, values: dict, kind: type):
 
 
 def sections(experiment: Experiment) -> dict:
-    """Plain, as it is kept; a model without vision, or without a window, says nothing of it, as before there was any."""
+    """Plain, as it is kept; a model without vision, or with the window that is the default, does not say so, as before."""
     values = dataclasses.asdict(experiment)
     if not experiment.model.vision.layers:
         del values["model"]["vision"]
-    if "W" not in experiment.model.pattern:
+    if experiment.model.window == Model.window:
         del values["model"]["window"]
     return values
 

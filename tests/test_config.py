@@ -108,6 +108,13 @@ def test_json_gives_the_experiment_back(path):
     assert hash(experiment.model) == hash(dataclasses.replace(experiment.model))
 
 
+def test_a_window_comes_back_and_one_that_is_the_default_is_not_told():
+    for window in (256, 32):
+        experiment = build({"model": {"layers": 8, "window": window}})
+        assert config.from_json(config.to_json(experiment)) == experiment
+        assert ("window" in config.sections(experiment)["model"]) == (window != 256)
+
+
 def test_lengths():
     assert config.lengths("512,1k, 128K,1M,4m,1024") == [512, 1024, 131_072, 2 ** 20, 2 ** 22]
 
@@ -168,6 +175,7 @@ def test_what_is_bent_and_what_is_not():
     ("train", {"seed": 2 ** 33}, "must be from 0 to"),
     ("train", {"beta1": 2.0}, "train.beta1=2.0 must be from 0 to below 1"),
     ("data", {"weights": (("a", (1,)),)}, "needs (step, one weight a source) pairs"),
+    ("train", {"contrastive": 0.5}, "train.contrastive=0.5 needs images: set model.vision.layers"),
     ("model", {"pattern": ""}, "only L (lightning), S (softmax) and W (softmax in a window)"),
     ("model", {"pattern": "LM"}, "only L (lightning), S (softmax) and W (softmax in a window)"),
     ("model", {"pattern": "LLS"}, "has 3 letters, which does not divide model.layers=8"),
