@@ -87,7 +87,8 @@ class Checkpoints:
         self.directory, self.every, self.keep, self.verify = Path(workdir).absolute() / "checkpoints", every, keep, verify
         self.saving = None      # the step that is being saved
         logging.getLogger("absl").addFilter(_from_elsewhere)
-        sys.unraisablehook = _unraisable
+        if sys.unraisablehook is not _unraisable:
+            _unraisable.before, sys.unraisablehook = sys.unraisablehook, _unraisable
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
@@ -227,7 +228,7 @@ def _from_elsewhere(record: logging.LogRecord) -> bool:
 def _unraisable(args) -> None:
     """Without what TensorStore prints of each write that ends after Orbax gave the save up, and closed its loop."""
     if str(args.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(args)
+        _unraisable.before(args)
 
 
 def _short(error: BaseException) -> str:

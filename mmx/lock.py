@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+from mmx import atomic
 from mmx.config import ConfigError
 
 BEAT, SILENT = 10, 60       # seconds
@@ -26,12 +27,13 @@ def held(workdir: str | Path):
     path.parent.mkdir(parents=True, exist_ok=True)
     file, over = _take(path), threading.Event()
     with file:
-        file.seek(0)
-        file.truncate()
-        json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T %z")}, file)
-        file.flush()
-        threading.Thread(target=_beat, args=(path, over), daemon=True).start()
         try:
+            with atomic.named(path):
+                file.seek(0)
+                file.truncate()
+                json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T %z")}, file)
+                file.flush()
+            threading.Thread(target=_beat, args=(path, over), daemon=True).start()
             yield
         finally:
             over.set()
@@ -69,15 +71,13 @@ def _lock(file) -> tuple[bool, bool]:
 def _wait(path: Path, holder: dict) -> None:
     """Until the holder, whom no lock shows, has been silent for long enough."""
     print(f"mmx: {path.parent} was last held by {_told(holder)}: waiting {SILENT} s for a sign of life", file=sys.stderr)
-    before, until = path.stat().st_mtime_ns, time.monotonic() + SILENT
-    while time.monotonic() < until:
-        time.sleep(min(1, SILENT))
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_mtime_ns == before:
-                continue
-            raise ConfigError(f"{path.parent} is in use: {_told(holder)}, trains there; wait for its end, or give another "
-                              "--workdir")
-        return
+    with contextlib.suppress(FileNotFoundError):        # it has ended
+        before, until = path.stat().st_mtime_ns, time.monotonic() + SILENT
+        while time.monotonic() < until:
+            time.sleep(min(1, SILENT))
+            if path.stat().st_mtime_ns != before:
+                raise ConfigError(f"{path.parent} is in use: {_told(holder)}, trains there; wait for its end, or give another "
+                                  "--workdir")
 
 
 def _beat(path: Path, over: threading.Event) -> None:

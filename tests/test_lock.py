@@ -1,4 +1,5 @@
 """One run a workdir: who holds it is told, who died does not."""
+import errno
 import json
 import multiprocessing
 import os
@@ -63,6 +64,20 @@ def test_a_holder_on_another_machine_is_watched(beats, tmp_path, monkeypatch, ca
         with lock.held(tmp_path):
             pass
     assert "was last held by process 7 on elsewhere, since then: waiting 0.5 s" in capsys.readouterr().err
+
+
+def test_a_holder_that_ends_before_it_is_watched_is_none(tmp_path, capsys):
+    lock._wait(tmp_path / "run.lock", {})
+    assert "was last held by" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_named_and_no_lock_stays(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(lock.json, "dump", full)
+    with pytest.raises(OSError, match="run.lock"), lock.held(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_holder_renews_the_file(tmp_path, monkeypatch):
