@@ -72,7 +72,8 @@ def rows(name: str) -> list[dict]:
 
 
 def arms(found: list[dict], names: tuple, score) -> dict:
-    """The rows of each arm, by its values of `names`, by seed, at the learning rate whose mean of `score` is highest."""
+    """The rows of each arm, by its values of `names`, by seed, at the learning rate whose mean of `score` is highest among
+    those with most seeds."""
     by_rate = collections.defaultdict(lambda: collections.defaultdict(dict))
     for row in found:
         by_rate[tuple(row[name] for name in names)][row["lr"]][row["seed"]] = row
@@ -352,7 +353,8 @@ def noise(row: dict) -> list[tuple[float, float]]:
     big = row["tokens"] / row["steps"]
     small = big / row["micro"]
     found = []
-    for loss, one, many in zip(*(row["course"][name] for name in ("loss", "micro_norm", "grad_norm"))):
+    parts = list(zip(*(row["course"][name] for name in ("loss", "micro_norm", "grad_norm"))))
+    for loss, one, many in parts[len(parts) // 10:]:        # in the first tenth the learning rate still rises
         if None in (loss, one, many):
             continue
         signal = (big * many ** 2 - small * one ** 2) / (big - small)
@@ -369,10 +371,10 @@ def slope(points) -> float:
 
 
 def by_seed(found: list[dict]) -> dict:
-    """All sizes' points of a seed, those of the first tenth of a run left out, where the rate still rises."""
+    """All sizes' points of a seed."""
     points = collections.defaultdict(list)
     for row in found:
-        points[row["seed"]] += noise(row)[2:]
+        points[row["seed"]] += noise(row)
     return points
 
 
@@ -392,7 +394,7 @@ def draw_critical_batch(pyplot):
         return None
     figure, axes = pyplot.subplots(figsize=(5.5, 3.6), layout="constrained")
     for color, dim in enumerate(sorted({row["dim"] for row in found})):
-        points = [point for row in found if row["dim"] == dim for point in noise(row)[2:]]
+        points = [point for row in found if row["dim"] == dim for point in noise(row)]
         if points:
             axes.loglog(*zip(*points), ".", color=f"C{color}", label=f"width {dim}")
     axes.set(xlabel="nats a byte, of training", ylabel="gradient noise scale, tokens", title="three seeds")

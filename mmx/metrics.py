@@ -145,12 +145,12 @@ def read(workdir: Path) -> list[dict]:
 
 
 def latest(workdir: Path) -> dict | None:
-    """The last whole line of metrics.jsonl, whatever its length; None without one."""
+    """The last whole line of metrics.jsonl, of 1 MiB at most; None without one."""
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return None
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
+        file.seek(max(0, path.stat().st_size - 2**20))
         lines = file.read().split(b"\n")[:-1]
     try:
         last = untrusted.loads(lines[-1])

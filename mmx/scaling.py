@@ -79,7 +79,10 @@ def read(path: str, law: str, columns: dict[str, str | None], by: list[str]) -> 
 
     `columns` names the columns of ROLES; None is a column of the role's own name, where there is one.
     """
-    rows = _rows(path)
+    every = _rows(path)
+    rows = [(line, row) for line, row in every if not row.get("diverged")]      # of `mmx sweep`
+    if not rows:
+        raise ConfigError(f"{path} has no run that did not diverge")
     known = list(dict.fromkeys(name for _, row in rows for name in row))
     for flag, column in [*((f"--{role}", columns[role]) for role in ROLES), *(("--by", name) for name in by)]:
         if column is not None and column not in known:
@@ -88,6 +91,8 @@ def read(path: str, law: str, columns: dict[str, str | None], by: list[str]) -> 
     if not by:
         by = [name for name in ("arch", "experts")[:1 + (law == "moe")] if name in known]
     notes = _derived(path, law, names, known)
+    if len(rows) < len(every):
+        notes.append(f"left out: {len(every) - len(rows)} that diverged")
     values = {role: np.array([_number(path, line, row, column) for line, row in rows])
               for role, column in names.items() if column}
     if "tokens" not in values and {"params", "flops"} <= values.keys():

@@ -224,8 +224,8 @@ def _row(cell: Cell, folder: Path, found: dict) -> dict:
     last = records[-max(1, len(records) // 20):]
     parts = [part.tolist() for part in np.array_split(np.array(records, object), max(1, min(PARTS, len(records))))]
     known = last[-1] if last else {}        # none: it diverged at the first step
-    course = {name: [_mean([record[name] for record in part], 2 if name.endswith("_norm") else 1) for part in parts]
-              for name in COURSE if name in known}
+    course = {name: [_mean([record.get(name, math.nan) for record in part], 2 if name.endswith("_norm") else 1)
+                     for part in parts] for name in COURSE if name in known}       # a ramp's first steps have no micro_norm
     return cell.keys | {
         "name": cell.name, "hash": cell.hash,
         "params": m.params_active, "params_total": m.params_total, "params_active_all": m.params_active_all,
@@ -558,7 +558,7 @@ def show(rows: list[dict], title: str) -> Table:
     """What runs found, a line each."""
     names = ("parameters", "tokens", "FLOPs", "training loss", "loss", "bits/byte", "s")
     table = Table(Column("run", overflow="fold"), *names, title=title,
-                  caption="losses in nats a token; loss and bits/byte on held-out text")
+                  caption="losses in nats a token; loss on held-out text or ids, bits/byte on text; none: diverged")
     for row in rows:
         losses = ["" if loss is None else f"{loss:.4f}" for loss in (row["train_loss"], row["loss"], row["bits_per_byte"])]
         table.add_row(row["name"], f"{row['params']:,}", f"{row['tokens']:,}", f"{row['flops']:.3g}", *losses,

@@ -48,6 +48,12 @@ def test_nothing_to_read_is_no_record(tmp_path):
     assert metrics.read(tmp_path) == []
 
 
+def test_the_latest_line_is_read_whatever_stands_before_it(tmp_path):
+    lines = [json.dumps({"step": step, "layer_norms": [0.1] * 5000}) for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n{\"step\": 3")
+    assert metrics.latest(tmp_path)["step"] == 2
+
+
 def test_flush_reaches_the_file(tmp_path):
     log = write(tmp_path, (1,), tensorboard=False)
     log.flush()

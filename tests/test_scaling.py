@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mmx import cli, scaling
+from mmx.config import ConfigError
 from mmx.scaling import Runs, envelope, fit
 
 RNG = np.random.default_rng(0)
@@ -20,6 +21,18 @@ def runs(N_I, D_I, loss_I, noise=0.0, seed=1):
 
 def chinchilla(N_I, D_I, E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28, **noise):
     return runs(N_I, D_I, E + A / N_I ** alpha + B / D_I ** beta, **noise)
+
+
+def test_what_diverged_is_left_out_and_told(tmp_path):
+    path, roles = tmp_path / "runs.jsonl", dict.fromkeys(scaling.ROLES)
+    done, not_done = ({"params": 1e6, "tokens": 1e7, "flops": 6e13} | end for end in
+                      ({"loss": 2.0, "diverged": ""}, {"loss": None, "diverged": "step 3 has loss nan"}))
+    path.write_text("\n".join(map(json.dumps, (done, not_done, done))))
+    [found], notes = scaling.read(str(path), "power", roles, [])
+    assert found.loss.tolist() == [2.0, 2.0] and "left out: 1 that diverged" in notes
+    path.write_text(json.dumps(not_done))
+    with pytest.raises(ConfigError, match="runs.jsonl has no run that did not diverge"):
+        scaling.read(str(path), "power", roles, [])
 
 
 def values(found):

@@ -64,8 +64,8 @@ def trained(monkeypatch):
         calls[seed] += 1
         if act := acts.pop(seed, None):
             raise act
-        lines = [{"step": step, "loss": 3.0 - step / steps, "tokens_per_s": 1.0, "flops_per_s": 1e9}
-                 for step in range(1, steps + 1)]
+        lines = [{"step": step, "loss": 3.0 - step / steps, "tokens_per_s": 1.0, "flops_per_s": 1e9,
+                  **({"micro_norm": 2.0} if step > steps // 2 else {})} for step in range(1, steps + 1)]
         (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return {"step": steps, "new": steps, "seconds": 2.0, "stopped": 0, "process": 0}
     monkeypatch.setattr(train, "run", run)
@@ -89,6 +89,7 @@ def test_a_row_a_run_and_nothing_twice(place, trained, tmp_path, capsys):
     assert (first["arch"], first["tokens"], first["loss"], first["bits_per_byte"], first["seconds"]) == ("S", 128, 2, 3, 2)
     assert (first["params"], first["params_total"]) == (model.params_active, model.params_total)
     assert first["flops"] == 128 * model.flops_training(16) and first["flops_companion"] == 128 * model.flops_companion(16)
+    assert first["course"]["micro_norm"] == [None] * 4 + [2.0] * 4       # as where train.ramp begins with one micro-batch
     assert first["train_loss"] == 2.0 and set(first["versions"]) == {"mmx", "jax", "python"}
     assert cli.main(command) == 0 and rows(tmp_path) == found
     grid = '[{"train.seed": 3}, {"train.seed": 1, "arch": "S"}, {"train.seed": 2, "steps": 8}]'     # other keys, the same runs
