@@ -289,6 +289,8 @@ def start(source: ReleasedSource | WorkdirSource, params: dict) -> dict:
 
 def open_vision(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
     """A checkpoint in either form whose ViT `model` can start from; its tiles may have another size."""
+    if not model.vision.layers:
+        raise ConfigError(f"train.init_vision={str(path)!r}: this model reads text alone; set model.vision.layers")
     source = open_source(path)
     for name in ("layers", "dim", "heads", "hidden", "patch"):
         there, wanted = (getattr(m.vision, name) for m in (source.model, model))

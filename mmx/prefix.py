@@ -65,6 +65,8 @@ def _damage_told(path, what: str = ""):
     """zipfile, zlib and NumPy have as many kinds of errors as there are damages."""
     try:
         yield
+    except (MemoryError, PermissionError):
+        raise
     except Exception:
         raise ConfigError(f"{path} is no prefix that --save-cache wrote, or it is damaged{what}") from None
 

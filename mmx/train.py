@@ -148,7 +148,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
             while True:
                 if spike:           # what is older than the checkpoint makes room for it
                     params = opt = metrics = pending = None
-                    _leave_out(stream, experiment, behind, *spike)
+                    _leave_out(stream, experiment, behind, spike[0])
                     step, params, opt, position = stand()
                     stream.repeat(position["stream"])
                     guard.went_back(position.get("guard"))
@@ -221,7 +221,7 @@ def _held(workdir: Path):
         yield
 
 
-def _leave_out(stream, experiment, behind: dict, at: int, _) -> None:
+def _leave_out(stream, experiment, behind: dict, at: int) -> None:
     """Takes the stream behind the data of step `at`, and of guard.beyond steps more."""
     stream.restore(behind[at])
     t = experiment.train

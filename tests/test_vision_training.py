@@ -224,6 +224,8 @@ def test_a_vit_of_other_tiles(whole):
     assert np.abs(corners - seen["place_PJ"][1:]).max() < 0.3 * np.abs(seen["place_PJ"]).max()
     with pytest.raises(ConfigError, match="has model.vision.hidden=12, this model 13"):
         convert.open_vision(whole, dataclasses.replace(C, vision=dataclasses.replace(V, hidden=13)))
+    with pytest.raises(ConfigError, match="train.init_vision=.*: this model reads text alone; set model.vision.layers"):
+        convert.open_vision(whole, dataclasses.replace(C, vision=config.Vision()))
 
 
 def test_optimizer_of_what_sees():

@@ -25,7 +25,7 @@ def unpack(archive, folder) -> int:
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
-        found = [untrusted.loads(line) for line in path.read_bytes().splitlines()]
+        found = [untrusted.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
         lines = [value | {"text": MARK + (value.get("title") or value["name"]), "images": [value["image"]]} for value in found]
     except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, ValueError, LookupError, TypeError,
             AttributeError) as error:

@@ -49,8 +49,8 @@ def _read(source: str) -> tuple[str, dict]:
         name, _, value = part.partition("=")
         if name not in numbers:
             raise ConfigError(f"data.sources: {source!r} has no {name!r}{nearest(name, numbers)}")
-        if not value.isdecimal() or (not int(value) and name != "seed"):
-            raise ConfigError(f"data.sources: {source!r}: {name} needs a number, 1 at least, got {value!r}")
+        if not value.isdecimal() or len(value) > 9 or (not int(value) and name != "seed"):
+            raise ConfigError(f"data.sources: {source[:80]!r}: {name} needs a number, 1 to 999,999,999, got {value[:40]!r}")
         numbers[name] = int(value)
     n = numbers
     if kind == "mqar" and not (n["pairs"] <= n["vocab"] // 2 and 4 * n["pairs"] <= n["length"]):

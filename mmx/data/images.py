@@ -224,7 +224,7 @@ def _opened(source, whole: bool = True):
             if not width * height:
                 raise ConfigError(f"{name} has {width} x {height} pixels: it needs one at least")
             yield image
-    except ConfigError:
+    except (ConfigError, MemoryError):
         raise
     except Exception as error:      # Pillow has as many kinds as there are formats
         reason = "no image that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else f"damaged ({error})"

@@ -51,10 +51,7 @@ class Thing(NamedTuple):
 
 class Scene(NamedTuple):
     things: tuple[Thing, ...]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return SIDE, SIDE
+    size = SIDE, SIDE
 
     def draw(self) -> Image.Image:
         image = Image.new("RGB", self.size, GROUND)
@@ -80,10 +77,7 @@ class Word(NamedTuple):
     text: str
     x: int                      # of the first cell's middle, and of the line's
     y: int
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return SIDE, SIDE
+    size = SIDE, SIDE
 
     def draw(self) -> Image.Image:
         image = Image.new("RGB", self.size, GROUND)
@@ -95,7 +89,7 @@ class Word(NamedTuple):
 
 class Blank(NamedTuple):
     """A picture of nothing."""
-    size: tuple[int, int] = (SIDE, SIDE)
+    size = SIDE, SIDE
 
     def draw(self) -> Image.Image:
         return Image.new("RGB", self.size, GROUND)

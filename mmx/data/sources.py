@@ -169,8 +169,8 @@ def _size(content) -> int:
 
 def _nearest(path: pathlib.Path) -> str:
     around = path.parent.iterdir() if path.parent.is_dir() else ()
-    known = ["sotu", *GENERATED] + sorted(p.name for p in around if p.suffix in KINDS or p.is_dir())
+    known = ["sotu", *GENERATED, *generated.NUMBERS] + sorted(p.name for p in around if p.suffix in KINDS or p.is_dir())
     close = difflib.get_close_matches(path.name, known, 1, 0.5)
     if close:
         return f"; did you mean {close[0]}?"
-    return "; name 'sotu', 'scenes', 'maps', 'words', a .txt, a .jsonl or a folder of them"
+    return "; name 'sotu', 'scenes', 'maps', 'words', a task as 'mqar:pairs=16', a .txt, a .jsonl or a folder of them"

@@ -61,7 +61,7 @@ class File:
             import tokenizers
         except ImportError:
             raise ConfigError(f"data.tokenizer={path!r} needs the package tokenizers: pip install tokenizers") from None
-        with _told(f"data.tokenizer: {path!r} is neither 'bytes' nor a tokenizer.json"):
+        with _told(f"data.tokenizer: {path!r} is not 'bytes', 'numbers:COUNT' or a tokenizer.json"):
             text = untrusted.content(path, MOST_BYTES).decode()
             _check(untrusted.loads(text))
             self._model = tokenizers.Tokenizer.from_str(text)
@@ -178,7 +178,6 @@ def _growth(part: dict) -> int:
     """How many times as long a text may be behind a step."""
     added = [len(part[key]) for key in ("content", "prepend", "prefix", "suffix", "replacement")
              if isinstance(part.get(key), str)]
-    pattern = part.get("pattern")
     if part.get("type") in ("ByteLevel", "Metaspace"):
         return 2
     pattern = part.get("pattern")

@@ -17,8 +17,8 @@ def measure(path) -> dict:
     """
     from mmx import convert  # here, for train imports this package
 
-    step, _ = checkpoint.find_step(path)
-    experiment = config.from_json((step / "config.json").read_text())
+    workdir, _ = checkpoint.find_step(path)
+    experiment = config.build(checkpoint.read_config(workdir))
     documents = pipeline.held_out_ids(experiment.data)
     if not documents:
         return {}

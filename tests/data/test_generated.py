@@ -63,8 +63,9 @@ def test_the_seed_makes_the_documents(source):
 
 @pytest.mark.parametrize("source, message", [
     ("mqar:pair=4", "'mqar:pair=4' has no 'pair'; did you mean pairs?"),
-    ("mqar:pairs=0", "pairs needs a number, 1 at least, got '0'"),
-    ("facts:count=ten", "count needs a number, 1 at least, got 'ten'"),
+    ("mqar:pairs=0", "pairs needs a number, 1 to 999,999,999, got '0'"),
+    ("facts:count=ten", "count needs a number, 1 to 999,999,999, got 'ten'"),
+    ("mqar:vocab=" + "9" * 5000, f"vocab needs a number, 1 to 999,999,999, got '{'9' * 40}'"),
     ("mqar:pairs=16,length=63", "16 pairs need 64 tokens and as many ids"),
     ("facts:count=5000,vocab=64", "64 ids make 4,096 keys, not 5,000"),
 ])

@@ -96,7 +96,7 @@ def test_an_archive_of_captioned_pictures_is_a_source(tmp_path):
     Image.new("RGB", (8, 6), "red").save(picture, "WEBP", lossless=True)
     lines = [{"image": f"img/{n}.webp", "title": "", "name": f"red é {n}", "keywords": ["red"]} for n in range(30)]
     files = {line["image"]: picture.getvalue() for line in lines}
-    files["captions.jsonl"] = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode()
+    files["captions.jsonl"] = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode()
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, raw in files.items():
             entry = tarfile.TarInfo(name)

@@ -85,7 +85,7 @@ def test_hold_out_crosses_documents(tmp_path):
 @pytest.mark.parametrize("make,message", [
     (lambda d: "soto", "no file or folder 'soto'; did you mean sotu?"),
     (lambda d: (d / "speeches.txt").write_text("x" * 99) and str(d / "speech.txt"), "did you mean speeches.txt"),
-    (lambda d: str(d / "qqqqqqqq"), "name 'sotu', 'scenes', 'maps', 'words', a .txt"),
+    (lambda d: str(d / "qqqqqqqq"), "name 'sotu', 'scenes', 'maps', 'words', a task as 'mqar:pairs=16', a .txt"),
     (lambda d: str(d), "holds no .txt and no .jsonl"),
     (lambda d: (d / "a.txt").touch() or str(d / "a.txt"), "is empty: no text in 1 file$"),
     (lambda d: (d / "a.txt").touch() or str(d), "is empty"),

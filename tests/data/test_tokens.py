@@ -80,7 +80,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path, content):
     if content:
         (tmp_path / "t.json").write_text(content)
-    with pytest.raises(ConfigError, match="neither 'bytes' nor a tokenizer.json") as error:
+    with pytest.raises(ConfigError, match="is not 'bytes', 'numbers:COUNT' or a tokenizer.json") as error:
         tokens.tokenizer(str(tmp_path / "t.json"))
     assert "\n" not in str(error.value)
 
