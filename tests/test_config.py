@@ -52,6 +52,15 @@ def test_flops_of_the_released_model_at_a_million_tokens():
     assert scores(dataclasses.replace(TEXT_01, pattern="S")) == pytest.approx(1374e9, rel=0.01)
 
 
+@pytest.mark.parametrize("length", [1, 6, 7, 100])
+def test_a_window_costs_the_keys_that_are_seen(length):
+    def flops(pattern):
+        return config.Model(layers=1, pattern=pattern, window=6).flops_forward(length)
+    def seen(most):
+        return sum(min(t + 1, most) for t in range(length)) / length
+    assert flops("S") - flops("W") == pytest.approx(4 * 8 * 32 * (seen(length) - seen(6)), abs=1e-3)
+
+
 PRINTED = {     # PFLOPs of a step of 480 x 8,192 tokens: arXiv 2406.16690, Table 7, whose LLaMA and TNL are the paper's
     "softmax": (1.6, 5.6, 18.0, 40.4, 99.6, 202.7), "lightning": (0.5, 2.2, 7.9, 22.3, 66.6, 154.4)}
 
