@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ABOVE = {       # each part, and the parts it may import; every part may import dims, config and untrusted
-    "dims": "", "config": "", "untrusted": "", "chips": "", "atomic": "", "checksums": "", "lock": "", "guards": "",
+    "dims": "", "config": "", "untrusted": "", "chips": "", "atomic": "", "checksums": "", "lock": "atomic", "guards": "",
     "kernels": "",
     "parallel": "kernels",
     "int8": "",

@@ -200,7 +200,7 @@ DOUBLE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
     ({"model": {"continuing_subword_prefix": "#" * 10**6}}, "continuing_subword_prefix has 1000000 characters"),
     ({"model": {"vocab": {"a": 2**32 - 1}, "merges": []}}, "has ids up to 4,294,967,295"),
     ({"model": {"vocab": {}, "merges": []}, "added_tokens": []}, "has no end-of-text token"),
-    ({"model": {"continuing_subword_prefix": "######"}}, "neither 'bytes' nor a tokenizer.json")])
+    ({"model": {"continuing_subword_prefix": "######"}}, "is not 'bytes', 'numbers:COUNT' or a tokenizer.json")])
 def test_tokenizers_that_explode(changes, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         tokenizer(tmp_path, **changes)
