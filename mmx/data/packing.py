@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+_NONE = np.array([-1], np.int32)        # of a document's last token, which no other follows
+
 
 class Shown(NamedTuple):
     """The images that a document shows, in the order of their tokens."""
@@ -45,12 +47,13 @@ class Packed:
         if not 0 <= row < len(self):
             raise IndexError(row)
         at, spans, images = 0, [], []
-        for d, start, stop in self._of(row):
+        for d, start, stop in self._of(row).tolist():
             at += stop - start
-            shown = self.shown[d] or Shown((), 0)
-            cuts = [start, stop - shown.alone, stop] if shown.alone else [start, stop]
+            shown, cuts = self.shown[d], (start, stop)
+            if shown:
+                images += [(image, at - 1 if shown.alone else -1) for image in shown.images]
+                cuts = (start, stop - shown.alone, stop) if shown.alone else cuts
             spans += [(self.documents[d], *cut, self.targets[d]) for cut in itertools.pairwise(cuts)]
-            images += [(image, at - 1 if shown.alone else -1) for image in shown.images]
         return _lay(spans, self.length) | ({"images": images} if images else {})
 
     def tiles(self, row: int) -> int:
@@ -94,15 +97,21 @@ def _lay(spans, length: int) -> dict[str, np.ndarray]:
     """One row from (document, start, stop, own targets) spans; what they leave free is padding."""
     row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segments", "positions")}
     row["weights"] = np.zeros(length, np.float32)
-    at = 0
-    for segment, (document, start, stop, own) in enumerate(spans, 1):
-        here, targets = slice(at, at + stop - start), document[start + 1:stop + 1] if own is None else own[start:stop]
-        row["tokens"][here] = document[start:stop]
-        row["targets"][at:at + len(targets)] = np.maximum(targets, 0)
-        row["weights"][at:at + len(targets)] = targets >= 0
-        row["segments"][here] = segment
-        row["positions"][here] = np.arange(stop - start)
-        at = here.stop
+    if not spans:
+        return row
+    targets = []
+    for document, start, stop, own in spans:
+        targets.append(document[start + 1:stop + 1] if own is None else own[start:stop])
+        if len(targets[-1]) < stop - start:
+            targets.append(_NONE)
+    sizes = [stop - start for _, start, stop, _ in spans]
+    begins, end = np.cumsum([0, *sizes[:-1]]), sum(sizes)
+    targets = np.concatenate(targets)
+    row["tokens"][:end] = np.concatenate([document[start:stop] for document, start, stop, _ in spans])
+    row["targets"][:end] = np.maximum(targets, 0)
+    row["weights"][:end] = targets >= 0
+    row["segments"][:end] = np.repeat(np.arange(1, len(spans) + 1), sizes)
+    row["positions"][:end] = np.arange(end) - np.repeat(begins, sizes)
     return row
 
 
