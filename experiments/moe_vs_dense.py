@@ -15,7 +15,7 @@ Result: not run.
 from mmx.config import ConfigError, default
 
 KINDS = {"dense": (1, 1, 133), "moe": (16, 2, 64)}      # experts, top-k, width of one
-FACTS = (8_192, 32_768, 65_536)
+FACTS = (32_768, 65_536)
 RATES, SEEDS = (3e-3, 1e-2), (0, 1, 2)
 
 
