@@ -185,6 +185,63 @@ def spread(axes, x, values, color, label):
     axes.fill_between(x, [f.low for f in found], [f.high for f in found], color=color, alpha=0.15, linewidth=0)
 
 
+# --- RoPE beyond the length of training ---
+
+FAR = "1024-2047"
+
+
+def rope_length() -> list[Claim]:
+    found = arms(rows("rope_length"), ("pattern", "turned"), minus_loss)
+    test = "[rope_length.py](../experiments/rope_length.py): trained at 256 bytes, read to 2,048; {}"
+    claims = []
+    for pattern, kind in (("LLLS", "the hybrid"), ("S", "softmax alone")):
+        none, half, full = (found.get((pattern, turned)) for turned in (0, 8, 16))
+        where = test.format(kind)
+        claims += [
+            reaches(Claim(f"Half RoPE reaches further than was trained, without loss (section 2.4): {kind}",
+                          where + "; 0.05 nats are none"), half),
+            reaches(Claim(f"No RoPE does (ours): {kind}", where + "; 0.05 nats are none"), none)]
+        for words, place, above in (("Half RoPE costs nothing at the length of training", "0-255", -0.01),
+                                    ("Half RoPE reaches further than full RoPE", FAR, 0.0)):
+            claim = Claim(f"{words}: {kind}", where + "; 0.01 nats are nothing" * bool(above))
+            if half and full:
+                gap = better(*(over(arm, lambda row: row["by_place"][place]) for arm in (full, half)))
+                both = " against ".join(each(arm, lambda row: row["by_place"][place]) for arm in (half, full))
+                claim = told(claim, f"nats a byte at {place}: {both}; {gap.told()} lower", verdict(gap, above))
+            claims.append(claim)
+    return claims
+
+
+def reaches(claim: Claim, arm: dict | None) -> Claim:
+    """Whether the loss far beyond the length of training is that within it, but for 0.05 nats."""
+    if not arm:
+        return claim
+    near, far = (over(arm, lambda row: row["by_place"][place]) for place in ("0-255", FAR))
+    gap = better(near, far)
+    return told(claim, f"nats a byte at {FAR}: {interval(far.values()).told()}, at 0-255: {interval(near.values()).told()}",
+                verdict(gap, -0.05))
+
+
+def draw_rope_length(pyplot):
+    found = arms(rows("rope_length"), ("pattern", "turned"), minus_loss)
+    if not found:
+        return None
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for axes, pattern, title in zip(panels, ("LLLS", "S"), ("the hybrid, LLLS", "softmax alone")):
+        for color, (turned, name) in enumerate(((0, "no RoPE"), (8, "half"), (16, "full"))):
+            if (pattern, turned) in found:
+                seeds = [row["by_place"] for row in found[pattern, turned].values()]
+                spread(axes, [int(place.partition("-")[2]) + 1 for place in seeds[0]],
+                       [[seed[place] for seed in seeds] for place in seeds[0]], f"C{color}", name)
+        axes.axvline(256, color="k", linestyle=":", label="trained to here")
+        axes.set(xlabel="bytes read, up to", title=title)
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    panels[0].set_ylabel("nats a byte")
+    return figure
+
+
 # --- experts against dense ---
 
 def minus_loss(row):
@@ -431,15 +488,13 @@ def left_out() -> list[Claim]:
               "`python benchmarks/length.py`, one layer, one run a length, in the [README](../README.md): no interval",
               "lightning keeps 68 % of its tokens/s from 1,024 to 131,072 tokens", "cannot tell"),
         Claim("One softmax layer in eight is the ratio to take (section 2.4)",
-              "[hybrid_ratio.py](../experiments/hybrid_ratio.py): 1/2 to 1/16 and both pure ones, equal FLOPs"),
-        Claim("Half RoPE reaches further than trained, without loss (section 2.4)",
-              "[rope_length.py](../experiments/rope_length.py): none, half, full, trained at 256 bytes, read to 2,048")]
+              "[hybrid_ratio.py](../experiments/hybrid_ratio.py): 1/2 to 1/16 and both pure ones, equal FLOPs")]
 
 
-PARTS = {"Retrieval": (recall, needle), "Experts": (moe_vs_dense, router), "Training": (norm, critical_batch),
-         "Counted, cited, not run": (padding, left_out)}
-FIGURES = {"recall": draw_recall, "moe_vs_dense": draw_moe_vs_dense, "norm": draw_norm, "router": draw_router,
-           "critical_batch": draw_critical_batch}
+PARTS = {"Retrieval": (recall, needle), "Length": (rope_length,), "Experts": (moe_vs_dense, router),
+         "Training": (norm, critical_batch), "Counted, cited, not run": (padding, left_out)}
+FIGURES = {"recall": draw_recall, "rope_length": draw_rope_length, "moe_vs_dense": draw_moe_vs_dense, "norm": draw_norm,
+           "router": draw_router, "critical_batch": draw_critical_batch}
 
 
 def table() -> str:

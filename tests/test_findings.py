@@ -3,8 +3,12 @@ import json
 import runpy
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+
+from mmx import config, convert
+from mmx.model import Model, logits
 
 ROOT = Path(__file__).parent.parent
 F = runpy.run_path(str(ROOT / "benchmarks" / "findings.py"))
@@ -91,3 +95,38 @@ def test_padding_is_counted():
     committed = [json.loads(line) for line in (ROOT / "experiments" / "padding.jsonl").read_text().splitlines()]
     first = committed[0]
     assert PADDING["count"](PADDING["lengths"](first["median"], first["seed"])) == {k: first[k] for k in found}
+
+
+def test_rope_length_is_told_near_and_far(tmp_path, monkeypatch):
+    """Half RoPE keeps its loss, full loses, and the better rate is told."""
+    def row(turned, lr, seed, near, far):
+        return {"pattern": "LLLS", "turned": turned, "lr": lr, "seed": seed, "loss": near,
+                "by_place": {"0-255": near, "1024-2047": far}}
+
+    rows_of(tmp_path, monkeypatch, rope_length=[
+        row(turned, lr, seed, 1.2 + lr + seed / 1000, far + seed / 1000)
+        for turned, far in ((0, 1.7), (8, 1.23), (16, 2.5)) for lr in (0.01, 0.1) for seed in range(3)])
+    half, none, near, far, *softmax = F["rope_length"]()
+    assert [x.verdict for x in (half, none, near, far)] == ["supports", "contradicts", "supports", "supports"]
+    assert far.measured.startswith("nats a byte at 1024-2047: 1.231 (1.230 to 1.232) against 2.501")
+    assert "at 0-255: 1.211" in half.measured and {x.verdict for x in softmax} == {"not run"}
+
+
+def test_loss_by_place(monkeypatch):
+    """Against each row's log-probabilities, one by one."""
+    rope = runpy.run_path(str(ROOT / "benchmarks" / "rope_length.py"))
+    of = rope["by_place"].__globals__
+    for name, value in {"LENGTH": 64, "ROWS": 4, "BATCH": 2}.items():
+        monkeypatch.setitem(of, name, value)
+    c = config.Model(vocab=264, layers=1, pattern="S", dim=16, heads=1, kv_heads=1, head_dim=16, rotary_dim=8, experts=1,
+                     top_k=1, expert_dim=16, context=64)
+    model = Model(c)
+    params = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    found = rope["by_place"](convert.Loaded(model, params, c, "bytes"), trained=16)
+    rows = [batch[name] for batch in of["text"]() for name in ("tokens", "targets")]
+    tokens_NT, targets_NT = np.concatenate(rows[::2]), np.concatenate(rows[1::2])
+    assert tokens_NT.shape == (4, 64) and len(np.unique(tokens_NT, axis=0)) == 4
+    np.testing.assert_array_equal(tokens_NT[:, 1:], targets_NT[:, :-1])
+    x_NTD, _, _ = model.apply({"params": params}, tokens_NT)
+    nats_NT = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits(params, x_NTD))), targets_NT[..., None], 2)[..., 0]
+    assert found == {f"{a}-{b - 1}": pytest.approx(nats_NT[:, a:b].mean(), rel=1e-5) for a, b in ((0, 16), (16, 32), (32, 64))}

@@ -1,8 +1,9 @@
 """Tasks made of ids, which a source names with their numbers, as "mqar:pairs=16,length=128,vocab=4096".
 
 mqar: multi-query associative recall (Zoology, arXiv 2312.04927). `pairs` of a key and a value, then the keys again, whose next
-token is to be the value, at gaps that follow Zoology's power law; what is left is random. Keys are drawn from the lower half of
-the `vocab` ids, values from the upper, none twice. `tokens` of training documents, `held` documents to validate on.
+token is to be the value, at gaps that follow Zoology's power law. Keys are drawn from the lower half of the `vocab` ids, values
+from the upper, none twice; what is left are random values (Zoology's are of all ids: a key may come again, by chance, with
+another token behind it, and of a small vocabulary often does). `tokens` of training documents, `held` documents to validate on.
 
 facts: `count` keys of two ids, none twice, and a value of two random ids each, 2 log2(vocab) bits to remember. There is nothing
 to generalise to: what is held out are `held` of the same facts, and the question is how many are known.
@@ -63,7 +64,7 @@ def _read(source: str) -> tuple[str, dict]:
 def _mqar(n: dict, count: int, draw):
     pairs, length, half = n["pairs"], n["length"], n["vocab"] // 2
     keys, values = _distinct(draw, (count, pairs), half), half + _distinct(draw, (count, pairs), half)
-    tokens, targets = draw.integers(2 * half, size=(count, length)), np.full((count, length), -1)
+    tokens, targets = draw.integers(half, 2 * half, size=(count, length)), np.full((count, length), -1)
     tokens[:, 0:2 * pairs:2], tokens[:, 1:2 * pairs:2] = keys, values
     space = length // 2 - pairs
     order = np.log(near(space)) + draw.gumbel(size=(count, space))      # the greatest: drawn one by one, none twice
