@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- python benchmarks/findings.py -->\n", "<!-- end -->\n"
+PAPERS_SLOPE = -6.1         # of log critical batch over log loss: doublings at 2.22, 1.98, 1.77 and 1.58 nats (Fig. 13)
 UNIFORM = math.log(256)         # nats of a byte that is not known at all: the loss of a run that diverged
 
 
@@ -450,14 +452,25 @@ def draw_critical_batch(pyplot):
     if not found:
         return None
     figure, axes = pyplot.subplots(figsize=(5.5, 3.6), layout="constrained")
+    every = []
     for color, dim in enumerate(sorted({row["dim"] for row in found})):
         points = [point for row in found if row["dim"] == dim for point in noise(row)]
+        every += points
         if points:
             axes.loglog(*zip(*points), ".", color=f"C{color}", label=f"width {dim}")
+    if len(every) > 2:
+        loss, scale = np.log(np.array(every)).T
+        ends = np.array([loss.min(), loss.max()])
+        for power, style, words in ((slope(every), "-", "fitted"), (PAPERS_SLOPE, ":", "the paper's slope")):
+            axes.plot(np.exp(ends), np.exp(scale.mean() + power * (ends - loss.mean())), "k" + style, linewidth=1,
+                      label=f"loss^{power:.1f}, {words}")
     axes.set(xlabel="nats a byte, of training", ylabel="gradient noise scale, tokens", title="three seeds")
+    axes.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(0.2))
+    axes.xaxis.set_major_formatter("{x:.1f}")
+    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
     axes.invert_xaxis()
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.legend(fontsize=8)
     return figure
 
 
