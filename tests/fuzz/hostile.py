@@ -1,10 +1,12 @@
 """Hostile files, drawn by hypothesis: a folder of whole files, of which one or more are damaged in the way of their kind."""
+import contextlib
 import copy
 import io
 import json
 import os
 import re
 import struct
+import tarfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -22,6 +24,12 @@ VALUES = (
     "minimax", [], {}, [[]], [None], [0], [1, 2, 3], [2**40] * 8, {"a": 1}, {"key": ".."}, "bytes", "sotu", "Regex",
     "Precompiled", "Replace", "ByteLevel", "FixedLength", "gzip", "<f8", "|O", "S", "L" * 50)
 KEYS = ("", "__metadata__", "a" * 1000, "\ud800", "a\0", "../x", "..", "/etc/passwd", "layer", "\x1b[2J")
+NAMES = ("../out", "/tmp/mmx-out", "a/../../out", "captions.jsonl", "a.png", ".", "..", "a" * 300, "a\0b", "\ud800", "\x1b[2J",
+         "a.png/b", "new/deep/a.png", "/dev/zero", "../outside/secret")
+TYPES = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE,
+         tarfile.CONTTYPE, tarfile.GNUTYPE_SPARSE, b"Z")
+PAX = ({"path": "../out"}, {"linkpath": "/etc/passwd"}, {"size": "-1"}, {"size": "9" * 30}, {"mtime": "nan"}, {"uid": "x"},
+       {"GNU.sparse.map": "0,1"}, {"GNU.sparse.size": "1099511627776"}, {"a" * 1000: "b"})
 NUMBERS = (0, 1, 2, 7, 8, 255, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
 
 
@@ -68,6 +76,8 @@ def _kind(name: str, raw: bytes):
         return lines
     if name.endswith(".npz"):
         return archive
+    if ".tar" in name:
+        return tar
     if raw[:8] == b"\x89PNG\r\n\x1a\n":
         return png
     return tree if raw[:1] in (b"{", b"[") else None
@@ -179,16 +189,21 @@ def lines(draw, raw: bytes) -> bytes:
 def archive(draw, raw: bytes) -> bytes:
     """A zip whose parts were damaged before they were packed: its check sums are right."""
     out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(out, "w") as new:
-        names = old.namelist()
-        victim, how = draw(st.sampled_from(names)), draw(st.integers(0, 4))
-        for name in names:
-            part = old.read(name)
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as old:
+            parts = {name: old.read(name) for name in old.namelist()}
+    except Exception:       # it was damaged before: zipfile has many errors
+        return spoilt(draw, raw)
+    if not parts:
+        return spoilt(draw, raw)
+    with zipfile.ZipFile(out, "w") as new:
+        victim, how = draw(st.sampled_from(list(parts))), draw(st.integers(0, 4))
+        for name, part in parts.items():
             kind = zipfile.ZIP_STORED
             if name == victim and how == 0:
                 part = spoilt(draw, part)
             elif name == victim and how == 1:
-                old_text = re.search(rb"\{.*\}", part)[0]
+                old_text = (re.search(rb"\{.*\}", part) or [part[:100]])[0]
                 text = draw(st.sampled_from((b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
                                              b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,), }",
                                              b"{'descr': '<f4', 'fortran_order': True, 'shape': (-1,), }",
@@ -201,6 +216,38 @@ def archive(draw, raw: bytes) -> bytes:
                 continue
             new.writestr(draw(st.sampled_from(("../x.npy", "x"))) if name == victim and how == 4 else name, part, kind)
     return out.getvalue()
+
+
+def tar(draw, raw: bytes) -> bytes:
+    """A tar, packed as it was, whose member has another name, kind, goal or size, or other content: its sums are right."""
+    kind = {b"\x1f\x8b": "gz", b"\xfd7": "xz", b"BZ": "bz2"}.get(raw[:2], "")
+    out = io.BytesIO()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(raw)) as old:
+            members = [(member, old.extractfile(member).read() if member.isfile() else b"") for member in old]
+    except Exception:       # it was damaged before
+        return spoilt(draw, raw)
+    if not members:
+        return spoilt(draw, raw)
+    victim = members[draw(st.integers(0, len(members) - 1))][0]
+    with tarfile.open(fileobj=out, mode=f"w:{kind}") as new:
+        for member, data in members:
+            if member is victim:
+                match draw(st.integers(0, 3)):
+                    case 0:
+                        member.name = draw(st.sampled_from(NAMES))
+                    case 1:
+                        member.type, member.linkname = draw(st.sampled_from(TYPES)), draw(st.sampled_from(NAMES))
+                    case 2:
+                        data = lines(draw, data)
+                        member.size = len(data)
+                    case 3:
+                        member.mode, member.pax_headers = 0o7777, draw(st.sampled_from(PAX))
+            with contextlib.suppress(Exception):        # what tar cannot say
+                new.addfile(member, io.BytesIO(data))
+                if member is victim and draw(st.booleans()):
+                    new.addfile(member, io.BytesIO(data))
+    return out.getvalue() if kind or draw(st.booleans()) else spoilt(draw, out.getvalue())
 
 
 def png(draw, raw: bytes) -> bytes:
