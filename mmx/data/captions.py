@@ -37,11 +37,12 @@ def unpack(archive, folder) -> int:
             tar.extractall(folder, filter=_plain)
         found = [untrusted.loads(line) for line in untrusted.content(path, MOST_BYTES).splitlines() if line.strip()]
         lines = [value | {"text": MARK + (value.get("title") or value["name"]), "images": [value["image"]]} for value in found]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
     except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, ValueError, LookupError, TypeError,
             AttributeError) as error:
         why = str(error).partition(":\n")[0]        # tarfile's has a line for each way to pack
         raise ConfigError(f"{archive} is no archive of captioned pictures ({why}): it needs a captions.jsonl, in each line "
                           "an \"image\" and a \"title\" or a \"name\"") from None
-    with atomic.replacing(path) as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with atomic.replacing(path, "wb") as file:
+        file.write(text)
     return len(lines)
