@@ -105,10 +105,10 @@ def child(name: str, count: int, seed: int, folder: Path):
     resource.setrlimit(resource.RLIMIT_AS, (size + 4 * MEMORY, resource.RLIM_INFINITY))
 
     for number in range(1, count + 1):
+        print(f"begin {number}", flush=True)
         shutil.rmtree(at, ignore_errors=True)
         at.mkdir()
         hostile.folder(random.Random(seed + number), whole, at, folder / "outside")
-        print(f"begin {number}", flush=True)
         looking[0] = True
         try:
             said = kind(check(read, at), folder)

@@ -117,7 +117,7 @@ def tree(rng, raw: bytes) -> bytes:
         return spoilt(rng, raw)
     try:
         value = [json.loads(raw)]
-    except ValueError:
+    except (ValueError, RecursionError):
         return spoilt(rng, raw)
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = list(_places(value, 400))
