@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import signal
 import sys
 import tarfile
@@ -193,16 +194,19 @@ def test_a_workdir_whose_files_have_no_end(name, kind, tmp_path):
 
 @contextlib.contextmanager
 def within(seconds):
-    """A read that waits for ever is an error."""
+    """A read that waits for ever is an error, and one without an end fills no memory."""
     def over(*_):
         raise AssertionError(f"{seconds} s")
-    before = signal.signal(signal.SIGALRM, over)
+    before, limits = signal.signal(signal.SIGALRM, over), resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (2 << 30), limits[1]))
     signal.alarm(seconds)
     try:
         yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @pytest.mark.parametrize("line", [
@@ -245,6 +249,17 @@ def test_configs_of_what_no_memory_holds(changes, message):
     text = json.loads(parsers.config_files()["text-released.json"])
     with pytest.raises(ConfigError, match=message):
         released.read_model(text | changes, "config.json")
+
+
+# ---- suites ----
+
+@pytest.mark.parametrize("length", [True, None, "2048"])
+def test_a_length_that_is_no_number(length, tmp_path):
+    row = {"messages": [{"content": "m"}], "label": "1. a", "length_class": length}
+
+    def change(folder):
+        (folder / "niah" / "2048_tokens.jsonl").write_text(json.dumps(row))
+    assert "lacks the column 'length_class' (int)" in refused("suites", parsers.suite_files(), tmp_path, change)
 
 
 # ---- tokenizer.json ----
@@ -345,6 +360,16 @@ def test_an_archive_that_is_none_is_one_line(tmp_path):
         assert "\n" not in str(told.value)
 
 
+def test_a_picture_whose_title_is_no_text(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        raw = rb'{"image": "a.png", "title": "\ud800"}'
+        about = tarfile.TarInfo("captions.jsonl")
+        about.size = len(raw)
+        tar.addfile(about, io.BytesIO(raw))
+    with pytest.raises(ConfigError, match="is no archive of captioned pictures .*surrogates not allowed"):
+        captions.unpack(tmp_path / "a.tar", tmp_path / "into")
+
+
 def test_a_source_that_waits(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     with within(10), pytest.raises(ConfigError, match="data.sources: .*a.txt is no file"):
@@ -361,10 +386,11 @@ def test_overrides_of_no_key(override, message):
         experiments._override(config.default(), [override])
 
 
-def test_a_key_of_a_megabyte_is_told_soon():
+def test_a_key_as_long_as_its_file_is_told_soon():
+    """difflib makes half a gigabyte of it."""
     before = time.process_time()
-    with pytest.raises(ConfigError, match="unknown config key aaa"):
-        config.build({"a" * 10**6: 1})
+    with pytest.raises(ConfigError, match="unknown config key abcdefgh"):
+        config.build({"abcdefgh" * (untrusted.JSON_BYTES // 8): 1})
     assert time.process_time() - before < 1
 
 
