@@ -31,6 +31,7 @@ from mmx.released import check_shapes, own_file, read_json
 
 KEY = re.compile(r"[\w-]{1,100}", re.ASCII)     # of a path in a parameter tree: it names a folder
 TIMEOUT = 30 * 24 * 3600    # seconds that a save may take by the wall clock, which may leap; dead processes are found otherwise
+TOKENIZER_BYTES = 64 << 20  # as mmx.data.tokens reads
 CHUNK_BYTES = 64 << 20      # of an array on disk: bounds what reading a slice decodes
 FREE = {    # what a resumed run may change, beside checkpoint and mesh: how long, how fast, what is shown
     "model": {"remat", "keep_arrived", "impl", "chunk", "token_groups", "ragged"},
@@ -273,8 +274,8 @@ def check_config(workdir: str | Path, experiment: Experiment) -> None:
     files = {path: to_json(experiment).encode()}
     tokenizer = path.with_name("tokenizer.json")
     if name:
-        files[tokenizer] = Path(name).read_bytes()
-    if tokenizer.exists() and tokenizer.read_bytes() != files.get(tokenizer):
+        files[tokenizer] = untrusted.content(name, TOKENIZER_BYTES)
+    if tokenizer.exists() and untrusted.content(tokenizer, TOKENIZER_BYTES) != files.get(tokenizer):
         raise ConfigError(f"data.tokenizer={experiment.data.tokenizer!r} is not the {tokenizer} that the run has: give "
                           f"--config.data.tokenizer={tokenizer}, or another --workdir")
     if path.exists():
@@ -347,6 +348,8 @@ def open_arrays(step: Path, item: str = "params", limits: dict = CONTEXT) -> dic
     except (AttributeError, KeyError, TypeError):
         raise ConfigError(f"{folder / '_METADATA'} is damaged: it has no table of arrays") from None
     base, context = {"driver": "file", "path": f"{folder}/"}, ts.Context(limits)
+    _check_metadata(folder, names.values(), "zarr.json" if driver == "zarr3" else ".zarray",
+                    {"driver": "ocdbt", "base": base} if ocdbt else base, context)
     arrays = {}
     for path, name in names.items():
         store = {"driver": "ocdbt", "base": base, "path": f"{name}/"} if ocdbt else base | {"path": f"{folder}/{name}/"}
@@ -355,7 +358,22 @@ def open_arrays(step: Path, item: str = "params", limits: dict = CONTEXT) -> dic
     for path, array in arrays.items():
         with stored(f"{folder} is damaged, tensor {names[path]}"):
             arrays[path] = array.result()
+        shape, chunk = arrays[path].shape, arrays[path].chunk_layout.write_chunk.shape or ()    # no smaller than a read one
+        if any(cut > max(size, 1) for cut, size in zip(chunk, shape)):
+            raise ConfigError(f"{folder} is damaged, tensor {names[path]}: chunks of {chunk} are larger than its shape {shape}"
+                              "; an older WORKDIR/checkpoints/STEP may be whole")
     return arrays
+
+
+def _check_metadata(folder: Path, names, key: str, store: dict, context) -> None:
+    """Raises ConfigError for JSON of an array that would end the process in TensorStore: it has no limit of levels."""
+    with stored(f"{folder} is damaged"):
+        files = ts.KvStore.open(store, context=context).result()
+    for name in names:
+        with stored(f"{folder} is damaged, tensor {name}"):
+            text = files.read(f"{name}/{key}").result().value
+            if text:        # TensorStore says that it is missing
+                untrusted.loads(text)
 
 
 def read(array: ts.TensorStore, index=...) -> np.ndarray:

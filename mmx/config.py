@@ -479,13 +479,14 @@ def lengths(text: str) -> list[int]:
 
 def nearest(key: str, known) -> str:
     """'; did you mean X?' or the list of what there is."""
-    close = difflib.get_close_matches(key, known, 1, 0.5)
+    close = difflib.get_close_matches(key[:100], known, 1, 0.5)     # of long ones difflib makes many times as much
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
 
 
 def _known(prefix, values, known):
     for key in values:
-        _require(key in known, f"unknown config key {prefix}{key}{nearest(key, known)}")
+        if key not in known:
+            raise ConfigError(f"unknown config key {prefix}{key}{nearest(key, known)}")
 
 
 def typed(key, value, kind):

@@ -87,6 +87,10 @@ class WorkdirSource:
         self.arrays = checkpoint.open_arrays(step)
         released.check_shapes({"/".join(path): array.shape for path, array in self.arrays.items()},
                               {"/".join(leaf.path): leaf.shape for leaf in released.leaves(self.model)}, step)
+        for path, array in self.arrays.items():
+            if array.dtype.numpy_dtype not in released.DTYPE_CODES:
+                raise ConfigError(f"{step}: tensor {'.'.join(path)} is of {array.dtype.name}; parameters are of "
+                                  f"{', '.join(map(str, released.DTYPE_CODES))}")
         self.beside = None if "data" in text else workdir
         own = workdir / "tokenizer.json"
         if self.beside:

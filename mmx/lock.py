@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from mmx import atomic
+from mmx import atomic, untrusted
 from mmx.config import ConfigError
 
 BEAT, SILENT = 10, 60       # seconds
@@ -89,7 +89,7 @@ def _beat(path: Path, over: threading.Event) -> None:
 def _holder(file) -> dict:
     file.seek(0)
     try:
-        holder = json.loads(file.read(4096))
+        holder = untrusted.loads(file.read(4096))
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}

@@ -16,6 +16,8 @@ from mmx import atomic, config, untrusted
 
 SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate",
            "overflow_rate", "skipped", "rollbacks")
+FIGURES = ("step", "seconds", "tokens", "loss", "bits_per_byte", "tokens_per_s")     # every step has them
+MOST_BYTES = 1 << 30        # of metrics.jsonl: 1,000,000 steps
 
 
 class Log:
@@ -133,13 +135,15 @@ class _Events:
 
 
 def read(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl (none without one), nan for null; what follows a damaged one is left out."""
+    """The lines of metrics.jsonl (none without one), nan for null; what follows a damaged one is left out.
+
+    Raises ConfigError where it is no plain file, or of more than MOST_BYTES.
+    """
     path, records = workdir / "metrics.jsonl", []
-    for line in path.read_bytes().splitlines() if path.exists() else ():
+    for line in untrusted.content(path, MOST_BYTES).splitlines() if path.exists() else ():
         try:
-            record = {k: _each(v, lambda x: math.nan if x is None else x) for k, v in untrusted.loads(line).items()}
-            records.append(record | {"step": int(record["step"])})
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+            records.append(_record(line))
+        except ValueError:
             break
     return records
 
@@ -149,14 +153,32 @@ def latest(workdir: Path) -> dict | None:
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return None
-    with path.open("rb") as file:
+    with untrusted.opened(path, sys.maxsize) as file:
         file.seek(max(0, path.stat().st_size - 2**20))
-        lines = file.read().split(b"\n")[:-1]
+        lines = file.read(2**20).split(b"\n")[:-1]
     try:
-        last = untrusted.loads(lines[-1])
-        return last if isinstance(last, dict) else None
+        return _record(lines[-1])
     except (IndexError, ValueError):
         return None
+
+
+def _record(line: bytes) -> dict:
+    """A line of metrics.jsonl; raises ValueError unless it has FIGURES, and all in it are numbers or lists of them."""
+    record = untrusted.loads(line)
+    if not (isinstance(record, dict) and all(name in record for name in FIGURES)):
+        raise ValueError("no step of a run")
+    record = {name: _each(value, _number) for name, value in record.items()}
+    if not (isinstance(record["step"], int) and all(isinstance(record[name], (int, float)) for name in FIGURES)):
+        raise ValueError("no step of a run")
+    return record
+
+
+def _number(x) -> int | float:
+    if x is None:
+        return math.nan
+    if type(x) is float or (type(x) is int and abs(x) < 2**63):
+        return x
+    raise ValueError("no number")
 
 
 def _line(record: dict) -> str:

@@ -278,13 +278,17 @@ def _write(path: Path, text: str) -> None:
         file.write(text + "\n")
 
 
+def _text(path: Path) -> str:
+    return untrusted.content(path).decode(errors="replace")
+
+
 def collect(out: Path) -> dict[str, dict]:
     """The rows of all runs in OUT by hash: those of runs.jsonl, and those that runs left; runs.jsonl is made to have all."""
     path, rows = out / "runs.jsonl", {}
-    texts = path.read_text(errors="replace").splitlines() if path.exists() else []
+    texts = _text(path).splitlines() if path.exists() else []
     places = [f"{path}:{number}" for number in range(1, len(texts) + 1)]
     own = sorted(out.glob("runs/*/row.json"))
-    for place, text in zip([*places, *own], texts + [found.read_text(errors="replace") for found in own]):
+    for place, text in zip([*places, *own], texts + [_text(found) for found in own]):
         try:
             row = untrusted.loads(text)
         except ValueError:      # a line that somebody cut: the run's own row stands

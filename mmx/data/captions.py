@@ -7,6 +7,7 @@ An archive holds pictures and a captions.jsonl, each line an object with the pat
 """
 import json
 import lzma
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -14,6 +15,15 @@ from pathlib import Path
 from mmx import atomic, untrusted
 from mmx.config import ConfigError
 from mmx.data.images import MARK
+
+MOST_BYTES = 1 << 30        # of captions.jsonl
+
+
+def _plain(member, folder):
+    """tar's "data" filter, past which links led out of the folder in some versions of Python: none are unpacked."""
+    if member.issym() or member.islnk():
+        raise ValueError(f"{member.name!r:.200} is a link")
+    return tarfile.data_filter(member, folder)
 
 
 def unpack(archive, folder) -> int:
@@ -23,14 +33,16 @@ def unpack(archive, folder) -> int:
     """
     folder, path = Path(folder), Path(folder) / "captions.jsonl"
     try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
-        found = [untrusted.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+        with untrusted.opened(archive, sys.maxsize) as raw, tarfile.open(fileobj=raw) as tar:
+            tar.extractall(folder, filter=_plain)
+        found = [untrusted.loads(line) for line in untrusted.content(path, MOST_BYTES).splitlines() if line.strip()]
         lines = [value | {"text": MARK + (value.get("title") or value["name"]), "images": [value["image"]]} for value in found]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
     except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, ValueError, LookupError, TypeError,
             AttributeError) as error:
-        raise ConfigError(f"{archive} is no archive of captioned pictures ({error}): it needs a captions.jsonl, in each line "
+        why = str(error).partition(":\n")[0]        # tarfile's has a line for each way to pack
+        raise ConfigError(f"{archive} is no archive of captioned pictures ({why}): it needs a captions.jsonl, in each line "
                           "an \"image\" and a \"title\" or a \"name\"") from None
-    with atomic.replacing(path) as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    with atomic.replacing(path, "wb") as file:
+        file.write(text)
     return len(lines)

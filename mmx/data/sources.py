@@ -13,6 +13,7 @@ of the training text is held out. The test part may be empty.
 """
 import difflib
 import pathlib
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -81,9 +82,10 @@ def _read(source: str) -> list[tuple[str, bytes]]:
 
 def _texts(file: pathlib.Path, name: str) -> list[tuple]:
     try:
-        raw = file.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"data.sources: cannot read {file}: {error.strerror}") from None
+        with untrusted.opened(file, sys.maxsize) as text:
+            raw = text.read()
+    except ConfigError as error:
+        raise ConfigError(f"data.sources: {error}") from None
     if file.suffix == ".txt":
         return [(name, raw)]
     lines = enumerate(raw.split(b"\n"), 1)

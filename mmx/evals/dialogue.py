@@ -4,6 +4,7 @@ Three rounds stand at 25, 50 and 75 % of the others: the one asked for, another 
 same kind on another subject, so that request and order both matter. The others go on with text of the embedded corpus.
 A folder of the released files, LENGTH_tokens.jsonl with the columns messages, label and length_class, is read as it is.
 """
+import collections
 import itertools
 import re
 from pathlib import Path
@@ -114,7 +115,7 @@ def _released(ask: Ask):
     paths = sorted(Path(ask.data).glob("*.jsonl")) if Path(ask.data).is_dir() else [Path(ask.data)]
     if not paths or not all(path.is_file() for path in paths):
         raise ConfigError(f"mr-niah: no .jsonl file in --data {ask.data}; the released ones have names as 2048_tokens.jsonl")
-    tasks, met = [], {}
+    tasks, met, cells = [], {}, collections.Counter()
     for path in paths:
         for number, record in enumerate(files.records(path), 1):
             place = f"{path}:{number}"
@@ -122,8 +123,10 @@ def _released(ask: Ask):
             label, length = files.column(record, "label", place, str), files.column(record, "length_class", place, int)
             if not ask.lengths or length in ask.lengths:
                 met[length, label] = rank = met.get((length, label), -1) + 1
-                depth, index = DEPTHS[rank % 3], sum(t[:2] == (DEPTHS[rank % 3], str(length)) for t in tasks)
-                tasks.append(Task(depth, str(length), index, lambda m=messages, label=label: _example(m, label, ask)))
+                depth = DEPTHS[rank % 3]
+                tasks.append(Task(depth, str(length), cells[depth, length],
+                                  lambda m=messages, label=label: _example(m, label, ask)))
+                cells[depth, length] += 1
     lengths = sorted({int(task.column) for task in tasks})
     if not tasks:
         raise ConfigError(f"mr-niah: no row of {ask.data} has a length_class of --lengths")

@@ -49,7 +49,7 @@ def records(path: Path) -> list[dict]:
 def column(record, name: str, place, kind: type):
     """A column of a record."""
     value = record.get(name) if isinstance(record, dict) else None
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or isinstance(value, bool):
         raise ConfigError(f"{place}: an entry lacks the column {name!r} ({kind.__name__})")
     if kind is str and not is_text(value):
         raise ConfigError(f"{place}: column {name!r} is no text: it holds half of a surrogate pair")

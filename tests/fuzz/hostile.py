@@ -1,15 +1,15 @@
-"""Hostile files, drawn by hypothesis: a folder of whole files, of which one or more are damaged in the way of their kind."""
+"""Hostile files, drawn at random: a folder of whole files, of which one or more are damaged in the way of their kind."""
+import contextlib
 import copy
 import io
 import json
 import os
 import re
 import struct
+import tarfile
 import zipfile
 import zlib
 from pathlib import Path
-
-from hypothesis import strategies as st
 
 BIG = "9" * 5000
 RAW = (         # JSON as text, for what Python would not write
@@ -22,22 +22,28 @@ VALUES = (
     "minimax", [], {}, [[]], [None], [0], [1, 2, 3], [2**40] * 8, {"a": 1}, {"key": ".."}, "bytes", "sotu", "Regex",
     "Precompiled", "Replace", "ByteLevel", "FixedLength", "gzip", "<f8", "|O", "S", "L" * 50)
 KEYS = ("", "__metadata__", "a" * 1000, "\ud800", "a\0", "../x", "..", "/etc/passwd", "layer", "\x1b[2J")
+NAMES = ("../out", "/tmp/mmx-out", "a/../../out", "captions.jsonl", "a.png", ".", "..", "a" * 300, "a\0b", "\ud800", "\x1b[2J",
+         "a.png/b", "new/deep/a.png", "/dev/zero", "../outside/secret")
+TYPES = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE,
+         tarfile.CONTTYPE, tarfile.GNUTYPE_SPARSE, b"Z")
+PAX = ({"path": "../out"}, {"linkpath": "/etc/passwd"}, {"size": "-1"}, {"size": "9" * 30}, {"mtime": "nan"}, {"uid": "x"},
+       {"GNU.sparse.map": "0,1"}, {"GNU.sparse.size": "1099511627776"}, {"a" * 1000: "b"})
 NUMBERS = (0, 1, 2, 7, 8, 255, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
 
 
-def folder(draw, files: dict[str, bytes], into: Path, outside: Path) -> None:
+def folder(rng, files: dict[str, bytes], into: Path, outside: Path) -> None:
     """Writes `files` into a folder, with some of them damaged; links lead to `outside`."""
     files = dict(files)
-    for _ in range(draw(st.sampled_from((1, 1, 1, 2, 4)))):
-        name = draw(st.sampled_from(sorted(files)))
-        files[name] = damaged(draw, name, files[name])
-    special = draw(st.sampled_from((None,) * 12 + ("link", "pipe", "folder", "missing", "device", "loop", "other", "empty")))
-    victim = draw(st.sampled_from(sorted(files)))
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        name = rng.choice(sorted(files))
+        files[name] = damaged(rng, name, files[name])
+    special = rng.choice((None,) * 12 + ("link", "pipe", "folder", "missing", "device", "loop", "other", "empty"))
+    victim = rng.choice(sorted(files))
     for name, raw in files.items():
         path = into / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if special == "other" and name == victim:
-            raw = files[draw(st.sampled_from(sorted(files)))]
+            raw = files[rng.choice(sorted(files))]
         path.write_bytes(b"" if special == "empty" and name == victim else raw)
     path = into / victim
     if special in ("link", "pipe", "folder", "missing", "device", "loop"):
@@ -54,11 +60,11 @@ def folder(draw, files: dict[str, bytes], into: Path, outside: Path) -> None:
         path.symlink_to(path)
 
 
-def damaged(draw, name: str, raw: bytes) -> bytes:
+def damaged(rng, name: str, raw: bytes) -> bytes:
     kind = _kind(name, raw)
-    if kind and draw(st.integers(0, 3)):
-        return kind(draw, raw)
-    return spoilt(draw, raw)
+    if kind and rng.randint(0, 3):
+        return kind(rng, raw)
+    return spoilt(rng, raw)
 
 
 def _kind(name: str, raw: bytes):
@@ -68,34 +74,36 @@ def _kind(name: str, raw: bytes):
         return lines
     if name.endswith(".npz"):
         return archive
+    if ".tar" in name:
+        return tar
     if raw[:8] == b"\x89PNG\r\n\x1a\n":
         return png
     return tree if raw[:1] in (b"{", b"[") else None
 
 
-def spoilt(draw, raw: bytes) -> bytes:
+def spoilt(rng, raw: bytes) -> bytes:
     """Bytes flipped, overwritten by numbers, taken out, repeated, cut off."""
     raw = bytearray(raw)
-    for _ in range(draw(st.sampled_from((1, 1, 2, 4, 8)))):
-        at = draw(st.integers(0, max(len(raw) - 1, 0)))
-        match draw(st.integers(0, 7)):
+    for _ in range(rng.choice((1, 1, 2, 4, 8))):
+        at = rng.randint(0, max(len(raw) - 1, 0))
+        match rng.randint(0, 7):
             case 0 | 1:
                 if raw:
-                    raw[at] ^= 1 << draw(st.integers(0, 7))
+                    raw[at] ^= 1 << rng.randint(0, 7)
             case 2:
-                raw[at:at + 1] = bytes([draw(st.sampled_from((0, 10, 34, 44, 91, 123, 127, 255)))])
+                raw[at:at + 1] = bytes([rng.choice((0, 10, 34, 44, 91, 123, 127, 255))])
             case 3:
-                form, number = draw(st.sampled_from(("<Q", ">Q", "<I", ">I", "<H", ">H"))), draw(st.sampled_from(NUMBERS))
+                form, number = rng.choice(("<Q", ">Q", "<I", ">I", "<H", ">H")), rng.choice(NUMBERS)
                 packed = struct.pack(form, number % (1 << 8 * struct.calcsize(form)))
                 raw[at:at + len(packed)] = packed
             case 4:
-                del raw[at:at + draw(st.integers(1, 64))]
+                del raw[at:at + rng.randint(1, 64)]
             case 5:
-                raw[at:at] = raw[at:at + draw(st.integers(1, 64))] * draw(st.sampled_from((1, 2, 1000)))
+                raw[at:at] = raw[at:at + rng.randint(1, 64)] * rng.choice((1, 2, 1000))
             case 6:
                 del raw[at:]
             case 7:
-                raw[at:at] = draw(st.binary(min_size=1, max_size=16))
+                raw[at:at] = rng.randbytes(rng.randint(1, 16))
     return bytes(raw)
 
 
@@ -103,30 +111,30 @@ class Raw(str):
     """JSON that is put into a text as it stands."""
 
 
-def tree(draw, raw: bytes) -> bytes:
+def tree(rng, raw: bytes) -> bytes:
     """A JSON text with some of its fields changed, moved, taken out or named twice."""
     if raw.count(b"[" * 80) + raw.count(b'{"a":' * 80):      # where Python gives up depends on who called
-        return spoilt(draw, raw)
+        return spoilt(rng, raw)
     try:
         value = [json.loads(raw)]
-    except ValueError:
-        return spoilt(draw, raw)
-    for _ in range(draw(st.sampled_from((1, 1, 2, 3)))):
+    except (ValueError, RecursionError):
+        return spoilt(rng, raw)
+    for _ in range(rng.choice((1, 1, 2, 3))):
         places = list(_places(value, 400))
-        outer, key = places[draw(st.integers(0, len(places) - 1))]
-        match draw(st.integers(0, 7)):
+        outer, key = places[rng.randint(0, len(places) - 1)]
+        match rng.randint(0, 7):
             case 0 | 1 | 2:
-                outer[key] = copy.deepcopy(draw(st.sampled_from(VALUES)))
+                outer[key] = copy.deepcopy(rng.choice(VALUES))
             case 3 | 4:
-                outer[key] = Raw(draw(st.sampled_from(RAW)))
+                outer[key] = Raw(rng.choice(RAW))
             case 5:
                 if outer is not value:
                     del outer[key]
             case 6:
-                there, its = places[draw(st.integers(0, len(places) - 1))]
+                there, its = places[rng.randint(0, len(places) - 1)]
                 outer[key] = json.loads(json.dumps(there[its], default=str)) if there is not value else 0
             case 7:
-                new = draw(st.sampled_from(KEYS))
+                new = rng.choice(KEYS)
                 if isinstance(outer, dict):
                     outer[str(new)] = outer.pop(key)
     return written(value[0]).encode("utf-8", "surrogatepass")
@@ -159,67 +167,104 @@ def written(value) -> str:
     return re.sub(r'"@raw(\d+)@"', lambda found: raws[int(found[1])], json.dumps(stand_in(value)))
 
 
-def tensors(draw, raw: bytes) -> bytes:
+def tensors(rng, raw: bytes) -> bytes:
     """A safetensors file with another header, of its own length or of a wrong one."""
     end = 8 + int.from_bytes(raw[:8], "little")
-    header, data = tree(draw, raw[8:end]), raw[end:]
-    length = draw(st.sampled_from((len(header),) * 8 + NUMBERS))
-    data = draw(st.sampled_from((data,) * 6 + (data[:-1], data + b"\0", b"")))
+    header, data = tree(rng, raw[8:end]), raw[end:]
+    length = rng.choice((len(header),) * 8 + NUMBERS)
+    data = rng.choice((data,) * 6 + (data[:-1], data + b"\0", b""))
     return struct.pack("<Q", length) + header + data
 
 
-def lines(draw, raw: bytes) -> bytes:
+def lines(rng, raw: bytes) -> bytes:
     """One of the lines is damaged."""
     found = raw.split(b"\n")
-    at = draw(st.integers(0, len(found) - 1))
-    found[at] = tree(draw, found[at]) if found[at][:1] == b"{" and draw(st.booleans()) else spoilt(draw, found[at])
+    at = rng.randint(0, len(found) - 1)
+    found[at] = tree(rng, found[at]) if found[at][:1] == b"{" and rng.random() < 0.5 else spoilt(rng, found[at])
     return b"\n".join(found)
 
 
-def archive(draw, raw: bytes) -> bytes:
+def archive(rng, raw: bytes) -> bytes:
     """A zip whose parts were damaged before they were packed: its check sums are right."""
     out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(out, "w") as new:
-        names = old.namelist()
-        victim, how = draw(st.sampled_from(names)), draw(st.integers(0, 4))
-        for name in names:
-            part = old.read(name)
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as old:
+            parts = {name: old.read(name) for name in old.namelist()}
+    except Exception:       # it was damaged before: zipfile has many errors
+        return spoilt(rng, raw)
+    if not parts:
+        return spoilt(rng, raw)
+    with zipfile.ZipFile(out, "w") as new:
+        victim, how = rng.choice(list(parts)), rng.randint(0, 4)
+        for name, part in parts.items():
             kind = zipfile.ZIP_STORED
             if name == victim and how == 0:
-                part = spoilt(draw, part)
+                part = spoilt(rng, part)
             elif name == victim and how == 1:
-                old_text = re.search(rb"\{.*\}", part)[0]
-                text = draw(st.sampled_from((b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
+                old_text = (re.search(rb"\{.*\}", part) or [part[:100]])[0]
+                text = rng.choice((b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
                                              b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,), }",
                                              b"{'descr': '<f4', 'fortran_order': True, 'shape': (-1,), }",
-                                             b"(" * 40, b"{'descr': '<U99999999', 'fortran_order': False, 'shape': (), }")))
+                                             b"(" * 40, b"{'descr': '<U99999999', 'fortran_order': False, 'shape': (), }"))
                 part = part.replace(old_text, text.ljust(len(old_text)))
             elif name == victim and how == 2:
                 kind = zipfile.ZIP_DEFLATED
-                part += bytes(draw(st.sampled_from((0, 1, 50_000_000))))
+                part += bytes(rng.choice((0, *(1,) * 8, 50_000_000)))
             elif name == victim and how == 3:
                 continue
-            new.writestr(draw(st.sampled_from(("../x.npy", "x"))) if name == victim and how == 4 else name, part, kind)
+            new.writestr(rng.choice(("../x.npy", "x")) if name == victim and how == 4 else name, part, kind)
     return out.getvalue()
 
 
-def png(draw, raw: bytes) -> bytes:
+def tar(rng, raw: bytes) -> bytes:
+    """A tar, packed as it was, whose member has another name, kind, goal or size, or other content: its sums are right."""
+    kind = {b"\x1f\x8b": "gz", b"\xfd7": "xz", b"BZ": "bz2"}.get(raw[:2], "")
+    out = io.BytesIO()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(raw)) as old:
+            members = [(member, old.extractfile(member).read() if member.isfile() else b"") for member in old]
+    except Exception:       # it was damaged before
+        return spoilt(rng, raw)
+    if not members:
+        return spoilt(rng, raw)
+    victim = members[rng.randint(0, len(members) - 1)][0]
+    with tarfile.open(fileobj=out, mode=f"w:{kind}") as new:
+        for member, data in members:
+            if member is victim:
+                match rng.randint(0, 3):
+                    case 0:
+                        member.name = rng.choice(NAMES)
+                    case 1:
+                        member.type, member.linkname = rng.choice(TYPES), rng.choice(NAMES)
+                    case 2:
+                        data = lines(rng, data)
+                        member.size = len(data)
+                    case 3:
+                        member.mode, member.pax_headers = 0o7777, rng.choice(PAX)
+            with contextlib.suppress(Exception):        # what tar cannot say
+                new.addfile(member, io.BytesIO(data))
+                if member is victim and rng.random() < 0.5:
+                    new.addfile(member, io.BytesIO(data))
+    return out.getvalue() if kind or rng.random() < 0.5 else spoilt(rng, out.getvalue())
+
+
+def png(rng, raw: bytes) -> bytes:
     """A PNG with one chunk damaged and its check sum put right."""
     chunks, at = [], 8
     while at + 12 <= len(raw):
         length = int.from_bytes(raw[at:at + 4], "big")
         chunks.append((raw[at + 4:at + 8], raw[at + 8:at + 8 + length]))
         at += 12 + length
-    victim = draw(st.integers(0, len(chunks) - 1))
+    victim = rng.randint(0, len(chunks) - 1)
     name, data = chunks[victim]
-    if name == b"IHDR" and draw(st.booleans()):
-        sides = st.sampled_from((0, 1, 31, 4096, 8193, 60_000, 2**31 - 1))
-        data = struct.pack(">II", draw(sides), draw(sides)) + data[8:]
-    elif name == b"IDAT" and draw(st.booleans()):
-        data = zlib.compress(bytes(draw(st.sampled_from((0, 10, 10_000_000)))))
+    if name == b"IHDR" and rng.random() < 0.5:
+        sides = rng.choices((0, 1, 31, 4096, 8193, 60_000, 2**31 - 1), k=2)
+        data = struct.pack(">II", *sides) + data[8:]
+    elif name == b"IDAT" and rng.random() < 0.5:
+        data = zlib.compress(bytes(rng.choice((0, 10, 10_000_000))))
     else:
-        data = spoilt(draw, data)
-    chunks[victim] = draw(st.sampled_from((name, name, name, b"tEXt", b"iCCP", b"zTXt", b"eXIf", b"acTL", b"fdAT"))), data
-    chunks[victim:victim + 1] *= draw(st.sampled_from((0, 1, 1, 1, 2, 100)))
+        data = spoilt(rng, data)
+    chunks[victim] = rng.choice((name, name, name, b"tEXt", b"iCCP", b"zTXt", b"eXIf", b"acTL", b"fdAT")), data
+    chunks[victim:victim + 1] *= rng.choice((0, 1, 1, 1, 2, 100))
     return raw[:8] + b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
                               for name, data in chunks)

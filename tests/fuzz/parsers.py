@@ -1,8 +1,11 @@
 """Every reader of files from others: whole files for it, and the reading. What it raises may be a ConfigError of one line."""
 import contextlib
 import functools
+import io
 import json
+import os
 import shutil
+import tarfile
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from mmx import config, released
-from mmx.data import images, sources, tokens
+from mmx import config, released, untrusted
+from mmx.data import captions, images, sources, tokens
 
 MODEL = config.Model(vocab=270, dim=4, layers=2, pattern="LS", heads=2, kv_heads=1, head_dim=2, rotary_dim=2, experts=2,
                      expert_dim=4, top_k=1)
@@ -257,21 +260,80 @@ def read_workdir(folder: Path):
         raise told[0]
 
 
+@functools.cache
+def archive_files():
+    rows = [{"image": "a.png", "title": "one"}, {"image": "a.png", "name": "two"}]
+    parts = {"captions.jsonl": "\n".join(map(json.dumps, rows)).encode(), "a.png": image_files()["a.png"]}
+
+    def write(folder):
+        for name, mode in (("a.tar", "w"), ("b.tar.gz", "w:gz"), ("c.tar.xz", "w:xz"), ("d.tar.bz2", "w:bz2")):
+            with tarfile.open(folder / name, mode) as tar:
+                for part, raw in parts.items():
+                    about = tarfile.TarInfo(part)
+                    about.size = len(raw)
+                    tar.addfile(about, io.BytesIO(raw))
+    return whole_files(write)
+
+
+def read_archives(folder: Path):
+    """Unpacked, and read as a source."""
+    told, there = [], set(folder.iterdir())
+    for path in sorted(there):
+        into = folder / "into" / path.name
+        try:
+            captions.unpack(path, into)
+            sources.documents(str(into), "train")
+        except config.ConfigError as error:
+            told.append(error)
+    if wrong := {*folder.iterdir(), *(folder / "into").glob("*")} - there - {folder / "into"} - {
+            folder / "into" / path.name for path in there}:
+        raise AssertionError(f"written outside: {wrong}")
+    if told:
+        raise told[0]
+
+
+@functools.cache
+def override_files():
+    overrides = "train.ramp=((0,1),(100,2))", "model.aux=hf", "train.lr=1e-3", "data.sources=('sotu',)"
+    return {"overrides.txt": "\n".join(f"--config.{each}" for each in overrides).encode(), "lengths.txt": b"512,1k,4M"}
+
+
+def read_overrides(folder: Path):
+    """`--config.KEY=VALUE`, one a line, the first ones each by itself, as a command has it, and all together; --lengths."""
+    from mmx import experiments
+
+    told = []
+    lines = [os.fsdecode(line) for line in untrusted.content(folder / "overrides.txt").split(b"\n")]
+    for given in (*[[line] for line in lines[:2]], lines):
+        try:
+            experiments._override(config.default(), given)
+        except config.ConfigError as error:
+            told.append(error)
+    config.lengths(os.fsdecode(untrusted.content(folder / "lengths.txt")))
+    if told:
+        raise told[0]
+
+
 # ---- Orbax, prefixes ----
+
+def trained():
+    """Parameters, and an optimizer's state."""
+    import jax.numpy as jnp
+
+    params = {"embed_WD": jnp.zeros((MODEL.vocab, MODEL.dim)), "groups": {"layer_0": {"norm_D": jnp.ones((1, 4))}}}
+    return params, {"mu": params, "count": jnp.zeros((), jnp.int32)}
+
 
 @functools.cache
 def orbax_files():
-    import jax.numpy as jnp
-
     from mmx import checkpoint, convert
 
     def write(folder):
         write_released(folder / "hf", shard_bytes=1 << 30)
         convert.from_hf(folder / "hf", folder / "converted", progress=False)
         shutil.rmtree(folder / "hf")
-        params = {"embed_WD": jnp.zeros((MODEL.vocab, MODEL.dim)), "groups": {"layer_0": {"norm_D": jnp.ones((1, 4))}}}
         kept = checkpoint.Checkpoints(folder / "trained", 1, 1)
-        kept.save(3, params, {"mu": params, "count": jnp.zeros((), jnp.int32)}, {"documents": [1, 2]}, force=True)
+        kept.save(3, *trained(), {"documents": [1, 2]}, force=True)
         kept.close()
 
     def made(folder):
@@ -281,21 +343,23 @@ def orbax_files():
 
 
 def read_orbax(folder: Path):
-    """A converted checkpoint as conversion reads it, and each array of one that was trained."""
+    """A converted checkpoint as conversion reads it; one that was trained as its run is restored, without its checksums
+    and with them."""
+    import jax
+
     from mmx import checkpoint, convert
 
     told = []
+    params, opt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trained())
     try:
         source = convert.open_source(folder / "converted")
         for leaf in released.leaves(source.model):
             source.read_leaf(None, leaf)
     except config.ConfigError as error:
         told.append(error)
-    for item in ("params", "opt"):
+    for verify in (False, True):
         try:
-            found = checkpoint.find_step(folder / "trained")
-            for array in checkpoint.open_arrays(found[1], item).values() if found else ():
-                checkpoint.read(array)
+            checkpoint.Checkpoints(folder / "trained", 1, 1, verify).restore(params, opt)
         except config.ConfigError as error:
             told.append(error)
     if told:
@@ -331,4 +395,5 @@ PARSERS = {     # files, reader
     "safetensors": (safetensors_files, read_safetensors), "released": (released_files, read_released),
     "config": (config_files, read_config), "tokenizer": (tokenizer_files, read_tokenizer), "images": (image_files, read_images),
     "sources": (source_files, read_sources), "suites": (suite_files, read_suites), "runs": (run_files, read_runs),
-    "workdir": (workdir_files, read_workdir), "orbax": (orbax_files, read_orbax), "prefix": (prefix_files, read_prefix)}
+    "workdir": (workdir_files, read_workdir), "orbax": (orbax_files, read_orbax), "prefix": (prefix_files, read_prefix),
+    "archives": (archive_files, read_archives), "overrides": (override_files, read_overrides)}
