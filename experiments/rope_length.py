@@ -9,7 +9,7 @@ Protocol: four layers, 64 wide, dense, heads of 16 dims of which 0, 8 or 16 turn
 (LLLS), whose lightning layers know nothing of positions. Bytes of the embedded corpus in rows of 256; read are rows of 2,048
 held-out bytes. A needle has to be trained for (needle.py). Two learning rates, three seeds.
 Hours: 0.3, of 36 runs that shared one H100, on 2026-11-27.
-Result: the hybrid without RoPE reads 2,048 bytes as well as 256 (1.29 nats a byte); with half or full RoPE that rises to 2.8 and
+Result: the hybrid without RoPE reads 2,048 bytes as well as 256 (1.29 nats a byte); with half or full RoPE it comes to 2.8 and
 3.3 beyond 256, softmax alone to 4 whatever turns. Half RoPE is the best of the three within 256 bytes.
 """
 from mmx.config import ConfigError, default

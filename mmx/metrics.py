@@ -16,7 +16,7 @@ from mmx import atomic, config, untrusted
 
 SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate",
            "overflow_rate", "skipped", "rollbacks")
-FIGURES = ("step", "seconds", "tokens", "loss", "bits_per_byte", "tokens_per_s")     # every step has them
+FIGURES = ("step", "seconds", "tokens", "loss", "bits_per_byte", "tokens_per_s")     # that a reader may count on
 MOST_BYTES = 1 << 30        # of metrics.jsonl: 1,000,000 steps
 
 
@@ -163,11 +163,11 @@ def latest(workdir: Path) -> dict | None:
 
 
 def _record(line: bytes) -> dict:
-    """A line of metrics.jsonl; raises ValueError unless it has FIGURES, and all in it are numbers or lists of them."""
+    """A line of metrics.jsonl, of FIGURES that it lacks nan; raises ValueError where it has no step, or what are no numbers."""
     record = untrusted.loads(line)
-    if not (isinstance(record, dict) and all(name in record for name in FIGURES)):
+    if not isinstance(record, dict):
         raise ValueError("no step of a run")
-    record = {name: _each(value, _number) for name, value in record.items()}
+    record = dict.fromkeys(FIGURES, math.nan) | {name: _each(value, _number) for name, value in record.items()}
     if not (isinstance(record["step"], int) and all(isinstance(record[name], (int, float)) for name in FIGURES)):
         raise ValueError("no step of a run")
     return record

@@ -12,7 +12,8 @@ from mmx.config import Train
 
 
 def record(step, **changes):
-    return {"step": step, "loss": 2.0 + step, **dict.fromkeys(metrics.SCALARS[1:], 0.5), "seconds": 1.0, **changes}
+    known = dict.fromkeys(metrics.SCALARS[1:], 0.5)
+    return {"step": step, "loss": 2.0 + step, **known, "tokens": 64 * step, "seconds": 1.0} | changes
 
 
 def write(workdir, steps, begin=0, board=True, **options):
@@ -46,10 +47,13 @@ def test_a_restart_cuts_what_it_makes_again(tmp_path):
 
 def test_nothing_to_read_is_no_record(tmp_path):
     assert metrics.read(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n{"loss": 1.0}\n')
+    [found] = metrics.read(tmp_path)
+    assert found["step"] == 7 and np.isnan([found[name] for name in metrics.FIGURES[1:]]).all()
 
 
 def test_the_latest_line_is_read_whatever_stands_before_it(tmp_path):
-    lines = [json.dumps({"step": step, "layer_norms": [0.1] * 5000}) for step in (1, 2)]
+    lines = [json.dumps(record(step, layer_norms=[0.1] * 5000)) for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n{\"step\": 3")
     assert metrics.latest(tmp_path)["step"] == 2
 
