@@ -393,6 +393,12 @@ def test_overrides_of_no_key(override, message):
         experiments._override(config.default(), [override])
 
 
+def test_lengths_of_a_megabyte_are_not_told_whole():
+    with pytest.raises(ConfigError, match="does not parse: give tokens with commas") as told:
+        config.lengths("\udcff" * 10**6)
+    assert len(str(told.value)) < 1000
+
+
 def test_a_key_as_long_as_its_file_is_told_soon():
     """difflib makes half a gigabyte of it."""
     before = time.process_time()
