@@ -88,6 +88,7 @@ class Checkpoints:
         self.directory, self.every, self.keep, self.verify = Path(workdir).absolute() / "checkpoints", every, keep, verify
         self.saving = None      # the step that is being saved
         logging.getLogger("absl").addFilter(_from_elsewhere)
+        ts.experimental_collect_matching_metrics = _no_metrics
         if sys.unraisablehook is not _unraisable:
             _unraisable.before, sys.unraisablehook = sys.unraisablehook, _unraisable
 
@@ -224,6 +225,11 @@ def agreed(problem: str) -> str:
 def _from_elsewhere(record: logging.LogRecord) -> bool:
     """Not what Orbax's threads print of errors that `Checkpoints` raises."""
     return "orbax" not in record.pathname
+
+
+def _no_metrics(*_, **__) -> list:
+    """What Orbax asks TensorStore for at each save, to log a rate: TensorStore keeps every string and number of its answer."""
+    return []
 
 
 def _unraisable(args) -> None:

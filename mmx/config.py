@@ -473,7 +473,7 @@ def lengths(text: str) -> list[int]:
     """Tokens of "512,1k,4M", each once, in that order; 1k is 1,024 and 1M is 1,048,576."""
     parts = [re.fullmatch(r"([0-9]{1,10})([km]?)", part.strip().lower()) for part in text.split(",")]
     found = [int(part[1]) * {"": 1, "k": 2 ** 10, "m": 2 ** 20}[part[2]] if part else 0 for part in parts]
-    _require(all(found), f"--lengths {text!r} does not parse: give tokens with commas, as 512,1k,4M (1k = 1,024)")
+    _require(all(found), f"--lengths {text!r:.200} does not parse: give tokens with commas, as 512,1k,4M (1k = 1,024)")
     return list(dict.fromkeys(found))
 
 
@@ -486,7 +486,7 @@ def nearest(key: str, known) -> str:
 def _known(prefix, values, known):
     for key in values:
         if key not in known:
-            raise ConfigError(f"unknown config key {prefix}{key}{nearest(key, known)}")
+            raise ConfigError(f"unknown config key {prefix}{key:.200}{nearest(key, known)}")
 
 
 def typed(key, value, kind):

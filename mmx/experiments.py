@@ -53,12 +53,15 @@ def kinds() -> dict[str, str]:
 
 def _override(found: ConfigDict, overrides: list[str]) -> config.Experiment:
     known = kinds()
+    before = ""
     for override in overrides:
         key = re.match(r"--?(?:no)?config\.([^=]*)", override)
-        if not key:     # absl looks for a likely flag by a recursion as deep as the argument is long
-            raise ConfigError(f"unknown argument {override!r}; overrides are --config.SECTION.KEY=VALUE")
-        if key[1] not in known:
-            raise ConfigError(f"unknown config key {key[1]}{config.nearest(key[1], known)}")
+        value = before.startswith("--config.") and "=" not in before and known[before[len("--config."):]] != "bool"
+        if not key and override.startswith("-") and not value:      # absl: a recursion as deep as the argument is long
+            raise ConfigError(f"unknown argument {override!r:.200}; overrides are --config.SECTION.KEY=VALUE")
+        before = override
+        if key and key[1] not in known:
+            raise ConfigError(f"unknown config key {key[1]:.200}{config.nearest(key[1], known)}")
     values = flags.FlagValues()
     arguments = ["mmx", *overrides]
     try:

@@ -16,7 +16,7 @@ from mmx import atomic, config, untrusted
 
 SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate",
            "overflow_rate", "skipped", "rollbacks")
-FIGURES = ("step", "seconds", "tokens", "loss", "bits_per_byte", "tokens_per_s")     # that a reader may count on
+FIGURES = {"step", "seconds", "tokens", *SCALARS}      # numbers, where others may be lists
 MOST_BYTES = 1 << 30        # of metrics.jsonl: 1,000,000 steps
 
 
@@ -134,8 +134,9 @@ class _Events:
             raise self.problem
 
 
-def read(workdir: Path) -> list[dict]:
-    """The lines of metrics.jsonl (none without one), nan for null; what follows a damaged one is left out.
+def read(workdir: Path, *names: str) -> list[dict]:
+    """The lines of metrics.jsonl (none without one) that have these names, nan for null; what follows a damaged one is left
+    out.
 
     Raises ConfigError where it is no plain file, or of more than MOST_BYTES.
     """
@@ -145,7 +146,7 @@ def read(workdir: Path) -> list[dict]:
             records.append(_record(line))
         except ValueError:
             break
-    return records
+    return [record for record in records if all(name in record for name in names)]
 
 
 def latest(workdir: Path) -> dict | None:
@@ -163,14 +164,15 @@ def latest(workdir: Path) -> dict | None:
 
 
 def _record(line: bytes) -> dict:
-    """A line of metrics.jsonl, of FIGURES that it lacks nan; raises ValueError where it has no step, or what are no numbers."""
+    """A line of metrics.jsonl; raises ValueError unless it has a step, and all in it are numbers or lists of them."""
     record = untrusted.loads(line)
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
         raise ValueError("no step of a run")
-    record = dict.fromkeys(FIGURES, math.nan) | {name: _each(value, _number) for name, value in record.items()}
-    if not (isinstance(record["step"], int) and all(isinstance(record[name], (int, float)) for name in FIGURES)):
-        raise ValueError("no step of a run")
-    return record
+    return {name: (_number if name in FIGURES else _numbers)(value) for name, value in record.items()}
+
+
+def _numbers(value):
+    return _each(value, _number)
 
 
 def _number(x) -> int | float:

@@ -1,9 +1,11 @@
 """Checkpoints: what is saved comes back bit by bit, half-written steps are ignored, another config is refused."""
 import dataclasses
 import errno
+import gc
 import json
 import re
 import shutil
+import sys
 import time
 from types import SimpleNamespace
 
@@ -253,6 +255,19 @@ def test_a_save_that_fails_is_told_and_removes_nothing(tmp_path, monkeypatch):
     checkpoints.save(3, params, opt, {})
     checkpoints.close()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+def test_saves_hold_nothing(tmp_path):
+    """Python's blocks; that TensorStore's answers stay was 540 a save."""
+    checkpoints, held = Checkpoints(tmp_path, every=1, keep=1), []
+    for step in range(15):
+        checkpoints.save(step, {"a_D": jnp.zeros(3)}, {"step": jnp.zeros(())}, {})
+        checkpoints.wait()
+        if step in (4, 14):
+            gc.collect()
+            held.append(sys.getallocatedblocks())
+    checkpoints.close()
+    assert held[1] - held[0] < 10 * 250
 
 
 def test_room_is_asked_for_before_it_is_needed(tmp_path, monkeypatch):

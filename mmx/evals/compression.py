@@ -23,6 +23,8 @@ from mmx.data import packing, pipeline, tokens
 from mmx.loss import cross_entropy
 from mmx.model import Model
 
+CURVE = "seconds", "tokens", "bits_per_byte"    # what of a run's steps is told and drawn
+
 
 def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, context: int, loss_chunk: int, sharding=None):
     """A function (params, [(name, raw bytes)], limit) -> {name: bits per byte, ..., "all": ...}, jitted once.
@@ -95,7 +97,7 @@ def evaluate_checkpoint(path, split: str = "validation", source: str | None = No
     found, step = measure(path, split, source, weights_dtype, limit), checkpoint.find_step(path)
     documents, records = found["documents"], []
     if step:
-        records = [r for r in metrics.read(step[0]) if r["step"] <= int(step[1].name)]
+        records = [r for r in metrics.read(step[0], *CURVE) if r["step"] <= int(step[1].name)]
     result = {"bits_per_byte": found["bits_per_byte"]} | baselines(documents)
     result |= {"split": split, "files": len(documents), "bytes": sum(len(raw) for _, raw in documents),
                "per_file": found["per_file"]}
@@ -120,7 +122,7 @@ def plot_curve(workdir: Path, result: dict, path: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = [r for r in metrics.read(workdir) if r["step"] <= result["steps"]]
+    records = [r for r in metrics.read(workdir, *CURVE) if r["step"] <= result["steps"]]
     guarded = guard_marks(records)
     records = [r for r in records if math.isfinite(r["bits_per_byte"])]
     if not records:

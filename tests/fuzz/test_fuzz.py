@@ -210,14 +210,21 @@ def within(seconds):
 
 
 @pytest.mark.parametrize("line", [
-    {"step": None}, {"step": 1, "loss": "x"}, {"tokens": 10**400}, {"seconds": [1]}, {"skipped": True}, {"step": 1.5}])
+    {"step": None}, {"loss": "x"}, {"tokens": 10**400}, {"seconds": [1]}, {"skipped": True}, {"step": 1.5}, {"layers": [[1]]}])
 def test_metrics_that_are_no_numbers_end_the_record(line, tmp_path):
-    whole = dict.fromkeys(metrics.FIGURES, 1)
+    whole = {"step": 1, "seconds": 1.0, "tokens": 2, "loss": 3.0, "bits_per_byte": 4.0}
     lines = [whole, whole | line, whole]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     assert metrics.read(tmp_path) == [whole]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines[:2]))
     assert metrics.latest(tmp_path) is None
+
+
+def test_a_curve_of_steps_without_figures_is_none(tmp_path):
+    from mmx.evals import compression
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "bits_per_byte": 3.0}\n')
+    assert compression.plot_curve(tmp_path, {"steps": 2}, tmp_path / "curve.png") is None
 
 
 def test_checksums_of_what_is_no_file(tmp_path):
@@ -384,6 +391,12 @@ def test_a_source_that_waits(tmp_path):
 def test_overrides_of_no_key(override, message):
     with pytest.raises(ConfigError, match=message):
         experiments._override(config.default(), [override])
+
+
+def test_lengths_of_a_megabyte_are_not_told_whole():
+    with pytest.raises(ConfigError, match="does not parse: give tokens with commas") as told:
+        config.lengths("\udcff" * 10**6)
+    assert len(str(told.value)) < 1000
 
 
 def test_a_key_as_long_as_its_file_is_told_soon():
