@@ -189,7 +189,12 @@ def spread(axes, x, values, color, label):
 
 # --- RoPE beyond the length of training ---
 
-FAR = "1024-2047"
+NEAR, FAR = "0-255", "1024-2047"
+
+
+def nats(where: str):
+    """A run's nats a byte there; one that diverged knows nothing."""
+    return lambda row: (row["by_place"] or {}).get(where, UNIFORM)
 
 
 def rope_length() -> list[Claim]:
@@ -203,12 +208,12 @@ def rope_length() -> list[Claim]:
             reaches(Claim(f"Half RoPE reaches further than was trained, without loss (section 2.4): {kind}",
                           where + "; 0.05 nats are none"), half),
             reaches(Claim(f"No RoPE does (ours): {kind}", where + "; 0.05 nats are none"), none)]
-        for words, place, above in (("Half RoPE costs nothing at the length of training", "0-255", -0.01),
+        for words, place, above in (("Half RoPE costs nothing at the length of training", NEAR, -0.01),
                                     ("Half RoPE reaches further than full RoPE", FAR, 0.0)):
             claim = Claim(f"{words}: {kind}", where + "; 0.01 nats are nothing" * bool(above))
             if half and full:
-                gap = better(*(over(arm, lambda row: row["by_place"][place]) for arm in (full, half)))
-                both = " against ".join(each(arm, lambda row: row["by_place"][place]) for arm in (half, full))
+                gap = better(*(over(arm, nats(place)) for arm in (full, half)))
+                both = " against ".join(each(arm, nats(place)) for arm in (half, full))
                 claim = told(claim, f"nats a byte at {place}: {both}; {gap.told()} lower", verdict(gap, above))
             claims.append(claim)
     return claims
@@ -218,9 +223,8 @@ def reaches(claim: Claim, arm: dict | None) -> Claim:
     """Whether the loss far beyond the length of training is that within it, but for 0.05 nats."""
     if not arm:
         return claim
-    near, far = (over(arm, lambda row: row["by_place"][place]) for place in ("0-255", FAR))
-    gap = better(near, far)
-    return told(claim, f"nats a byte at {FAR}: {interval(far.values()).told()}, at 0-255: {interval(near.values()).told()}",
+    gap = better(over(arm, nats(NEAR)), over(arm, nats(FAR)))
+    return told(claim, f"nats a byte at {FAR}: {each(arm, nats(FAR))}, at {NEAR}: {each(arm, nats(NEAR))}; {gap.told()} lower",
                 verdict(gap, -0.05))
 
 
@@ -232,9 +236,10 @@ def draw_rope_length(pyplot):
     for axes, pattern, title in zip(panels, ("LLLS", "S"), ("the hybrid, LLLS", "softmax alone")):
         for color, (turned, name) in enumerate(((0, "no RoPE"), (8, "half"), (16, "full"))):
             if (pattern, turned) in found:
-                seeds = [row["by_place"] for row in found[pattern, turned].values()]
-                spread(axes, [int(place.partition("-")[2]) + 1 for place in seeds[0]],
-                       [[seed[place] for seed in seeds] for place in seeds[0]], f"C{color}", name)
+                seeds = found[pattern, turned].values()
+                places = max((row["by_place"] or {} for row in seeds), key=len)
+                spread(axes, [int(place.partition("-")[2]) + 1 for place in places],
+                       [list(map(nats(place), seeds)) for place in places], f"C{color}", name)
         axes.axvline(256, color="k", linestyle=":", label="trained to here")
         axes.set(xlabel="bytes read, up to", title=title)
         axes.set_xscale("log", base=2)
@@ -304,10 +309,11 @@ def norm() -> list[Claim]:
     test = "[norm.py](../experiments/norm.py): loss on text after 300 steps"
     claims = []
     for layers in sorted({layers for _, layers in found}) or [48]:
-        for other, words in (("post", "DeepNorm trains deep models where plain post-norm does not (section 2.2; DeepNorm)"),
+        for other, words in (("post", "DeepNorm reaches a lower loss than plain post-norm (section 2.2; DeepNorm)"),
                              ("pre", "DeepNorm reaches a lower loss than pre-norm (Table 5)")):
-            claim = Claim(f"{words}: {layers} layers", test)
             one, two = found.get(("deepnorm", layers)), found.get((other, layers))
+            rates = sorted({row["lr"] for row in rows("norm") if row["layers"] == layers})
+            claim = Claim(f"{words}: {layers} layers", test + f"; at {rates[0]:g} alone" * (len(rates) == 1))
             if one and two:
                 gap = better(over(one, minus_loss), over(two, minus_loss))
                 failed = [sum(row["loss"] is None or row["loss"] > 3 for row in arm.values()) for arm in (one, two)]
@@ -438,13 +444,19 @@ def by_seed(found: list[dict]) -> dict:
 
 
 def critical_batch() -> list[Claim]:
-    claim = Claim("The critical batch grows as the loss falls, by a power law (Fig. 13; its four points: loss^-6.1)",
-                  "[critical_batch.py](../experiments/critical_batch.py): gradient noise scale of three sizes")
-    found = {seed: -slope(points) for seed, points in by_seed(rows("critical_batch")).items() if len(points) > 2}
-    if found:
-        power = interval(found.values())
-        claim = told(claim, f"noise scale ~ loss^-p, p = {power.told(digits=2)}", verdict(power))
-    return [claim]
+    test = "[critical_batch.py](../experiments/critical_batch.py): gradient noise scale of three sizes as loss^-p"
+    claims = [Claim("The critical batch grows as the loss falls (Fig. 13)", test),
+              Claim("It grows as loss^-6.1, or faster (the slope of Fig. 13's four points)", test)]
+    found = rows("critical_batch")
+    powers = {seed: -slope(points) for seed, points in by_seed(found).items() if len(points) > 2}
+    if powers:
+        of_size = [(dim, interval(-slope(noise(row)) for row in found if row["dim"] == dim and len(noise(row)) > 2))
+                   for dim in sorted({row["dim"] for row in found})]
+        words = f"p = {interval(powers.values()).told(digits=2)} of all together; " + ", ".join(
+            f"{power.told(digits=1)} at width {dim}" for dim, power in of_size)
+        claims = [told(claims[0], words, verdict(interval(powers.values()))),
+                  told(claims[1], words, verdict(interval(powers.values()), -PAPERS_SLOPE))]
+    return claims
 
 
 def draw_critical_batch(pyplot):
@@ -464,7 +476,7 @@ def draw_critical_batch(pyplot):
         for power, style, words in ((slope(every), "-", "fitted"), (PAPERS_SLOPE, ":", "the paper's slope")):
             axes.plot(np.exp(ends), np.exp(scale.mean() + power * (ends - loss.mean())), "k" + style, linewidth=1,
                       label=f"loss^{power:.1f}, {words}")
-    axes.set(xlabel="nats a byte, of training", ylabel="gradient noise scale, tokens", title="three seeds")
+    axes.set(xlabel="nats a byte, of training", ylabel="gradient noise scale, tokens", title="all seeds")
     axes.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(0.2))
     axes.xaxis.set_major_formatter("{x:.1f}")
     axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())

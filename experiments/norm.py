@@ -9,9 +9,10 @@ same without either factor; pre: the residual is the input as it is. Bytes of th
 300 steps (1.2 M tokens); the loss is that of 65,536 bytes of validation text, gradient norms by layer are means over the
 last twentieth of the steps and before clipping, which is at 1. A run has failed to train when its loss is above 3.0 nats,
 about what a byte's frequency tells, or when it ends in a number that is none. Two learning rates and three seeds an arm.
-Hours: 0.6, of 45 runs that shared one H100, on 2026-11-27; 48 layers with the lower rate alone, nine runs are left.
-Result: plain post-norm does not train at 48 layers (three of three) and hardly at 24; DeepNorm and pre-norm are alike at 8 and
-48, at 24 DeepNorm is 0.02 nats better.
+Hours: 0.1 of one H100 by the clock, 45 of the 54 runs, 15 at a time, on 2026-11-27; 48 layers have the lower rate alone.
+Result: plain post-norm does not train at 48 layers (three of three) and hardly at 24, whose better rate is the lower; DeepNorm
+and pre-norm are alike at 8, at 24 DeepNorm is 0.02 nats better. At 48 they are alike at 3e-3, at which pre-norm leads at 8
+and 24.
 """
 from mmx.config import ConfigError, default
 

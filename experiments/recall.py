@@ -9,9 +9,9 @@ a step. Eight layers 64 wide, dense, DeepNorm; 64 / head_dim heads, so that a li
 numbers. Accuracy is the share of a task's queries on 200 held-out documents whose likeliest next token is the value. Three
 learning rates and three seeds an arm; an arm is told at its best rate, of the mean over seeds and tasks.
 Hours: a run of SSSSSSSS takes a minute and a half of an H100, of LLLLLLLL twenty seconds.
-Result: not run. Tried on 2026-11-27 on one H100: this protocol at 1,500 steps of LLLLLLLL, and one of 256 ids, 128 rows of 256
-tokens and up to 64 pairs, where a key came again by chance: 49 M tokens, hybrid, three rates, one seed, 0.10 of the values at
-best, which is to know a row's values and not whose they are. More steps or easier tasks first are the next to try.
+Result: not run. Trials on 2026-11-27, on one H100, their rows not kept: LLLLLLLL at three rates came to 0.01; with 256 ids, 128
+rows of 256 tokens and up to 64 pairs, 49 M tokens, the hybrid to 0.10, which is to know a row's values and not whose they are.
+Keys then stood among what fills a row too; now they do not. More steps, or easier tasks first, are the next to try.
 """
 from mmx.config import ConfigError, default
 

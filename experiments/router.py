@@ -7,8 +7,9 @@ Protocol: four layers LLLS, 64 wide, 8 experts of 64, top-2, aux 0.01, trained o
 then 96 rows of 256 held-out bytes, in random order, are read in batches of 32 with capacity factors of 1 to 2, over the whole
 batch (the paper's global router) and over each of 4, 16 and 32 shards of its rows by itself. What is dropped by one layer is
 missed by the next. The model never met a drop in training: what a run that trains with drops would lose is not asked here.
-Hours: not measured yet.
-Result: not run.
+Hours: 0.3 of a core, on 2026-11-27.
+Result: at a capacity factor of 1.25 the whole batch's capacity drops 3.85 % of the assignments, that of 32 shards 4.54 %, which
+costs 0.001 nats a byte; at 1.0 1.1 % fewer and 0.008 nats, at 2.0 nothing is dropped by either.
 """
 from mmx.config import default
 

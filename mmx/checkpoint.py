@@ -31,7 +31,6 @@ from mmx.released import check_shapes, own_file, read_json
 
 KEY = re.compile(r"[\w-]{1,100}", re.ASCII)     # of a path in a parameter tree: it names a folder
 TIMEOUT = 30 * 24 * 3600    # seconds that a save may take by the wall clock, which may leap; dead processes are found otherwise
-TOKENIZER_BYTES = 64 << 20  # as mmx.data.tokens reads
 CHUNK_BYTES = 64 << 20      # of an array on disk: bounds what reading a slice decodes
 FREE = {    # what a resumed run may change, beside checkpoint and mesh: how long, how fast, what is shown
     "model": {"remat", "keep_arrived", "impl", "chunk", "token_groups", "ragged"},
@@ -228,7 +227,8 @@ def _from_elsewhere(record: logging.LogRecord) -> bool:
 
 
 def _no_metrics(*_, **__) -> list:
-    """What Orbax asks TensorStore for at each save, to log a rate: TensorStore keeps every string and number of its answer."""
+    """What Orbax asks TensorStore for at each save, to log a rate: TensorStore keeps every string and number of its answer.
+    It is so for the whole process."""
     return []
 
 
@@ -280,8 +280,8 @@ def check_config(workdir: str | Path, experiment: Experiment) -> None:
     files = {path: to_json(experiment).encode()}
     tokenizer = path.with_name("tokenizer.json")
     if name:
-        files[tokenizer] = untrusted.content(name, TOKENIZER_BYTES)
-    if tokenizer.exists() and untrusted.content(tokenizer, TOKENIZER_BYTES) != files.get(tokenizer):
+        files[tokenizer] = untrusted.content(name, untrusted.TOKENIZER_BYTES)
+    if tokenizer.exists() and untrusted.content(tokenizer, untrusted.TOKENIZER_BYTES) != files.get(tokenizer):
         raise ConfigError(f"data.tokenizer={experiment.data.tokenizer!r} is not the {tokenizer} that the run has: give "
                           f"--config.data.tokenizer={tokenizer}, or another --workdir")
     if path.exists():
@@ -373,12 +373,15 @@ def open_arrays(step: Path, item: str = "params", limits: dict = CONTEXT) -> dic
 
 def _check_metadata(folder: Path, names, key: str, store: dict, context) -> None:
     """Raises ConfigError for JSON of an array that would end the process in TensorStore: it has no limit of levels."""
-    with stored(f"{folder} is damaged"):
+    then = "; an older WORKDIR/checkpoints/STEP may be whole"
+    with stored(f"{folder} is damaged", then):
         files = ts.KvStore.open(store, context=context).result()
-    for name in names:
-        with stored(f"{folder} is damaged, tensor {name}"):
-            text = files.read(f"{name}/{key}").result().value
-            if text:        # TensorStore says that it is missing
+    texts = {name: files.read(f"{name}/{key}") for name in names}
+    for name, text in texts.items():
+        with stored(f"{folder} is damaged, tensor {name}", then):
+            if text := text.result().value:     # TensorStore says that it is missing
+                if len(text) > untrusted.JSON_BYTES:
+                    raise ValueError(f"its {key} has {len(text):,} bytes")
                 untrusted.loads(text)
 
 

@@ -3,7 +3,7 @@ import concurrent.futures
 import hashlib
 import json
 import os
-import sys
+import stat
 from pathlib import Path
 
 from mmx import untrusted
@@ -30,13 +30,12 @@ def write(folder: Path) -> None:
 def read(folder: Path) -> dict[str, list] | None:
     """(bytes, SHA-256) by file; None where the folder has no table. ValueError: the table is damaged."""
     try:
-        (folder / NAME).lstat()
-    except FileNotFoundError:
-        return None
-    try:
-        found = untrusted.loads(untrusted.content(folder / NAME, MOST_BYTES))
+        with _opened(folder / NAME) as file:
+            found = untrusted.loads(file.read(MOST_BYTES))
         if found["sha256"] == _own(found["files"]) and all(map(_plain, *zip(*found["files"].items()))):
             return found["files"]
+    except FileNotFoundError:
+        return None
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise ValueError(f"{NAME} is damaged")
@@ -62,9 +61,7 @@ def fault(folder: Path, below: str = "", share: int = 0, shares: int = 1) -> str
             return "" if _entry(path)[1] == digest else f"{name} differs from its checksum"
         except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing"
-        except IsADirectoryError:
-            return f"{name} is a folder"
-        except ValueError as error:     # a pipe, a name with a NUL
+        except ValueError as error:     # a folder, a pipe, a name with a NUL
             return f"{name}: {error}"
 
     with concurrent.futures.ThreadPoolExecutor() as threads:
@@ -78,8 +75,15 @@ def _files(folder: Path):
         yield from ((Path(top) / name).relative_to(folder).as_posix() for name in sorted(names))
 
 
+def _opened(path: Path):
+    """A file to read. What may not be read is not damaged: PermissionError; a folder or a pipe is: ValueError."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is no file")
+    return path.open("rb")
+
+
 def _entry(path: Path) -> list:
-    with untrusted.opened(path, sys.maxsize) as file:
+    with _opened(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return [file.tell(), digest]
 

@@ -248,9 +248,9 @@ def _tokenizer(directory: Path, ids: dict) -> str:
 def _side_files(source, out: Path):
     for name in SIDE_FILES:
         if source.beside and (source.beside / name).exists():
-            (out / name).write_bytes(untrusted.content(released.own_file(source.beside / name), tokens.MOST_BYTES))
+            (out / name).write_bytes(untrusted.content(released.own_file(source.beside / name), untrusted.TOKENIZER_BYTES))
     if not (out / "tokenizer.json").exists() and config.tokenizer_file(source.tokenizer):
-        (out / "tokenizer.json").write_bytes(untrusted.content(source.tokenizer, tokens.MOST_BYTES))
+        (out / "tokenizer.json").write_bytes(untrusted.content(source.tokenizer, untrusted.TOKENIZER_BYTES))
     if not (out / "generation_config.json").exists():
         (out / "generation_config.json").write_text(json.dumps(source.ids(), indent=1))
 

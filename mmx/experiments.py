@@ -53,15 +53,14 @@ def kinds() -> dict[str, str]:
 
 def _override(found: ConfigDict, overrides: list[str]) -> config.Experiment:
     known = kinds()
-    before = ""
+    awaited = False         # an argument that is the value of the one before
     for override in overrides:
-        key = re.match(r"--?(?:no)?config\.([^=]*)", override)
-        value = before.startswith("--config.") and "=" not in before and known[before[len("--config."):]] != "bool"
-        if not key and override.startswith("-") and not value:      # absl: a recursion as deep as the argument is long
+        key = None if awaited else re.match(r"--?(?:no)?config\.([^=]*)", override)
+        if not key and override.startswith("-") and not awaited:    # absl: a recursion as deep as the argument is long
             raise ConfigError(f"unknown argument {override!r:.200}; overrides are --config.SECTION.KEY=VALUE")
-        before = override
         if key and key[1] not in known:
             raise ConfigError(f"unknown config key {key[1]:.200}{config.nearest(key[1], known)}")
+        awaited = bool(key) and "=" not in override and known[key[1]] != "bool"
     values = flags.FlagValues()
     arguments = ["mmx", *overrides]
     try:

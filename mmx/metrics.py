@@ -135,8 +135,7 @@ class _Events:
 
 
 def read(workdir: Path, *names: str) -> list[dict]:
-    """The lines of metrics.jsonl (none without one) that have these names, nan for null; what follows a damaged one is left
-    out.
+    """The lines of metrics.jsonl (none without one) that have these names, nan for null; none behind a damaged one.
 
     Raises ConfigError where it is no plain file, or of more than MOST_BYTES.
     """
@@ -193,6 +192,14 @@ def _each(value, change):
 
 
 def _cut(path: Path, step: int):
-    kept = [_line(r) for r in read(path.parent) if r["step"] <= step]
-    with atomic.replacing(path) as file:
-        file.writelines(kept)
+    """Keeps the lines of steps up to `step`, before the first that is damaged, as they are: a file of any size."""
+    with contextlib.ExitStack() as stack:
+        lines = stack.enter_context(untrusted.opened(path, sys.maxsize)) if path.exists() else ()
+        file = stack.enter_context(atomic.replacing(path, "wb"))
+        for line in lines:
+            try:
+                kept = untrusted.loads(line)["step"] <= step
+            except (ValueError, KeyError, TypeError):
+                break
+            if kept:
+                file.write(line.removesuffix(b"\n") + b"\n")

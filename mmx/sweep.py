@@ -42,6 +42,7 @@ from mmx.guards import DivergedError
 
 PARTS = 20              # of a run, over each of which a row has means, of norms root mean squares, of COURSE in metrics.jsonl
 COURSE = ("tokens", "loss", "grad_norm", "micro_norm", "drop_rate")
+MOST_BYTES = 1 << 30    # of runs.jsonl
 STEPS = 12              # that measure a FLOP rate; the first two, which compile, do not count
 FAILED, MISTAKE, HELD, STOPPED, DONE = "failed", "mistake", "held", "stopped", "done"
 EXECUTORS = {"inline": 1, "local": 1, "slurm": 64}      # and how many runs at a time
@@ -220,7 +221,7 @@ def _row(cell: Cell, folder: Path, found: dict) -> dict:
     import jax
 
     e, m = cell.experiment, cell.experiment.model
-    records = metrics.read(folder)
+    records = metrics.read(folder, "loss")
     last = records[-max(1, len(records) // 20):]
     parts = [part.tolist() for part in np.array_split(np.array(records, object), max(1, min(PARTS, len(records))))]
     known = last[-1] if last else {}        # none: it diverged at the first step
@@ -278,14 +279,14 @@ def _write(path: Path, text: str) -> None:
         file.write(text + "\n")
 
 
-def _text(path: Path) -> str:
-    return untrusted.content(path).decode(errors="replace")
+def _text(path: Path, most: int = untrusted.JSON_BYTES) -> str:
+    return untrusted.content(path, most).decode(errors="replace")
 
 
 def collect(out: Path) -> dict[str, dict]:
     """The rows of all runs in OUT by hash: those of runs.jsonl, and those that runs left; runs.jsonl is made to have all."""
     path, rows = out / "runs.jsonl", {}
-    texts = _text(path).splitlines() if path.exists() else []
+    texts = _text(path, MOST_BYTES).splitlines() if path.exists() else []
     places = [f"{path}:{number}" for number in range(1, len(texts) + 1)]
     own = sorted(out.glob("runs/*/row.json"))
     for place, text in zip([*places, *own], texts + [_text(found) for found in own]):
@@ -413,7 +414,8 @@ class Board:
             done += share * cell.flops
             if state not in (DONE, "waiting"):
                 table.add_row(cell.name, state, f"{last.get('step', 0):,} of {cell.experiment.train.steps:,}",
-                              f"{last['loss']:.3f}" if last else "", f"{last['tokens_per_s']:,.0f}" if last else "")
+                              *(f"{last[name]:{form}}" if name in last else ""
+                                for name, form in (("loss", ".3f"), ("tokens_per_s", ",.0f"))))
         total, passed = sum(cell.flops for cell in self.todo), time.monotonic() - self.begin
         ended = list(self.states.values()).count(DONE)
         return Group(table, f"{ended} of {len(self.todo)} runs, {done / total:.0%} of the FLOPs, {passed / 60:.1f} minutes",

@@ -15,6 +15,7 @@ from pathlib import Path
 from mmx.config import ConfigError
 
 JSON_BYTES = 16 << 20       # of a header, an index or a config: 100,000 tensors' names and shapes
+TOKENIZER_BYTES = 64 << 20
 VALUES = 8_000_000          # of one JSON text: below 600 MB of Python's objects
 DEPTH = 64
 TOLD = 2000                 # characters of a message

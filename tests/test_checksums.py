@@ -1,7 +1,9 @@
 """checksums.json: what it finds is named, and a table that nobody wrote is damaged."""
+import errno
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +37,19 @@ def test_a_fault_is_named(name, text, told, folder):
     shares = [checksums.fault(folder, "", share, 3) for share in range(3)]
     assert all(shares) if name == checksums.NAME else sorted(map(bool, shares)) == [False, False, True]
     assert bool(checksums.fault(folder, "item/")) == (name != "a")
+
+
+@pytest.mark.parametrize("name", ["a", checksums.NAME])
+def test_what_may_not_be_read_is_not_damaged(name, folder, monkeypatch):
+    opened = Path.open
+
+    def denied(path, *args):
+        if path.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *args)
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(PermissionError):
+        checksums.fault(folder)
 
 
 @pytest.mark.parametrize("files", [

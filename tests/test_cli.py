@@ -105,6 +105,9 @@ def test_overrides_in_both_forms(place):
     assert experiments.read(file + ":9", []).train.steps == 9
     assert experiments.read(file + ":9", ["--config.train.steps=7"]).train.steps == 7
     assert experiments.read(file, ["--config.model.remat"]).model.remat is True
+    for form in ("--", "-"):
+        with pytest.raises(ConfigError, match="data.seed=-1 must be"):
+            experiments.read(file, [f"{form}config.data.seed", "-1", "--config.model.remat"])
 
 
 def test_overrides_stand_anywhere(place, capsys):

@@ -130,3 +130,25 @@ def test_loss_by_place(monkeypatch):
     x_NTD, _, _ = model.apply({"params": params}, tokens_NT)
     nats_NT = -np.take_along_axis(np.asarray(jax.nn.log_softmax(logits(params, x_NTD))), targets_NT[..., None], 2)[..., 0]
     assert found == {f"{a}-{b - 1}": pytest.approx(nats_NT[:, a:b].mean(), rel=1e-5) for a, b in ((0, 16), (16, 32), (32, 64))}
+
+
+def test_a_run_of_rope_length_that_diverged_knows_nothing(tmp_path, monkeypatch):
+    rows_of(tmp_path, monkeypatch, rope_length=[
+        {"pattern": "S", "turned": turned, "lr": 0.1, "seed": seed, "loss": None if seed == 2 else 1.0,
+         "by_place": None if seed == 2 else {"0-255": 1.0, "1024-2047": 1.0}} for turned in (0, 8, 16) for seed in range(3)])
+    half, _, _, far = F["rope_length"]()[4:]
+    assert "at 0-255: 2.515 (1.000 to 5.545)" in half.measured and far.verdict == "cannot tell"
+
+
+def test_the_critical_batch_grows_but_slower(tmp_path, monkeypatch):
+    """Norms that make a noise scale of 1000 loss^-2."""
+    losses = [3.0, 2.8, 2.5, 2.2, 2.0]
+    def norm(tokens):
+        return [(1 + 1000 * loss ** -2 / tokens) ** 0.5 for loss in losses]
+    rows_of(tmp_path, monkeypatch, critical_batch=[
+        {"dim": dim, "seed": seed, "tokens": 20480, "steps": 10, "micro": 8,
+         "course": {"loss": losses, "micro_norm": norm(256), "grad_norm": norm(2048)}}
+        for dim in (32, 64) for seed in range(3)])
+    grows, steeply = F["critical_batch"]()
+    assert (grows.verdict, steeply.verdict) == ("supports", "contradicts")
+    assert grows.measured.endswith("of all together; 2.0 (2.0 to 2.0) at width 32, 2.0 (2.0 to 2.0) at width 64")

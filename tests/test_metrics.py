@@ -8,7 +8,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmx import metrics
-from mmx.config import Train
+from mmx.config import ConfigError, Train
 
 
 def record(step, **changes):
@@ -143,3 +143,14 @@ def test_rate_is_of_the_tokens_since_the_last_call(tmp_path, monkeypatch):
     assert (log.tokens_per_s(120), log.tokens_per_s(160)) == (10.0, 10.0)
     monkeypatch.undo()
     log.close()
+
+
+def test_a_file_of_any_size_is_gone_on_with(tmp_path, monkeypatch):
+    """Lines stay as they are, those too that no reader would take; what is past the step or behind a damaged line goes."""
+    monkeypatch.setattr(metrics, "MOST_BYTES", 10)
+    lines = [*map(json.dumps, (record(1), {"step": 2, "note": "by hand"}, record(4), record(3))), '{"st', "{}"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    metrics.Log(tmp_path, Train(steps=100, tensorboard=False), 3, 0).close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [lines[0], lines[1], lines[3]]
+    with pytest.raises(ConfigError, match="more than 10"):
+        metrics.read(tmp_path)

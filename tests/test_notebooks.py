@@ -30,6 +30,8 @@ def folder(tmp_path_factory):
         for long, short in SHORTER.items():
             text = text.replace(long, short)
         path.write_text(text)
+    texts = [path.read_text() for path in NOTEBOOKS]
+    assert all(any(long in text for text in texts) for long in SHORTER)
     return place / "notebooks"
 
 

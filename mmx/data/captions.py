@@ -22,7 +22,7 @@ MOST_BYTES = 1 << 30        # of captions.jsonl
 def _plain(member, folder):
     """tar's "data" filter, past which links led out of the folder in some versions of Python: none are unpacked."""
     if member.issym() or member.islnk():
-        raise ValueError(f"{member.name!r:.200} is a link")
+        raise ValueError(f"{member.name!r:.200} is a link: pack with tar --dereference --hard-dereference")
     return tarfile.data_filter(member, folder)
 
 

@@ -102,8 +102,7 @@ def _lay(spans, length: int) -> dict[str, np.ndarray]:
     targets = []
     for document, start, stop, own in spans:
         targets.append(document[start + 1:stop + 1] if own is None else own[start:stop])
-        if len(targets[-1]) < stop - start:
-            targets.append(_NONE)
+        targets += [_NONE] * (stop - start - len(targets[-1]))
     sizes = [stop - start for _, start, stop, _ in spans]
     begins, end = np.cumsum([0, *sizes[:-1]]), sum(sizes)
     targets = np.concatenate(targets)

@@ -15,7 +15,7 @@ BOS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<beginning_of_sentence>", 
 EOS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<end_of_sentence>", "<|endoftext|>", "<|eos|>", "<|im_end|>")
 PAD = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 
-MOST_BYTES, MOST_VOCAB = 64 << 20, 1 << 24      # of a tokenizer.json, and its ids
+MOST_VOCAB = 1 << 24    # of a tokenizer.json
 MOST_GROWTH, MOST_PARTS = 256, 64               # what its steps make of a text, at most; steps
 MOST_AFFIX, MOST_WORD = 64, 1000                # characters of a prefix or suffix, and of a word that WordPiece cuts
 
@@ -62,7 +62,7 @@ class File:
         except ImportError:
             raise ConfigError(f"data.tokenizer={path!r} needs the package tokenizers: pip install tokenizers") from None
         with _told(f"data.tokenizer: {path!r} is not 'bytes', 'numbers:COUNT' or a tokenizer.json"):
-            text = untrusted.content(path, MOST_BYTES).decode()
+            text = untrusted.content(path, untrusted.TOKENIZER_BYTES).decode()
             _check(untrusted.loads(text))
             self._model = tokenizers.Tokenizer.from_str(text)
         self._model.no_truncation()

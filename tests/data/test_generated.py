@@ -26,6 +26,7 @@ def test_mqar_is_read_from_left_to_right():
         assert len(value_of) == len(set(value_of.values())) == 6
         assert max(value_of) < 32 <= min(value_of.values()) and ids.max() < 64
         asked = np.flatnonzero(targets >= 0)
+        assert np.delete(ids, [*range(0, 12, 2), *asked]).min() >= 32       # a key stands twice: told, and asked for
         assert {int(ids[n]): int(targets[n]) for n in asked} == value_of and len(asked) == 6 and asked.min() >= 12
         gaps += [n - ids[:12:2].tolist().index(ids[n]) * 2 for n in asked]
     assert len(set(gaps)) == 19     # all that there are, from 2 to 38

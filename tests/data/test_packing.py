@@ -119,3 +119,27 @@ def test_batches_hold_several_documents_and_are_filled_up():
         for b, d in enumerate(document_B):
             seen[int(d)] += pairs([{k: v[b] for k, v in batch.items()}])
     assert dict(seen) == {d: {(int(t), int(t) + 1): 1 for t in document[:-1]} for d, document in enumerate(documents)}
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.int64])
+def test_a_row_is_its_spans_one_by_one(kind):
+    """Of documents with targets of their own and without, empty spans, and what is left free."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        spans, room = [], 40
+        for _ in range(rng.integers(0, 6)):
+            document, own = rng.integers(0, 200, 12).astype(kind), rng.integers(-1, 200, 12) if rng.random() < 0.5 else None
+            start = int(rng.integers(0, 12))
+            stop = min(int(rng.integers(start, 13)), start + room)
+            spans, room = [*spans, (document, start, stop, own)], room - (stop - start)
+        row = packing._lay(spans, 40)
+        at = 0
+        for segment, (document, start, stop, own) in enumerate(spans, 1):
+            for position, place in enumerate(range(start, stop)):
+                following = document[place + 1] if place + 1 < len(document) else -1
+                target = int(following if own is None else own[place])
+                got = [row[name][at] for name in ("tokens", "targets", "weights", "segments", "positions")]
+                assert got == [document[place], max(target, 0), target >= 0, segment, position]
+                at += 1
+        assert not any(x[at:].any() for x in row.values()) and all(len(x) == 40 for x in row.values())
+        assert {x.dtype for x in row.values()} == {np.dtype(np.int32), np.dtype(np.float32)}

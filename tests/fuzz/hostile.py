@@ -203,9 +203,9 @@ def archive(rng, raw: bytes) -> bytes:
             elif name == victim and how == 1:
                 old_text = (re.search(rb"\{.*\}", part) or [part[:100]])[0]
                 text = rng.choice((b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
-                                             b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,), }",
-                                             b"{'descr': '<f4', 'fortran_order': True, 'shape': (-1,), }",
-                                             b"(" * 40, b"{'descr': '<U99999999', 'fortran_order': False, 'shape': (), }"))
+                                   b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776,), }",
+                                   b"{'descr': '<f4', 'fortran_order': True, 'shape': (-1,), }",
+                                   b"(" * 40, b"{'descr': '<U99999999', 'fortran_order': False, 'shape': (), }"))
                 part = part.replace(old_text, text.ljust(len(old_text)))
             elif name == victim and how == 2:
                 kind = zipfile.ZIP_DEFLATED

@@ -1,4 +1,4 @@
-"""Hostile files: some hundreds for every reader, what `make fuzz` has found, and limits one by one."""
+"""Hostile files: some for every reader, what `make fuzz` has found, and limits one by one."""
 import contextlib
 import io
 import itertools
@@ -29,7 +29,7 @@ from mmx.data import captions, images, sources, tokens
 
 
 @pytest.mark.parametrize("name", parsers.PARSERS)
-def test_some_hundreds(name, tmp_path):
+def test_some_of_each(name, tmp_path):
     """In child processes with limits, as `make fuzz`; what is damaged was read whole before."""
     done, outcomes, found = fuzz.fuzz(name, 40, 7, tmp_path / "found")
     assert done >= 40 and len(outcomes) > 2 and not found, [p.read_text() for p in tmp_path.rglob("FOUND")]
