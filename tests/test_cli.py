@@ -15,6 +15,7 @@ import tokenizers
 
 import mmx
 from mmx import cli, convert, experiments, metrics
+from mmx.config import ConfigError
 from mmx.data import tokens
 
 ROOT = Path(__file__).parent.parent
