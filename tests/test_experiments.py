@@ -63,7 +63,7 @@ def test_a_run_that_diverges_has_a_row(tmp_path, compiled_once):
     assert sweep.show([row], "one").row_count == 1
 
 
-@pytest.mark.parametrize("name, least", [("recall", 72), ("moe_vs_dense", 48), ("norm", 54), ("hybrid_ratio", 66),
+@pytest.mark.parametrize("name, least", [("recall", 72), ("moe_vs_dense", 36), ("norm", 54), ("hybrid_ratio", 66),
                                          ("rope_length", 36), ("critical_batch", 9)])
 def test_arms(name, least):
     """Every cell is an experiment, three seeds each; where the question says equal FLOPs they are."""

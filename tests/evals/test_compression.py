@@ -119,7 +119,7 @@ def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(run, found, params, 
 def test_what_guards_did_is_drawn(run, found, tmp_path, monkeypatch):
     """Steps that were skipped, rollbacks; a bit count that was no number is left out."""
     counts = [(0, 0, 3.0), (1, 0, math.nan), (2, 0, 2.9), (2, 1, 2.8)]
-    monkeypatch.setattr(metrics, "read", lambda workdir: [
+    monkeypatch.setattr(metrics, "read", lambda workdir, *names: [
         {"step": 1, "tokens": 100 * n, "bits_per_byte": bits, "skipped": skipped, "rollbacks": rollbacks}
         for n, (skipped, rollbacks, bits) in enumerate(counts, 1)])
     drawn = {}

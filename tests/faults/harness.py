@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mmx import hugepages
 from mmx.data import corpus
 
 ROOT = Path(__file__).parents[2]
@@ -160,7 +161,7 @@ def settings(folder: Path) -> dict[str, str]:
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
-            "PYTHONPATH": str(ROOT)}
+            "PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": hugepages.HUGE}      # as the command has
 
 
 def told(workdir: Path) -> list[dict]:
