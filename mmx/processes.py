@@ -31,7 +31,7 @@ LINE = re.compile(r"([IWEF])\d{4} [\d:.]+ +\d+ (\w+)\.\w+:\d+\] |[A-Z]+:(absl):"
 RUNTIME = {"absl", "client", "service", "coordination_service", "coordination_service_agent", "preemption_notifier",
            "preemption_sync_manager"}
 OTHERS = re.compile("Gloo|NCCL|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED")
-NOISE = "[Gloo] ", "WARNING: All log messages before absl::InitializeLog"
+NOISE = "[Gloo] ", "Expected number of connected peer ranks", "WARNING: All log messages before absl::InitializeLog"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -264,3 +264,12 @@ def test_the_others_say_who_was_killed(four):
         assert code == processes.DEAD and len(lines) == 1, lines
         assert re.match(r"mmx: process 2 died: no sign of life for 30 s; .* goes on from the last checkpoint$", lines[0])
     assert int(checkpoint.find_step(workdir)[1].name) in (FROM, STEPS)      # the latter was being saved
+
+
+def test_what_gloo_says_of_itself_is_not_passed_on(capfd):
+    """Its lines of several threads stand among each other, in parts."""
+    said, say = os.pipe()
+    os.write(say, b"[Gloo] Rank 0 is connected to [Gloo] Rank 1\nExpected number of connected peer ranks is : 1\nours\n")
+    os.close(say)
+    processes._pass_on(said, [])
+    assert capfd.readouterr().err == "ours\n"
