@@ -3,7 +3,7 @@
 XLA's CPU client takes new memory for every call. Where Linux hands it out in pages of 4 KiB, touching them can cost more
 than the work on them: a training step of the tiny sizes a fifth, one lightning layer over 16,384 tokens half of its time.
 glibc's malloc asks for huge pages if it is told so before the process starts. It is also told to keep few arenas: by default
-it has eight a core, and each saves' threads fill others, which then hold what they hold.
+it has eight a core, the threads of every save fill others of them, and a process grows for hours without holding more.
 """
 import os
 import sys
