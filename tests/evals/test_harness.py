@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from lm_eval.api.instance import Instance
+
+Instance = pytest.importorskip("lm_eval.api.instance").Instance
 
 import mmx
 from mmx import checkpoint, config, convert
