@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx import atomic, hugepages, sweep
-from mmx.config import ConfigError, Data
+from mmx.config import Data
 from mmx.convert import load
 from mmx.data import packing, pipeline, tokens
 from mmx.model import Model
@@ -30,10 +30,11 @@ def main():
     flags.add_argument("--run", metavar="DIR", type=Path, required=True, help="what mmx sweep --out was given")
     flags.add_argument("--out", type=Path, default=OUT, help="the rows (default experiments/rope_length.jsonl)")
     args = flags.parse_args()
+    found = sweep.collect(args.run).values()
+    if not found:
+        flags.error(f"--run {args.run} has no runs that ended: make them by mmx sweep --out {args.run}")
     rows = [row | {"by_place": by_place(load(args.run / "runs" / row["name"])) if row["loss"] is not None else None}
-            for row in sweep.collect(args.run).values()]
-    if not rows:
-        raise ConfigError(f"{args.run} has no runs that ended: run mmx sweep first")
+            for row in found]
     with atomic.replacing(args.out) as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     print(f"{len(rows)} rows: {args.out}")
