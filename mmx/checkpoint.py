@@ -8,6 +8,7 @@ says what the run is; `check_config` guards it.
 """
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -87,7 +88,7 @@ class Checkpoints:
         self.directory, self.every, self.keep, self.verify = Path(workdir).absolute() / "checkpoints", every, keep, verify
         self.saving = None      # the step that is being saved
         logging.getLogger("absl").addFilter(_from_elsewhere)
-        ts.experimental_collect_matching_metrics = _no_metrics
+        ts.experimental_collect_matching_metrics, ts.KvStore.Spec.to_json = _no_metrics, _spec_to_json
         if sys.unraisablehook is not _unraisable:
             _unraisable.before, sys.unraisablehook = sys.unraisablehook, _unraisable
 
@@ -227,9 +228,23 @@ def _from_elsewhere(record: logging.LogRecord) -> bool:
 
 
 def _no_metrics(*_, **__) -> list:
-    """What Orbax asks TensorStore for at each save, to log a rate: TensorStore keeps every string and number of its answer.
-    It is so for the whole process."""
+    """What Orbax asks TensorStore for at each save, to log a rate. TensorStore keeps, for good, every string and number of the
+    JSON that it answers with: this and what follows are for the whole process."""
     return []
+
+
+_to_json, _answers = ts.KvStore.Spec.to_json, {}
+
+
+def _spec_to_json(spec, **options):
+    """What Orbax asks TensorStore for at each array of a save, and always of the same folder: answered once for each."""
+    text = repr((spec, options))
+    answer = _answers.get(text)
+    if answer is None:
+        if len(_answers) > 8:
+            _answers.clear()
+        answer = _answers[text] = _to_json(spec, **options)
+    return copy.deepcopy(answer)
 
 
 def _unraisable(args) -> None:
