@@ -267,8 +267,8 @@ def _groups(rest, devices) -> np.ndarray:
         return _iota(iota[3]).reshape(int(iota[1]), int(iota[2]))
     named = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\))\))? \{(.*?)\}", rest)
     if named:
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        ids = (_iota(named[2]) if named[2] else np.arange(devices)).reshape([int(n) for n in sizes.values()])
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        ids = (_iota(named[2]) if named[2] else np.arange(math.prod(sizes.values()))).reshape(list(sizes.values()))
         over = re.findall(r"'(\w+)'", named[3])
         last = [list(sizes).index(axis) for axis in over]
         return np.moveaxis(ids, last, range(-len(last), 0)).reshape(-1, math.prod(ids.shape[axis] for axis in last))

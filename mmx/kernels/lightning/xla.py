@@ -46,7 +46,7 @@ def forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk)
         o_BHQV += _dot("BHQK,BHKV->BHQV", q_BHQK * c.a_NBHQ[..., None], state_BHKV)
         return _advance(state_BHKV, k_BHQK, v_BHQV, c), _put(o_BHTV, o_BHQV, n)
 
-    start = state_BHKV, jnp.zeros_like(v_BHTV)
+    start = state_BHKV, zeros_like(v_BHTV)
     state_BHKV, o_BHTV = jax.lax.fori_loop(0, len(chunks.r_NBH), step, start)
     return o_BHTV[:, :, :T], state_BHKV
 
@@ -80,9 +80,14 @@ def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BH
         dstate_BHKV = c.r_NBH[..., None, None] * dstate_BHKV + _dot("BHQK,BHQV->BHKV", q_BHQK * a_BHQ1, do_BHQV)
         return dstate_BHKV, _put(dq_BHTK, dq_BHQK, n), _put(dk_BHTK, dk_BHQK, n), _put(dv_BHTV, dv_BHQV, n)
 
-    start = dstate_BHKV, jnp.zeros_like(q_BHTK), jnp.zeros_like(k_BHTK), jnp.zeros_like(v_BHTV)
+    start = dstate_BHKV, *map(zeros_like, (q_BHTK, k_BHTK, v_BHTV))
     dstate_BHKV, *grads = jax.lax.fori_loop(0, N, step, start)
     return *(g[:, :, :T] for g in grads), dstate_BHKV
+
+
+def zeros_like(x):
+    """Zeros over the devices that x is over: in a jit that knows of a mesh by its arguments alone jnp.zeros_like forgets them."""
+    return jnp.where(False, jax.lax.stop_gradient(x), 0)
 
 
 def _chunk(chunk, T):
