@@ -86,7 +86,7 @@ def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BH
 
 
 def zeros_like(x):
-    """Zeros over the devices that x is over: in a jit that knows of a mesh by its arguments alone jnp.zeros_like forgets them."""
+    """Zeros over the devices that x is over: jnp.zeros_like forgets them in a jit that has a mesh by its arguments alone."""
     return jnp.where(False, jax.lax.stop_gradient(x), 0)
 
 
