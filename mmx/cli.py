@@ -391,7 +391,7 @@ def _on_mesh(run):
 
 @_on_mesh
 def generate(args):
-    texts = [*args.prompt, *(_read_text(file) for file in args.prompt_file)]
+    texts = [*args.prompt, *map(untrusted.text, args.prompt_file)]
     if not texts and not args.load_cache:
         raise ConfigError("no prompt was given: --prompt TEXT or --prompt-file FILE, or --load-cache FILE to go on from")
     if args.save_cache and len(texts) != 1:
@@ -428,13 +428,6 @@ def generate(args):
         print(json.dumps({"prompt": prompt, "text": text} | {
             name: [x for piece in row for x in getattr(piece, f"{name}_T").tolist()] for name in ("ids", "logprobs")})
             if args.json else prompt + text)
-
-
-def _read_text(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not UTF-8 at byte {error.start}") from None
 
 
 @_on_mesh

@@ -1,11 +1,12 @@
 """Files of others, read within limits: none takes the memory, the time or the stack of its reader (SECURITY.md has the table).
 
-    opened      a plain file that is not too large, and content, its bytes
+    opened      a plain file that is not too large; content, its bytes, and text, its UTF-8
     loads       the value of a JSON text that is neither too deep nor too full
     check_plain that a folder holds no links, pipes and devices
     inside      whether a path, links followed, stays in its folder
 """
 import contextlib
+import io
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from mmx.config import ConfigError
 
 JSON_BYTES = 16 << 20       # of a header, an index or a config: 100,000 tensors' names and shapes
 TOKENIZER_BYTES = 64 << 20
+TEXT_BYTES = 1 << 30        # of a prompt, or of a data set in one text
 VALUES = 8_000_000          # of one JSON text: below 600 MB of Python's objects
 DEPTH = 64
 TOLD = 2000                 # characters of a message
@@ -44,6 +46,14 @@ def content(path: str | Path, most: int = JSON_BYTES) -> bytes:
     """The bytes of a plain file of at most `most`."""
     with opened(path, most) as file:
         return file.read(most + 1)[:most]
+
+
+def text(path: str | Path, most: int = TEXT_BYTES) -> str:
+    """The text of a plain file of at most `most` bytes, with the line ends that Python reads. Raises ConfigError."""
+    try:
+        return io.StringIO(content(path, most).decode("utf-8"), newline=None).read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def loads(text: bytes | str):

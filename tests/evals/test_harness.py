@@ -215,6 +215,9 @@ def test_data_of_this_machine(tmp_path):
     (tmp_path / "test.txt").write_text(" \n = A = \n \n a = b \n = = Part = = \n\n = B = \n b \n")
     assert local["wikitext"](tmp_path / "test.txt")["test"]["page"] == [
         " = A = \n \n a = b \n = = Part = = \n\n", " = B = \n b \n"]
+    (tmp_path / "test.txt").write_bytes(b" = A = \n caf\xe9 \n")
+    with pytest.raises(ConfigError, match="test.txt: not UTF-8 at byte 12"):
+        local["wikitext"](tmp_path / "test.txt")
 
 
 def test_without_lm_eval_the_command_says_what_to_install(monkeypatch, capsys):

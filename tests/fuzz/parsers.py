@@ -199,9 +199,10 @@ def read_suites(folder: Path):
 
     told = []
     for plan, where in ((longbench.plan, folder), (translation.plan, folder), (dialogue.plan, folder / "niah"),
-                        (ruler.squad.__wrapped__, folder / "squad.json"), (ruler.hotpot.__wrapped__, folder / "hotpotqa.json")):
+                        (ruler.squad.__wrapped__, folder / "squad.json"), (ruler.hotpot.__wrapped__, folder / "hotpotqa.json"),
+                        (untrusted.text, folder / "grammar_book.txt")):
         try:
-            if plan in (ruler.squad.__wrapped__, ruler.hotpot.__wrapped__):
+            if plan in (ruler.squad.__wrapped__, ruler.hotpot.__wrapped__, untrusted.text):
                 plan(where)
             else:
                 for task in plan(Ask(tokenizer=tokens.Bytes(), data=where))[:3]:

@@ -64,6 +64,14 @@ def test_a_file_that_never_ends_is_not_opened(tmp_path):
         untrusted.content(tmp_path / "large", 1)
 
 
+def test_a_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("é\r\nb\rc\n".encode())
+    assert untrusted.text(tmp_path / "a.txt") == "é\nb\nc\n"
+    (tmp_path / "a.txt").write_bytes(b"ab\xff")
+    with pytest.raises(ConfigError, match="a.txt: not UTF-8 at byte 2$"):
+        untrusted.text(tmp_path / "a.txt")
+
+
 def test_a_message_moves_no_cursor():
     assert untrusted.line("a\n\x1b[2Jb\ud800") == r"a \x1b[2Jb\ud800"
     assert len(untrusted.line("a" * 10**6)) < 2100

@@ -4,6 +4,7 @@ from pathlib import Path
 import datasets
 from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer  # noqa: F401 (wikitext2_local.yaml)
 
+from mmx import untrusted
 from mmx.config import ConfigError
 from mmx.evals.files import column, records
 
@@ -24,7 +25,7 @@ def wikitext(data=None, **metadata):
     if not Path(str(data)).is_file():
         raise ConfigError(f"--metadata data={data}: give a file of WikiText as data, such as wikitext-2/test.txt")
     pages = [""]
-    for line in Path(data).read_text().splitlines(keepends=True):
+    for line in untrusted.text(data).splitlines(keepends=True):
         words = line.split()
         if words[:1] == ["="] == words[-1:] and words[1:2] != ["="]:
             pages.append("")
