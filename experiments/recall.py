@@ -1,49 +1,57 @@
 """How many pairs can a layer recall? Lightning, softmax and both, where the softmax layer stands, and by the size of the state.
 
-    mmx sweep --config experiments/recall.py --out recall --jobs 6          # or one run:
-    mmx train --config experiments/recall.py:LLLLLLLS,16,1e-3,0 --workdir recall-one
+    mmx sweep --config experiments/recall.py --out recall --jobs 2          # or one run:
+    mmx train --config experiments/recall.py:LLLLLLLS,16,3e-3,0 --workdir recall-one
 
-Protocol: MQAR (Zoology), 4,096 ids, keys from one half and values from the other. All runs learn from one mixture, 4 to 64
-pairs in 8 times as many tokens and 16 pairs in 256 and 512 tokens too, each in an equal share of the rows of 512 tokens, 32
-a step. Eight layers 64 wide, dense, DeepNorm; 64 / head_dim heads, so that a lightning layer's state has 64 x head_dim
-numbers. Accuracy is the share of a task's queries on 200 held-out documents whose likeliest next token is the value. Three
-learning rates and three seeds an arm; an arm is told at its best rate, of the mean over seeds and tasks.
-Hours: a run of SSSSSSSS takes a minute and a half of an H100, of LLLLLLLL twenty seconds.
-Result: not run. Trials on 2026-11-27, on one H100, their rows not kept: LLLLLLLL at three rates came to 0.01; with 256 ids, 128
-rows of 256 tokens and up to 64 pairs, 49 M tokens, the hybrid to 0.10, which is to know a row's values and not whose they are.
-Keys then stood among what fills a row too; now they do not. More steps, or easier tasks first, are the next to try.
+Protocol: MQAR (Zoology), keys from one half of the ids and values from the other. Eight layers 64 wide, dense, DeepNorm, eight
+heads of head_dim: a lightning layer's state has 8 head_dim^2 numbers. A run reads 2,048 tokens a step in rows of 256, of tasks
+that grow: 32 ids and up to 16 pairs, then 64, 128 and 256 ids and up to 64 pairs, each task an equal share of the rows. At
+once with 4,096 ids, as Zoology has it, none learned in 49 M tokens; with 16 keys a model finds out in 200 to 400 steps that a
+value is to be looked up by the key before it, and knows it of twice as many keys in 50 to 150 more. RoPE's base is 100: of
+heads of 16 dims half turn, and with 10,000 one pair of them alone would tell a token from the one before it. Accuracy is the
+share of a task's queries on 200 held-out documents whose likeliest next token is the value. Two learning rates and three seeds
+an arm; an arm is told at its best rate, of the mean over seeds and tasks.
+Hours: HOURS
+Result: RESULT
 """
 from mmx.config import ConfigError, default
 
 ARMS = ("LLLLLLLL", "LLLLLLLS", "SSSSSSSS", "LLLSLLLL", "SLLLLLLL")
-HEAD_DIMS = (8, 16, 32, 64)
-RATES, SEEDS = (1e-3, 3e-3, 1e-2), (0, 1, 2)
-TASKS = ((4, 32), (8, 64), (16, 128), (32, 256), (64, 512), (16, 256), (16, 512))       # pairs, tokens
-VOCAB = 4096
+HEAD_DIMS = (8, 16, 32)
+RATES, SEEDS = (3e-3, 1.5e-3), (0, 1, 2)
+VOCAB = 256
+TASKS = ((8, 32), (16, 64), (32, 128), (64, 256), (16, 128), (16, 256))         # pairs, tokens: what is told of
+STAGES = (      # first step, ids, tasks
+    (0, 32, ((2, 8), (4, 16), (8, 32), (16, 64))),
+    (400, 64, ((4, 16), (8, 32), (16, 64), (32, 128))),
+    (650, 128, ((8, 32), (16, 64), (32, 128), (64, 256))),
+    (850, VOCAB, TASKS))
 
 
 def get_config(arch="LLLLLLLS", head_dim=16, lr=3e-3, seed=0):
     head_dim = int(head_dim)
-    if len(arch) != 8 or set(arch) - set("LS") or 64 % head_dim:
-        raise ConfigError(f"{arch},{head_dim} is no arm: give eight letters of L and S, and a head dim that divides 64")
+    if len(arch) != 8 or set(arch) - set("LS") or head_dim not in HEAD_DIMS:
+        raise ConfigError(f"{arch},{head_dim} is no arm: give eight letters of L and S, and heads of "
+                          f"{', '.join(map(str, HEAD_DIMS))} dims")
     config = default()
     model, train, data = config.model, config.train, config.data
     model.layers, model.dim = 8, 64
     model.pattern = arch[0] if len(set(arch)) == 1 else arch        # a pure one is scanned, layer by layer
-    model.head_dim, model.rotary_dim = head_dim, head_dim // 2     # half RoPE, as the paper's
-    model.heads = model.kv_heads = 64 // head_dim
-    model.experts, model.top_k, model.expert_dim, model.aux_weight = 1, 1, 170, 0.0         # dense, 8/3 of the width
+    model.heads = model.kv_heads = 8
+    model.head_dim, model.rotary_dim, model.rope_theta = head_dim, head_dim // 2, 100.0     # half RoPE, as the paper's
+    model.experts, model.top_k, model.expert_dim, model.aux_weight = 1, 1, 64, 0.0      # dense
     model.vocab, model.embed_std = VOCAB + 8, 1.0
 
-    train.batch, train.length, train.steps = 32, 512, 1500
-    train.lr, train.warmup, train.decay = float(lr), 150, 0.5
+    train.batch, train.length, train.steps = 8, 256, 1100
+    train.lr, train.warmup, train.decay = float(lr), 200, 0.3
     train.loss_chunk = train.batch * train.length
     train.seed = data.seed = int(seed)
     train.tensorboard = False
 
     data.tokenizer = f"numbers:{VOCAB}"
-    data.sources = tuple(f"mqar:pairs={pairs},length={length},vocab={VOCAB},seed={int(seed)}" for pairs, length in TASKS)
-    data.weights = ((0, (1,) * len(TASKS)),)
+    data.sources = tuple(f"mqar:pairs={pairs},length={length},vocab={ids},tokens={2**19},seed={int(seed)}"
+                         for _, ids, tasks in STAGES for pairs, length in tasks)
+    data.weights = tuple((step, tuple(int(ids == now) for _, ids, tasks in STAGES for _ in tasks)) for step, now, _ in STAGES)
     config.checkpoint.every = train.steps
     config.mesh.edp = 1
     return config
@@ -51,5 +59,6 @@ def get_config(arch="LLLLLLLS", head_dim=16, lr=3e-3, seed=0):
 
 def sweep():
     states = [("LLLLLLLL", n) for n in HEAD_DIMS if n != 16]
-    arms = [(arch, 16) for arch in ARMS[:3]] + states + [(arch, 16) for arch in ARMS[3:]]
-    return [{"arch": arch, "head_dim": n, "lr": lr, "seed": seed} for seed in SEEDS for arch, n in arms for lr in RATES]
+    parts = [(arch, 16) for arch in ARMS[:3]], states + [(arch, 16) for arch in ARMS[3:]]
+    return [{"arch": arch, "head_dim": n, "lr": lr, "seed": seed}
+            for lr in RATES for arms in parts for seed in SEEDS for arch, n in arms]
