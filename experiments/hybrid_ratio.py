@@ -5,7 +5,7 @@
 
 Protocol: 16 layers, 64 wide, dense, DeepNorm; every `period`-th layer is softmax, the others lightning (L) or softmax in a
 window of 32 tokens (W); period 0 has none, 1 only softmax. MQAR in growing stages, as recall.py has it and says why: 8 to 64
-pairs of 256 ids in 32 to 256 tokens at the end. A token's FLOPs are made the same, to 0.5 %, by the width of the feed-forward
+pairs of 128 ids in 32 to 256 tokens at the end. A token's FLOPs are made the same, to 0.5 %, by the width of the feed-forward
 part. Two learning rates, three seeds.
 Hours: not measured.
 Result: not run.
@@ -14,12 +14,12 @@ from mmx.config import ConfigError, build, default
 
 PERIODS = (0, 1, 2, 4, 8, 16)
 RATES, SEEDS = (3e-3, 1.5e-3), (0, 1, 2)
-VOCAB, LENGTH, WINDOW = 256, 256, 32
+VOCAB, LENGTH, WINDOW = 128, 256, 32
 STAGES = (      # first step, ids, tasks of pairs and tokens
-    (0, 32, ((2, 8), (4, 16), (8, 32), (16, 64))),
-    (400, 64, ((4, 16), (8, 32), (16, 64), (32, 128))),
-    (650, 128, ((8, 32), (16, 64), (32, 128), (64, 256))),
-    (850, VOCAB, ((8, 32), (16, 64), (32, 128), (64, 256), (16, 256))))
+    (0, 32, ((2, 8), (4, 16))),
+    (450, 32, ((4, 16), (8, 32), (16, 64))),
+    (550, 64, ((4, 16), (8, 32), (16, 64), (32, 128))),
+    (800, VOCAB, ((8, 32), (16, 64), (32, 128), (64, 256), (16, 256))))
 WIDTH = 170             # of lightning's feed-forward part, 8/3 of the width: what the others are made equal to
 
 
@@ -35,15 +35,15 @@ def get_config(other="L", period=8, lr=3e-3, seed=0):
     model.experts, model.top_k, model.aux_weight = 1, 1, 0.0
     model.vocab, model.embed_std = VOCAB + 8, 1.0
 
-    train.batch, train.length, train.steps = 8, LENGTH, 1100
+    train.batch, train.length, train.steps = 4, LENGTH, 1150
     train.lr, train.warmup, train.decay = float(lr), 200, 0.3
     train.loss_chunk = train.batch * train.length
     train.seed = data.seed = int(seed)
     train.tensorboard = False
     data.tokenizer = f"numbers:{VOCAB}"
-    data.sources = tuple(f"mqar:pairs={pairs},length={length},vocab={ids},tokens={2**19},seed={int(seed)}"
+    data.sources = tuple(f"mqar:pairs={pairs},length={length},vocab={ids},tokens={2**18},seed={int(seed)}"
                          for _, ids, tasks in STAGES for pairs, length in tasks)
-    data.weights = tuple((step, tuple(int(ids == now) for _, ids, tasks in STAGES for _ in tasks)) for step, now, _ in STAGES)
+    data.weights = tuple((now, tuple(int(step == now) for step, _, tasks in STAGES for _ in tasks)) for now, *_ in STAGES)
     config.checkpoint.every = train.steps
     config.mesh.edp = 1
     model.pattern, model.expert_dim = "L", WIDTH

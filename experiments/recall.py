@@ -4,13 +4,13 @@
     mmx train --config experiments/recall.py:LLLLLLLS,16,3e-3,0 --workdir recall-one
 
 Protocol: MQAR (Zoology), keys from one half of the ids and values from the other. Eight layers 64 wide, dense, DeepNorm, eight
-heads of head_dim: a lightning layer's state has 8 head_dim^2 numbers. A run reads 2,048 tokens a step in rows of 256, of tasks
-that grow: 32 ids and up to 16 pairs, then 64, 128 and 256 ids and up to 64 pairs, each task an equal share of the rows. At
-once with 4,096 ids, as Zoology has it, none learned in 49 M tokens; with 16 keys a model finds out in 200 to 400 steps that a
-value is to be looked up by the key before it, and knows it of twice as many keys in 50 to 150 more. RoPE's base is 100: of
-heads of 16 dims half turn, and with 10,000 one pair of them alone would tell a token from the one before it. Accuracy is the
-share of a task's queries on 200 held-out documents whose likeliest next token is the value. Two learning rates and three seeds
-an arm; an arm is told at its best rate, of the mean over seeds and tasks.
+heads of head_dim: a lightning layer's state has 8 head_dim^2 numbers. A run reads 1,024 tokens a step in rows of 256, of tasks
+that grow: 2 and 4 pairs of 32 ids, up to 16 pairs of them, up to 32 of 64 ids, and up to 64 pairs of 128 ids, each task an
+equal share of the rows. With 4,096 ids at once, as Zoology has it, none learned in 49 M tokens, and with 32 keys in stead of 16
+none in 600 steps; so few ids and pairs come first, from which a model finds out in 200 to 300 steps that a value is looked up
+by the key before it. RoPE's base is 100: of heads of 16 dims half turn, and with 10,000 one pair of them alone would tell a
+token from the one before it. Accuracy is the share of a task's queries on 200 held-out documents whose likeliest next token is
+the value. Two learning rates and three seeds an arm; an arm is told at its best rate, of the mean over seeds and tasks.
 Hours: HOURS
 Result: RESULT
 """
@@ -19,13 +19,13 @@ from mmx.config import ConfigError, default
 ARMS = ("LLLLLLLL", "LLLLLLLS", "SSSSSSSS", "LLLSLLLL", "SLLLLLLL")
 HEAD_DIMS = (8, 16, 32)
 RATES, SEEDS = (3e-3, 1.5e-3), (0, 1, 2)
-VOCAB = 256
+VOCAB = 128
 TASKS = ((8, 32), (16, 64), (32, 128), (64, 256), (16, 128), (16, 256))         # pairs, tokens: what is told of
 STAGES = (      # first step, ids, tasks
-    (0, 32, ((2, 8), (4, 16), (8, 32), (16, 64))),
-    (400, 64, ((4, 16), (8, 32), (16, 64), (32, 128))),
-    (650, 128, ((8, 32), (16, 64), (32, 128), (64, 256))),
-    (850, VOCAB, TASKS))
+    (0, 32, ((2, 8), (4, 16))),
+    (450, 32, ((4, 16), (8, 32), (16, 64))),
+    (550, 64, ((4, 16), (8, 32), (16, 64), (32, 128))),
+    (800, VOCAB, TASKS))
 
 
 def get_config(arch="LLLLLLLS", head_dim=16, lr=3e-3, seed=0):
@@ -42,16 +42,16 @@ def get_config(arch="LLLLLLLS", head_dim=16, lr=3e-3, seed=0):
     model.experts, model.top_k, model.expert_dim, model.aux_weight = 1, 1, 64, 0.0      # dense
     model.vocab, model.embed_std = VOCAB + 8, 1.0
 
-    train.batch, train.length, train.steps = 8, 256, 1100
+    train.batch, train.length, train.steps = 4, 256, 1150
     train.lr, train.warmup, train.decay = float(lr), 200, 0.3
     train.loss_chunk = train.batch * train.length
     train.seed = data.seed = int(seed)
     train.tensorboard = False
 
     data.tokenizer = f"numbers:{VOCAB}"
-    data.sources = tuple(f"mqar:pairs={pairs},length={length},vocab={ids},tokens={2**19},seed={int(seed)}"
+    data.sources = tuple(f"mqar:pairs={pairs},length={length},vocab={ids},tokens={2**18},seed={int(seed)}"
                          for _, ids, tasks in STAGES for pairs, length in tasks)
-    data.weights = tuple((step, tuple(int(ids == now) for _, ids, tasks in STAGES for _ in tasks)) for step, now, _ in STAGES)
+    data.weights = tuple((now, tuple(int(step == now) for step, _, tasks in STAGES for _ in tasks)) for now, *_ in STAGES)
     config.checkpoint.every = train.steps
     config.mesh.edp = 1
     return config
