@@ -52,7 +52,8 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
         check(segments_BT, "BT", "segments_BT", B=B, T=T)
         segments_BT = as_int32(segments_BT, "segments_BT")
     if state_BHKV is None:
-        state_BHKV = xla.zeros_like(k_BHTK.sum(2)[..., None] * v_BHTV.sum(2)[:, :, None]).astype(dtype)
+        some_BHKV = k_BHTK.sum(2)[..., None] * v_BHTV.sum(2)[:, :, None]        # over the devices as k and v are
+        state_BHKV = xla.zeros_like(some_BHKV).astype(dtype)
     check(state_BHKV, "BHKV", "state_BHKV", B=B, H=H, K=K, V=v_BHTV.shape[3])
     check_floats(state_BHKV=state_BHKV)
     if segments_BT is not None:     # where nobody asks checkify there is no wrong answer: NaN in the state reaches every token
