@@ -15,11 +15,11 @@ from mmx.config import ConfigError, build, default
 PERIODS = (0, 1, 2, 4, 8, 16)
 RATES, SEEDS = (3e-3, 1.5e-3), (0, 1, 2)
 VOCAB, LENGTH, WINDOW = 128, 256, 32
-STAGES = (      # first step, ids, tasks of pairs and tokens
-    (0, 32, ((2, 8), (4, 16))),
-    (450, 32, ((4, 16), (8, 32), (16, 64))),
-    (550, 64, ((4, 16), (8, 32), (16, 64), (32, 128))),
-    (800, VOCAB, ((8, 32), (16, 64), (32, 128), (64, 256), (16, 256))))
+STAGES = (      # first step, how few keys and values, tasks of pairs and tokens
+    (0, 16, ((2, 8), (4, 16))),
+    (400, 16, ((4, 16), (8, 32), (16, 64))),
+    (500, 32, ((4, 16), (8, 32), (16, 64), (32, 128))),
+    (700, VOCAB // 2, ((8, 32), (16, 64), (32, 128), (64, 256), (16, 256))))
 WIDTH = 170             # of lightning's feed-forward part, 8/3 of the width: what the others are made equal to
 
 
@@ -41,8 +41,8 @@ def get_config(other="L", period=8, lr=3e-3, seed=0):
     train.seed = data.seed = int(seed)
     train.tensorboard = False
     data.tokenizer = f"numbers:{VOCAB}"
-    data.sources = tuple(f"mqar:pairs={pairs},length={length},vocab={ids},tokens={2**18},seed={int(seed)}"
-                         for _, ids, tasks in STAGES for pairs, length in tasks)
+    data.sources = tuple(f"mqar:pairs={pairs},length={length},vocab={VOCAB},few={few},tokens={2**18},seed={int(seed)}"
+                         for _, few, tasks in STAGES for pairs, length in tasks)
     data.weights = tuple((now, tuple(int(step == now) for step, _, tasks in STAGES for _ in tasks)) for now, *_ in STAGES)
     config.checkpoint.every = train.steps
     config.mesh.edp = 1

@@ -21,11 +21,11 @@ HEAD_DIMS = (8, 16, 32)
 RATES, SEEDS = (3e-3, 1.5e-3), (0, 1, 2)
 VOCAB = 128
 TASKS = ((8, 32), (16, 64), (32, 128), (64, 256), (16, 128), (16, 256))         # pairs, tokens: what is told of
-STAGES = (      # first step, ids, tasks
-    (0, 32, ((2, 8), (4, 16))),
-    (450, 32, ((4, 16), (8, 32), (16, 64))),
-    (550, 64, ((4, 16), (8, 32), (16, 64), (32, 128))),
-    (800, VOCAB, TASKS))
+STAGES = (      # first step, how few keys and values, tasks
+    (0, 16, ((2, 8), (4, 16))),
+    (400, 16, ((4, 16), (8, 32), (16, 64))),
+    (500, 32, ((4, 16), (8, 32), (16, 64), (32, 128))),
+    (700, VOCAB // 2, TASKS))
 
 
 def get_config(arch="LLLLLLLS", head_dim=16, lr=3e-3, seed=0):
@@ -49,8 +49,8 @@ def get_config(arch="LLLLLLLS", head_dim=16, lr=3e-3, seed=0):
     train.tensorboard = False
 
     data.tokenizer = f"numbers:{VOCAB}"
-    data.sources = tuple(f"mqar:pairs={pairs},length={length},vocab={ids},tokens={2**18},seed={int(seed)}"
-                         for _, ids, tasks in STAGES for pairs, length in tasks)
+    data.sources = tuple(f"mqar:pairs={pairs},length={length},vocab={VOCAB},few={few},tokens={2**18},seed={int(seed)}"
+                         for _, few, tasks in STAGES for pairs, length in tasks)
     data.weights = tuple((now, tuple(int(step == now) for step, _, tasks in STAGES for _ in tasks)) for now, *_ in STAGES)
     config.checkpoint.every = train.steps
     config.mesh.edp = 1

@@ -3,7 +3,8 @@
 mqar: multi-query associative recall (Zoology, arXiv 2312.04927). `pairs` of a key and a value, then the keys again, whose next
 token is to be the value, at gaps that follow Zoology's power law. Keys are drawn from the lower half of the `vocab` ids, values
 from the upper, none twice; what is left are random values (Zoology's are of all ids: a key may come again, by chance, with
-another token behind it, and of a small vocabulary often does). `tokens` of training documents, `held` documents to validate on.
+another token behind it, and of a small vocabulary often does). `few`: of each half the first ids alone are drawn, so many of them; 0:
+all. `tokens` of training documents, `held` documents to validate on.
 
 facts: `count` keys of two ids, none twice, and a value of two random ids each, 2 log2(vocab) bits to remember. There is nothing
 to generalise to: what is held out are `held` of the same facts, and the question is how many are known.
@@ -16,7 +17,7 @@ from mmx.config import ConfigError, nearest
 
 POWER = 0.01        # Zoology's
 NUMBERS = {
-    "mqar": {"pairs": 16, "length": 128, "vocab": 4096, "tokens": 2**21, "held": 200, "seed": 0},
+    "mqar": {"pairs": 16, "length": 128, "vocab": 4096, "few": 0, "tokens": 2**21, "held": 200, "seed": 0},
     "facts": {"count": 8192, "vocab": 256, "held": 2048, "seed": 0},
 }
 
@@ -50,12 +51,14 @@ def _read(source: str) -> tuple[str, dict]:
         name, _, value = part.partition("=")
         if name not in numbers:
             raise ConfigError(f"data.sources: {source!r} has no {name!r}{nearest(name, numbers)}")
-        if not value.isdecimal() or len(value) > 9 or (not int(value) and name != "seed"):
+        if not value.isdecimal() or len(value) > 9 or (not int(value) and name not in ("seed", "few")):
             raise ConfigError(f"data.sources: {source[:80]!r}: {name} needs a number, 1 to 999,999,999, got {value[:40]!r}")
         numbers[name] = int(value)
     n = numbers
-    if kind == "mqar" and not (n["pairs"] <= n["vocab"] // 2 and 4 * n["pairs"] <= n["length"]):
-        raise ConfigError(f"data.sources: {source!r}: {n['pairs']} pairs need {4 * n['pairs']} tokens and as many ids")
+    if kind == "mqar" and not (n["few"] <= n["vocab"] // 2 and n["pairs"] <= (n["few"] or n["vocab"] // 2)
+                               and 4 * n["pairs"] <= n["length"]):
+        raise ConfigError(f"data.sources: {source!r}: {n['pairs']} pairs need {4 * n['pairs']} tokens, and {n['pairs']} ids of "
+                          f"each half of {n['vocab']}, or of the few that are drawn")
     if kind == "facts" and n["count"] > n["vocab"]**2:
         raise ConfigError(f"data.sources: {source!r}: {n['vocab']} ids make {n['vocab']**2:,} keys, not {n['count']:,}")
     return kind, numbers
@@ -63,8 +66,9 @@ def _read(source: str) -> tuple[str, dict]:
 
 def _mqar(n: dict, count: int, draw):
     pairs, length, half = n["pairs"], n["length"], n["vocab"] // 2
-    keys, values = _distinct(draw, (count, pairs), half), half + _distinct(draw, (count, pairs), half)
-    tokens, targets = draw.integers(half, 2 * half, size=(count, length)), np.full((count, length), -1)
+    few = n["few"] or half
+    keys, values = _distinct(draw, (count, pairs), few), half + _distinct(draw, (count, pairs), few)
+    tokens, targets = draw.integers(half, half + few, size=(count, length)), np.full((count, length), -1)
     tokens[:, 0:2 * pairs:2], tokens[:, 1:2 * pairs:2] = keys, values
     space = length // 2 - pairs
     order = np.log(near(space)) + draw.gumbel(size=(count, space))      # the greatest: drawn one by one, none twice

@@ -34,6 +34,11 @@ def test_mqar_is_read_from_left_to_right():
     assert len(set(documents)) == len(documents) == 160
 
 
+def test_a_few_ids_of_each_half():
+    for ids, targets in parts(MQAR + ",few=7")["train"]:
+        assert set(ids) | set(targets) <= {-1, *range(7), *range(32, 39)} and len(set(ids[:12:2])) == 6
+
+
 def test_queries_are_near_by_zoologys_law():
     """Drawn one by one and none twice, as numpy's choice does with these shares."""
     share = generated.near(8)
@@ -67,7 +72,8 @@ def test_the_seed_makes_the_documents(source):
     ("mqar:pairs=0", "pairs needs a number, 1 to 999,999,999, got '0'"),
     ("facts:count=ten", "count needs a number, 1 to 999,999,999, got 'ten'"),
     ("mqar:vocab=" + "9" * 5000, f"vocab needs a number, 1 to 999,999,999, got '{'9' * 40}'"),
-    ("mqar:pairs=16,length=63", "16 pairs need 64 tokens and as many ids"),
+    ("mqar:pairs=16,length=63", "16 pairs need 64 tokens, and 16 ids of each half of 4096, or of the few that are drawn"),
+    ("mqar:pairs=16,few=15", "or of the few that are drawn"), ("mqar:few=33,vocab=64", "of each half of 64, or of the few"),
     ("facts:count=5000,vocab=64", "64 ids make 4,096 keys, not 5,000"),
 ])
 def test_mistakes_are_one_line(source, message):
