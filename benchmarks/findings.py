@@ -114,7 +114,7 @@ def accuracy(row: dict) -> float:
 
 def recall() -> list[Claim]:
     found = arms(rows("recall"), ("arch", "head_dim"), recalled)
-    test = "[recall.py](../experiments/recall.py): MQAR, 8 to 64 pairs in 32 to 256 tokens, 8 layers of width 64"
+    test = "[recall.py](../experiments/recall.py): MQAR, 8 to 128 pairs in 32 to 512 tokens, 8 layers of width 64"
     claims = [
         Claim("Lightning alone retrieves less than seven lightning layers to one of softmax (Fig. 7, Table 3)", test),
         Claim("That hybrid retrieves as well as softmax alone, or better (Fig. 7)", test + "; a difference of 0.02 is none"),
@@ -166,7 +166,7 @@ def draw_recall(pyplot):
     if not found:
         return None
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), sharey=True, layout="constrained")
-    pairs, far = [(n, 4 * n) for n in (8, 16, 32, 64)], [(16, n) for n in (64, 128, 256)]
+    pairs, far = [(n, 4 * n) for n in (8, 16, 32, 64, 128)], [(16, n) for n in (64, 128, 512)]
     for color, arch in enumerate(("LLLLLLLL", "LLLLLLLS", "SSSSSSSS", "LLLSLLLL", "SLLLLLLL")):
         for panel, tasks, which in ((0, pairs, 0), (1, far, 1)):
             if (arch, 16) in found:

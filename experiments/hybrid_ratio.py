@@ -5,7 +5,7 @@
 
 Protocol: 16 layers, 64 wide, dense, DeepNorm; every `period`-th layer is softmax, the others lightning (L) or softmax in a
 window of 32 tokens (W); period 0 has none, 1 only softmax. MQAR in growing stages, as recall.py has it and says why: 8 to 64
-pairs of 128 ids in 32 to 256 tokens at the end. A token's FLOPs are made the same, to 0.5 %, by the width of the feed-forward
+pairs of 64 keys in 32 to 256 tokens at the end. A token's FLOPs are made the same, to 0.5 %, by the width of the feed-forward
 part. Two learning rates, three seeds.
 Hours: not measured.
 Result: not run.
@@ -17,9 +17,9 @@ RATES, SEEDS = (3e-3, 1.5e-3), (0, 1, 2)
 VOCAB, LENGTH, WINDOW = 128, 256, 32
 STAGES = (      # first step, how few keys and values, tasks of pairs and tokens
     (0, 16, ((2, 8), (4, 16))),
-    (400, 16, ((4, 16), (8, 32), (16, 64))),
-    (500, 32, ((4, 16), (8, 32), (16, 64), (32, 128))),
-    (700, VOCAB // 2, ((8, 32), (16, 64), (32, 128), (64, 256), (16, 256))))
+    (500, 16, ((4, 16), (8, 32), (16, 64))),
+    (600, 32, ((4, 16), (8, 32), (16, 64), (32, 128))),
+    (750, VOCAB // 2, ((8, 32), (16, 64), (32, 128), (64, 256), (16, 256))))
 WIDTH = 170             # of lightning's feed-forward part, 8/3 of the width: what the others are made equal to
 
 
@@ -35,7 +35,7 @@ def get_config(other="L", period=8, lr=3e-3, seed=0):
     model.experts, model.top_k, model.aux_weight = 1, 1, 0.0
     model.vocab, model.embed_std = VOCAB + 8, 1.0
 
-    train.batch, train.length, train.steps = 4, LENGTH, 1150
+    train.batch, train.length, train.steps = 4, LENGTH, 1200
     train.lr, train.warmup, train.decay = float(lr), 200, 0.3
     train.loss_chunk = train.batch * train.length
     train.seed = data.seed = int(seed)
