@@ -6,9 +6,9 @@
 Protocol: MQAR (Zoology), 128 keys and 128 values. Eight layers 64 wide, dense, DeepNorm, eight heads of head_dim: a lightning
 layer's state has 8 head_dim^2 numbers. A run reads 1,024 tokens a step in rows of 512, of tasks that grow: 2 and 4 pairs of 16
 keys, up to 16 pairs of them, up to 32 of 32 keys, 64 of 64 and 128 of all, each task an equal share of the rows. With
-thousands of keys at once, as Zoology has them, none learned in 49 M tokens, and with 32 none in 1.2 M; of the first 16 a model
-finds out in 150 to 400 steps that a value is looked up by the key before it, and does so with new keys 50 steps later.
-RoPE's base is 100: of heads of 16 dims half turn, and with 10,000 one pair of them alone would tell a token from the one
+thousands of keys at once, as Zoology has them, none learned in 49 M tokens, and with 32 one did not in 1.2 M; of the first 16
+a model finds out in 150 to 400 steps that a value is looked up by the key before it, and does so with new keys 50 to 150 steps
+later. RoPE's base is 100: of heads of 16 dims half turn, and with 10,000 one pair of them alone would tell a token from the one
 before it. Accuracy is the share of a task's queries on 200 held-out documents whose likeliest next token is the value. Two
 learning rates and three seeds an arm; an arm is told at its best rate, of the mean over seeds and tasks.
 Hours: a run takes nine minutes of a core, of SSSSSSSS twice that: some eight hours for all on one, four on two.

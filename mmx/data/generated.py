@@ -3,8 +3,8 @@
 mqar: multi-query associative recall (Zoology, arXiv 2312.04927). `pairs` of a key and a value, then the keys again, whose next
 token is to be the value, at gaps that follow Zoology's power law. Keys are drawn from the lower half of the `vocab` ids, values
 from the upper, none twice; what is left are random values (Zoology's are of all ids: a key may come again, by chance, with
-another token behind it, and of a small vocabulary often does). `few`: of each half the first ids alone are drawn, so many of them; 0:
-all. `tokens` of training documents, `held` documents to validate on.
+another token behind it, and of a small vocabulary often does). `few`: of each half only the first ids are drawn, so many of
+them; 0: all. `tokens` of training documents, `held` documents to validate on.
 
 facts: `count` keys of two ids, none twice, and a value of two random ids each, 2 log2(vocab) bits to remember. There is nothing
 to generalise to: what is held out are `held` of the same facts, and the question is how many are known.
