@@ -53,7 +53,8 @@ def rows_of(tmp_path, monkeypatch, **files):
 def test_recall_is_told_at_the_best_rate(tmp_path, monkeypatch):
     """A higher single seed at another rate does not count, nor does a run that diverged."""
     def row(arch, lr, seed, accuracy):
-        sources = {f"mqar:pairs={n},length={8 * n},vocab=64,seed={seed}": {"accuracy": accuracy} for n in (4, 64)}
+        sources = {f"mqar:pairs={n},length={8 * n},vocab=64,few=32,seed={seed}": {"accuracy": accuracy} for n in (4, 64)}
+        sources |= {f"mqar:pairs=4,length=32,vocab=64,few=8,seed={seed}": {"accuracy": 0.5}}        # of a stage before
         return {"arch": arch, "head_dim": 16, "lr": lr, "seed": seed, "loss": 1.0, "accuracy": accuracy, "by_source": sources}
 
     rows = [row(arch, 0.1, seed, value + seed / 100) for arch, value in
