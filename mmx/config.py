@@ -337,7 +337,7 @@ class Data:
         for point in self.weights:
             ok = (isinstance(point, tuple) and len(point) == 2 and type(point[0]) is int and isinstance(point[1], tuple)
                   and len(point[1]) == len(self.sources) and all(isinstance(w, (int, float)) and w >= 0 for w in point[1]))
-            _require(ok, f"data.weights={self.weights} needs (step, one weight a source) pairs; {len(self.sources)} sources")
+            _require(ok, f"data.weights has {point}, needs (step, one weight a source) pairs; {len(self.sources)} sources")
         ranges = all(isinstance(p, tuple) and len(p) == 2 and all(type(n) is int for n in p) and 0 <= p[0] and
                      (p[1] == 0 or p[0] < p[1]) for p in self.lengths)
         _require(ranges and len(self.lengths) in (0, len(self.sources)), f"data.lengths={self.lengths} needs a pair of tokens, "

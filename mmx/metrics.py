@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
 from mmx import atomic, config, untrusted
@@ -39,6 +38,9 @@ class Log:
         _cut(self.path, step)
         self.file = self.path.open("a")
         if self.tensorboard:
+            # it imports torch where there is one: seconds
+            from tensorboardX import SummaryWriter
+
             self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
             self.events = _Events(self.board.file_writer.event_writer)
 

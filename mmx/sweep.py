@@ -54,7 +54,7 @@ class Cell:
     keys: dict
     experiment: Experiment
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         """Of all that decides the result: not of the mesh and of how often a checkpoint is saved."""
         sections = config.sections(self.experiment)

@@ -104,7 +104,7 @@ def test_experiments_import_config_only(path):
     ("mmx, mmx.cli, mmx.config, mmx.released", ("jax", "flax", "orbax", "grain", "torch", "matplotlib")),
     ("mmx.data.pipeline", ("flax", "transformers")),
     ("mmx.scaling", ("jax", "flax", "torch", "matplotlib", "pandas")),
-    ("mmx.train, mmx.inference, mmx.convert, mmx.evals.compression", ("transformers", "matplotlib")),
+    ("mmx.train, mmx.inference, mmx.convert, mmx.evals.compression", ("transformers", "matplotlib", "torch")),
 ])
 def test_heavy_packages_come_when_needed(modules, without):
     code = f"import sys, {modules}\nprint(*[m for m in {without} if m in sys.modules])"

@@ -23,7 +23,7 @@ from mmx.config import ConfigError
 from mmx.parallel import mesh as meshes
 
 ROOT = Path(__file__).parents[2]
-FROM, STEPS = 5, 25
+FROM, STEPS, EVERY = 5, 15, 7
 EXPERIMENT = f"""\
 from mmx.config import default
 
@@ -35,7 +35,7 @@ def get_config():
     config.model.init, config.model.embed_std, config.model.dtype = "fan_in", 1.0, "float64"
     config.train.steps, config.train.batch, config.train.length, config.train.decay = 2_000, 4, 32, 0.0
     config.train.ramp, config.train.warmup, config.train.lr = ((0, 2),), 2, 1e-2
-    config.train.tensorboard, config.train.eval_every, config.train.eval_bytes = False, 10, 500
+    config.train.tensorboard, config.train.eval_every, config.train.eval_bytes = False, {EVERY}, 500
     config.checkpoint.every, config.checkpoint.keep = {FROM}, 1_000
     return config
 """
