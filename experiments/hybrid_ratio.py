@@ -16,10 +16,10 @@ PERIODS = (0, 1, 2, 4, 8, 16)
 RATES, SEEDS = (3e-3, 1.5e-3), (0, 1, 2)
 VOCAB, LENGTH, WINDOW = 128, 256, 32
 STAGES = (      # first step, how few keys and values, tasks of pairs and tokens
-    (0, 16, ((2, 8), (4, 16))),
-    (500, 16, ((4, 16), (8, 32), (16, 64))),
-    (600, 32, ((4, 16), (8, 32), (16, 64), (32, 128))),
-    (750, VOCAB // 2, ((8, 32), (16, 64), (32, 128), (64, 256), (16, 256))))
+    (0, 8, ((2, 8), (4, 16))),
+    (300, 16, ((4, 16), (8, 32), (16, 64))),
+    (400, 32, ((4, 16), (8, 32), (16, 64), (32, 128))),
+    (525, VOCAB // 2, ((8, 32), (16, 64), (32, 128), (64, 256), (16, 256))))
 WIDTH = 170             # of lightning's feed-forward part, 8/3 of the width: what the others are made equal to
 
 
@@ -35,7 +35,7 @@ def get_config(other="L", period=8, lr=3e-3, seed=0):
     model.experts, model.top_k, model.aux_weight = 1, 1, 0.0
     model.vocab, model.embed_std = VOCAB + 8, 1.0
 
-    train.batch, train.length, train.steps = 4, LENGTH, 1200
+    train.batch, train.length, train.steps = 4, LENGTH, 1000
     train.lr, train.warmup, train.decay = float(lr), 200, 0.3
     train.loss_chunk = train.batch * train.length
     train.seed = data.seed = int(seed)
@@ -57,4 +57,4 @@ def get_config(other="L", period=8, lr=3e-3, seed=0):
 def sweep():
     arms = [("L", period) for period in PERIODS] + [("W", period) for period in PERIODS if period != 1]
     return [{"other": other, "period": period, "lr": lr, "seed": seed}
-            for seed in SEEDS for other, period in arms for lr in RATES]
+            for lr in RATES for seed in SEEDS for other, period in arms]
