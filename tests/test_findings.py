@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from matplotlib import pyplot
 
 from mmx import config, convert
 from mmx.model import Model, logits
@@ -66,6 +67,34 @@ def test_recall_is_told_at_the_best_rate(tmp_path, monkeypatch):
     assert lightning.measured.endswith("0.980 (0.970 to 0.990) against 0.310 (0.300 to 0.320); 0.670 (0.670 to 0.670) higher")
     assert [x.verdict for x in (lightning, softmax, memory, apart)] == ["supports", "supports", "not run", "supports"]
     assert apart.measured.startswith("4 pairs in 32 tokens: hybrid 0.980")
+
+
+def test_the_ratio_is_told_with_its_windows(tmp_path, monkeypatch):
+    """An eighth as good as a half, better than a sixteenth; windows better than lightning."""
+    def row(other, period, accuracy, seed):
+        return {"other": other, "period": period, "lr": 0.1, "seed": seed,
+                "by_source": {f"mqar:pairs=8,length=32,vocab=64,few=64,seed={seed}": {"accuracy": accuracy + seed / 1000}}}
+
+    arms = (("L", 2, 0.96), ("L", 8, 0.95), ("L", 16, 0.6), ("W", 8, 0.97), ("L", 1, 0.99))
+    rows_of(tmp_path, monkeypatch, hybrid_ratio=[row(*arm, seed) for arm in arms for seed in range(3)])
+    half, sixteenth, windows = F["hybrid_ratio"]()
+    assert [x.verdict for x in (half, sixteenth, windows)] == ["supports", "supports", "contradicts"]
+    assert sixteenth.measured.endswith("0.951 (0.950 to 0.952) against 0.601 (0.600 to 0.602); 0.350 (0.350 to 0.350) apart")
+    labels, (panel,) = {}, F["draw_hybrid_ratio"](pyplot).axes
+    for line in panel.lines:
+        labels[line.get_label().split()[0]] = line.get_xdata().tolist()
+    assert labels == {"lightning": [1, 2, 4, 5], "windows": [2, 5]}
+
+
+@pytest.mark.parametrize("kept, word", [((1.0, 0.96, 1.1), "supports"), ((0.7, 0.6, 0.9), "contradicts"),
+                                        ((0.9, 1.0, 1.0), "cannot tell"), ((1.0, 1.0), "cannot tell")])
+def test_speed_over_length(kept, word, tmp_path, monkeypatch):
+    rows_of(tmp_path, monkeypatch, length=[
+        {"kind": kind, "tokens": tokens, "seed": seed, "tokens_per_s": rate * (1 if kind == "L" else 1 / tokens)}
+        for seed, share in enumerate(kept) for tokens, rate in ((1024, 50.0), (8192, 20.0), (131072, 50.0 * share))
+        for kind in "LS"])
+    claim, = F["length"]()
+    assert claim.verdict == word and " at 1,024 tokens " in claim.measured and claim.measured.endswith("kept at 131,072")
 
 
 def test_a_run_that_diverged_knows_nothing(tmp_path, monkeypatch):
