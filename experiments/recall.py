@@ -59,7 +59,7 @@ def get_config(arch="LLLLLLLS", head_dim=16, lr=3e-3, seed=0):
 
 
 def sweep():
-    states = [("LLLLLLLL", n) for n in HEAD_DIMS if n != 16]
-    parts = [(arch, 16) for arch in ARMS[:3]], states + [(arch, 16) for arch in ARMS[3:]]
+    parts = ([(arch, 16) for arch in ARMS[:3]], [("LLLLLLLL", n) for n in HEAD_DIMS if n != 16],
+             [(arch, 16) for arch in ARMS[3:]])
     return [{"arch": arch, "head_dim": n, "lr": lr, "seed": seed}
             for lr in RATES for arms in parts for seed in SEEDS for arch, n in arms]
