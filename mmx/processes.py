@@ -31,7 +31,8 @@ LINE = re.compile(r"([IWEF])\d{4} [\d:.]+ +\d+ (\w+)\.\w+:\d+\] |[A-Z]+:(absl):"
 RUNTIME = {"absl", "client", "service", "coordination_service", "coordination_service_agent", "preemption_notifier",
            "preemption_sync_manager"}
 OTHERS = re.compile("Gloo|NCCL|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED")
-NOISE = "[Gloo] ", "Expected number of connected peer ranks", "WARNING: All log messages before absl::InitializeLog"
+# Gloo's threads write "[Gloo] Rank 0 is connected to 7 peer ranks. Expected number of connected peer ranks is : 7" in parts
+NOISE = re.compile(r"\[Gloo\]|.*peer ranks|(\d+|[ \d]* is : \d+)?\s*$|WARNING: All log messages before absl::InitializeLog")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +240,7 @@ def _pass_on(said: int, held):
                 shown = begin[1] != "I" and (begin[2] or begin[3]) not in RUNTIME
             if not shown:
                 held.append(line)
-            elif not line.startswith(NOISE):
+            elif not NOISE.match(line):
                 print(line, end="", file=sys.stderr)
 
 
