@@ -87,6 +87,12 @@ def over(seeds: dict, value) -> dict:
     return {seed: value(row) for seed, row in seeds.items()}
 
 
+def one_rate(found: list[dict]) -> str:
+    """For a test's words, where its rows have one learning rate alone."""
+    rates = sorted({row["lr"] for row in found})
+    return f"; at {rates[0]:g} alone" if len(rates) == 1 else ""
+
+
 # --- recall ---
 
 def answers(row: dict) -> dict[tuple, float]:
@@ -115,6 +121,7 @@ def accuracy(row: dict) -> float:
 def recall() -> list[Claim]:
     found = arms(rows("recall"), ("arch", "head_dim"), recalled)
     test = "[recall.py](../experiments/recall.py): MQAR, 8 to 128 pairs in 32 to 512 tokens, 8 layers of width 64"
+    test += one_rate(rows("recall"))
     claims = [
         Claim("Lightning alone retrieves less than seven lightning layers to one of softmax (Fig. 7, Table 3)", test),
         Claim("That hybrid retrieves as well as softmax alone, or better (Fig. 7)", test + "; a difference of 0.02 is none"),
@@ -191,6 +198,7 @@ def draw_recall(pyplot):
 def hybrid_ratio() -> list[Claim]:
     found = arms(rows("hybrid_ratio"), ("other", "period"), recalled)
     test = "[hybrid_ratio.py](../experiments/hybrid_ratio.py): MQAR, 8 to 64 pairs in 32 to 256 tokens, 16 layers, equal FLOPs"
+    test += one_rate(rows("hybrid_ratio"))
     claims = []
     for words, one, other, above in (
             ("One softmax layer in eight retrieves as well as every second (section 2.4)", ("L", 8), ("L", 2), -0.02),
@@ -200,7 +208,7 @@ def hybrid_ratio() -> list[Claim]:
         if one in found and other in found:
             gap = better(over(found[one], recalled), over(found[other], recalled))
             claim = told(claim, f"accuracy, mean of all tasks: {each(found[one], recalled)} against "
-                         f"{each(found[other], recalled)}; {gap.told()} apart", verdict(gap, above))
+                         f"{each(found[other], recalled)}; {gap.told()} higher", verdict(gap, above))
         claims.append(claim)
     return claims
 
@@ -215,8 +223,9 @@ def draw_hybrid_ratio(pyplot):
         # both end in softmax alone, which is one arm
         has = {place: found[key] for place, period in enumerate(places)
                if (key := ("L" if period == 1 else other, period)) in found}
-        spread(axes, list(has), [over(seeds, recalled).values() for seeds in has.values()], f"C{color}",
-               f"{name} between the softmax layers")
+        if has:
+            spread(axes, list(has), [over(seeds, recalled).values() for seeds in has.values()], f"C{color}",
+                   f"the other layers: {name}")
     axes.set(xlabel="softmax layers", ylabel="values recalled, mean of all tasks", ylim=(0, 1.02))
     axes.set_xticks(range(len(places)), ["none", "1/16", "1/8", "1/4", "1/2", "all"])
     axes.grid(alpha=0.3)
@@ -356,8 +365,7 @@ def norm() -> list[Claim]:
         for other, words in (("post", "DeepNorm reaches a lower loss than plain post-norm (section 2.2; DeepNorm)"),
                              ("pre", "DeepNorm reaches a lower loss than pre-norm (Table 5)")):
             one, two = found.get(("deepnorm", layers)), found.get((other, layers))
-            rates = sorted({row["lr"] for row in rows("norm") if row["layers"] == layers})
-            claim = Claim(f"{words}: {layers} layers", test + f"; at {rates[0]:g} alone" * (len(rates) == 1))
+            claim = Claim(f"{words}: {layers} layers", test + one_rate([r for r in rows("norm") if r["layers"] == layers]))
             if one and two:
                 gap = better(over(one, minus_loss), over(two, minus_loss))
                 failed = [sum(row["loss"] is None or row["loss"] > 3 for row in arm.values()) for arm in (one, two)]
@@ -559,7 +567,7 @@ def length() -> list[Claim]:
     claim = Claim("Training speed does not fall with the length (section 2.2.2.4)",
                   "`python benchmarks/length.py`: one lightning layer, forward and backward, on CPU cores; passes stand for "
                   "seeds; a loss of 5 % is none")
-    if not found:
+    if len(found) < 2:
         return [claim]
     near, far = min(found), max(found)
     kept = interval(found[far][n] / found[near][n] for n in sorted(found[near].keys() & found[far].keys()))

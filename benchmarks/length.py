@@ -1,11 +1,11 @@
 """Tokens/s and peak memory of one attention layer, forward and backward, over the sequence's length.
 
-    python benchmarks/length.py                                     # about 4 minutes on 2 cores; writes length.png
-    python benchmarks/length.py --passes 3 --rows experiments/length.jsonl      # what docs/findings.md tells
+    python benchmarks/length.py                 # about 4 minutes on 2 cores; writes length.png
+    python benchmarks/length.py --passes 3 --rows experiments/length.jsonl --out docs/length.png     # what the docs tell
 
-Hidden 256, 8 heads x 32 (softmax: 2 KV heads), float32, one sequence. Each point is a process of its own: the median
-of several calls, after as many as still take new memory, and the peak of the call's buffers beyond its inputs as XLA lays
-them out. Softmax attention's time grows with the square of the length: it stops at the first that takes over --limit seconds.
+Hidden 256, 8 heads x 32 (softmax: 2 KV heads), float32, one sequence. Each point is a process of its own: the median of
+several calls, after as many as still take new memory, and the peak of the call's buffers beyond its inputs as XLA lays them
+out. Softmax attention's time grows with the square of the length: it stops where four times its last call is over --limit.
 """
 import argparse
 import itertools
@@ -30,7 +30,7 @@ NAMES = {"L": "lightning", "S": "softmax"}
 
 def main():
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--limit", type=float, default=20, help="longest pass of a layer, in seconds (default 20)")
+    flags.add_argument("--limit", type=float, default=20, help="longest call, in seconds (default 20)")
     flags.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default=LENGTHS)
     flags.add_argument("--passes", type=int, default=1, help="how often all is measured; table and plot have the medians")
     flags.add_argument("--rows", help="a file for all points, a line of JSON each")
@@ -41,19 +41,19 @@ def main():
         kind, length = args.point.split(",")
         print(json.dumps(measure(kind, int(length))))
         return
-    rows, longest = [], {}
+    rows, last = [], {}
     for number, length in tqdm(list(itertools.product(range(args.passes), args.lengths)), "lengths"):
         for kind in NAMES:
-            if kind == "S" and 4 * longest.get(number, 0) > args.limit:
+            if kind == "S" and 4 * last.get(number, 0) > args.limit:
                 continue
             out = subprocess.run([sys.executable, __file__, "--point", f"{kind},{length}"], capture_output=True, text=True)
             if out.returncode:
                 sys.exit(out.stderr)
             rows.append({"kind": kind, "tokens": length, "seed": number} | json.loads(out.stdout.splitlines()[-1]))
             if kind == "S":
-                longest[number] = rows[-1]["seconds"]
-    if args.rows:
-        Path(args.rows).write_text("".join(json.dumps(row) + "\n" for row in rows))
+                last[number] = rows[-1]["seconds"]
+            if args.rows:
+                Path(args.rows).write_text("".join(json.dumps(row) + "\n" for row in rows))
     points = {kind: {length: {name: statistics.median(row[name] for row in found) for name in ("tokens_per_s", "peak_mib")}
                      for length in args.lengths if (found := [r for r in rows if (r["kind"], r["tokens"]) == (kind, length)])}
               for kind in NAMES}

@@ -31,8 +31,9 @@ LINE = re.compile(r"([IWEF])\d{4} [\d:.]+ +\d+ (\w+)\.\w+:\d+\] |[A-Z]+:(absl):"
 RUNTIME = {"absl", "client", "service", "coordination_service", "coordination_service_agent", "preemption_notifier",
            "preemption_sync_manager"}
 OTHERS = re.compile("Gloo|NCCL|barrier|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED")
-# Gloo's threads write "[Gloo] Rank 0 is connected to 7 peer ranks. Expected number of connected peer ranks is : 7" in parts
-NOISE = re.compile(r"\[Gloo\]|.*peer ranks|(\d+|[ \d]* is : \d+)?\s*$|WARNING: All log messages before absl::InitializeLog")
+NOISE = "WARNING: All log messages before absl::InitializeLog"
+# of "[Gloo] Rank 0 is connected to 7 peer ranks. Expected number of connected peer ranks is : 7", which threads write in parts
+GLOO = re.compile(r"(\[Gloo\]|Rank|is connected to|(Expected number of connected )?peer ranks\.?|is :|\d+|\s)+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,14 +234,16 @@ def _watch(world: World, child: int, log: int) -> int:
 def _pass_on(said: int, held):
     """Passes on what native code prints, but for mere information and what the runtime says of other processes: the
     latter is held."""
-    shown = True
+    shown, gloo = True, False
     with os.fdopen(said, errors="replace") as lines:
         for line in lines:
             if begin := LINE.match(line):       # what does not begin so goes on with the message before
                 shown = begin[1] != "I" and (begin[2] or begin[3]) not in RUNTIME
+            # a number or nothing is a part of it where one is before
+            gloo = bool(not begin and GLOO.fullmatch(line) and (gloo or re.search("[a-z]", line)))
             if not shown:
                 held.append(line)
-            elif not NOISE.match(line):
+            elif not gloo and not line.startswith(NOISE):
                 print(line, end="", file=sys.stderr)
 
 

@@ -79,11 +79,11 @@ def test_the_ratio_is_told_with_its_windows(tmp_path, monkeypatch):
     rows_of(tmp_path, monkeypatch, hybrid_ratio=[row(*arm, seed) for arm in arms for seed in range(3)])
     half, sixteenth, windows = F["hybrid_ratio"]()
     assert [x.verdict for x in (half, sixteenth, windows)] == ["supports", "supports", "contradicts"]
-    assert sixteenth.measured.endswith("0.951 (0.950 to 0.952) against 0.601 (0.600 to 0.602); 0.350 (0.350 to 0.350) apart")
+    assert sixteenth.measured.endswith("0.951 (0.950 to 0.952) against 0.601 (0.600 to 0.602); 0.350 (0.350 to 0.350) higher")
     labels, (panel,) = {}, F["draw_hybrid_ratio"](pyplot).axes
     for line in panel.lines:
-        labels[line.get_label().split()[0]] = line.get_xdata().tolist()
-    assert labels == {"lightning": [1, 2, 4, 5], "windows": [2, 5]}
+        labels[line.get_label()] = line.get_xdata().tolist()
+    assert labels == {"the other layers: lightning": [1, 2, 4, 5], "the other layers: windows of 32 tokens": [2, 5]}
 
 
 @pytest.mark.parametrize("kept, word", [((1.0, 0.96, 1.1), "supports"), ((0.7, 0.6, 0.9), "contradicts"),
@@ -95,6 +95,11 @@ def test_speed_over_length(kept, word, tmp_path, monkeypatch):
         for kind in "LS"])
     claim, = F["length"]()
     assert claim.verdict == word and " at 1,024 tokens " in claim.measured and claim.measured.endswith("kept at 131,072")
+
+
+def test_speed_of_one_length_tells_nothing(tmp_path, monkeypatch):
+    rows_of(tmp_path, monkeypatch, length=[{"kind": "L", "tokens": 1024, "seed": seed, "tokens_per_s": 5.0} for seed in range(3)])
+    assert F["length"]()[0].verdict == "not run"
 
 
 def test_a_run_that_diverged_knows_nothing(tmp_path, monkeypatch):

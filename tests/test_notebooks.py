@@ -13,7 +13,7 @@ from mmx.compilers import schedule
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 BADGE = "https://colab.research.google.com/github/YOUR_ACCOUNT/mmx/blob/main/notebooks/"
-SHORTER = {     # minutes
+SHORTER = {     # of what takes minutes
     "train.steps=200": "train.steps=20", "limit=65_536": "limit=4_096", "steps=160": "steps=16",
     "range(10, 17)": "range(10, 12)", "range(10, 14)": "range(10, 12)",
     "train.length=1024": "train.length=256", "train.loss_chunk=8192": "train.loss_chunk=2048"}
