@@ -98,7 +98,8 @@ def test_speed_over_length(kept, word, tmp_path, monkeypatch):
 
 
 def test_speed_of_one_length_tells_nothing(tmp_path, monkeypatch):
-    rows_of(tmp_path, monkeypatch, length=[{"kind": "L", "tokens": 1024, "seed": seed, "tokens_per_s": 5.0} for seed in range(3)])
+    rows_of(tmp_path, monkeypatch, length=[
+        {"kind": "L", "tokens": 1024, "seed": seed, "tokens_per_s": 5.0} for seed in range(3)])
     assert F["length"]()[0].verdict == "not run"
 
 
