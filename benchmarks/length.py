@@ -1,7 +1,7 @@
 """Tokens/s and peak memory of one attention layer, forward and backward, over the sequence's length.
 
     python benchmarks/length.py                 # about 4 minutes on 2 cores; writes length.png
-    python benchmarks/length.py --passes 3 --lengths 1024,131072 --limit 0 --rows experiments/length.jsonl     # docs/findings.md
+    python benchmarks/length.py --passes 3 --lengths 1024,131072 --limit 0 --rows experiments/length.jsonl    # docs/findings.md
 
 Hidden 256, 8 heads x 32 (softmax: 2 KV heads), float32, one sequence. Each point is a process of its own: the median of
 several calls, after as many as still take new memory, and the peak of the call's buffers beyond its inputs as XLA lays them
