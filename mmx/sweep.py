@@ -48,6 +48,10 @@ FAILED, MISTAKE, HELD, STOPPED, DONE = "failed", "mistake", "held", "stopped", "
 EXECUTORS = {"inline": 1, "local": 1, "slurm": 64}      # and how many runs at a time
 
 
+class RefusedError(ConfigError):
+    """Of a sweep that begins no run: nothing of it is left."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """A run of the grid: its keys as the grid gives them, and what they make."""
@@ -327,15 +331,15 @@ class _Ended(NamedTuple):
 def executor(kind: str, out: Path, slurm: str):
     """Where jobs run: "inline", "local" or "slurm", there with parameters, as "partition=gpu,gpus_per_node=8"."""
     if slurm and kind != "slurm":
-        raise ConfigError(f"--slurm {slurm} needs --executor slurm")
+        raise RefusedError(f"--slurm {slurm} needs --executor slurm")
     if kind == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
-        raise ConfigError("--executor slurm: no sbatch and srun here, this is no SLURM cluster; --executor local runs "
-                          "processes on this machine")
+        raise RefusedError("--executor slurm: no sbatch and srun here, this is no SLURM cluster; --executor local runs "
+                           "processes on this machine")
     pairs = [pair.partition("=")[::2] for pair in filter(None, slurm.split(","))]
     parameters = {key: int(value) if value.isdecimal() else value for key, value in pairs}
     if parameters.get("nodes", 1) != 1 or parameters.get("ntasks_per_node", 1) != 1:
-        raise ConfigError(f"--slurm {slurm}: a run is one process on one node, with all its devices; leave nodes and "
-                          "ntasks_per_node at 1")
+        raise RefusedError(f"--slurm {slurm}: a run is one process on one node, with all its devices; leave nodes and "
+                           "ntasks_per_node at 1")
     (out / "jobs").mkdir(parents=True, exist_ok=True)
     if kind == "inline":
         return Inline(out / "jobs" / "inline.log")
@@ -349,7 +353,7 @@ def executor(kind: str, out: Path, slurm: str):
     try:
         made.update_parameters(**{"time": 60 * 24, "job_name": "mmx-sweep"} | parameters)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"--slurm {slurm}: {str(error).replace(chr(10), ' ')}") from None
+        raise RefusedError(f"--slurm {slurm}: {str(error).replace(chr(10), ' ')}") from None
     return made
 
 
@@ -427,28 +431,41 @@ def run(cells: list[Cell], out: str | Path, *, kind: str = "local", jobs: int | 
     """Plans the runs of a grid that OUT has not, runs them, and tells them; what became of those that failed, by name."""
     out, jobs = Path(out), jobs or EXECUTORS[kind]
     console = Console(file=sys.stdout)      # of now: Inline sends that of its runs to a file
+    new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("w") as lock:
         if not _take(lock):
             raise ConfigError(f"another mmx sweep is at work in {out}: wait for it, or give another --out")
-        pool = executor(kind, out, slurm)
-        rows = collect(out)
-        todo = [cell for cell in cells if cell.hash not in rows]
-        if todo:
-            start = functools.partial(_wait, pool) if kind != "slurm" else None
-            here = [rows[cell.hash] for cell in cells if cell.hash in rows]
-            with console.status("measuring how fast a run is"):
-                known = estimate(todo, here, start, out, flops_per_s)
-            expected = known and sum(map(known.seconds, todo)) / 3600 / min(jobs, len(todo))
-            console.print(show_plan(cells, todo, known, expected, jobs), soft_wrap=True)
-            if hours is not None and (expected is None or expected > hours):
-                told = "an unknown time" if expected is None else f"{expected:.2f} hours ({known.source})"
-                raise ConfigError(f"the {len(todo)} runs need {told}, --hours {hours:g} is less: give fewer or shorter runs, "
-                                  "more --jobs, or more hours")
+        try:
+            pool = executor(kind, out, slurm)
+            todo = _planned(cells, out, pool, kind, jobs, hours, flops_per_s, console)
+        except RefusedError:
+            if new:
+                shutil.rmtree(out)
+            raise
         failed = _loop(todo, out, pool, jobs, retries, console) if todo else {}
         rows = collect(out)
         console.print(show([rows[cell.hash] for cell in cells if cell.hash in rows], title))
         return failed
+
+
+def _planned(cells: list[Cell], out: Path, pool, kind: str, jobs: int, hours, flops_per_s, console: Console) -> list[Cell]:
+    """The runs that OUT has not, after their plan is told."""
+    rows = collect(out)
+    todo = [cell for cell in cells if cell.hash not in rows]
+    if not todo:
+        return todo
+    start = functools.partial(_wait, pool) if kind != "slurm" else None
+    here = [rows[cell.hash] for cell in cells if cell.hash in rows]
+    with console.status("measuring how fast a run is"):
+        known = estimate(todo, here, start, out, flops_per_s)
+    expected = known and sum(map(known.seconds, todo)) / 3600 / min(jobs, len(todo))
+    console.print(show_plan(cells, todo, known, expected, jobs), soft_wrap=True)
+    if hours is not None and (expected is None or expected > hours):
+        told = "an unknown time" if expected is None else f"{expected:.2f} hours ({known.source})"
+        raise RefusedError(f"the {len(todo)} runs need {told}, --hours {hours:g} is less: give fewer or shorter runs, more "
+                           "--jobs, or more hours")
+    return todo
 
 
 def _wait(pool, *job):

@@ -229,7 +229,14 @@ def test_mistakes_before_anything_runs(grid, more, message, place, trained, tmp_
     assert cli.main([*place(grid), *more]) == 2
     err = capsys.readouterr().err
     assert message in err and err.startswith("mmx: ") and err.count("\n") == 1, err
-    assert not trained[0] and not list(tmp_path.glob("out/runs/*"))
+    assert not trained[0] and not (tmp_path / "out").exists()
+
+
+def test_a_refused_sweep_leaves_what_was_there(place, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes").touch()
+    assert cli.main(place(GRID) + ["--rate", "1e3", "--hours", "0.5"]) == 2
+    assert (tmp_path / "out" / "notes").exists()
 
 
 def test_a_file_without_a_grid(capsys):
