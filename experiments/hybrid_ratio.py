@@ -55,6 +55,6 @@ def get_config(other="L", period=8, lr=3e-3, seed=0):
 
 
 def sweep():
-    arms = [("L", period) for period in PERIODS] + [("W", period) for period in PERIODS if period != 1]
+    parts = [("L", period) for period in PERIODS] + [("W", 0), ("W", 8)], [("W", period) for period in (2, 4, 16)]
     return [{"other": other, "period": period, "lr": lr, "seed": seed}
-            for lr in RATES for seed in SEEDS for other, period in arms]
+            for lr in RATES for arms in parts for seed in SEEDS for other, period in arms]
