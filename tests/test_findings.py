@@ -59,13 +59,16 @@ def test_recall_is_told_at_the_best_rate(tmp_path, monkeypatch):
         return {"arch": arch, "head_dim": 16, "lr": lr, "seed": seed, "loss": 1.0, "accuracy": accuracy, "by_source": sources}
 
     rows = [row(arch, 0.1, seed, value + seed / 100) for arch, value in
-            (("LLLLLLLL", 0.3), ("LLLLLLLS", 0.97), ("SSSSSSSS", 0.96)) for seed in range(3)]
+            (("LLLLLLLL", 0.3), ("LLLLLLLS", 0.97), ("SSSSSSSS", 0.96), ("LLLSLLLL", 0.9), ("SLLLLLLL", 0.96))
+            for seed in range(3)]
     rows += [row("LLLLLLLL", 0.2, 0, 0.8), row("LLLLLLLL", 0.2, 1, 0.0)]
     rows += [{"arch": "LLLLLLLL", "head_dim": 16, "lr": 0.2, "seed": 2, "loss": None, "diverged": "step 3"}]
     rows_of(tmp_path, monkeypatch, recall=rows)
-    lightning, softmax, memory, apart = F["recall"]()
+    lightning, softmax, memory, middle, first, apart = F["recall"]()
     assert lightning.measured.endswith("0.980 (0.970 to 0.990) against 0.310 (0.300 to 0.320); 0.670 (0.670 to 0.670) higher")
-    assert [x.verdict for x in (lightning, softmax, memory, apart)] == ["supports", "supports", "not run", "supports"]
+    assert [x.verdict for x in (lightning, softmax, memory, middle, first, apart)] == [
+        "supports", "supports", "not run", "contradicts", "supports", "supports"]
+    assert "a difference of 0.02 is none" in first.test and "none" not in lightning.test
     assert apart.measured.startswith("4 pairs in 32 tokens: hybrid 0.980")
 
 
@@ -75,15 +78,16 @@ def test_the_ratio_is_told_with_its_windows(tmp_path, monkeypatch):
         return {"other": other, "period": period, "lr": 0.1, "seed": seed,
                 "by_source": {f"mqar:pairs=8,length=32,vocab=64,few=64,seed={seed}": {"accuracy": accuracy + seed / 1000}}}
 
-    arms = (("L", 2, 0.96), ("L", 8, 0.95), ("L", 16, 0.6), ("W", 8, 0.97), ("L", 1, 0.99))
+    arms = (("L", 2, 0.96), ("L", 8, 0.95), ("L", 16, 0.6), ("W", 8, 0.97), ("L", 1, 0.99), ("L", 0, 0.5))
     rows_of(tmp_path, monkeypatch, hybrid_ratio=[row(*arm, seed) for arm in arms for seed in range(3)])
-    half, sixteenth, windows = F["hybrid_ratio"]()
-    assert [x.verdict for x in (half, sixteenth, windows)] == ["supports", "supports", "contradicts"]
+    half, alone, sixteenth, none, windows, pure = F["hybrid_ratio"]()
+    assert [x.verdict for x in (half, alone, sixteenth, none, windows, pure)] == [
+        "supports", "contradicts", "supports", "supports", "contradicts", "not run"]
     assert sixteenth.measured.endswith("0.951 (0.950 to 0.952) against 0.601 (0.600 to 0.602); 0.350 (0.350 to 0.350) higher")
     labels, (panel,) = {}, F["draw_hybrid_ratio"](pyplot).axes
     for line in panel.lines:
         labels[line.get_label()] = line.get_xdata().tolist()
-    assert labels == {"the other layers: lightning": [1, 2, 4, 5], "the other layers: windows of 32 tokens": [2, 5]}
+    assert labels == {"the other layers: lightning": [0, 1, 2, 4, 5], "the other layers: windows of 32 tokens": [2, 5]}
 
 
 @pytest.mark.parametrize("kept, word", [((1.0, 0.96, 1.1), "supports"), ((0.7, 0.6, 0.9), "contradicts"),
