@@ -5,6 +5,7 @@ its own checkpoints; what it found is DIR/runs/NAME/row.json, which exists whole
 from those, and from what it held, after each run: no moment of a kill can lose a row or double one. The process that trains
 holds NAME/lock (by flock): a second one, of a sweep that was killed and started again, leaves the run to it.
 """
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -360,25 +361,31 @@ def executor(kind: str, out: Path, slurm: str):
 def estimate(todo: list[Cell], done: list[dict], start, out: Path, given: float | None) -> Rate | None:
     """The rate of what is to do: as given, of runs that ended here, or measured; None where it cannot be measured.
 
-    `start(function, ...)` runs a function as a run will be, and waits for it.
+    `start(function, ...)` runs a function as a run will be, beside as many others as will be, and waits for all.
     """
     if given:
         return Rate(((1.0, given),), 0.0, "as --rate says")
-    if done:
-        points = {row["flops"] / row["tokens"]: row["flops"] / row["seconds"] for row in done}
-        return Rate(tuple(points.items()), 0.0, f"as {len(done)} run{'s' * (len(done) > 1)} here had")
+    ended = [row for row in done if row["loss"] is not None and row["seconds"]]     # the others stopped short
+    if ended:
+        spent = collections.defaultdict(list)
+        for row in ended:
+            spent[row["flops"] / row["tokens"]].append(row["seconds"] / row["flops"])
+        points = tuple((per_token, 1 / float(np.mean(seconds))) for per_token, seconds in spent.items())
+        return Rate(points, 0.0, f"as {len(ended)} run{'s' * (len(ended) > 1)} here had")
     if not start:
         return None
     ends = [pick(todo, key=lambda cell: cell.per_token) for pick in (min, max)]
     points, spent = {}, []
     for cell in ends[ends[0] is ends[1]:]:
         begin = time.monotonic()
-        kind, value = start(rate, cell, out)
-        if kind != DONE:
-            raise ConfigError(f"{_told(cell.keys)}: {value}")
-        points[cell.per_token] = value
-        spent.append(time.monotonic() - begin - STEPS * cell.flops / cell.experiment.train.steps / value)
+        outcomes = start(rate, cell, out)
+        for kind, value in outcomes:
+            if kind != DONE:
+                raise ConfigError(f"{_told(cell.keys)}: {value}")
+        points[cell.per_token] = float(np.mean([value for _, value in outcomes]))
+        spent.append(time.monotonic() - begin - STEPS * cell.flops / cell.experiment.train.steps / points[cell.per_token])
     names = " and of ".join(f"({_told(cell.keys)})" for cell in ends[ends[0] is ends[1]:])
+    names += f", {len(outcomes)} at a time" * (len(outcomes) > 1)
     return Rate(tuple(points.items()), float(np.mean(spent)), f"measured by {STEPS} steps of {names}")
 
 
@@ -455,7 +462,7 @@ def _planned(cells: list[Cell], out: Path, pool, kind: str, jobs: int, hours, fl
     todo = [cell for cell in cells if cell.hash not in rows]
     if not todo:
         return todo
-    start = functools.partial(_wait, pool) if kind != "slurm" else None
+    start = functools.partial(_together, pool, min(jobs, len(todo))) if kind != "slurm" else None
     here = [rows[cell.hash] for cell in cells if cell.hash in rows]
     with console.status("measuring how fast a run is"):
         known = estimate(todo, here, start, out, flops_per_s)
@@ -468,12 +475,12 @@ def _planned(cells: list[Cell], out: Path, pool, kind: str, jobs: int, hours, fl
     return todo
 
 
-def _wait(pool, *job):
-    """The outcome of a job."""
-    submitted = _submit(pool, *job)
-    while not submitted.done():
+def _together(pool, count: int, *job) -> list[tuple]:
+    """The outcomes of a job that is under way `count` times at once."""
+    under_way = [_submit(pool, *job) for _ in range(count)]
+    while not all(submitted.done() for submitted in under_way):
         time.sleep(0.2)
-    return _outcome(submitted)
+    return [_outcome(submitted) for submitted in under_way]
 
 
 def _submit(pool, *job):

@@ -12,8 +12,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from mmx import cli, experiments, metrics, sweep, train
 from mmx.config import ConfigError, build
@@ -263,10 +265,41 @@ def test_rates_between_those_measured(place, trained, tmp_path):
     command = place('{"model.expert_dim": [8, 800]}')
     cells = sweep.cells([{"model.expert_dim": 8}, {"model.expert_dim": 800}],
                         lambda keys: experiments.read(command[2], [f"--config.{k}={v}" for k, v in keys.items()]))
-    known = sweep.estimate(cells, [], lambda function, *args: function(*args), tmp_path, None)
+    known = sweep.estimate(cells, [], lambda function, *args: [function(*args)], tmp_path, None)
     assert known.points == tuple((cell.per_token, 1e9) for cell in cells) and known.source.startswith("measured by 12 steps")
     half = sweep.Rate(((cells[0].per_token, 1e6), (cells[1].per_token, 4e6)), 3.0, "")
     assert half.seconds(cells[1]) == pytest.approx(3 + cells[1].flops / 4e6)
+
+
+def test_a_rate_of_runs_is_of_those_that_ended(place):
+    """One that diverged took its FLOPs' share alone, at its first step no time; two of one size have their mean time."""
+    command = place('{"model.expert_dim": [8]}')
+    cells = sweep.cells([{"model.expert_dim": 8}], lambda keys: experiments.read(command[2], []))
+    flops, tokens = cells[0].flops, cells[0].tokens
+    rows = [{"flops": flops, "tokens": tokens, "loss": loss, "seconds": seconds}
+            for loss, seconds in ((2.0, 10.0), (2.0, 30.0), (None, 1.0), (None, 0.0))]
+    known = sweep.estimate(cells, rows, None, None, None)
+    assert known.seconds(cells[0]) == pytest.approx(20) and known.source == "as 2 runs here had"
+    assert sweep.estimate(cells, rows[2:], None, None, None) is None
+
+
+def test_a_rate_is_measured_beside_as_many_as_will_run(place, tmp_path, monkeypatch):
+    command, under_way, told = place(), [], io.StringIO()
+    cells = sweep.cells({"train.seed": [0, 1, 2, 3]},
+                        lambda keys: experiments.read(command[2], [f"--config.{k}={v}" for k, v in keys.items()]))
+
+    class Job:
+        def __init__(self):
+            under_way.append(self)
+
+        def done(self):
+            assert len(under_way) == 3, "asked before the others were begun"
+            return True
+
+    monkeypatch.setattr(sweep, "_outcome", lambda job: (sweep.DONE, 1e9))
+    pool = SimpleNamespace(submit=lambda *job, visible: Job())
+    assert sweep._planned(cells, tmp_path, pool, "local", 3, None, None, Console(file=told, width=300)) == cells
+    assert "(train.seed=0), 3 at a time" in told.getvalue()
 
 
 def test_hparams(place, trained, tmp_path):
