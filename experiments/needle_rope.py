@@ -1,0 +1,41 @@
+"""Does a needle show how far half RoPE reaches? None, half and full RoPE, trained at 256 bytes, asked at up to 2,048.
+
+    python benchmarks/needle.py --experiment needle_rope --run needle-rope      # documents, 18 runs, readings; or one run:
+    mmx examples --suite needle --rows again --lengths 128 --examples 4000 --seed 1 --out needle-data/again.jsonl
+    mmx examples --suite needle --lengths 192,256 --examples 300 --seed 1 --out needle-data/needle.jsonl
+    mmx train --config experiments/needle_rope.py:hybrid,16,0 --workdir needle-rope-one
+    mmx eval --checkpoint needle-rope-one --suite needle --lengths 256,512,1k,2k --rows 0,25,50,75,100 --examples 10
+
+Protocol: needle.py's models, hybrid (LLLS) and softmax alone, heads of 32 dims of which 0, 16 or 32 turn, base 10,000 as the
+paper's, and its documents, but of 192 and 256 tokens (bytes), prompt and all. Three seeds.
+Hours: not measured.
+Result: not run.
+"""
+from mmx.config import ConfigError, default
+
+KINDS = {"hybrid": ("LLLS", 139), "softmax": ("S", 171)}        # pattern, hidden part: equal in size
+TURNED = (0, 16, 32)
+
+
+def get_config(kind="hybrid", turned=16, seed=0):
+    if kind not in KINDS or int(turned) not in TURNED:
+        raise ConfigError(f"{kind},{turned} is no arm: give hybrid or softmax, and one of {', '.join(map(str, TURNED))}")
+    config = default()
+    model, train, data = config.model, config.train, config.data
+    model.pattern, model.expert_dim = KINDS[kind]
+    model.dim, model.layers = 64, 4
+    model.heads, model.kv_heads, model.head_dim, model.rotary_dim = 4, 4, 32, int(turned)
+    model.experts, model.top_k, model.aux_weight = 1, 1, 0.0
+    model.init, model.embed_std = "fan_in", 1.0
+
+    train.steps, train.batch, train.length = 750, 8, 272        # a prompt of 256 tokens, its answer and its end fit a row
+    train.lr, train.warmup, train.decay = 4e-3, 50, 0.3
+    train.loss_chunk = train.batch * train.length
+    train.seed = data.seed = int(seed)
+    train.tensorboard = False
+
+    data.sources = ("needle-data/again.jsonl", "needle-data/needle.jsonl")
+    data.weights = ((0, (1, 0)), (100, (1, 3)), (400, (1, 9)), (600, (0, 1)))
+    config.checkpoint.every = train.steps
+    config.mesh.edp = 1
+    return config
