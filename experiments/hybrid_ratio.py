@@ -56,6 +56,7 @@ def get_config(other="L", period=8, lr=3e-3, seed=0):
 
 
 def sweep():
-    parts = (*[("L", period) for period in (0, 1, 2, 8, 16)], ("W", 8)), (("L", 4), *[("W", period) for period in (0, 2, 4, 16)])
+    first = (("L", 0), ("L", 1), ("L", 2), ("L", 8), ("L", 16), ("W", 8))
+    rest = (("L", 4), ("W", 0), ("W", 2), ("W", 4), ("W", 16))
     return [{"other": other, "period": period, "lr": lr, "seed": seed}
-            for lr in RATES for arms in parts for seed in SEEDS for other, period in arms]
+            for lr in RATES for arms in (first, rest) for seed in SEEDS for other, period in arms]

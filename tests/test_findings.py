@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from matplotlib import pyplot
+from PIL import Image
 
 from mmx import config, convert
 from mmx.model import Model, logits
@@ -20,9 +21,12 @@ def test_the_page_is_what_the_rows_say():
     """Made again by `python benchmarks/findings.py`; a figure for every file of rows."""
     text = (ROOT / "docs" / "findings.md").read_text()
     assert F["page"](text) == text and len(text.splitlines()) < 200
+    assert sorted(name for names in F["PARTS"].values() for name in names) == sorted(F["CLAIMS"])
     for name in F["FIGURES"]:
-        assert (ROOT / "experiments" / f"{name}.png").exists() == bool(F["rows"](name)), name
-        assert (f"experiments/{name}.png" in text) == bool(F["rows"](name)), name
+        figure, has = ROOT / "experiments" / f"{name}.png", bool(F["rows"](name))
+        assert figure.exists() == (f"experiments/{name}.png" in text) == has, name
+        if has:
+            assert Image.open(figure).info["Rows"] == F["sha256"](name), f"{name}.png is of other rows"
     for line in text.splitlines():
         if line.startswith("| ") and "**" in line:
             assert line.rsplit("**", 2)[1] in ("supports", "contradicts", "cannot tell", "not run"), line
@@ -65,10 +69,13 @@ def test_recall_is_told_at_the_best_rate(tmp_path, monkeypatch):
     rows += [{"arch": "LLLLLLLL", "head_dim": 16, "lr": 0.2, "seed": 2, "loss": None, "diverged": "step 3"}]
     rows_of(tmp_path, monkeypatch, recall=rows)
     lightning, softmax, memory, middle, first, apart = F["recall"]()
-    assert lightning.measured.endswith("0.980 (0.970 to 0.990) against 0.310 (0.300 to 0.320); 0.670 (0.670 to 0.670) higher")
+    assert lightning.measured.endswith(
+        ": hybrid 0.980 (0.970 to 0.990), lightning 0.310 (0.300 to 0.320): +0.670 (+0.670 to +0.670)")
     assert [x.verdict for x in (lightning, softmax, memory, middle, first, apart)] == [
         "supports", "supports", "not run", "contradicts", "supports", "supports"]
-    assert "a difference of 0.02 is none" in first.test and "none" not in lightning.test
+    assert "0.02 less is none" in first.test and "none" not in lightning.test
+    assert lightning.test.endswith("; rates: hybrid 0.1 alone, lightning 0.1 of 0.1, 0.2")
+    assert softmax.test.count("rate 0.1 alone") == 1
     assert apart.measured.startswith("4 pairs in 32 tokens: hybrid 0.980")
 
 
@@ -83,7 +90,7 @@ def test_the_ratio_is_told_with_its_windows(tmp_path, monkeypatch):
     half, alone, sixteenth, none, windows, pure = F["hybrid_ratio"]()
     assert [x.verdict for x in (half, alone, sixteenth, none, windows, pure)] == [
         "supports", "contradicts", "supports", "supports", "contradicts", "not run"]
-    assert sixteenth.measured.endswith("0.951 (0.950 to 0.952) against 0.601 (0.600 to 0.602); 0.350 (0.350 to 0.350) higher")
+    assert sixteenth.measured.endswith("1/8 0.951 (0.950 to 0.952), 1/16 0.601 (0.600 to 0.602): +0.350 (+0.350 to +0.350)")
     labels, (panel,) = {}, F["draw_hybrid_ratio"](pyplot).axes
     for line in panel.lines:
         labels[line.get_label()] = line.get_xdata().tolist()
@@ -108,12 +115,15 @@ def test_speed_of_one_length_tells_nothing(tmp_path, monkeypatch):
 
 
 def test_a_run_that_diverged_knows_nothing(tmp_path, monkeypatch):
-    rows = [{"form": form, "layers": 24, "lr": 1e-3, "seed": seed, "loss": None if form == "post" else 2.0 + seed / 10}
+    rows = [{"form": form, "layers": 24, "lr": 1e-3, "seed": seed, "loss": None if form == "post" else 2.0 + seed / 10,
+             "layer_norms": [] if form == "post" else [0.1, 1.0, 1.0, 10.0]}
             for form in ("deepnorm", "pre", "post") for seed in range(3)]
     rows_of(tmp_path, monkeypatch, norm=rows)
-    post, pre = F["norm"]()
-    assert "failed 0 of 3 and 3 of 3" in post.measured and "5.545 (5.545 to 5.545)" in post.measured
-    assert (post.verdict, pre.verdict) == ("supports", "cannot tell")
+    post, pre, gradient = F["norm"]()
+    assert post.measured.endswith("; post-norm failed 3 of 3 times") and "post-norm 5.545 (5.545 to 5.545)" in post.measured
+    assert (post.verdict, pre.verdict, gradient.verdict) == ("supports", "cannot tell", "cannot tell")
+    assert "DeepNorm 2.00 (2.00 to 2.00)" in gradient.measured
+    assert all(len(panel.lines) for panel in F["draw_norm"](pyplot).axes)
 
 
 def test_noise_scale():
@@ -148,8 +158,8 @@ def test_rope_length_is_told_near_and_far(tmp_path, monkeypatch):
         for turned, far in ((0, 1.7), (8, 1.23), (16, 2.5)) for lr in (0.01, 0.1) for seed in range(3)])
     half, none, near, far, *softmax = F["rope_length"]()
     assert [x.verdict for x in (half, none, near, far)] == ["supports", "contradicts", "supports", "supports"]
-    assert far.measured.startswith("nats a byte at 1024-2047: 1.231 (1.230 to 1.232) against 2.501")
-    assert "at 0-255: 1.211" in half.measured and {x.verdict for x in softmax} == {"not run"}
+    assert far.measured.startswith("nats a byte: half 1.231 (1.230 to 1.232), full 2.501") and "0.01 of 0.01, 0.1" in far.test
+    assert "bytes 0-255 1.211" in half.measured and {x.verdict for x in softmax} == {"not run"}
 
 
 def test_loss_by_place(monkeypatch):
@@ -177,7 +187,7 @@ def test_a_run_of_rope_length_that_diverged_knows_nothing(tmp_path, monkeypatch)
         {"pattern": "S", "turned": turned, "lr": 0.1, "seed": seed, "loss": None if seed == 2 else 1.0,
          "by_place": None if seed == 2 else {"0-255": 1.0, "1024-2047": 1.0}} for turned in (0, 8, 16) for seed in range(3)])
     half, _, _, far = F["rope_length"]()[4:]
-    assert "at 0-255: 2.515 (1.000 to 5.545)" in half.measured and far.verdict == "cannot tell"
+    assert "bytes 0-255 2.515 (1.000 to 5.545)" in half.measured and far.verdict == "cannot tell"
 
 
 def test_the_critical_batch_grows_but_slower(tmp_path, monkeypatch):
@@ -191,4 +201,75 @@ def test_the_critical_batch_grows_but_slower(tmp_path, monkeypatch):
         for dim in (32, 64) for seed in range(3)])
     grows, steeply = F["critical_batch"]()
     assert (grows.verdict, steeply.verdict) == ("supports", "contradicts")
-    assert grows.measured.endswith("of all together; 2.0 (2.0 to 2.0) at width 32, 2.0 (2.0 to 2.0) at width 64")
+    assert grows.measured == "p: 2.0 (2.0 to 2.0), mean of 2 widths; width 32 2.0 (2.0 to 2.0), width 64 2.0 (2.0 to 2.0)"
+
+
+def test_experts_on_text_and_facts(tmp_path, monkeypatch):
+    """On text the lower loss is the better, on facts the higher share; a run that ended at its first step has no course."""
+    def row(task, kind, count, seed, value):
+        return {"task": task, "kind": kind, "count": count, "lr": 0.1, "seed": seed, "loss": value, "accuracy": value,
+                "tokens": 10, "flops": 100.0, "course": {"tokens": [5, 10], "loss": [3.0, 2.0]} if seed else {}}
+
+    rows_of(tmp_path, monkeypatch, moe_vs_dense=[
+        row(task, kind, 4096 * (task == "facts"), seed, value + seed / 100) for task, kind, value in
+        (("text", "moe", 0.5), ("text", "dense", 0.7), ("facts", "moe", 0.3), ("facts", "dense", 0.6)) for seed in range(3)])
+    text, facts = F["moe_vs_dense"]()
+    assert (text.verdict, facts.verdict) == ("supports", "contradicts") and "4,096" in facts.text
+    assert text.measured == "nats a byte: MoE 0.510 (0.500 to 0.520), dense 0.710 (0.700 to 0.720): -0.200 (-0.200 to -0.200)"
+    left, right = F["draw_moe_vs_dense"](pyplot).axes
+    assert len(left.lines) == 2 and [line.get_xdata().tolist() for line in right.lines[1:3]] == [[50, 100]] * 2
+
+
+def test_one_capacity_drops_fewer(tmp_path, monkeypatch):
+    rows_of(tmp_path, monkeypatch, router=[
+        {"capacity": capacity, "shards": shards, "seed": seed, "loss": 2 + dropped / 10, "dropped": dropped + seed / 100}
+        for capacity, shards, dropped in (
+            (0.0, 1, 0.0), (1.0, 1, 0.1), (1.0, 4, 0.15), (1.0, 32, 0.2), (2.0, 1, 0.2), (2.0, 32, 0.1)) for seed in range(3)])
+    tight, loose = F["router"]()
+    assert (tight.verdict, loose.verdict) == ("supports", "contradicts")
+    assert tight.measured == (
+        "dropped %: one 11.00 (10.00 to 12.00), 32 shards 21.00 (20.00 to 22.00): -10.00 (-10.00 to -10.00)"
+        "; nats a byte: one 2.0100 (2.0100 to 2.0100), 32 shards 2.0200 (2.0200 to 2.0200): -0.0100 (-0.0100 to -0.0100)")
+    assert {line.get_label() for line in F["draw_router"](pyplot).axes[1].lines} == {
+        "global", "each of 4 shards", "each of 32 shards", "nothing dropped"}
+
+
+def test_needles(tmp_path, monkeypatch):
+    """A seed counts once, however many examples it has."""
+    def rows(length, **shares):
+        return [{"kind": kind, "length": length, "depth": depth, "seed": seed, "score": float(n < 10 * share)}
+                for kind, share in shares.items() for depth in (0, 50) for seed in range(3) for n in range(10)]
+
+    rows_of(tmp_path, monkeypatch)
+    (tmp_path / "experiments" / "results").mkdir()
+    (tmp_path / "experiments" / "results" / "needle.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (
+        rows(1024, hybrid=1.0, softmax=1.0) + rows(16384, hybrid=0.9, softmax=0.2, lightning=1.0))))
+    assert [claim.verdict for claim in F["needle"]()] == ["cannot tell", "not run", "supports", "contradicts"]
+    assert F["needle"]()[2].measured == "right %: hybrid 90 (90 to 90), softmax 20 (20 to 20): +70 (+70 to +70)"
+
+
+def test_needles_by_what_turns(tmp_path, monkeypatch):
+    share = {(16, 256): 1.0, (16, 2048): 0.5, (32, 256): 1.0, (32, 2048): 0.2, (0, 256): 0.7, (0, 2048): 0.7}
+    rows_of(tmp_path, monkeypatch, needle_rope=[
+        {"kind": "hybrid", "turned": turned, "length": length, "depth": depth, "seed": seed, "score": float(n < 10 * right)}
+        for (turned, length), right in share.items() for depth in (0, 50) for seed in range(3) for n in range(10)])
+    half, none, near, far, *softmax = F["needle_rope"]()
+    assert [x.verdict for x in (half, none, near, far)] == ["contradicts", "supports", "supports", "supports"]
+    assert {x.verdict for x in softmax} == {"not run"} and "5 less is none" in half.test
+    panels = F["draw_needle_rope"](pyplot).axes
+    assert [text.get_text() for text in panels[2].texts] == ["100", "20"] * 2       # full: of two depths, both lengths
+
+
+def test_padding_is_less(tmp_path, monkeypatch):
+    rows_of(tmp_path, monkeypatch, padding=[
+        {"median": 64, "seed": seed, "blocks": 0.5, "packed": 0.1, "levels": 0.6} for seed in range(3)])
+    assert [claim.verdict for claim in F["padding"]()] == ["supports", "contradicts"]
+
+
+def test_arms_without_a_seed_in_common_tell_nothing(tmp_path, monkeypatch):
+    rows_of(tmp_path, monkeypatch, padding=[], norm=[
+        {"form": form, "layers": 8, "lr": 0.1, "seed": seed, "loss": 1.0, "layer_norms": [1.0] * 8}
+        for seed, form in enumerate(("deepnorm", "pre", "post"))])
+    assert {claim.verdict for claim in F["norm"]()} == {"cannot tell"}
+    assert {claim.verdict for name, claims in F["CLAIMS"].items() for claim in claims() if name != "norm"} == {"not run"}
+    assert all(draw(pyplot) is None for name, draw in F["FIGURES"].items() if name != "norm")
