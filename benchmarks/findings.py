@@ -109,10 +109,7 @@ def rates(named: dict[str, Arm]) -> str:
 
 
 def rows(name: str) -> list[dict]:
-    return json_lines(ROOT / "experiments" / f"{name}.jsonl")
-
-
-def json_lines(path: Path) -> list[dict]:
+    path = ROOT / "experiments" / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -468,7 +465,7 @@ def draw_router(pyplot):
 # --- needles, critical batch, padding ---
 
 def needle() -> list[Claim]:
-    found = rights(json_lines(ROOT / "experiments" / "results" / "needle.jsonl"), "kind")
+    found = rights(rows("needle"), "kind")
     test = "[needle.py](../experiments/needle.py), [page](needle.md): trained to 1,024 tokens; ten examples a seed"
     return [compared(Claim(f"The hybrid retrieves more than {other} alone (section 2.2.2, Fig. 7), {words}", test), "right %",
                      {name: (found.get((name, length)), "score") for name in ("hybrid", other)}, scale=100, digits=0)
@@ -493,27 +490,40 @@ def needle_rope() -> list[Claim]:
     return claims
 
 
+def draw_needle(pyplot):
+    found = rights(rows("needle"), "kind", "depth")
+    kinds = [kind for kind in ("hybrid", "softmax", "lightning") if kind in {kind for kind, *_ in found}]
+    return maps(pyplot, [[({key[1:]: arm for key, arm in found.items() if key[0] == kind}, kind) for kind in kinds]], "1,024")
+
+
 def draw_needle_rope(pyplot):
     found = rights(rows("needle_rope"), "kind", "turned", "depth")
-    if not found:
-        return None
     kinds, turns = (sorted({key[n] for key in found}) for n in (0, 1))
-    depths, lengths = (sorted({key[n] for key in found}) for n in (2, 3))
-    figure, panels = pyplot.subplots(len(kinds), len(turns), figsize=(3 * len(turns), 2.6 * len(kinds)), layout="constrained",
-                                     sharex=True, sharey=True, squeeze=False)
-    for (y, kind), (x, turned) in itertools.product(enumerate(kinds), enumerate(turns)):
-        axes = panels[y, x]
-        cells = [[found.get((kind, turned, depth, n)) for n in lengths] for depth in depths]
-        grid = [[100 * interval(over(arm, operator.itemgetter("score")).values()).mean for arm in line] for line in cells]
-        image = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+    return maps(pyplot, [[({key[2:]: arm for key, arm in found.items() if key[:2] == (kind, turned)},
+                           f"{kind}, {turned} of 32 dims turn") for turned in turns] for kind in kinds], "256")
+
+
+def maps(pyplot, panels: list[list[tuple[dict, str]]], trained: str):
+    """Right answers by depth and length: a row of panels each of arms by (depth, length), with their title."""
+    if not any(panels):
+        return None
+    figure, axes = pyplot.subplots(len(panels), len(panels[0]), figsize=(3.6 * len(panels[0]), 0.6 + 2.4 * len(panels)),
+                                   layout="constrained", sharex=True, sharey=True, squeeze=False)
+    for place, (found, title) in zip(axes.flat, itertools.chain(*panels)):
+        depths, lengths = (sorted({key[n] for key in found}) for n in (0, 1))
+        grid = [[100 * interval(over(found.get((depth, n)), operator.itemgetter("score")).values()).mean for n in lengths]
+                for depth in depths]
+        image = place.imshow(grid, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
         for row, column in itertools.product(range(len(depths)), range(len(lengths))):
-            axes.text(column, row, f"{grid[row][column]:.0f}", ha="center", va="center")
-        axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
-        axes.set_yticks(range(len(depths)), depths)
-        axes.set(title=f"{kind}, {turned} of 32 dims turn")
-        axes.set(xlabel="tokens, trained to 256") if y == len(kinds) - 1 else None
-        axes.set(ylabel="depth %") if x == 0 else None
-    figure.colorbar(image, ax=panels, label="right answers %, mean over seeds")
+            place.text(column, row, f"{grid[row][column]:.0f}", ha="center", va="center")
+        place.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+        place.set_yticks(range(len(depths)), depths)
+        place.set_title(title)
+    for place in axes[-1]:
+        place.set_xlabel(f"tokens (trained to {trained})")
+    for place in axes[:, 0]:
+        place.set_ylabel("depth %")
+    figure.colorbar(image, ax=axes, label="right answers %, mean over seeds")
     return figure
 
 
@@ -631,7 +641,7 @@ PARTS = {"Retrieval": ("recall", "hybrid_ratio", "needle"), "Length": ("rope_len
 CLAIMS = {"recall": recall, "hybrid_ratio": hybrid_ratio, "needle": needle, "rope_length": rope_length,
           "needle_rope": needle_rope, "moe_vs_dense": moe_vs_dense, "router": router, "norm": norm,
           "critical_batch": critical_batch, "padding": padding, "length": length}
-FIGURES = {"recall": draw_recall, "hybrid_ratio": draw_hybrid_ratio, "rope_length": draw_rope_length,
+FIGURES = {"recall": draw_recall, "hybrid_ratio": draw_hybrid_ratio, "needle": draw_needle, "rope_length": draw_rope_length,
            "needle_rope": draw_needle_rope, "moe_vs_dense": draw_moe_vs_dense, "norm": draw_norm, "router": draw_router,
            "critical_batch": draw_critical_batch}
 

@@ -1,44 +1,63 @@
-"""The needle experiment: trains and reads experiments/needle.py's three kinds with three seeds, the figure and the table.
+"""The needle experiments: trains and reads experiments/needle.py's or needle_rope.py's models with three seeds; their tables.
 
-    python benchmarks/needle.py --run DIR       # all nine runs, one after another; what DIR has already is not done again
-    python benchmarks/needle.py                 # docs/needle.png and the table, of the rows in experiments/results/needle.jsonl
+    python benchmarks/needle.py --run DIR       # all runs, one after another; what DIR has already is not done again
+    python benchmarks/needle.py                 # the tables, of the rows in experiments/needle.jsonl
+    python benchmarks/needle.py --experiment needle_rope --run DIR --jobs 2
 
-A row is an example that was read: the kind, the seed, the prompt's length in tokens, the needle's depth in percent, whether the
-answer was right, and what was written.
+A row is an example that was read: what the model is, the seed, the prompt's length in tokens, the needle's depth in percent,
+whether the answer was right, and what was written. `python benchmarks/findings.py` draws the figures.
 """
 import argparse
+import concurrent.futures
+import functools
+import itertools
 import json
+import multiprocessing
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from mmx import cli
+from mmx import atomic, cli, experiments
 
-ROOT = Path(__file__).parents[1]
-EXPERIMENT, ROWS, FIGURE = ROOT / "experiments/needle.py", ROOT / "experiments/results/needle.jsonl", ROOT / "docs/needle.png"
-KINDS, SEEDS = ("hybrid", "softmax", "lightning"), (0, 1, 2)
-LENGTHS, DEPTHS = (512, 1024, 2048, 4096, 8192, 16384), (0, 25, 50, 75, 100)
+FOLDER = Path(__file__).parents[1] / "experiments"
+SEEDS, DEPTHS = (0, 1, 2), (0, 25, 50, 75, 100)
 
 
-def data(folder: Path):
+class Plan(NamedTuple):
+    arms: dict          # get_config's arguments before the seed, as the rows name them, and their values
+    documents: tuple    # lengths to train on, and examples of each and of each depth
+    lengths: tuple      # to read
+    examples: int       # of each length and depth
+
+
+PLANS = {
+    "needle": Plan({"kind": ("hybrid", "softmax", "lightning")}, ("192,256,512,1k", 150),
+                   (512, 1024, 2048, 4096, 8192, 16384), 2),
+    "needle_rope": Plan({"kind": ("hybrid", "softmax"), "turned": (0, 16, 32)}, ("192,256", 300), (256, 512, 1024, 2048), 10)}
+
+
+def data(folder: Path, plan: Plan):
     """The documents to train on."""
+    lengths, examples = plan.documents
     for name, how in (("again", ["--rows", "again", "--lengths", "128", "--examples", "4000"]),
-                      ("needle", ["--lengths", "192,256,512,1k", "--examples", "150"])):
+                      ("needle", ["--lengths", lengths, "--examples", examples])):
         if not (folder / f"{name}.jsonl").exists():
             mmx("examples", "--suite", "needle", *how, "--seed", 1, "--out", folder / f"{name}.jsonl")
 
 
-def one(folder: Path, kind: str, seed: int):
-    """Trains and reads one model; its rows."""
-    run, needles = folder / f"{kind}{seed}", str(folder / "needle.jsonl")
-    mmx("train", "--config", f"{EXPERIMENT}:{kind}", "--workdir", run, f"--config.train.seed={seed}",
-        f"--config.data.seed={seed}", f"--config.data.sources={(str(folder / 'again.jsonl'), needles, needles)!r}")
-    mmx("eval", "--checkpoint", run, "--suite", "needle", "--lengths", ",".join(map(str, LENGTHS)),
-        "--rows", ",".join(map(str, DEPTHS)), "--examples", 2)
-    for line in (run / "needle.jsonl").read_text().splitlines()[1:]:
-        found = json.loads(line)
-        yield {"kind": kind, "seed": seed, "length": int(found["column"]), "depth": int(found["row"]), "score": found["score"],
-               "answer": found["answers"][0], "output": found["output"]}
+def one(folder: Path, experiment: str, run: tuple) -> list[dict]:
+    """Trains and reads a model, of an arm and a seed; its rows."""
+    plan, workdir = PLANS[experiment], folder / "-".join(map(str, run))
+    file = f"{FOLDER / experiment}.py:{','.join(map(str, run))}"
+    sources = tuple(str(folder / Path(source).name) for source in experiments.read(file, []).data.sources)
+    mmx("train", "--config", file, "--workdir", workdir, f"--config.data.sources={sources!r}")
+    mmx("eval", "--checkpoint", workdir, "--suite", "needle", "--lengths", ",".join(map(str, plan.lengths)),
+        "--rows", ",".join(map(str, DEPTHS)), "--examples", plan.examples)
+    found = [json.loads(line) for line in (workdir / "needle.jsonl").read_text().splitlines()[1:]]
+    return [dict(zip((*plan.arms, "seed"), run)) | {
+        "length": int(line["column"]), "depth": int(line["row"]), "score": line["score"], "answer": line["answers"][0],
+        "output": line["output"]} for line in found]
 
 
 def mmx(*arguments):
@@ -51,54 +70,41 @@ def digits(row: dict) -> float:
     return np.mean([a == b for a, b in zip(row["answer"], row["output"].strip().ljust(len(row["answer"])))])
 
 
-def scores(rows, measure=lambda row: row["score"]) -> np.ndarray:
-    """Means over examples, [kind, seed, depth, length]."""
-    cells = [[[[np.mean([measure(row) for row in rows if (row["kind"], row["seed"], row["depth"], row["length"]) ==
-                         (kind, seed, depth, length)]) for length in LENGTHS] for depth in DEPTHS]
-              for seed in sorted({row["seed"] for row in rows})] for kind in KINDS]
-    return np.array(cells)
-
-
-def show(name: str, scores_KSDL):
+def show(name: str, rows: list[dict], plan: Plan, measure=lambda row: row["score"]):
     """A table of means over seeds and depths, and the seeds' range."""
-    print(f"| {name} % | " + " | ".join(f"{length:,}" for length in LENGTHS) + " |\n|---|" + "---|" * len(LENGTHS))
-    for kind, scores_SL in zip(KINDS, 100 * scores_KSDL.mean(2)):
-        print(f"| {kind} | " + " | ".join(f"{x.mean():.0f} ({x.min():.0f} to {x.max():.0f})" for x in scores_SL.T) + " |")
-
-
-def plot(scores_KSDL, path: Path):
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(KINDS), figsize=(11, 3.2), layout="constrained", sharey=True)
-    for ax, kind, grid in zip(axes, KINDS, 100 * scores_KSDL.mean(1)):
-        image = ax.imshow(grid, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
-        for y, x in np.ndindex(grid.shape):
-            ax.text(x, y, f"{grid[y, x]:.0f}", ha="center", va="center")
-        ax.set_xticks(range(len(LENGTHS)), [f"{length / 1024:g}k" for length in LENGTHS])
-        ax.set(title=kind, xlabel="tokens (trained to 1k)")
-    axes[0].set_yticks(range(len(DEPTHS)), DEPTHS)
-    axes[0].set_ylabel("depth %")
-    figure.colorbar(image, ax=axes, label=f"right answers %, mean of {scores_KSDL.shape[1]} seeds")
-    figure.savefig(path, dpi=110)
+    print(f"| {name} % | " + " | ".join(f"{length:,}" for length in plan.lengths) + " |\n|---|" + "---|" * len(plan.lengths))
+    for arm in itertools.product(*plan.arms.values()):
+        cells = []
+        for length in plan.lengths:
+            own = [row for row in rows if tuple(row[key] for key in plan.arms) == arm and row["length"] == length]
+            seeds = [100 * np.mean([measure(row) for row in own if row["seed"] == seed])
+                     for seed in sorted({row["seed"] for row in own})]
+            cells.append(f"{np.mean(seeds):.0f} ({min(seeds):.0f} to {max(seeds):.0f})" if seeds else "")
+        print(f"| {', '.join(map(str, arm))} | " + " | ".join(cells) + " |")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experiment", choices=PLANS, default="needle", help="(default needle)")
     parser.add_argument("--run", type=Path, metavar="DIR", help="train and read here first")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="with --run, how many at a time (default 1)")
     args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: give one, or more")
+    plan, path = PLANS[args.experiment], FOLDER / f"{args.experiment}.jsonl"
     if args.run:
-        data(args.run)
-        rows = [row for kind in KINDS for seed in SEEDS for row in one(args.run, kind, seed)]
-        ROWS.parent.mkdir(exist_ok=True)
-        ROWS.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
-    show("right answers", scores(rows))
+        data(args.run, plan)
+        runs = [(*arm, seed) for seed in SEEDS for arm in itertools.product(*plan.arms.values())]
+        with concurrent.futures.ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            found = list(itertools.chain(*pool.map(functools.partial(one, args.run, args.experiment), runs)))
+        with atomic.replacing(path) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+    if not path.exists():
+        parser.error(f"{path} is not there: make it by --run DIR")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    show("right answers", rows, plan)
     print()
-    show("right digits", scores(rows, digits))
-    plot(scores(rows), FIGURE)
-    print(f"written: {FIGURE}")
+    show("right digits", rows, plan, digits)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Which layers find a needle: lightning, softmax, or both? Three kinds of one size learn at 1K and are read to 16K.
 
-    python benchmarks/needle.py --run needle            # documents, nine runs, readings, tables, figure; or one of the runs:
+    python benchmarks/needle.py --run needle            # documents, nine runs, readings, tables; or one of the runs:
     mmx examples --suite needle --rows again --lengths 128 --examples 4000 --seed 1 --out needle-data/again.jsonl
     mmx examples --suite needle --lengths 192,256,512,1k --examples 150 --seed 1 --out needle-data/needle.jsonl
     mmx train --config experiments/needle.py:hybrid --workdir needle-hybrid         # or softmax, or lightning
@@ -18,12 +18,12 @@ KINDS = {       # pattern, and the hidden part that makes the three equal in siz
 }
 
 
-def get_config(argument="hybrid"):
-    if argument not in KINDS:
-        raise ConfigError(f"{argument!r} is none of {', '.join(KINDS)}")
+def get_config(kind="hybrid", seed=0):
+    if kind not in KINDS:
+        raise ConfigError(f"{kind!r} is none of {', '.join(KINDS)}")
     config = default()
     model, train, data = config.model, config.train, config.data
-    model.pattern, model.expert_dim = KINDS[argument]
+    model.pattern, model.expert_dim = KINDS[kind]
     model.dim, model.layers = 64, 4
     model.heads, model.kv_heads, model.head_dim = 4, 4, 32
     model.rotary_dim, model.rope_theta = 16, 100.0  # one turn is 6 to 353 tokens: no angle at 16K is new
@@ -32,6 +32,7 @@ def get_config(argument="hybrid"):
 
     train.steps, train.batch, train.length = 750, 2, 1088      # a prompt of 1,024 tokens, its answer and its end fit a row
     train.lr, train.warmup, train.decay = 4e-3, 50, 0.3
+    train.seed = data.seed = int(seed)
     train.tensorboard = False
 
     needles = "needle-data/needle.jsonl"

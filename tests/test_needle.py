@@ -1,15 +1,16 @@
-"""The needle experiment: twins of one size, which learn from what its command writes; its table and figure."""
+"""The needle experiments: twins of one size, which learn from what their command writes; their tables."""
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from mmx import cli, experiments, metrics
+from mmx import cli, experiments, metrics, train
 
 ROOT = Path(__file__).parents[1]
 FILE = str(ROOT / "experiments" / "needle.py")
+ROPE = str(ROOT / "experiments" / "needle_rope.py")
 KINDS = ("hybrid", "softmax", "lightning")
 
 
@@ -30,39 +31,60 @@ def test_twins_differ_in_their_layers_alone():
     assert experiments.read(FILE, []) == found[0]
 
 
-def test_what_is_neither_is_one_line(capsys):
-    assert cli.main(["config", f"{FILE}:mamba"]) == 2
-    assert capsys.readouterr().err == f"mmx: {FILE}: 'mamba' is none of hybrid, softmax, lightning\n"
+def test_those_of_rope_differ_in_what_turns_alone():
+    found = {(kind, turned): experiments.read(f"{ROPE}:{kind},{turned},1", []) for kind in KINDS[:2] for turned in (0, 16, 32)}
+    sizes = [e.model.params_total for e in found.values()]
+    assert max(sizes) < 1.002 * min(sizes) and len({e.model for e in found.values()}) == 6
+    assert {turned for _, turned in found} == {e.model.rotary_dim for e in found.values()}
+    assert {e.train.seed for e in found.values()} == {1} and len({(e.train, e.data) for e in found.values()}) == 1
 
 
-def test_a_step_on_what_is_written_and_a_reading(bench, tmp_path, monkeypatch):
-    """At toy size; every prompt of 1,024 tokens stands in one row with its answer."""
-    monkeypatch.setattr(bench, "LENGTHS", (256,))
+@pytest.mark.parametrize("arm, message", [
+    (f"{FILE}:mamba", "'mamba' is none of hybrid, softmax, lightning"),
+    (f"{ROPE}:hybrid,8", "hybrid,8 is no arm: give hybrid or softmax, and one of 0, 16, 32")])
+def test_what_is_neither_is_one_line(arm, message, capsys):
+    assert cli.main(["config", arm]) == 2
+    assert capsys.readouterr().err == f"mmx: {arm.partition(':')[0]}: {message}\n"
+
+
+@pytest.mark.parametrize("name, arm", [("needle", ("lightning",)), ("needle_rope", ("softmax", 16))])
+def test_a_step_on_what_is_written_and_a_reading(name, arm, bench, tmp_path, monkeypatch, compiled_once):
+    """At toy size; the longest prompt stands in one row with its answer. Run again it is the same, with another seed not."""
+    plan = bench.PLANS[name]
+    monkeypatch.setitem(bench.PLANS, name, plan._replace(lengths=(256,), examples=2))
     monkeypatch.setattr(bench, "DEPTHS", (0, 100))
+    toy = [f"--config.{key}" for key in ("train.steps=1", "train.length=256", "train.batch=2", "model.layers=1", "model.dim=16",
+                                         f"model.pattern={'L' if name == 'needle' else 'S'}", "model.head_dim=8",
+                                         "model.rotary_dim=4", "train.loss_chunk=512")]
     whole = bench.mmx
-    toy = [f"--config.{key}" for key in ("train.steps=1", "train.length=256", "model.layers=1", "model.dim=16",
-                                         "model.head_dim=8", "model.rotary_dim=4")]
     monkeypatch.setattr(bench, "mmx", lambda *a: whole(*a, *(toy if a[0] == "train" else ())))
-    bench.data(tmp_path)
+    bench.data(tmp_path, plan)
     lines = [json.loads(line) for line in (tmp_path / "needle.jsonl").read_text().splitlines()]
     longest = max(len(line["prompt"] + line["completion"]) + 2 for line in lines)
-    assert 1024 < longest <= experiments.read(FILE, []).train.length
-    rows = list(bench.one(tmp_path, "lightning", 0))
-    assert len(metrics.read(tmp_path / "lightning0")) == 1
-    places = [(row["kind"], row["seed"], row["length"], row["depth"]) for row in rows]
-    assert set(places) == {("lightning", 0, 256, 0), ("lightning", 0, 256, 100)}
+    most, file = {"needle": 1024, "needle_rope": 256}[name], f"{ROOT / 'experiments' / name}.py"
+    assert most < longest <= experiments.read(file, []).train.length
+    rows = bench.one(tmp_path, name, (*arm, 0))
+    assert {(row["seed"], row["length"], row["depth"]) for row in rows} == {(0, 256, 0), (0, 256, 100)}
+    assert {tuple(row[key] for key in plan.arms) for row in rows} == {arm} and len(rows) == 4
+    folders = [tmp_path / "-".join(map(str, (*arm, 0)))]
+    for seed in (0, 1):
+        experiment = experiments.read(f"{file}:{','.join(map(str, (*arm, seed)))}", toy)
+        sources = tuple(str(tmp_path / Path(source).name) for source in experiment.data.sources)
+        experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, sources=sources))
+        folders.append(tmp_path / f"again{seed}")
+        train.run(experiment, folders[-1])
+    first, again, other = (record["loss"] for folder in folders for record in metrics.read(folder))
+    assert first == again != other
 
 
-def test_table_and_figure_say_what_the_rows_say(bench, tmp_path, monkeypatch, capsys):
+def test_tables_say_what_the_rows_say(bench, capsys):
+    plan = bench.PLANS["needle"]
     right = lambda kind, seed, depth: float(kind == "hybrid" or (seed == 0 and depth > 0))
     rows = [{"kind": kind, "seed": seed, "length": length, "depth": depth, "score": right(kind, seed, depth),
              "answer": "1234567", "output": " 1734567" if kind == "hybrid" else ""}
-            for kind in KINDS for seed in range(3) for length in bench.LENGTHS for depth in bench.DEPTHS]
-    found, digits = bench.scores(rows), bench.scores(rows, bench.digits)
-    assert found.shape == (3, 3, len(bench.DEPTHS), len(bench.LENGTHS)) and np.all(found[0] == 1)
-    assert np.all(digits[0] == 6 / 7) and np.all(digits[1:] == 0)
-    bench.show("right answers", found)
+            for kind in KINDS for seed in range(3) for length in plan.lengths for depth in bench.DEPTHS]
+    bench.show("right answers", rows, plan)
+    bench.show("right digits", rows, plan, bench.digits)
     table = capsys.readouterr().out.splitlines()
     assert table[2].startswith("| hybrid | 100 (100 to 100) |") and table[3].startswith("| softmax | 27 (0 to 80) |")
-    bench.plot(found, tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert table[7].startswith("| hybrid | 86 (86 to 86) |") and table[8].startswith("| softmax | 0 (0 to 0) |")
