@@ -240,12 +240,12 @@ def test_needles(tmp_path, monkeypatch):
         return [{"kind": kind, "length": length, "depth": depth, "seed": seed, "score": float(n < 10 * share)}
                 for kind, share in shares.items() for depth in (0, 50) for seed in range(3) for n in range(10)]
 
-    rows_of(tmp_path, monkeypatch)
-    (tmp_path / "experiments" / "results").mkdir()
-    (tmp_path / "experiments" / "results" / "needle.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (
-        rows(1024, hybrid=1.0, softmax=1.0) + rows(16384, hybrid=0.9, softmax=0.2, lightning=1.0))))
+    rows_of(tmp_path, monkeypatch, needle=rows(1024, hybrid=1.0, softmax=1.0)
+            + rows(16384, hybrid=0.9, softmax=0.2, lightning=1.0))
     assert [claim.verdict for claim in F["needle"]()] == ["cannot tell", "not run", "supports", "contradicts"]
     assert F["needle"]()[2].measured == "right %: hybrid 90 (90 to 90), softmax 20 (20 to 20): +70 (+70 to +70)"
+    panels = F["draw_needle"](pyplot).axes
+    assert [text.get_text() for text in panels[0].texts] == ["100", "90"] * 2
 
 
 def test_needles_by_what_turns(tmp_path, monkeypatch):
