@@ -218,11 +218,12 @@ def draw_recall(pyplot):
         return None
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.6), sharey=True, layout="constrained")
     pairs, far = [(n, 4 * n) for n in (8, 16, 32, 64, 128)], [(16, n) for n in (64, 128, 512)]
-    for color, arch in enumerate(("LLLLLLLL", "LLLLLLLS", "SSSSSSSS", "LLLSLLLL", "SLLLLLLL")):
+    for color, (arch, style) in enumerate((("LLLLLLLL", "o-"), ("LLLLLLLS", "o-"), ("SSSSSSSS", "o-"), ("LLLSLLLL", "s--"),
+                                           ("SLLLLLLL", "s--"))):
         for panel, tasks, which in ((0, pairs, 0), (1, far, 1)):
             if (arch, 16) in found:
                 spread(axes[panel], [where[which] for where in tasks],
-                       [[at(row, where) for row in found[arch, 16].seeds.values()] for where in tasks], f"C{color}", arch)
+                       [[at(row, where) for row in found[arch, 16].seeds.values()] for where in tasks], f"C{color}", arch, style)
     for color, n in enumerate((8, 16, 32)):
         if ("LLLLLLLL", n) in found:
             spread(axes[2], [where[0] for where in pairs],
