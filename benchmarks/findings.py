@@ -222,8 +222,8 @@ def draw_recall(pyplot):
                                            ("SLLLLLLL", "s--"))):
         for panel, tasks, which in ((0, pairs, 0), (1, far, 1)):
             if (arch, 16) in found:
-                spread(axes[panel], [where[which] for where in tasks],
-                       [[at(row, where) for row in found[arch, 16].seeds.values()] for where in tasks], f"C{color}", arch, style)
+                values = [[at(row, where) for row in found[arch, 16].seeds.values()] for where in tasks]
+                spread(axes[panel], [where[which] for where in tasks], values, f"C{color}", arch, style)
     for color, n in enumerate((8, 16, 32)):
         if ("LLLLLLLL", n) in found:
             spread(axes[2], [where[0] for where in pairs],
