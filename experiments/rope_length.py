@@ -8,9 +8,10 @@ Protocol: four layers, 64 wide, dense, heads of 16 dims of which 0, 8 or 16 turn
 (LLLS), whose lightning layers know nothing of positions. Bytes of the embedded corpus in rows of 256; read are rows of 2,048
 held-out bytes. A needle has to be trained for (needle_rope.py). Two learning rates, three seeds.
 Hours: 0.04 of one H100 by the clock, 36 runs, 15 at a time, on 2026-11-27.
-Result: that half RoPE reaches further than was trained is contradicted: bytes 1,024 to 2,047 cost the hybrid 1.58 nats more (1.14
-to 1.96) than the first 256, of which the first have little before them; without RoPE 0.006 more (0.003 to 0.008). Softmax alone
-comes to 3.7 to 4.3 nats there whatever turns. Within 256 bytes half RoPE is the hybrid's best, by 0.016 (0.009 to 0.022).
+Result: that half RoPE reaches further than was trained is contradicted: bytes 1,024 to 2,047 cost the hybrid 1.58 nats more
+(1.14 to 1.96) than the first 256, of which the first have little before them; without RoPE 0.006 more (0.003 to 0.008).
+Softmax alone comes to 3.7 to 4.3 nats there whatever turns. Within 256 bytes half RoPE is the hybrid's best, by 0.016 (0.009
+to 0.022).
 """
 from mmx.config import ConfigError, default
 
