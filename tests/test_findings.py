@@ -1,4 +1,5 @@
 """The page of findings is what the committed rows say; intervals and verdicts by their rule; noise scales of made-up norms."""
+import dataclasses
 import json
 import runpy
 from pathlib import Path
@@ -10,6 +11,8 @@ from matplotlib import pyplot
 from PIL import Image
 
 from mmx import config, convert
+from mmx.data import packing, pipeline, tokens
+from mmx.loss import loss
 from mmx.model import Model, logits
 
 ROOT = Path(__file__).parent.parent
@@ -232,6 +235,26 @@ def test_one_capacity_drops_fewer(tmp_path, monkeypatch):
         "; nats a byte: one 2.0100 (2.0100 to 2.0100), 32 shards 2.0200 (2.0200 to 2.0200): -0.0100 (-0.0100 to -0.0100)")
     assert {line.get_label() for line in F["draw_router"](pyplot).axes[1].lines} == {
         "global", "each of 4 shards", "each of 32 shards", "nothing dropped"}
+
+
+def test_each_shard_has_its_own_capacity(monkeypatch):
+    """A shard's losses and drops are those of its rows read as a batch of their own."""
+    router = runpy.run_path(str(ROOT / "benchmarks" / "router.py"))
+    monkeypatch.setitem(router["measure"].__globals__, "BATCH", 4)
+    c = config.Model(vocab=264, layers=2, pattern="L", dim=16, heads=1, kv_heads=1, head_dim=16, rotary_dim=8, experts=4,
+                     top_k=2, expert_dim=8, context=64)
+    params = Model(c).init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    free, whole, cut = router["measure"](convert.Loaded(Model(c), params, c, "bytes"), 32, (1.0,), (1, 4), batches=1)
+    assert (free["capacity"], free["dropped"]) == (0, 0) and 0 < whole["dropped"] < cut["dropped"] <= cut["worst"]
+    assert (whole["shards"], cut["shards"]) == (1, 4) and len({free["loss"], whole["loss"], cut["loss"]}) == 3
+    order = np.random.default_rng(0)
+    documents = [tokens.document(tokens.tokenizer("bytes"), raw, name) for name, raw in pipeline.validation(config.Data())]
+    packed = packing.Packed(documents, 32)
+    rows = [packed[n] for n in order.permutation(len(packed))[:4]]
+    capped = Model(dataclasses.replace(c, capacity=1.0))
+    alone = [loss(capped, params, packing.stack([row]), 32)[1] for row in rows]
+    assert cut["loss"] == pytest.approx(np.mean([x["loss"] for x in alone]), rel=1e-5)
+    assert cut["dropped"] == pytest.approx(np.mean([x["dropped"] for x in alone]), rel=1e-5)
 
 
 def test_needles(tmp_path, monkeypatch):
