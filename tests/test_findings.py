@@ -76,8 +76,8 @@ def test_recall_is_told_at_the_best_rate(tmp_path, monkeypatch):
         ": hybrid 0.980 (0.970 to 0.990), lightning 0.310 (0.300 to 0.320): +0.670 (+0.670 to +0.670)")
     assert [x.verdict for x in (lightning, softmax, memory, middle, first, apart)] == [
         "supports", "supports", "not run", "contradicts", "supports", "supports"]
-    assert "0.02 less is none" in first.test and "none" not in lightning.test
-    assert lightning.test.endswith("; rates: hybrid 0.1 alone, lightning 0.1 of 0.1, 0.2")
+    assert first.test.endswith("; 0.02 less is none") and lightning.test.endswith("; 0.02 more is none")
+    assert "; rates: hybrid 0.1 alone, lightning 0.1 of 0.1, 0.2; " in lightning.test
     assert softmax.test.count("rate 0.1 alone") == 1
     assert apart.measured.startswith("4 pairs in 32 tokens: hybrid 0.980")
 
@@ -278,7 +278,7 @@ def test_needles_by_what_turns(tmp_path, monkeypatch):
         for (turned, length), right in share.items() for depth in (0, 50) for seed in range(3) for n in range(10)])
     half, none, near, far, *softmax = F["needle_rope"]()
     assert [x.verdict for x in (half, none, near, far)] == ["contradicts", "supports", "supports", "supports"]
-    assert {x.verdict for x in softmax} == {"not run"} and "5 less is none" in half.test
+    assert {x.verdict for x in softmax} == {"not run"} and half.test.endswith("; 5 less is none") and "none" not in far.test
     panels = F["draw_needle_rope"](pyplot).axes
     assert [text.get_text() for text in panels[2].texts] == ["100", "20"] * 2       # full: of two depths, both lengths
 
