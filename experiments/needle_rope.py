@@ -8,8 +8,11 @@
 
 Protocol: needle.py's models, hybrid (LLLS) and softmax alone, heads of 32 dims of which 0, 16 or 32 turn, base 10,000 as the
 paper's, and its documents, but of 192 and 256 tokens (bytes), prompt and all. Three seeds.
-Hours: not measured.
-Result: not run.
+Hours: 18 runs of 3 to 6 minutes and as many readings of a minute, one core, 1.4 in all by the clock, on 2026-11-28.
+Result: asked at 2,048 tokens, right answers of the hybrid 91 % without RoPE (86 to 100), 26 % with half (20 to 30), 17 % with
+all of it (16 to 20), at 256 tokens 99 to 100 %: that half RoPE reaches further than was trained is contradicted, that it
+reaches further than full RoPE supported. Softmax alone has 0 to 3 % there; without RoPE it had not learned to find one at 256
+either.
 """
 from mmx.config import ConfigError, default
 
