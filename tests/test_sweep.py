@@ -340,18 +340,18 @@ def test_a_cluster_runs_jobs(place, slurm, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "row.json").write_text("{}")
     pool = sweep.executor("slurm", tmp_path / "out", "partition=gpu,gpus_per_node=8")
-    assert sweep._wait(pool, sweep.attempt, cell, tmp_path / "run") == (sweep.DONE, "")
+    assert sweep._together(pool, 1, sweep.attempt, cell, tmp_path / "run") == [(sweep.DONE, "")]
     script = next((tmp_path / "out" / "jobs").glob("*/*submission*.sh")).read_text()
     assert "--partition=gpu" in script and "--gpus-per-node=8" in script and "--time=1440" in script
     for given, message in (("color=red", "color"), ("nodes=2", "one process on one node")):
         with pytest.raises(ConfigError, match=message):
             sweep.executor("slurm", tmp_path / "out", given)
     pool = sweep.executor("slurm", tmp_path / "out", "")
-    kind, words = sweep._wait(pool, str, Unreadable())       # ends before it begins
+    [(kind, words)] = sweep._together(pool, 1, str, Unreadable())       # ends before it begins
     assert kind == sweep.FAILED and "no number" in words and "\n" not in words
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/bash\necho sbatch: error: invalid partition >&2; exit 1")
     with pytest.raises(ConfigError, match="a job was not taken: .*invalid partition"):
-        sweep._wait(pool, sweep.attempt, cell, tmp_path / "run")
+        sweep._together(pool, 1, sweep.attempt, cell, tmp_path / "run")
 
 
 SLOW = """\
