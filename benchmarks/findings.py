@@ -400,7 +400,7 @@ def faded(row: dict) -> float:
 
 
 def draw_norm(pyplot):
-    found = arms(rows("norm"), ("form", "layers", "lr"), minus_loss)
+    found, best = (arms(rows("norm"), names, minus_loss) for names in (("form", "layers", "lr"), ("form", "layers")))
     if not found:
         return None
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
@@ -411,11 +411,10 @@ def draw_norm(pyplot):
             if depths:
                 spread(left, depths, [[loss(row) for row in found[form, n, lr].seeds.values()] for n in depths], f"C{color}",
                        f"{form}, rate {lr:g}", style)
-        lr = max((lr for f, n, lr in found if (f, n) == (form, deepest)), key=lambda lr: np.mean(
-            [minus_loss(row) for row in found[form, deepest, lr].seeds.values()]), default=None)
-        for number, row in enumerate(found[form, deepest, lr].seeds.values() if lr else ()):
+        arm = best.get((form, deepest))
+        for number, row in enumerate(arm.seeds.values() if arm else ()):
             right.plot([math.nan if x is None else x for x in row["layer_norms"]], color=f"C{color}",
-                       label=f"{form}, rate {lr:g}" if not number else None)
+                       label=f"{form}, rate {arm.rate}" if not number else None)
     left.set(xlabel="layers", ylabel="nats a byte, held out", title="a run that diverged counts as log 256")
     right.set(xlabel="layer", ylabel="norm of its gradient", title=f"{deepest} layers, last steps, a line a seed", yscale="log")
     for axes in (left, right):
