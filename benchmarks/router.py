@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx import atomic, experiments, hugepages, train
+from mmx import atomic, cli, experiments, hugepages, sweep
 from mmx.config import Data
 from mmx.convert import load
 from mmx.data import packing, pipeline, tokens
@@ -20,20 +20,22 @@ from mmx.loss import loss
 from mmx.model import Model
 
 EXPERIMENT = str(Path(__file__).parents[1] / "experiments" / "router.py")
-CAPACITIES, SHARDS, SEEDS = (1.0, 1.25, 1.5, 2.0), (1, 4, 16, 32), (0, 1, 2)
+CAPACITIES, SHARDS = (1.0, 1.25, 1.5, 2.0), (1, 4, 16, 32)
 BATCH, BATCHES = 32, 3
 
 
 def main():
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--run", metavar="DIR", required=True, help="the runs' workdirs are made here, and gone on with")
+    flags.add_argument("--run", type=Path, metavar="DIR", required=True, help="mmx sweep's --out: what it has stays")
+    flags.add_argument("--jobs", default=1, metavar="N", help="runs at a time (default 1)")
+    flags.add_argument("--hours", metavar="H", help="train only if that takes no longer; a reading takes some minutes on top")
     flags.add_argument("--out", default=EXPERIMENT.replace(".py", ".jsonl"), help="the rows (default experiments/router.jsonl)")
     args = flags.parse_args()
-    rows = []
-    for seed in SEEDS:
-        experiment = experiments.read(f"{EXPERIMENT}:{seed}", [])
-        train.run(experiment, Path(args.run) / str(seed))
-        rows += [{"seed": seed} | row for row in measure(load(Path(args.run) / str(seed)), experiment.train.length)]
+    hours = ["--hours", args.hours] if args.hours else []
+    if code := cli.main(["sweep", "--config", EXPERIMENT, "--out", str(args.run), "--jobs", str(args.jobs), *hours]):
+        raise SystemExit(code)
+    rows = [cell.keys | row for cell in sweep.cells(*experiments.grid(EXPERIMENT, []))
+            for row in measure(load(args.run / "runs" / cell.name), cell.experiment.train.length)]
     with atomic.replacing(Path(args.out)) as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     print(f"{len(rows)} rows: {args.out}")

@@ -1,8 +1,8 @@
 """Does a needle show how far half RoPE reaches? None, half and full RoPE, trained at 256 bytes, asked at up to 2,048.
 
-    python benchmarks/needle.py --experiment needle_rope --run needle-rope      # documents, 18 runs, readings; or one run:
-    mmx examples --suite needle --rows again --lengths 128 --examples 4000 --seed 1 --out needle-data/again.jsonl
-    mmx examples --suite needle --lengths 192,256 --examples 300 --seed 1 --out needle-data/needle.jsonl
+    python benchmarks/needle.py --experiment needle_rope --run needle-rope  # documents, mmx sweep of 18 runs, readings; or one:
+    mmx examples --suite needle --rows again --lengths 128 --examples 4000 --seed 1 --out needle-rope-data/again.jsonl
+    mmx examples --suite needle --lengths 192,256 --examples 300 --seed 1 --out needle-rope-data/needle.jsonl
     mmx train --config experiments/needle_rope.py:hybrid,16,0 --workdir needle-rope-one
     mmx eval --checkpoint needle-rope-one --suite needle --lengths 256,512,1k,2k --rows 0,25,50,75,100 --examples 10
 
@@ -37,8 +37,12 @@ def get_config(kind="hybrid", turned=16, seed=0):
     train.seed = data.seed = int(seed)
     train.tensorboard = False
 
-    data.sources = ("needle-data/again.jsonl", "needle-data/needle.jsonl")
+    data.sources = ("needle-rope-data/again.jsonl", "needle-rope-data/needle.jsonl")
     data.weights = ((0, (1, 0)), (100, (1, 3)), (400, (1, 9)), (600, (0, 1)))
     config.checkpoint.every = train.steps
     config.mesh.edp = 1
     return config
+
+
+def sweep():
+    return [{"kind": kind, "turned": turned, "seed": seed} for seed in (0, 1, 2) for kind in KINDS for turned in TURNED]

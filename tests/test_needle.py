@@ -1,12 +1,11 @@
 """The needle experiments: twins of one size, which learn from what their command writes; their tables."""
-import dataclasses
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
-from mmx import cli, experiments, metrics, train
+from mmx import cli, experiments, metrics, sweep
 
 ROOT = Path(__file__).parents[1]
 FILE = str(ROOT / "experiments" / "needle.py")
@@ -47,34 +46,42 @@ def test_what_is_neither_is_one_line(arm, message, capsys):
     assert capsys.readouterr().err == f"mmx: {arm.partition(':')[0]}: {message}\n"
 
 
-@pytest.mark.parametrize("name, arm", [("needle", ("lightning",)), ("needle_rope", ("softmax", 16))])
+@pytest.mark.parametrize("name, arm", [("needle", {"kind": "lightning"}), ("needle_rope", {"kind": "softmax", "turned": 16})])
 def test_a_step_on_what_is_written_and_a_reading(name, arm, bench, tmp_path, monkeypatch, compiled_once):
     """At toy size; the longest prompt stands in one row with its answer. Run again it is the same, with another seed not."""
-    plan = bench.PLANS[name]
-    monkeypatch.setitem(bench.PLANS, name, plan._replace(lengths=(256,), examples=2))
+    plan, file = bench.PLANS[name], f"{ROOT / 'experiments' / name}.py"
     monkeypatch.setattr(bench, "DEPTHS", (0, 100))
-    toy = [f"--config.{key}" for key in ("train.steps=1", "train.length=256", "train.batch=2", "model.layers=1", "model.dim=16",
-                                         f"model.pattern={'L' if name == 'needle' else 'S'}", "model.head_dim=8",
-                                         "model.rotary_dim=4", "train.loss_chunk=512")]
-    whole = bench.mmx
-    monkeypatch.setattr(bench, "mmx", lambda *a: whole(*a, *(toy if a[0] == "train" else ())))
     bench.data(tmp_path, plan)
     lines = [json.loads(line) for line in (tmp_path / "needle.jsonl").read_text().splitlines()]
     longest = max(len(line["prompt"] + line["completion"]) + 2 for line in lines)
-    most, file = {"needle": 1024, "needle_rope": 256}[name], f"{ROOT / 'experiments' / name}.py"
-    assert most < longest <= experiments.read(file, []).train.length
-    rows = bench.one(tmp_path, name, (*arm, 0))
+    most, written = {"needle": 1024, "needle_rope": 256}[name], experiments.read(file, [])
+    assert most < longest <= written.train.length
+    sources = tuple(str(tmp_path / Path(source).name) for source in written.data.sources)
+    toy = [f"--config.{key}" for key in ("train.steps=1", "train.length=256", "train.batch=2", "model.layers=1", "model.dim=16",
+                                         f"model.pattern={'L' if name == 'needle' else 'S'}", "model.head_dim=8",
+                                         "model.rotary_dim=4", "train.loss_chunk=512", "train.eval_bytes=512",
+                                         f"data.sources={sources!r}")]
+    grid, make = experiments.grid(file, toy)
+    one, other = [cell for cell in sweep.cells([keys for keys in grid if arm.items() <= keys.items()], make)][:2]
+    assert (one.keys, other.keys) == (arm | {"seed": 0}, arm | {"seed": 1})
+    monkeypatch.setattr(sweep, "_held_out", lambda *_: {"loss": 0.0, "bits_per_byte": 0.0})     # its own tests have it
+    for cell, folder in ((one, one.name), (one, "again"), (other, other.name)):
+        assert sweep.attempt(cell, tmp_path / "runs" / folder) == (sweep.DONE, "")
+    rows = bench.read(tmp_path, plan._replace(lengths=(256,), examples=2), one)
     assert {(row["seed"], row["length"], row["depth"]) for row in rows} == {(0, 256, 0), (0, 256, 100)}
-    assert {tuple(row[key] for key in plan.arms) for row in rows} == {arm} and len(rows) == 4
-    folders = [tmp_path / "-".join(map(str, (*arm, 0)))]
-    for seed in (0, 1):
-        experiment = experiments.read(f"{file}:{','.join(map(str, (*arm, seed)))}", toy)
-        sources = tuple(str(tmp_path / Path(source).name) for source in experiment.data.sources)
-        experiment = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, sources=sources))
-        folders.append(tmp_path / f"again{seed}")
-        train.run(experiment, folders[-1])
-    first, again, other = (record["loss"] for folder in folders for record in metrics.read(folder))
-    assert first == again != other
+    assert all(arm.items() <= row.items() for row in rows) and len(rows) == 4
+    first, again, third = (record["loss"] for folder in (one.name, "again", other.name)
+                           for record in metrics.read(tmp_path / "runs" / folder))
+    assert first == again != third
+
+
+def test_a_training_over_its_hours_is_not_begun(bench, tmp_path, monkeypatch, capsys):
+    whole = bench.mmx
+    monkeypatch.setattr(bench, "mmx", lambda *a: whole(*a, *(("--rate", "1e9") if a[0] == "sweep" else ())))
+    with pytest.raises(SystemExit) as ended:
+        bench.run(tmp_path, "needle_rope", 1, 0.5)
+    assert ended.value.code == 2 and "the 18 runs need " in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".jsonl", ""} and not (tmp_path / "runs").exists()
 
 
 def test_tables_say_what_the_rows_say(bench, capsys):
@@ -83,8 +90,9 @@ def test_tables_say_what_the_rows_say(bench, capsys):
     rows = [{"kind": kind, "seed": seed, "length": length, "depth": depth, "score": right(kind, seed, depth),
              "answer": "1234567", "output": " 1734567" if kind == "hybrid" else ""}
             for kind in KINDS for seed in range(3) for length in plan.lengths for depth in bench.DEPTHS]
-    bench.show("right answers", rows, plan)
-    bench.show("right digits", rows, plan, bench.digits)
+    arms = [{"kind": kind} for kind in KINDS]
+    bench.show("right answers", rows, arms, plan)
+    bench.show("right digits", rows, arms, plan, bench.digits)
     table = capsys.readouterr().out.splitlines()
     assert table[2].startswith("| hybrid | 100 (100 to 100) |") and table[3].startswith("| softmax | 27 (0 to 80) |")
     assert table[7].startswith("| hybrid | 86 (86 to 86) |") and table[8].startswith("| softmax | 0 (0 to 0) |")
