@@ -114,7 +114,15 @@ def _fail(message: str, code: int) -> int:
 class Parser(argparse.ArgumentParser):
     """Wrong arguments in one line."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        self._given = args
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
+        if " are required: " in message:        # one of them may be there, mistyped
+            for name in (given.partition("=")[0] for given in self._given if re.match("--(?!config[.])", given)):
+                if name not in self._option_string_actions:
+                    message = f"unknown argument {name!r:.200}{config.nearest(name, self._option_string_actions)}"
         sys.exit(_fail(f"{message}; `{self.prog} --help` says more", 2))
 
 

@@ -276,6 +276,8 @@ def test_public_names(place):
 @pytest.mark.parametrize("arguments, message", [
     (["trian"], "invalid choice: 'trian'"),
     (["train", "--config", TINY], "the following arguments are required: --workdir"),
+    (["train", "--confg", TINY, "--workdir=x"], "mmx: unknown argument '--confg'; did you mean --config?; `mmx train --help`"),
+    (["train", "--config", TINY, "--workdri=x"], "mmx: unknown argument '--workdri'; did you mean --workdir?"),
     (["convert"], "from-hf|to-hf|verify"),
     (["config", TINY, "extra"], "unknown argument 'extra'"),
     (["config", TINY, "--config.train.stepz=3"], "unknown config key train.stepz; did you mean train.steps?"),
