@@ -56,7 +56,7 @@ def measure(T, documents, forms):
     for impl in forms:
         forward = jax.jit(lambda q, k, v, impl=impl: attend(q, k, v, impl=impl)[0])
         both = jax.jit(functools.partial(with_gradients, forward))
-        found[f"mmx, {impl}"] = attempt(forward, both, ours, do, want, jax.block_until_ready)
+        found[f"mmx, {impl}"] = timed(forward, both, ours, do, want, jax.block_until_ready)
     by_head = [torch.tensor(x, device="cuda").bfloat16() for x in x_HTD]
     for name, (forward, layout) in peers(edges).items():
         *args, cotangent = (x.transpose(1, 2).contiguous() if layout == "BTHD" else x for x in by_head)
@@ -65,7 +65,10 @@ def measure(T, documents, forms):
             leaves = [x.detach().requires_grad_() for x in args]
             return torch.autograd.grad(forward(*leaves), leaves, do)
         want_ = np.moveaxis(want, 1, 2) if layout == "BTHD" else want
-        found[name] = attempt(forward, both, args, cotangent, want_ if name != "softmax, torch" else None, synchronize)
+        try:
+            found[name] = timed(forward, both, args, cotangent, want_ if name != "softmax, torch" else None, synchronize)
+        except Exception as fault:      # its kernels may not take the shape, or the memory; ours have to
+            found[name] = (" ".join(str(fault).split())[:40],) * 2 + ("",)
     return found
 
 
@@ -95,15 +98,11 @@ def peers(edges):
     return found | {"softmax, torch": (softmax, "BHTD")}
 
 
-def attempt(forward, both, args, do, want, wait):
-    """Times and the error, or what went wrong in their place."""
-    try:
-        o = wait(forward(*args))
-        o = np.asarray(o.float().cpu() if isinstance(o, torch.Tensor) else o, np.float32)
-        error = np.linalg.norm(o - want) / np.linalg.norm(want) if want is not None else float("nan")
-        return median_ms(lambda: forward(*args), wait), median_ms(lambda: both(do, *args), wait), error
-    except Exception as fault:      # a peer's: its kernels may not take the shape, or the memory
-        return (" ".join(str(fault).split())[:40],) * 2 + ("",)
+def timed(forward, both, args, do, want, wait):
+    o = wait(forward(*args))
+    o = np.asarray(o.float().cpu() if isinstance(o, torch.Tensor) else o, np.float32)
+    error = np.linalg.norm(o - want) / np.linalg.norm(want) if want is not None else float("nan")
+    return median_ms(lambda: forward(*args), wait), median_ms(lambda: both(do, *args), wait), error
 
 
 def synchronize(x):
