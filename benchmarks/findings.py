@@ -28,7 +28,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- python benchmarks/findings.py -->\n", "<!-- end -->\n"
-PAPERS_SLOPE = -6.1         # of log critical batch over log loss: doublings at 2.22, 1.98, 1.77 and 1.58 nats (Fig. 13)
+PAPERS_BATCHES = ((2.22, 16e6), (1.98, 32e6), (1.77, 64e6), (1.58, 128e6))        # doubled at these losses, tokens (Fig. 13)
 UNIFORM = math.log(256)         # nats of a byte that is not known at all: the loss of a run that diverged
 
 
@@ -246,11 +246,13 @@ def hybrid_ratio() -> list[Claim]:
     eighth = {"1/8": ("L", 8)}
     return [retrieves(Claim(words, test), found, pair, bound) for words, pair, bound in (
         ("One softmax layer in eight retrieves as well as every second (section 2.4)", eighth | {"1/2": ("L", 2)}, -0.02),
+        ("One softmax layer in eight retrieves as well as every fourth (section 2.4)", eighth | {"1/4": ("L", 4)}, -0.02),
         ("One softmax layer in eight retrieves as well as softmax alone (Fig. 7)", eighth | {"softmax": ("L", 1)}, -0.02),
         ("One softmax layer in eight retrieves more than one in sixteen (ours)", eighth | {"1/16": ("L", 16)}, 0.02),
         ("One softmax layer in sixteen retrieves more than none (ours)", {"1/16": ("L", 16), "none": ("L", 0)}, 0.02),
         ("Between softmax layers, one in eight, lightning retrieves more than windows of 32 (Table 4)",
          {"lightning": ("L", 8), "windows": ("W", 8)}, 0.02),
+        ("The same, one in sixteen (ours)", {"lightning": ("L", 16), "windows": ("W", 16)}, 0.02),
         ("Lightning alone retrieves more than windows alone (ours)", {"lightning": ("L", 0), "windows": ("W", 0)}, 0.02))]
 
 
@@ -576,7 +578,7 @@ def critical_batch() -> list[Claim]:
         words = f"p: {mean.told(digits=1)}, mean of {len(powers)} widths; " + ", ".join(
             f"width {dim} {interval(of_size.values()).told(digits=1)}" for dim, of_size in sorted(powers.items()))
         claims = [claim._replace(measured=words, verdict=verdict(mean, bound))
-                  for claim, bound in zip(claims, (0, -PAPERS_SLOPE))]
+                  for claim, bound in zip(claims, (0, -slope(PAPERS_BATCHES)))]
     return claims
 
 
@@ -584,26 +586,30 @@ def draw_critical_batch(pyplot):
     found = rows("critical_batch")
     if not found:
         return None
-    figure, axes = pyplot.subplots(figsize=(5.5, 3.6), layout="constrained")
+    figure, (ours, papers) = pyplot.subplots(1, 2, figsize=(10, 3.6), width_ratios=(3, 2), layout="constrained")
     every = []
     for color, dim in enumerate(sorted({row["dim"] for row in found})):
         points = [point for row in found if row["dim"] == dim for point in noise(row)]
         every += points
         if points:
-            axes.loglog(*zip(*points), ".", color=f"C{color}", label=f"width {dim}")
-    if len(every) > 2:
-        loss, scale = np.log(np.array(every)).T
-        ends = np.array([loss.min(), loss.max()])
-        for power, style, words in ((slope(every), "-", "fitted"), (PAPERS_SLOPE, ":", "the paper's slope")):
-            axes.plot(np.exp(ends), np.exp(scale.mean() + power * (ends - loss.mean())), "k" + style, linewidth=1,
-                      label=f"loss^{power:.1f}, {words}")
-    axes.set(xlabel="nats a byte, of training", ylabel="gradient noise scale, tokens", title="all seeds")
-    axes.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(0.2))
-    axes.xaxis.set_major_formatter("{x:.1f}")
-    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-    axes.invert_xaxis()
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+            ours.loglog(*zip(*points), ".", color=f"C{color}", label=f"width {dim}")
+    papers.loglog(*zip(*PAPERS_BATCHES), "o", color="C3", label="batch doubled")
+    for axes, points, words in ((ours, every, "gradient noise scale"), (papers, PAPERS_BATCHES, "critical batch")):
+        if len(points) > 2:
+            loss, scale = np.log(np.array(points)).T
+            ends = np.array([loss.min(), loss.max()])
+            for power, style, of in ((slope(every), "-", "all of ours"), (slope(PAPERS_BATCHES), ":", "the paper's")):
+                axes.plot(np.exp(ends), np.exp(scale.mean() + power * (ends - loss.mean())), "k" + style, linewidth=1,
+                          label=f"loss^{power:.1f}, {of}")
+        axes.set(xlabel="nats a token, of training", ylabel=f"{words}, tokens")
+        axes.xaxis.set_major_locator(matplotlib.ticker.MultipleLocator(0.2))
+        axes.xaxis.set_major_formatter("{x:.1f}")
+        axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axes.invert_xaxis()
+        axes.grid(alpha=0.3, which="both")
+        axes.legend(fontsize=8)
+    ours.set(title="all seeds; a token is a byte")
+    papers.set(title="the paper's (Fig. 13)")
     return figure
 
 
@@ -620,20 +626,51 @@ def padding() -> list[Claim]:
     return claims
 
 
+def draw_padding(pyplot):
+    found = fixed(rows("padding"), "median")
+    if not found:
+        return None
+    figure, axes = pyplot.subplots(figsize=(5.5, 3.2), layout="constrained")
+    for place, (name, words) in enumerate((("blocks", "samples to 256"), ("levels", "to 32 to 256"),
+                                           ("ring", "to 16, for a ring of 8"), ("packed", "packed"))):
+        shares = [interval(over(arm, operator.itemgetter(name)).values()) for arm in found.values()]
+        means = [100 * share.mean for share in shares]
+        errors = [[100 * (share.mean - share.low) for share in shares], [100 * (share.high - share.mean) for share in shares]]
+        axes.bar(np.arange(len(found)) + 0.2 * (place - 1.5), means, 0.18, yerr=errors, label=words)
+    axes.set_xticks(range(len(found)), [f"median {median:,}" for median, in found])
+    axes.set(yscale="log", ylabel="padding, % of the tokens")
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(fontsize=8)
+    return figure
+
+
 def length() -> list[Claim]:
-    found = collections.defaultdict(dict)
-    for row in rows("length"):
-        if row["kind"] == "L":
-            found[row["tokens"]][row["seed"]] = row["tokens_per_s"]
+    found = {key: arm for (kind, key), arm in fixed(rows("length"), "kind", "length").items() if kind == "L"}
     claim = Claim("Training speed does not fall with the length (section 2.2.2.4)",
-                  "`python benchmarks/length.py`: one lightning layer, forward and backward, on CPU cores; passes stand for "
-                  "seeds; a loss of 5 % is none")
+                  "`python benchmarks/length.py`: one lightning layer, forward and backward, on CPU cores; "
+                  "passes stand for seeds; a loss of 5 % is none")
     if len(found) < 2:
         return [claim]
-    near, far = min(found), max(found)
-    kept = interval(found[far][n] / found[near][n] for n in sorted(found[near].keys() & found[far].keys()))
-    return [claim._replace(measured=f"of the tokens/s at {near:,} tokens {kept.told(100, 0, ' %')} are kept at {far:,}",
-                           verdict=verdict(kept, 0.95))]
+    near, far = (over(found[pick(found)], operator.itemgetter("tokens_per_s")) for pick in (min, max))
+    kept = interval(far[n] / near[n] for n in sorted(near.keys() & far.keys()))
+    return [claim._replace(measured=f"of the tokens/s at {min(found):,} tokens {kept.told(100, 0, ' %')} are kept at "
+                                    f"{max(found):,}", verdict=verdict(kept, 0.95))]
+
+
+def draw_length(pyplot):
+    found = fixed(rows("length"), "kind", "length")
+    if not found:
+        return None
+    figure, axes = pyplot.subplots(figsize=(5.5, 3.2), layout="constrained")
+    for color, (kind, name) in enumerate((("L", "lightning"), ("S", "softmax"))):
+        lengths = sorted(n for own, n in found if own == kind)
+        speeds = [over(found[kind, n], operator.itemgetter("tokens_per_s")).values() for n in lengths]
+        spread(axes, lengths, speeds, f"C{color}", name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of a sequence", ylabel="tokens/s",
+             title="one layer, forward and backward")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return figure
 
 
 PARTS = {"Retrieval": ("recall", "hybrid_ratio", "needle"), "Length": ("rope_length", "needle_rope"),
@@ -643,7 +680,7 @@ CLAIMS = {"recall": recall, "hybrid_ratio": hybrid_ratio, "needle": needle, "rop
           "critical_batch": critical_batch, "padding": padding, "length": length}
 FIGURES = {"recall": draw_recall, "hybrid_ratio": draw_hybrid_ratio, "needle": draw_needle, "rope_length": draw_rope_length,
            "needle_rope": draw_needle_rope, "moe_vs_dense": draw_moe_vs_dense, "norm": draw_norm, "router": draw_router,
-           "critical_batch": draw_critical_batch}
+           "critical_batch": draw_critical_batch, "padding": draw_padding, "length": draw_length}
 
 
 def table() -> str:

@@ -9,7 +9,7 @@ rate decays to 0 over its last 30 %, where the paper reads points off one run at
 0.01, at 100k and 131,072 tokens better than 0.005 and 0.02 for lightning (2.238 nats against 2.257, 2.288) and for softmax
 (2.221 against 2.273, 2.305; on 131,072 bytes). The loss is that of 65,536 bytes of validation text, FLOPs are with the head.
 Hours: 1.2 for the 45 runs, 0.6 of them training, at the lowest priority on one core of a busy machine.
-Result, 2026-11-25: inconclusive. L(C) = a C^-b on the envelope has b = 0.131 (95 %: 0.065 to 0.198) for softmax, 0.090 (0.059
+Result, 2026-11-25: cannot tell. L(C) = a C^-b on the envelope has b = 0.131 (95 %: 0.065 to 0.198) for softmax, 0.090 (0.059
 to 0.121) for lightning, 0.093 (0.070 to 0.116) for the hybrid: all intervals meet, those of a too. In six of nine pairs of runs
 400k is worse than 200k: one seed and one rate for all sizes do not show what a size can do.
 """

@@ -90,9 +90,9 @@ def test_the_ratio_is_told_with_its_windows(tmp_path, monkeypatch):
 
     arms = (("L", 2, 0.96), ("L", 8, 0.95), ("L", 16, 0.6), ("W", 8, 0.97), ("L", 1, 0.99), ("L", 0, 0.5))
     rows_of(tmp_path, monkeypatch, hybrid_ratio=[row(*arm, seed) for arm in arms for seed in range(3)])
-    half, alone, sixteenth, none, windows, pure = F["hybrid_ratio"]()
-    assert [x.verdict for x in (half, alone, sixteenth, none, windows, pure)] == [
-        "supports", "contradicts", "supports", "supports", "contradicts", "not run"]
+    half, fourth, alone, sixteenth, none, windows, *pure = F["hybrid_ratio"]()
+    assert [x.verdict for x in (half, fourth, alone, sixteenth, none, windows, *pure)] == [
+        "supports", "not run", "contradicts", "supports", "supports", "contradicts", "not run", "not run"]
     assert sixteenth.measured.endswith("1/8 0.951 (0.950 to 0.952), 1/16 0.601 (0.600 to 0.602): +0.350 (+0.350 to +0.350)")
     labels, (panel,) = {}, F["draw_hybrid_ratio"](pyplot).axes
     for line in panel.lines:
@@ -104,16 +104,19 @@ def test_the_ratio_is_told_with_its_windows(tmp_path, monkeypatch):
                                         ((0.9, 1.0, 1.0), "cannot tell"), ((1.0, 1.0), "cannot tell")])
 def test_speed_over_length(kept, word, tmp_path, monkeypatch):
     rows_of(tmp_path, monkeypatch, length=[
-        {"kind": kind, "tokens": tokens, "seed": seed, "tokens_per_s": rate * (1 if kind == "L" else 1 / tokens)}
-        for seed, share in enumerate(kept) for tokens, rate in ((1024, 50.0), (8192, 20.0), (131072, 50.0 * share))
+        {"kind": kind, "length": length, "seed": seed, "tokens_per_s": rate * (1 if kind == "L" else 1 / length)}
+        for seed, share in enumerate(kept) for length, rate in ((1024, 50.0), (8192, 20.0), (131072, 50.0 * share))
         for kind in "LS"])
     claim, = F["length"]()
     assert claim.verdict == word and " at 1,024 tokens " in claim.measured and claim.measured.endswith("kept at 131,072")
+    lines = {line.get_label(): line for line in F["draw_length"](pyplot).axes[0].lines}
+    assert lines.keys() == {"lightning", "softmax"} and lines["softmax"].get_xdata().tolist() == [1024, 8192, 131072]
+    assert lines["lightning"].get_ydata()[1] == 20
 
 
 def test_speed_of_one_length_tells_nothing(tmp_path, monkeypatch):
     rows_of(tmp_path, monkeypatch, length=[
-        {"kind": "L", "tokens": 1024, "seed": seed, "tokens_per_s": 5.0} for seed in range(3)])
+        {"kind": "L", "length": 1024, "seed": seed, "tokens_per_s": 5.0} for seed in range(3)])
     assert F["length"]()[0].verdict == "not run"
 
 
@@ -205,6 +208,9 @@ def test_the_critical_batch_grows_but_slower(tmp_path, monkeypatch):
     grows, steeply = F["critical_batch"]()
     assert (grows.verdict, steeply.verdict) == ("supports", "contradicts")
     assert grows.measured == "p: 2.0 (2.0 to 2.0), mean of 2 widths; width 32 2.0 (2.0 to 2.0), width 64 2.0 (2.0 to 2.0)"
+    panels = F["draw_critical_batch"](pyplot).axes
+    fits = [[line.get_label() for line in axes.lines if "loss^" in line.get_label()] for axes in panels]
+    assert fits == [["loss^-2.0, all of ours", "loss^-6.1, the paper's"]] * 2
 
 
 def test_experts_on_text_and_facts(tmp_path, monkeypatch):
@@ -285,8 +291,10 @@ def test_needles_by_what_turns(tmp_path, monkeypatch):
 
 def test_padding_is_less(tmp_path, monkeypatch):
     rows_of(tmp_path, monkeypatch, padding=[
-        {"median": 64, "seed": seed, "blocks": 0.5, "packed": 0.1, "levels": 0.6} for seed in range(3)])
+        {"median": 64, "seed": seed, "blocks": 0.5, "packed": 0.1, "levels": 0.6, "ring": 0.2} for seed in range(3)])
     assert [claim.verdict for claim in F["padding"]()] == ["supports", "contradicts"]
+    bars, = F["draw_padding"](pyplot).axes
+    assert [round(bar.get_height()) for bar in bars.patches] == [50, 60, 20, 10]
 
 
 def test_arms_without_a_seed_in_common_tell_nothing(tmp_path, monkeypatch):
