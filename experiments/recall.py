@@ -23,6 +23,7 @@ from mmx.config import ConfigError, default
 ARMS = ("LLLLLLLL", "LLLLLLLS", "SSSSSSSS", "LLLSLLLL", "SLLLLLLL")
 HEAD_DIMS = (8, 16, 32)
 RATES, SEEDS = (3e-3, 1.5e-3), (0, 1, 2)
+HIGHER = 6e-3           # of lightning alone, whose runs do better at the higher of those
 VOCAB = 256
 TASKS = ((8, 32), (16, 64), (32, 128), (64, 256), (128, 512), (16, 128), (16, 512))     # pairs, tokens: what is told of
 STAGES = (      # first step, how few keys and values, tasks
@@ -65,5 +66,5 @@ def get_config(arch="LLLLLLLS", head_dim=16, lr=3e-3, seed=0):
 def sweep():
     parts = ([(arch, 16) for arch in ARMS[:3]], [("LLLLLLLL", n) for n in HEAD_DIMS if n != 16],
              [(arch, 16) for arch in ARMS[3:]])
-    return [{"arch": arch, "head_dim": n, "lr": lr, "seed": seed}
-            for lr in RATES for arms in parts for seed in SEEDS for arch, n in arms]
+    grid = [(lr, arms) for lr in RATES for arms in parts] + [(HIGHER, [("LLLLLLLL", n)]) for n in (16, 32, 8)]
+    return [{"arch": arch, "head_dim": n, "lr": lr, "seed": seed} for lr, arms in grid for seed in SEEDS for arch, n in arms]

@@ -65,7 +65,7 @@ def test_a_run_that_diverges_has_a_row(tmp_path, compiled_once):
     assert sweep.show([row], "one").row_count == 1
 
 
-@pytest.mark.parametrize("name, least", [("recall", 42), ("moe_vs_dense", 36), ("norm", 54), ("hybrid_ratio", 66),
+@pytest.mark.parametrize("name, least", [("recall", 51), ("moe_vs_dense", 36), ("norm", 54), ("hybrid_ratio", 66),
                                          ("rope_length", 36), ("critical_batch", 9), ("router", 3)])
 def test_arms(name, least):
     """Every cell is an experiment, three seeds each; where the question says equal FLOPs they are."""
@@ -83,4 +83,4 @@ def test_a_sweep_says_its_hours_before_it_starts(tmp_path, capsys):
     command = ["sweep", "--config", str(FOLDER / "recall.py"), "--out", str(tmp_path), "--rate", "1e9", "--hours", "12"]
     assert cli.main(command) == 2
     err = capsys.readouterr().err
-    assert "the 42 runs need " in err and "--hours 12 is less" in err and err.count("\n") == 1
+    assert "the 51 runs need " in err and "--hours 12 is less" in err and err.count("\n") == 1
