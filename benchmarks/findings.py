@@ -647,8 +647,8 @@ def draw_padding(pyplot):
 def length() -> list[Claim]:
     found = {key: arm for (kind, key), arm in fixed(rows("length"), "kind", "length").items() if kind == "L"}
     claim = Claim("Training speed does not fall with the length (section 2.2.2.4)",
-                  "`python benchmarks/length.py`: one lightning layer, forward and backward, on CPU cores; "
-                  "passes stand for seeds; a loss of 5 % is none")
+                  "`python benchmarks/length.py`: one lightning layer, forward and backward, at equal tokens a call, on CPU "
+                  "cores; passes stand for seeds; a loss of 5 % is none")
     if len(found) < 2:
         return [claim]
     near, far = (over(found[pick(found)], operator.itemgetter("tokens_per_s")) for pick in (min, max))
@@ -667,7 +667,7 @@ def draw_length(pyplot):
         speeds = [over(found[kind, n], operator.itemgetter("tokens_per_s")).values() for n in lengths]
         spread(axes, lengths, speeds, f"C{color}", name)
     axes.set(xscale="log", yscale="log", xlabel="tokens of a sequence", ylabel="tokens/s",
-             title="one layer, forward and backward")
+             title="one layer, forward and backward, equal tokens a call")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure

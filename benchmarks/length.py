@@ -1,6 +1,6 @@
 """Tokens/s and memory of one attention layer, forward and backward, over the sequence's length, at equal tokens a call.
 
-    python benchmarks/length.py             # some 15 minutes of two idle cores; writes experiments/length.jsonl
+    python benchmarks/length.py             # a quarter of an hour on two idle cores; writes experiments/length.jsonl
 
 Hidden 256, 8 heads x 32 (softmax: 2 KV heads), float32. A call reads 131,072 tokens, of many sequences or of one, so that the
 length alone changes: calls that are larger need new memory, and are slower for that. Each point is a process of its own, in
@@ -33,7 +33,7 @@ def main():
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--tokens", type=int, default=131072, help="of a call, at least one sequence (default 131072)")
     flags.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default=LENGTHS)
-    flags.add_argument("--limit", type=float, default=40, help="longest call, in seconds (default 40)")
+    flags.add_argument("--limit", type=float, default=30, help="longest call, in seconds (default 30)")
     flags.add_argument("--passes", type=int, default=3, help="how often all is measured (default 3)")
     flags.add_argument("--out", default=OUT, help="the points, a line of JSON each (default experiments/length.jsonl)")
     flags.add_argument("--point", help=argparse.SUPPRESS)
