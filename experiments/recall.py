@@ -14,9 +14,9 @@ likeliest next token is the value. Two learning rates and three seeds an arm; an
 seeds and tasks.
 Hours: a run takes three to seven minutes of a core, up to three times that beside other work; 4.1 core hours for 42.
 Result: 128 pairs in 512 tokens: hybrid 0.999 (0.999 to 1.000), softmax 0.984 (0.976 to 0.991), lightning 0.302 (0.263 to
-0.354), by heads of 8 and 32 dims 0.102 (0.095 to 0.117) and 0.528 (0.479 to 0.565): supports that the hybrid retrieves more than
-lightning and as well as softmax, and that a larger memory helps. A softmax layer in the middle serves as one at the end, at the
-beginning it does not, 0.254 (0.234 to 0.276), which contradicts. 42 of 51 runs, on 2026-11-28: not yet those at 6e-3.
+0.354), by heads of 8 and 32 dims 0.102 (0.095 to 0.117) and 0.528 (0.479 to 0.565): supports that the hybrid retrieves more
+than lightning and as well as softmax, and that a larger memory helps. A softmax layer in the middle serves as one at the end,
+at the beginning it does not, 0.254 (0.234 to 0.276), which contradicts. 42 of 51 runs, on 2026-11-28: not yet those at 6e-3.
 """
 from mmx.config import ConfigError, default
 
