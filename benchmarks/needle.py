@@ -96,6 +96,8 @@ def main():
     parser.add_argument("--hours", type=float, metavar="H",
                         help="with --run, train only if that takes no longer; a reading takes half a minute to two on top")
     args = parser.parse_args()
+    if args.jobs < 1:       # said before documents are made
+        parser.error(f"--jobs {args.jobs}: give one, or more")
     plan, path = PLANS[args.experiment], FOLDER / f"{args.experiment}.jsonl"
     if args.run:
         found = run(args.run, args.experiment, args.jobs, args.hours)
