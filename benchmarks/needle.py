@@ -36,6 +36,7 @@ PLANS = {"needle": Plan(("192,256,512,1k", 150), (512, 1024, 2048, 4096, 8192, 1
 
 def run(folder: Path, name: str, jobs: int, hours: float | None) -> list[dict]:
     """Trains and reads the models of an experiment; the rows."""
+    folder = folder.resolve()       # its path is in the runs' configs, by which what is done is known again
     data(folder, PLANS[name])
     file = f"{FOLDER / name}.py"
     sources = tuple(str(folder / Path(source).name) for source in experiments.read(file, []).data.sources)

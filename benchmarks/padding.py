@@ -9,6 +9,9 @@ each: what padding adds, over the tokens themselves.
     packed      rows of 8,192 tokens without padding between samples (`data.packing`), whose last row is filled up
     ring        each sample to a multiple of 2 x 8, what a balanced ring of eight devices asks of samples that it cuts alone
     levels      the last block of a sample the smallest of 32, 64, 128 and 256 that holds it (section 3.3.3, prefill)
+
+Result: of samples of median 512 blocks adds 15.7 % (14.8 to 16.8), levels 5.4 % (5.1 to 5.7), packed 0.6 % (0.0 to 1.0):
+supports that packing and that several sizes of block save, as at medians of 64 and 2,048 (docs/findings.md).
 """
 import argparse
 import json

@@ -12,8 +12,8 @@ Two learning rates and three seeds an arm; an arm is told at its better rate, of
 Hours: 0.24 of one H100 by the clock, 36 runs, 15 at a time, on 2026-11-27; 1.3 is the sum of theirs.
 Result: supports. Text 1.116 nats a byte (1.110 to 1.124) against the dense model's 1.200 (1.193 to 1.206); of 65,536 facts 100
 % (100 to 100) against 48.7 % (48.1 to 49.7), of 32,768 all by both, which cannot tell. The dense model's loss on 65,536 still
-falls at the end: how many it would hold after more steps is not asked. Of text the better rate is the higher of both kinds:
-what a yet higher one would do is not known.
+falls at the end: how many it would hold after more steps is not asked. Of text, and of the dense model's facts,
+the better rate is the higher: what a yet higher one would do is not known.
 """
 from mmx.config import ConfigError, default
 

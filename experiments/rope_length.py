@@ -10,8 +10,8 @@ held-out bytes. A needle has to be trained for (needle_rope.py). Two learning ra
 Hours: 0.04 of one H100 by the clock, 36 runs, 15 at a time, on 2026-11-27.
 Result: that half RoPE reaches further than was trained is contradicted: bytes 1,024 to 2,047 cost the hybrid 1.58 nats more
 (1.14 to 1.96) than the first 256, of which the first have little before them; without RoPE 0.006 more (0.003 to 0.008).
-Softmax alone comes to 3.7 to 4.3 nats there whatever turns. Within 256 bytes half RoPE is the hybrid's best, by 0.016 (0.009
-to 0.022).
+Softmax alone has 4.10 nats there with half RoPE (3.60 to 4.35), 3.75 with full (3.73 to 3.79): which reaches further, cannot
+tell. Within 256 bytes half RoPE is better than full for the hybrid, by 0.016 (0.009 to 0.022): supports that it costs nothing.
 """
 from mmx.config import ConfigError, default
 

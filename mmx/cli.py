@@ -115,14 +115,14 @@ class Parser(argparse.ArgumentParser):
     """Wrong arguments in one line."""
 
     def parse_known_args(self, args=None, namespace=None):
-        self._given = args
+        self._given = sys.argv[1:] if args is None else args
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
         if " are required: " in message:        # one of them may be there, mistyped
-            for name in (given.partition("=")[0] for given in self._given if re.match("--(?!config[.])", given)):
-                if name not in self._option_string_actions:
-                    message = f"unknown argument {name!r:.200}{config.nearest(name, self._option_string_actions)}"
+            given = [argument.partition("=")[0] for argument in self._given if re.match(r"--(?!config[.])\w", argument)]
+            if unknown := [name for name in given if name not in self._option_string_actions]:
+                message = f"unknown argument {unknown[0]!r:.200}{config.nearest(unknown[0], self._option_string_actions)}"
         sys.exit(_fail(f"{message}; `{self.prog} --help` says more", 2))
 
 

@@ -65,12 +65,12 @@ def test_a_run_that_diverges_has_a_row(tmp_path, compiled_once):
     assert sweep.show([row], "one").row_count == 1
 
 
-@pytest.mark.parametrize("name, least", [("recall", 51), ("moe_vs_dense", 36), ("norm", 54), ("hybrid_ratio", 66),
-                                         ("rope_length", 36), ("critical_batch", 9), ("router", 3)])
-def test_arms(name, least):
+@pytest.mark.parametrize("name, count", [("recall", 51), ("moe_vs_dense", 36), ("norm", 54), ("hybrid_ratio", 66),
+                                         ("rope_length", 36), ("critical_batch", 9), ("router", 3), ("needle_rope", 18)])
+def test_arms(name, count):
     """Every cell is an experiment, three seeds each; where the question says equal FLOPs they are."""
     cells = sweep.cells(*experiments.grid(str(FOLDER / f"{name}.py"), []))
-    assert len(cells) == least and {cell.keys["seed"] for cell in cells} == {0, 1, 2}
+    assert len(cells) == count and {cell.keys["seed"] for cell in cells} == {0, 1, 2}
     by = {"moe_vs_dense": lambda cell: (cell.keys["task"], cell.keys["count"]), "hybrid_ratio": lambda cell: ""}.get(name)
     for _, group in itertools.groupby(sorted(cells, key=by), by) if by else ():
         flops = [cell.flops for cell in group]

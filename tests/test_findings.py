@@ -10,7 +10,7 @@ import pytest
 from matplotlib import pyplot
 from PIL import Image
 
-from mmx import config, convert
+from mmx import config, convert, experiments
 from mmx.data import packing, pipeline, tokens
 from mmx.loss import loss
 from mmx.model import Model, logits
@@ -18,6 +18,7 @@ from mmx.model import Model, logits
 ROOT = Path(__file__).parent.parent
 F = runpy.run_path(str(ROOT / "benchmarks" / "findings.py"))
 PADDING = runpy.run_path(str(ROOT / "benchmarks" / "padding.py"))
+LENGTH = runpy.run_path(str(ROOT / "benchmarks" / "length.py"))
 
 
 def test_the_page_is_what_the_rows_say():
@@ -32,7 +33,7 @@ def test_the_page_is_what_the_rows_say():
             assert Image.open(figure).info["Rows"] == F["sha256"](name), f"{name}.png is of other rows"
     for line in text.splitlines():
         if line.startswith("| ") and "**" in line:
-            assert line.rsplit("**", 2)[1] in ("supports", "contradicts", "cannot tell", "not run"), line
+            assert line.rsplit("**", 2)[1] in ("supports", "contradicts", "cannot tell"), line
 
 
 def test_an_interval_is_a_bootstrap_over_seeds():
@@ -92,7 +93,7 @@ def test_the_ratio_is_told_with_its_windows(tmp_path, monkeypatch):
     rows_of(tmp_path, monkeypatch, hybrid_ratio=[row(*arm, seed) for arm in arms for seed in range(3)])
     half, fourth, alone, sixteenth, none, windows, *pure = F["hybrid_ratio"]()
     assert [x.verdict for x in (half, fourth, alone, sixteenth, none, windows, *pure)] == [
-        "supports", "not run", "contradicts", "supports", "supports", "contradicts", "not run", "not run"]
+        "supports", "not run", "contradicts", "supports", "supports", "contradicts", *["not run"] * 4]
     assert sixteenth.measured.endswith("1/8 0.951 (0.950 to 0.952), 1/16 0.601 (0.600 to 0.602): +0.350 (+0.350 to +0.350)")
     labels, (panel,) = {}, F["draw_hybrid_ratio"](pyplot).axes
     for line in panel.lines:
@@ -112,6 +113,22 @@ def test_speed_over_length(kept, word, tmp_path, monkeypatch):
     lines = {line.get_label(): line for line in F["draw_length"](pyplot).axes[0].lines}
     assert lines.keys() == {"lightning", "softmax"} and lines["softmax"].get_xdata().tolist() == [1024, 8192, 131072]
     assert lines["lightning"].get_ydata()[1] == 20
+
+
+def test_speed_is_measured(monkeypatch, capsys):
+    found = LENGTH["measure"]("L", 2, 64)
+    assert found["tokens_per_s"] * found["seconds"] == pytest.approx(128) and found["peak_mib"] > 0
+    for option, message in (("--lengths=1024,3000", "3000 does not divide"), ("--passes=0", "give one, or more")):
+        monkeypatch.setattr("sys.argv", ["length.py", option])
+        with pytest.raises(SystemExit):
+            LENGTH["main"]()
+        assert message in capsys.readouterr().err
+
+
+def test_rates_that_no_row_tells_are_the_experiments():
+    for name in ("needle", "needle_rope", "router", "critical_batch"):
+        rate = experiments.read(str(ROOT / "experiments" / f"{name}.py"), []).train.lr
+        assert all(f"rate {rate:g} alone" in claim.test for claim in F["CLAIMS"][name]()), name
 
 
 def test_speed_of_one_length_tells_nothing(tmp_path, monkeypatch):
@@ -210,7 +227,7 @@ def test_the_critical_batch_grows_but_slower(tmp_path, monkeypatch):
     assert grows.measured == "p: 2.0 (2.0 to 2.0), mean of 2 widths; width 32 2.0 (2.0 to 2.0), width 64 2.0 (2.0 to 2.0)"
     panels = F["draw_critical_batch"](pyplot).axes
     fits = [[line.get_label() for line in axes.lines if "loss^" in line.get_label()] for axes in panels]
-    assert fits == [["loss^-2.0, all of ours", "loss^-6.1, the paper's"]] * 2
+    assert fits == [["loss^-2.0, ours, widths pooled", "loss^-6.1, the paper's"]] * 2
 
 
 def test_experts_on_text_and_facts(tmp_path, monkeypatch):
