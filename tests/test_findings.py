@@ -81,6 +81,7 @@ def test_recall_is_told_at_the_best_rate(tmp_path, monkeypatch):
     assert "; rates: hybrid 0.1 alone, lightning 0.1 of 0.1, 0.2; " in lightning.test
     assert softmax.test.count("rate 0.1 alone") == 1
     assert apart.measured.startswith("4 pairs in 32 tokens: hybrid 0.980")
+    assert F["apart"](*[{seed: {"loss": None} for seed in range(3)}] * 3) == ("", "cannot tell")
 
 
 def test_the_ratio_is_told_with_its_windows(tmp_path, monkeypatch):
@@ -115,11 +116,11 @@ def test_speed_over_length(kept, word, tmp_path, monkeypatch):
     assert lines["lightning"].get_ydata()[1] == 20
 
 
-def test_speed_is_measured(monkeypatch, capsys):
+def test_speed_is_measured(tmp_path, monkeypatch, capsys):
     found = LENGTH["measure"]("L", 2, 64)
     assert found["tokens_per_s"] * found["seconds"] == pytest.approx(128) and found["peak_mib"] > 0
     for option, message in (("--lengths=1024,3000", "3000 does not divide"), ("--passes=0", "give one, or more")):
-        monkeypatch.setattr("sys.argv", ["length.py", option])
+        monkeypatch.setattr("sys.argv", ["length.py", option, f"--out={tmp_path / 'rows'}"])
         with pytest.raises(SystemExit):
             LENGTH["main"]()
         assert message in capsys.readouterr().err
