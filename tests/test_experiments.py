@@ -66,7 +66,7 @@ def test_a_run_that_diverges_has_a_row(tmp_path, compiled_once):
 
 
 @pytest.mark.parametrize("name, count", [("recall", 51), ("moe_vs_dense", 36), ("norm", 54), ("hybrid_ratio", 66),
-                                         ("rope_length", 36), ("critical_batch", 9), ("router", 3), ("needle_rope", 18)])
+                                         ("rope_length", 36), ("critical_batch", 9), ("router", 3)])
 def test_arms(name, count):
     """Every cell is an experiment, three seeds each; where the question says equal FLOPs they are."""
     cells = sweep.cells(*experiments.grid(str(FOLDER / f"{name}.py"), []))
