@@ -45,7 +45,7 @@ def main():
         return
     if args.passes < 1:
         flags.error(f"--passes {args.passes}: give one, or more")
-    if uneven := [n for n in args.lengths if n < 1 or args.tokens % n]:
+    if uneven := [n for n in args.lengths if n < 1 or args.tokens < 1 or args.tokens % n]:
         flags.error(f"--lengths: {uneven[0]} does not divide the {args.tokens:,} tokens of a call; give others, or --tokens")
     rows, last = [], {}
     for number, length in tqdm(list(itertools.product(range(args.passes), args.lengths)), "lengths"):

@@ -4,6 +4,10 @@ import json
 import runpy
 from pathlib import Path
 
+import claims
+import evidence
+import figures
+import findings
 import jax
 import numpy as np
 import pytest
@@ -16,7 +20,6 @@ from mmx.loss import loss
 from mmx.model import Model, logits
 
 ROOT = Path(__file__).parent.parent
-F = runpy.run_path(str(ROOT / "benchmarks" / "findings.py"))
 PADDING = runpy.run_path(str(ROOT / "benchmarks" / "padding.py"))
 LENGTH = runpy.run_path(str(ROOT / "benchmarks" / "length.py"))
 
@@ -24,23 +27,36 @@ LENGTH = runpy.run_path(str(ROOT / "benchmarks" / "length.py"))
 def test_the_page_is_what_the_rows_say():
     """Made again by `python benchmarks/findings.py`; a figure for every file of rows."""
     text = (ROOT / "docs" / "findings.md").read_text()
-    assert F["page"](text) == text and len(text.splitlines()) < 200
-    assert sorted(name for names in F["PARTS"].values() for name in names) == sorted(F["CLAIMS"])
-    for name in F["FIGURES"]:
-        figure, has = ROOT / "experiments" / f"{name}.png", bool(F["rows"](name))
+    assert findings.page(text) == text and len(text.splitlines()) < 200
+    for name in findings.NAMES:
+        figure, has = ROOT / "experiments" / f"{name}.png", bool(evidence.rows(name))
         assert figure.exists() == (f"experiments/{name}.png" in text) == has, name
         if has:
-            assert Image.open(figure).info["Rows"] == F["sha256"](name), f"{name}.png is of other rows"
+            assert Image.open(figure).info["Of"] == findings.stamp(name), f"{name}.png is of other rows, or drawn otherwise"
     for line in text.splitlines():
         if line.startswith("| ") and "**" in line:
             assert line.rsplit("**", 2)[1] in ("supports", "contradicts", "cannot tell"), line
 
 
+def test_figures_and_page_are_written(tmp_path, monkeypatch, capsys):
+    rows_of(tmp_path, monkeypatch, padding=[
+        {"median": 64, "seed": seed, "blocks": 0.5, "packed": 0.1, "levels": 0.2, "ring": 0.2} for seed in range(3)])
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "findings.md").write_text("# Title\n" + findings.BEGIN + "old\n" + findings.END + "end\n")
+    monkeypatch.setattr("sys.argv", ["findings.py"])
+    findings.main()
+    text = (tmp_path / "docs" / "findings.md").read_text()
+    assert text.startswith("# Title\n") and text.endswith(findings.END + "end\n") and "old" not in text
+    assert text.count("**supports**") == 2 and text.count("![") == 1
+    assert Image.open(tmp_path / "experiments" / "padding.png").info["Of"] == findings.stamp("padding")
+    assert {path.name for path in (tmp_path / "experiments").iterdir()} == {"padding.jsonl", "padding.png"}
+
+
 def test_an_interval_is_a_bootstrap_over_seeds():
-    found = F["interval"]([1, 2, 6])
+    found = evidence.interval([1, 2, 6])
     assert found == (3, 1, 6, 3)        # of 27 resamples one is three times the lowest: 3.7 %
     values = np.random.default_rng(0).normal(5, 2, 400)
-    mean, low, high, _ = F["interval"](values)
+    mean, low, high, _ = evidence.interval(values)
     error = 1.96 * values.std() / 20
     assert (mean, low, high) == pytest.approx((values.mean(), values.mean() - error, values.mean() + error), abs=0.03)
 
@@ -49,14 +65,14 @@ def test_an_interval_is_a_bootstrap_over_seeds():
     ([1, 2, 3], 0, "supports"), ([-1, -2, -3], 0, "contradicts"), ([-1, 2, 3], 0, "cannot tell"), ([0, 0, 0], 0, "cannot tell"),
     ([-0.01, 0, 0.01], -0.02, "supports"), ([1, 2], 0, "cannot tell")])
 def test_verdicts(values, above, word):
-    assert F["verdict"](F["interval"](values), above) == word
+    assert evidence.verdict(evidence.interval(values), above) == word
 
 
 def rows_of(tmp_path, monkeypatch, **files):
     (tmp_path / "experiments").mkdir()
     for name, rows in files.items():
         (tmp_path / "experiments" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setitem(F["rows"].__globals__, "ROOT", tmp_path)
+    monkeypatch.setattr(evidence, "ROOT", tmp_path)
 
 
 def test_recall_is_told_at_the_best_rate(tmp_path, monkeypatch):
@@ -72,7 +88,7 @@ def test_recall_is_told_at_the_best_rate(tmp_path, monkeypatch):
     rows += [row("LLLLLLLL", 0.2, 0, 0.8), row("LLLLLLLL", 0.2, 1, 0.0)]
     rows += [{"arch": "LLLLLLLL", "head_dim": 16, "lr": 0.2, "seed": 2, "loss": None, "diverged": "step 3"}]
     rows_of(tmp_path, monkeypatch, recall=rows)
-    lightning, softmax, memory, middle, first, apart = F["recall"]()
+    lightning, softmax, memory, middle, first, apart = claims.recall()
     assert lightning.measured.endswith(
         ": hybrid 0.980 (0.970 to 0.990), lightning 0.310 (0.300 to 0.320): +0.670 (+0.670 to +0.670)")
     assert [x.verdict for x in (lightning, softmax, memory, middle, first, apart)] == [
@@ -81,7 +97,7 @@ def test_recall_is_told_at_the_best_rate(tmp_path, monkeypatch):
     assert "; rates: hybrid 0.1 alone, lightning 0.1 of 0.1, 0.2; " in lightning.test
     assert softmax.test.count("rate 0.1 alone") == 1
     assert apart.measured.startswith("4 pairs in 32 tokens: hybrid 0.980")
-    assert F["apart"](*[{seed: {"loss": None} for seed in range(3)}] * 3) == ("", "cannot tell")
+    assert claims.apart(*[{seed: {"loss": None} for seed in range(3)}] * 3) == ("", "cannot tell")
 
 
 def test_the_ratio_is_told_with_its_windows(tmp_path, monkeypatch):
@@ -92,14 +108,59 @@ def test_the_ratio_is_told_with_its_windows(tmp_path, monkeypatch):
 
     arms = (("L", 2, 0.96), ("L", 8, 0.95), ("L", 16, 0.6), ("W", 8, 0.97), ("L", 1, 0.99), ("L", 0, 0.5))
     rows_of(tmp_path, monkeypatch, hybrid_ratio=[row(*arm, seed) for arm in arms for seed in range(3)])
-    half, fourth, alone, sixteenth, none, windows, *pure = F["hybrid_ratio"]()
-    assert [x.verdict for x in (half, fourth, alone, sixteenth, none, windows, *pure)] == [
-        "supports", "not run", "contradicts", "supports", "supports", "contradicts", *["not run"] * 4]
+    alone, half, fourth, sixteenth, none, windows, *pure = claims.hybrid_ratio()
+    assert [x.verdict for x in (alone, half, fourth, sixteenth, none, windows, *pure)] == [
+        "contradicts", "supports", "not run", "supports", "supports", "contradicts", *["not run"] * 4]
     assert sixteenth.measured.endswith("1/8 0.951 (0.950 to 0.952), 1/16 0.601 (0.600 to 0.602): +0.350 (+0.350 to +0.350)")
-    labels, (panel,) = {}, F["draw_hybrid_ratio"](pyplot).axes
+    labels, (panel,) = {}, figures.hybrid_ratio(pyplot).axes
     for line in panel.lines:
         labels[line.get_label()] = line.get_xdata().tolist()
     assert labels == {"the other layers: lightning": [0, 1, 2, 4, 5], "the other layers: windows of 32 tokens": [2, 5]}
+
+
+@pytest.mark.parametrize("one, other, bound, word, why", [
+    (0.1, 0.1, -0.02, "cannot tell", "neither has any for certain"), (0.1, 0.1, 0.02, "cannot tell", "neither has any for certain"),
+    (0.1, 0.9, 0.02, "contradicts", ""), (0.9, 0.1, -0.02, "supports", ""),
+    (1.0, 1.0, 0.02, "cannot tell", "both have all of it"), (1.0, 1.0, -0.02, "supports", "both have all of it"),
+    (1.0, 0.97, 0.02, "supports", ""), (0.6, 0.6, -0.02, "supports", "")])
+def test_nothing_and_everything_tell_little(one, other, bound, word, why):
+    """Arms that learned nothing are not as good as each other, and of two that have all none has more."""
+    for lower in (False, True):
+        turned = (lambda x: 1 - x) if lower else (lambda x: x)
+        measure = evidence.Measure("it", lower, nothing=turned(0.25), all=turned(0.995))
+        arms = {name: (evidence.Arm({seed: {"it": turned(value)} for seed in range(3)}, ""), "it")
+                for name, value in (("one", one), ("other", other))}
+        claim = evidence.compared(evidence.Claim("", ""), measure, arms, bound)
+        assert claim.verdict == word and claim.measured.endswith(why or ")")
+
+
+def test_seeds_count_that_both_have():
+    """And that have a number."""
+    arms = {name: (evidence.Arm({seed: {"it": value} for seed, value in seeds.items()}, ""), "it") for name, seeds in
+            (("one", {0: 1.0, 1: 2.0, 2: 3.0, 3: float("nan"), 4: 50.0}), ("other", {0: 0.0, 1: 0.0, 2: 0.0, 3: 90.0}))}
+    claim = evidence.compared(evidence.Claim("", ""), evidence.Measure("it", digits=0), arms)
+    assert claim.measured == "it: one 2 (1 to 3), other 0 (0 to 0): +2 (+1 to +3)" and claim.verdict == "supports"
+
+
+def test_a_task_that_may_part_them_is_no_contradiction():
+    """Lightning is furthest below at a task that does not part them as asked; another may."""
+    def row(easy, hard):
+        return {"by_source": {f"mqar:pairs={pairs},length=32,few=8": {"accuracy": value}
+                              for pairs, value in ((4, easy), (8, hard))}}
+
+    def seeds(*values):
+        return dict(enumerate(row(*value) for value in values))
+
+    others = seeds((0.97, 0.94), (0.97, 0.94), (0.97, 0.94))
+    assert claims.apart(others, others, seeds((0.5, 0.1), (0.6, 0.1), (0.7, 0.1)))[1] == "cannot tell"
+    assert claims.apart(others, others, seeds((0.7, 0.1), (0.7, 0.1), (0.7, 0.1)))[1] == "contradicts"
+    assert claims.apart(others, others, seeds((0.5, 0.1), (0.5, 0.1), (0.5, 0.1)))[1] == "supports"
+
+
+def test_a_gradient_that_is_gone_has_faded_most():
+    assert claims.faded({"layer_norms": [0.0, 1.0, 1.0, 1.0]}) > 30 > -30 > claims.faded({"layer_norms": [1.0, 1.0, 1.0, 0.0]})
+    assert np.isnan(claims.faded({"layer_norms": []})) and np.isnan(claims.faded({"layer_norms": [None, 1.0, 1.0, 1.0]}))
+    assert evidence.loss({"loss": float("nan")}) == evidence.loss({"loss": None}) == evidence.UNIFORM
 
 
 @pytest.mark.parametrize("kept, word", [((1.0, 0.96, 1.1), "supports"), ((0.7, 0.6, 0.9), "contradicts"),
@@ -107,12 +168,14 @@ def test_the_ratio_is_told_with_its_windows(tmp_path, monkeypatch):
 def test_speed_over_length(kept, word, tmp_path, monkeypatch):
     rows_of(tmp_path, monkeypatch, length=[
         {"kind": kind, "length": length, "seed": seed, "tokens_per_s": rate * (1 if kind == "L" else 1 / length)}
-        for seed, share in enumerate(kept) for length, rate in ((1024, 50.0), (8192, 20.0), (131072, 50.0 * share))
+        for seed, share in enumerate(kept)
+        for length, rate in ((1024, 50.0), (8192, 20.0), (65536, 60.0), (131072, 50.0 * share))
         for kind in "LS"])
-    claim, = F["length"]()
-    assert claim.verdict == word and " at 1,024 tokens " in claim.measured and claim.measured.endswith("kept at 131,072")
-    lines = {line.get_label(): line for line in F["draw_length"](pyplot).axes[0].lines}
-    assert lines.keys() == {"lightning", "softmax"} and lines["softmax"].get_xdata().tolist() == [1024, 8192, 131072]
+    papers, ours = claims.length()
+    assert ours.verdict == word and " at 1,024 tokens " in ours.measured and ", to 131,072 tokens (ours)" in ours.text
+    assert papers.verdict == ("supports" if len(kept) > 2 else "cannot tell") and " 120 % (120 to 120) " in papers.measured
+    lines = {line.get_label(): line for line in figures.length(pyplot).axes[0].lines}
+    assert lines.keys() == {"lightning", "softmax"} and lines["softmax"].get_xdata().tolist() == [1024, 8192, 65536, 131072]
     assert lines["lightning"].get_ydata()[1] == 20
 
 
@@ -129,13 +192,13 @@ def test_speed_is_measured(tmp_path, monkeypatch, capsys):
 def test_rates_that_no_row_tells_are_the_experiments():
     for name in ("needle", "needle_rope", "router", "critical_batch"):
         rate = experiments.read(str(ROOT / "experiments" / f"{name}.py"), []).train.lr
-        assert all(f"rate {rate:g} alone" in claim.test for claim in F["CLAIMS"][name]()), name
+        assert all(f"rate {rate:g} alone" in claim.test for claim in getattr(claims, name)()), name
 
 
 def test_speed_of_one_length_tells_nothing(tmp_path, monkeypatch):
     rows_of(tmp_path, monkeypatch, length=[
         {"kind": "L", "length": 1024, "seed": seed, "tokens_per_s": 5.0} for seed in range(3)])
-    assert F["length"]()[0].verdict == "not run"
+    assert claims.length()[0].verdict == "not run"
 
 
 def test_a_run_that_diverged_knows_nothing(tmp_path, monkeypatch):
@@ -143,11 +206,11 @@ def test_a_run_that_diverged_knows_nothing(tmp_path, monkeypatch):
              "layer_norms": [] if form == "post" else [0.1, 1.0, 1.0, 10.0]}
             for form in ("deepnorm", "pre", "post") for seed in range(3)]
     rows_of(tmp_path, monkeypatch, norm=rows)
-    post, pre, gradient = F["norm"]()
+    post, pre, gradient = claims.norm()
     assert post.measured.endswith("; post-norm failed 3 of 3 times") and "post-norm 5.545 (5.545 to 5.545)" in post.measured
     assert (post.verdict, pre.verdict, gradient.verdict) == ("supports", "cannot tell", "cannot tell")
     assert "DeepNorm 2.00 (2.00 to 2.00)" in gradient.measured
-    assert all(len(panel.lines) for panel in F["draw_norm"](pyplot).axes)
+    assert all(len(panel.lines) for panel in figures.norm(pyplot).axes)
 
 
 def test_noise_scale():
@@ -155,8 +218,8 @@ def test_noise_scale():
     square = {tokens: 0.25 + 600 / tokens for tokens in (256, 2048)}
     row = {"tokens": 20480, "steps": 10, "micro": 8, "course": {
         "loss": [2.0, 1.5], "micro_norm": [square[256] ** 0.5, 0.1], "grad_norm": [square[2048] ** 0.5, 0.2]}}
-    assert F["noise"](row) == [(2.0, pytest.approx(2400))]      # the second has less noise than none
-    assert F["slope"]([(loss, 3 * loss ** -6.1) for loss in (1.5, 2.0, 2.2)]) == pytest.approx(-6.1)
+    assert claims.noise(row) == [(2.0, pytest.approx(2400))]      # the second has less noise than none
+    assert claims.slope([(loss, 3 * loss ** -6.1) for loss in (1.5, 2.0, 2.2)]) == pytest.approx(-6.1)
 
 
 def test_padding_is_counted():
@@ -175,13 +238,14 @@ def test_rope_length_is_told_near_and_far(tmp_path, monkeypatch):
     """Half RoPE keeps its loss, full loses, and the better rate is told."""
     def row(turned, lr, seed, near, far):
         return {"pattern": "LLLS", "turned": turned, "lr": lr, "seed": seed, "loss": near,
-                "by_place": {"0-255": near, "1024-2047": far}}
+                "by_place": {"0-255": near, "256-511": near, "512-1023": far, "1024-2047": far}}
 
     rows_of(tmp_path, monkeypatch, rope_length=[
         row(turned, lr, seed, 1.2 + lr + seed / 1000, far + seed / 1000)
         for turned, far in ((0, 1.7), (8, 1.23), (16, 2.5)) for lr in (0.01, 0.1) for seed in range(3)])
-    half, none, near, far, *softmax = F["rope_length"]()
-    assert [x.verdict for x in (half, none, near, far)] == ["supports", "contradicts", "supports", "supports"]
+    half, none, near, just, further, far, *softmax = claims.rope_length()
+    assert [x.verdict for x in (half, none, near, just, further, far)] == [
+        "supports", "contradicts", "supports", "cannot tell", "supports", "supports"]
     assert far.measured.startswith("nats a byte: half 1.231 (1.230 to 1.232), full 2.501") and "0.01 of 0.01, 0.1" in far.test
     assert "bytes 0-255 1.211" in half.measured and {x.verdict for x in softmax} == {"not run"}
 
@@ -210,8 +274,9 @@ def test_a_run_of_rope_length_that_diverged_knows_nothing(tmp_path, monkeypatch)
     rows_of(tmp_path, monkeypatch, rope_length=[
         {"pattern": "S", "turned": turned, "lr": 0.1, "seed": seed, "loss": None if seed == 2 else 1.0,
          "by_place": None if seed == 2 else {"0-255": 1.0, "1024-2047": 1.0}} for turned in (0, 8, 16) for seed in range(3)])
-    half, _, _, far = F["rope_length"]()[4:]
-    assert "bytes 0-255 2.515 (1.000 to 5.545)" in half.measured and far.verdict == "cannot tell"
+    found = claims.rope_length()[6:]
+    assert "bytes 0-255 2.515 (1.000 to 5.545)" in found[0].measured
+    assert {claim.verdict for claim in found} == {"cannot tell"}        # nor that nothing is lost
 
 
 def test_the_critical_batch_grows_but_slower(tmp_path, monkeypatch):
@@ -223,12 +288,13 @@ def test_the_critical_batch_grows_but_slower(tmp_path, monkeypatch):
         {"dim": dim, "seed": seed, "tokens": 20480, "steps": 10, "micro": 8,
          "course": {"loss": losses, "micro_norm": norm(256), "grad_norm": norm(2048)}}
         for dim in (32, 64) for seed in range(3)])
-    grows, steeply = F["critical_batch"]()
+    grows, steeply = claims.critical_batch()
     assert (grows.verdict, steeply.verdict) == ("supports", "contradicts")
-    assert grows.measured == "p: 2.0 (2.0 to 2.0), mean of 2 widths; width 32 2.0 (2.0 to 2.0), width 64 2.0 (2.0 to 2.0)"
-    panels = F["draw_critical_batch"](pyplot).axes
+    assert grows.measured == ("p: 2.0 (2.0 to 2.0), mean of 2 widths; width 32 2.0 (2.0 to 2.0), width 64 2.0 (2.0 to 2.0); "
+                              "64 less 32 +0.0 (+0.0 to +0.0)")
+    panels = figures.critical_batch(pyplot).axes
     fits = [[line.get_label() for line in axes.lines if "loss^" in line.get_label()] for axes in panels]
-    assert fits == [["loss^-2.0, ours, widths pooled", "loss^-6.1, the paper's"]] * 2
+    assert fits == [["loss^-2.0, ours, mean of widths", "loss^-6.1, the paper's"]] * 2
 
 
 def test_experts_on_text_and_facts(tmp_path, monkeypatch):
@@ -240,10 +306,10 @@ def test_experts_on_text_and_facts(tmp_path, monkeypatch):
     rows_of(tmp_path, monkeypatch, moe_vs_dense=[
         row(task, kind, 4096 * (task == "facts"), seed, value + seed / 100) for task, kind, value in
         (("text", "moe", 0.5), ("text", "dense", 0.7), ("facts", "moe", 0.3), ("facts", "dense", 0.6)) for seed in range(3)])
-    text, facts = F["moe_vs_dense"]()
+    text, facts = claims.moe_vs_dense()
     assert (text.verdict, facts.verdict) == ("supports", "contradicts") and "4,096" in facts.text
     assert text.measured == "nats a byte: MoE 0.510 (0.500 to 0.520), dense 0.710 (0.700 to 0.720): -0.200 (-0.200 to -0.200)"
-    left, right = F["draw_moe_vs_dense"](pyplot).axes
+    left, right = figures.moe_vs_dense(pyplot).axes
     assert len(left.lines) == 2 and [line.get_xdata().tolist() for line in right.lines[1:3]] == [[50, 100]] * 2
 
 
@@ -251,14 +317,17 @@ def test_one_capacity_drops_fewer(tmp_path, monkeypatch):
     rows_of(tmp_path, monkeypatch, router=[
         {"capacity": capacity, "shards": shards, "seed": seed, "loss": 2 + dropped / 10, "dropped": dropped + seed / 100}
         for capacity, shards, dropped in (
-            (0.0, 1, 0.0), (1.0, 1, 0.1), (1.0, 4, 0.15), (1.0, 32, 0.2), (2.0, 1, 0.2), (2.0, 32, 0.1)) for seed in range(3)])
-    tight, loose = F["router"]()
-    assert (tight.verdict, loose.verdict) == ("supports", "contradicts")
+            (0.0, 1, 0.0), (1.0, 1, 0.1), (1.0, 4, 0.15), (1.0, 16, 0.18), (1.0, 32, 0.2), (2.0, 1, 0.2), (2.0, 32, 0.1))
+        for seed in range(3)])
+    few, tight, missing, loose = claims.router()
+    assert (few.verdict, tight.verdict, missing.verdict, loose.verdict) == ("supports", "supports", "not run", "contradicts")
+    assert few.text.endswith("factor 1.0, against 4 shards") and missing.measured == ""
     assert tight.measured == (
         "dropped %: one 11.00 (10.00 to 12.00), 32 shards 21.00 (20.00 to 22.00): -10.00 (-10.00 to -10.00)"
-        "; nats a byte: one 2.0100 (2.0100 to 2.0100), 32 shards 2.0200 (2.0200 to 2.0200): -0.0100 (-0.0100 to -0.0100)")
-    assert {line.get_label() for line in F["draw_router"](pyplot).axes[1].lines} == {
-        "global", "each of 4 shards", "each of 32 shards", "nothing dropped"}
+        "; nats a byte: one 2.0100 (2.0100 to 2.0100), 32 shards 2.0200 (2.0200 to 2.0200): -0.0100 (-0.0100 to -0.0100)"
+        " (less: supports)")
+    assert {line.get_label() for line in figures.router(pyplot).axes[1].lines} == {
+        "global", "each of 4 shards", "each of 16 shards", "each of 32 shards", "nothing dropped"}
 
 
 def test_each_shard_has_its_own_capacity(monkeypatch):
@@ -289,9 +358,9 @@ def test_needles(tmp_path, monkeypatch):
 
     rows_of(tmp_path, monkeypatch, needle=rows(1024, hybrid=1.0, softmax=1.0)
             + rows(16384, hybrid=0.9, softmax=0.2, lightning=1.0))
-    assert [claim.verdict for claim in F["needle"]()] == ["cannot tell", "not run", "supports", "contradicts"]
-    assert F["needle"]()[2].measured == "right %: hybrid 90 (90 to 90), softmax 20 (20 to 20): +70 (+70 to +70)"
-    panels = F["draw_needle"](pyplot).axes
+    assert [claim.verdict for claim in claims.needle()] == ["cannot tell", "not run", "supports", "contradicts"]
+    assert claims.needle()[2].measured == "right %: hybrid 90 (90 to 90), softmax 20 (20 to 20): +70 (+70 to +70)"
+    panels = figures.needle(pyplot).axes
     assert [text.get_text() for text in panels[0].texts] == ["100", "90"] * 2
 
 
@@ -300,18 +369,35 @@ def test_needles_by_what_turns(tmp_path, monkeypatch):
     rows_of(tmp_path, monkeypatch, needle_rope=[
         {"kind": "hybrid", "turned": turned, "length": length, "depth": depth, "seed": seed, "score": float(n < 10 * right)}
         for (turned, length), right in share.items() for depth in (0, 50) for seed in range(3) for n in range(10)])
-    half, none, near, far, *softmax = F["needle_rope"]()
+    half, none, near, *missing, far = claims.needle_rope()[:6]
+    softmax = claims.needle_rope()[6:]
     assert [x.verdict for x in (half, none, near, far)] == ["contradicts", "supports", "supports", "supports"]
-    assert {x.verdict for x in softmax} == {"not run"} and half.test.endswith("; 5 less is none") and "none" not in far.test
-    panels = F["draw_needle_rope"](pyplot).axes
+    assert {x.verdict for x in missing + softmax} == {"not run"}
+    assert half.test.endswith("; 5 less is none") and "none" not in far.test
+    panels = figures.needle_rope(pyplot).axes
     assert [text.get_text() for text in panels[2].texts] == ["100", "20"] * 2       # full: of two depths, both lengths
+
+
+def test_figures_of_arms_that_are_missing(tmp_path, monkeypatch):
+    """A panel stays empty, a fit is left out."""
+    rows_of(tmp_path, monkeypatch, needle_rope=[
+        {"kind": kind, "turned": turned, "length": 256, "depth": 0, "seed": 0, "score": 1.0}
+        for kind, turned in (("hybrid", 0), ("softmax", 16))], critical_batch=[
+        {"dim": 32, "seed": 0, "tokens": 8, "steps": 1, "micro": 8, "course": {}}], router=[
+        {"capacity": 1.0, "shards": 1, "seed": 0, "loss": 1.0, "dropped": 0.1}], norm=[
+        {"form": "pre", "layers": 8, "lr": lr, "seed": 0, "loss": 1.0, "layer_norms": [1.0] * 8} for lr in (0.1, 0.2, 0.3)])
+    panels = figures.needle_rope(pyplot).axes
+    assert [len(panel.texts) for panel in panels[:4]] == [1, 0, 0, 1]
+    assert not any("loss^" in line.get_label() for axes in figures.critical_batch(pyplot).axes for line in axes.lines)
+    assert figures.router(pyplot) and len({line.get_linestyle() for line in figures.norm(pyplot).axes[0].lines}) == 3
+    assert {claim.verdict for name in ("critical_batch", "router", "norm") for claim in getattr(claims, name)()} == {"not run"}
 
 
 def test_padding_is_less(tmp_path, monkeypatch):
     rows_of(tmp_path, monkeypatch, padding=[
         {"median": 64, "seed": seed, "blocks": 0.5, "packed": 0.1, "levels": 0.6, "ring": 0.2} for seed in range(3)])
-    assert [claim.verdict for claim in F["padding"]()] == ["supports", "contradicts"]
-    bars, = F["draw_padding"](pyplot).axes
+    assert [claim.verdict for claim in claims.padding()] == ["supports", "contradicts"]
+    bars, = figures.padding(pyplot).axes
     assert [round(bar.get_height()) for bar in bars.patches] == [50, 60, 20, 10]
 
 
@@ -319,6 +405,7 @@ def test_arms_without_a_seed_in_common_tell_nothing(tmp_path, monkeypatch):
     rows_of(tmp_path, monkeypatch, padding=[], norm=[
         {"form": form, "layers": 8, "lr": 0.1, "seed": seed, "loss": 1.0, "layer_norms": [1.0] * 8}
         for seed, form in enumerate(("deepnorm", "pre", "post"))])
-    assert {claim.verdict for claim in F["norm"]()} == {"cannot tell"}
-    assert {claim.verdict for name, claims in F["CLAIMS"].items() for claim in claims() if name != "norm"} == {"not run"}
-    assert all(draw(pyplot) is None for name, draw in F["FIGURES"].items() if name != "norm")
+    assert {claim.verdict for claim in claims.norm()} == {"cannot tell"}
+    others = [name for name in findings.NAMES if name != "norm"]
+    assert {claim.verdict for name in others for claim in getattr(claims, name)()} == {"not run"}
+    assert all(getattr(figures, name)(pyplot) is None for name in others)
