@@ -10,8 +10,8 @@ paper's doublings (at 2.22, 1.98, 1.77, 1.58 nats) are of models of 50 to 600 M 
 which the noise scale is a stand-in.
 Hours: 0.16, nine runs of one core each, four at a time, on 2026-11-27.
 Result: the noise scale goes as loss^-2.6 (2.3 to 2.9), the mean of 2.1 (1.7 to 2.6), 2.6 (2.2 to 3.0) and 3.1 (2.7 to 3.7) at
-32, 48 and 64: that it grows supports the paper, whose four points go as loss^-6.1, which these widths contradict. The power rises
-with the width, by 1.0 (0.5 to 2.0) from 32 to 64: what larger models do is not shown.
+32, 48 and 64: that it grows supports the paper, whose four points go as loss^-6.1, which these widths contradict. The power
+rises with the width, by 1.0 (0.5 to 2.0) from 32 to 64: what larger models do is not shown.
 """
 from mmx.config import default
 

@@ -11,10 +11,10 @@ corpus in rows of 256, 32 a step, 8 M tokens, three quarters of an epoch; the lo
 Two learning rates and three seeds an arm; an arm is told at its better rate, of the mean over seeds.
 Hours: 0.24 of one H100 by the clock, 36 runs, 15 at a time, on 2026-11-27; 1.3 is the sum of theirs.
 Result: supports. Text 1.116 nats a byte (1.110 to 1.124) against the dense model's 1.200 (1.193 to 1.206); of the value ids of
-65,536 facts 100 % (100 to 100) against 48.7 % (48.1 to 49.7), of 32,768 all by both, which cannot tell. It is at equal steps: the
-dense model's loss on 65,536, of which it sees each half as often, still falls at the end, and how many it would hold after more
-is not asked. Of text, and of the dense model's facts,
-the better rate is the higher: what a yet higher one would do is not known.
+65,536 facts 100 % (100 to 100) against 48.7 % (48.1 to 49.7), of 32,768 all by both, which cannot tell. It is at equal steps:
+the dense model's loss on 65,536, of which it sees each half as often, still falls at the end, and how many it would hold after
+more is not asked. Of text, and of the dense model's facts, the better rate is the higher: what a yet higher one would do is not
+known.
 """
 from mmx.config import ConfigError, default
 

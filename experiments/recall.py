@@ -4,23 +4,23 @@
     mmx train --config experiments/recall.py:LLLLLLLS,16,3e-3,0 --workdir recall-one
 
 Protocol: MQAR (Zoology), 128 keys and 128 values. Eight layers 64 wide, dense, DeepNorm, eight heads of head_dim: a lightning
-layer's state has 8 head_dim^2 numbers; heads of 8, 16 and 32 dims have 0.26, 0.43 and 0.76 M parameters and take 2.1, 3.5 and 6.7
-TFLOPs, so that a larger state is a larger model too. A run reads 1,024 tokens a step in rows of 512, of tasks that grow: 2 and 4 pairs of 8
-keys, up to 16 pairs of 16, 32 of 32, 64 of 64 and 128 of all, each task an equal share of the rows. With thousands of keys at
-once, as Zoology has them, no trial learned in 49 M tokens. That a value is looked up by the key before it all runs at 3e-3
-found out within 250 steps, at 1.5e-3 within 300 or nearly; in trials with 16 keys at once it took 150 to 500, and two of four
-did not in 500. The hybrids learn each doubling of the keys in 50 to 140 steps. RoPE's base is 100: of heads of 16 dims half
-turn, and with 10,000 one pair of them alone would tell a token from the one before it. Accuracy is the share of a task's
-queries on 200 held-out documents whose likeliest next token is the value. Two learning rates and three seeds an arm, of
+layer's state has 8 head_dim^2 numbers; heads of 8, 16 and 32 dims have 0.26, 0.43 and 0.76 M parameters and take 2.1, 3.5 and
+6.7 TFLOPs, so that a larger state is a larger model too. A run reads 1,024 tokens a step in rows of 512, of tasks that grow: 2
+and 4 pairs of 8 keys, up to 16 pairs of 16, 32 of 32, 64 of 64 and 128 of all, each task an equal share of the rows. With
+thousands of keys at once, as Zoology has them, no trial learned in 49 M tokens. That a value is looked up by the key before it
+all runs at 3e-3 found out within 250 steps, at 1.5e-3 within 300 or nearly; in trials with 16 keys at once it took 150 to 500,
+and two of four did not in 500. The hybrids learn each doubling of the keys in 50 to 140 steps. RoPE's base is 100: of heads of
+16 dims half turn, and with 10,000 one pair of them alone would tell a token from the one before it. Accuracy is the share of a
+task's queries on 200 held-out documents whose likeliest next token is the value. Two learning rates and three seeds an arm, of
 lightning alone a third, higher rate; an arm is told at its best rate, of the mean over seeds and tasks.
 Hours: a run takes three to seven minutes of a core, up to three times that beside other work; 4.4 core hours for 45.
 Result: 128 pairs in 512 tokens: hybrid 0.999 (0.999 to 1.000), softmax 0.984 (0.976 to 0.991), lightning 0.302 (0.263 to
 0.354), by heads of 8 and 32 dims 0.102 (0.095 to 0.117) and 0.528 (0.479 to 0.565): supports that the hybrid retrieves more
-than lightning and as well as softmax, and that a larger memory, with what it takes, helps. With the softmax layer in the middle 0.997 (0.994 to
-0.999): supports that it serves there as at the end; at the beginning 0.254 (0.234 to 0.276): contradicts it. 45 of 51 runs, on
-2026-11-28: at 6e-3 lightning's heads of 16 do worse than at 3e-3, 0.678 of all tasks (0.610 to 0.747) for 0.794 (0.768 to
-0.835); those of 8 and 32 dims were not run there. These two, softmax alone, and the softmax layer first or in the middle were best
-at the highest rate that they had: what a higher one would do is not known.
+than lightning and as well as softmax, and that a larger memory, with what it takes, helps. With the softmax layer in the middle
+0.997 (0.994 to 0.999): supports that it serves there as at the end; at the beginning 0.254 (0.234 to 0.276): contradicts it. 45
+of 51 runs, on 2026-11-28: at 6e-3 lightning's heads of 16 do worse than at 3e-3, 0.678 of all tasks (0.610 to 0.747) for 0.794
+(0.768 to 0.835); those of 8 and 32 dims were not run there. These two, softmax alone, and the softmax layer first or in the
+middle were best at the highest rate that they had: what a higher one would do is not known.
 """
 from mmx.config import ConfigError, default
 

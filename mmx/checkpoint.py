@@ -27,14 +27,14 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from mmx import atomic, checksums, untrusted
-from mmx.config import ConfigError, Experiment, to_json
+from mmx.config import HERE, ConfigError, Experiment, Model, to_json
 from mmx.released import check_shapes, own_file, read_json
 
 KEY = re.compile(r"[\w-]{1,100}", re.ASCII)     # of a path in a parameter tree: it names a folder
 TIMEOUT = 30 * 24 * 3600    # seconds that a save may take by the wall clock, which may leap; dead processes are found otherwise
 CHUNK_BYTES = 64 << 20      # of an array on disk: bounds what reading a slice decodes
 FREE = {    # what a resumed run may change, beside checkpoint and mesh: how long, how fast, what is shown
-    "model": {"remat", "keep_arrived", "impl", "chunk", "token_groups", "ragged"},
+    "model": set(HERE),
     "train": {"steps", "seconds", "log_every", "eval_every", "eval_bytes", "sample_every", "sample_prompt",
               "tensorboard"},
 }
@@ -113,12 +113,10 @@ class Checkpoints:
             self.saving = step
             return self.manager.save(step, args=args, force=True)
 
-    def saved(self) -> bool:
-        """Whether a save has ended since the last call; what it could not do is raised here, and by `wait`."""
-        if self.saving is None or self.manager.is_saving_in_progress():
-            return False
-        self.wait()
-        return True
+    def saved(self):
+        """What a save that has ended could not do is raised here, and by `wait`."""
+        if not self.manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self):
         """Until the save under way has ended."""
@@ -316,7 +314,7 @@ def check_config(workdir: str | Path, experiment: Experiment) -> None:
 
 
 def _comparable(sections: dict, free: dict) -> dict:
-    sections = sections | {"model": {"vision": None} | sections["model"]}
+    sections = sections | {"model": {"vision": None, "window": Model.window} | sections["model"]}     # kept unsaid
     return {s: {k: v for k, v in sections[s].items() if k not in free.get(s, ())}
             for s in ("model", "train", "data") if s in sections}
 

@@ -79,7 +79,7 @@ def _told(run, args) -> int:
         if args.overrides and not args.takes_config:
             raise ConfigError(f"unknown argument {args.overrides[0]!r}; `mmx {args.command} --help` lists them")
         return run(args) or 0
-    except (ConfigError, ImportError) as error:
+    except (ConfigError, ImportError, NotImplementedError) as error:      # the last of kernels that were named, model.impl
         return _fail(str(error), getattr(error, "code", 2))
     except BrokenPipeError:         # whoever read our output left, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -138,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run, takes_config=takes_config)
         return sub
 
-    overrides = "Any key of the experiment can be set behind it: --config.train.steps=200 --config.model.pattern=LLS"
+    overrides = "Any key of the experiment can be set behind it: --config.train.steps=200 --config.model.pattern=LLLS"
     sub = command("train", train, "Train an experiment, or go on with it.", True, epilog=overrides)
     sub.add_argument("--config", required=True, metavar="FILE",
                      help="experiment file, such as experiments/tiny.py; FILE.py:A,B hands get_config arguments")
@@ -392,7 +392,7 @@ def _on_mesh(run):
         from mmx import convert
         from mmx.parallel import mesh
 
-        with mesh.serving(convert.open_source(args.checkpoint).model, args.mesh):
+        with mesh.serving(convert.find_model(args.checkpoint), args.mesh):
             return run(args)
     return meshed
 

@@ -18,6 +18,8 @@ INITS = ("deepnorm", "xavier", "fan_in")
 NUMBERS = "numbers:"            # a tokenizer without a file, before how many ids it has
 MOST_LAYERS, MOST_HEADS, MOST_PIXELS = 10_000, 65_536, 1 << 26      # of a model, and of the tiles that an image is cut into
 MOST = 1 << 40                  # of any whole number
+# of a model: how it is computed where it runs, not what
+HERE = {"impl": "", "chunk": 0, "remat": False, "keep_arrived": False, "token_groups": 1, "ragged": False}
 
 
 class ConfigError(ValueError):
@@ -336,8 +338,10 @@ class Data:
         _require(self.shards > 0, f"data.shards={self.shards} must be positive")
         for point in self.weights:
             ok = (isinstance(point, tuple) and len(point) == 2 and type(point[0]) is int and isinstance(point[1], tuple)
-                  and len(point[1]) == len(self.sources) and all(isinstance(w, (int, float)) and w >= 0 for w in point[1]))
+                  and len(point[1]) == len(self.sources) and all(isinstance(w, (int, float)) for w in point[1]))
             _require(ok, f"data.weights has {point}, needs (step, one weight a source) pairs; {len(self.sources)} sources")
+            _require(all(0 <= w < math.inf for w in point[1]) and any(point[1]),
+                     f"data.weights={point[1]} from step {point[0]}: weights are 0 or more, and not all 0")
         ranges = all(isinstance(p, tuple) and len(p) == 2 and all(type(n) is int for n in p) and 0 <= p[0] and
                      (p[1] == 0 or p[0] < p[1]) for p in self.lengths)
         _require(ranges and len(self.lengths) in (0, len(self.sources)), f"data.lengths={self.lengths} needs a pair of tokens, "

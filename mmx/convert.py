@@ -55,7 +55,7 @@ class ReleasedSource:
     def ids(self) -> dict:
         generation = self.beside / "generation_config.json"
         inner = self.json["text_config"] if self.model.vision.layers else {}
-        return _ids(inner | self.json | (released.read_json(generation) if generation.exists() else {}))
+        return _ids(inner | self.json | (released.read_json(released.own_file(generation)) if generation.exists() else {}))
 
     def dtype(self, leaf) -> np.dtype:
         found = {self.tensors[name].dtype for _, name in leaf.tensors()}
@@ -132,6 +132,12 @@ def open_source(path: str | Path) -> ReleasedSource | WorkdirSource:
     if (path / "config.json").exists():
         return ReleasedSource(path)
     raise ConfigError(f"{path} is neither a workdir (checkpoints/STEP) nor a Hugging Face directory (config.json)")
+
+
+def find_model(path: str | Path) -> config.Model:
+    """A checkpoint's model, of its config and no tensor."""
+    found = checkpoint.find_step(path)
+    return config.build(checkpoint.read_config(found[0])).model if found else open_source(path).model
 
 
 def from_hf(path: str | Path, out: str | Path, dtype: str | None = None, progress: bool = True) -> Path:
@@ -280,6 +286,14 @@ def open_start(path: str | Path, model: config.Model) -> ReleasedSource | Workdi
     return source
 
 
+def differ(there: config.Model, here: config.Model) -> list[str]:
+    """The keys that make two models of the same shapes two functions, with both values."""
+    free = {*config.HERE, "capacity", "transport", "aux", "aux_weight", "z_weight", "context", "init", "embed_std", "dtype",
+            "vision"}
+    values = ((f.name, getattr(there, f.name), getattr(here, f.name)) for f in dataclasses.fields(config.Model))
+    return [f"model.{name} is {old} there, {new} here" for name, old, new in values if name not in free and old != new]
+
+
 def start(source: ReleasedSource | WorkdirSource, params: dict) -> dict:
     """Its parameters in the place, type and sharding of the abstract leaves of `params`. A workdir is read in slices; of a
     Hugging Face directory a stacked leaf at a time stands in memory."""
@@ -326,9 +340,9 @@ def _interpolated(place_PJ, places: int) -> np.ndarray:
 
 
 def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Loaded:
-    """A checkpoint in either form, ready to run: no tokens are dropped; parameters in `dtype` (a name, or what NumPy and
-    JAX take for one), or as stored. `weights_dtype` "int8": matrices as `mmx.int8` has them, made slice by slice. On a mesh
-    (jax.set_mesh) each device gets its part; a stacked leaf at a time stands in the host's memory."""
+    """A checkpoint in either form, ready to run here: no tokens are dropped, kernels are picked anew; parameters in `dtype` (a
+    name, or what NumPy and JAX take for one), or as stored. `weights_dtype` "int8": matrices as `mmx.int8` has them, made slice
+    by slice. On a mesh (jax.set_mesh) each device gets its part; a stacked leaf at a time stands in the host's memory."""
     from mmx.model import Model  # here, for a conversion needs no Flax
     from mmx.parallel import sharding
 
@@ -348,7 +362,7 @@ def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Load
             params[leaf.path] = jax.tree.map(lambda x: jax.device_put(x, sharding.placement(letters, x.shape)), w)
     half = params[("embed_WD",)].dtype == jnp.bfloat16
     compute = "bfloat16" if half else source.model.dtype if dtype is None else "float32"
-    model = dataclasses.replace(source.model, capacity=0.0, transport=0.0, dtype=compute)
+    model = dataclasses.replace(source.model, capacity=0.0, transport=0.0, dtype=compute, **config.HERE)
     return Loaded(Model(model), _nest(params), model, source.tokenizer)
 
 
@@ -371,7 +385,7 @@ def verify(a: str | Path, b: str | Path, torch: bool = False, weights_dtype: str
     transformers", which is another."""
     from mmx.inference import forward
 
-    first, vocab = load(a, "float32"), open_source(b).model.vocab
+    first, vocab = load(a, "float32"), find_model(b).vocab
     if first.config.vocab != vocab:
         raise ConfigError(f"{a} has a vocabulary of {first.config.vocab}, {b} of {vocab}: there is nothing to compare")
     tokens_BT = np.random.default_rng(seed).integers(vocab, size=(batch, length))

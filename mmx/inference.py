@@ -5,6 +5,7 @@ row and step, each step feeding what the last one drew. Rows are places in a bat
 row, and the next that waits is read into it (continuous batching). Padding on the right is written nowhere and leaves
 every state alone.
 """
+import bisect
 import functools
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ class Piece(NamedTuple):
     """What came of a request since its last piece."""
     request: int            # its number
     text: str               # that no later token can change; empty without a tokenizer
-    ids_T: np.ndarray
+    ids_T: np.ndarray       # to the one that ends it, the end-of-text token or a stop string's last
     logprobs_T: np.ndarray  # of these ids, float32, before temperature and what top-k and top-p leave
     ended: bool
 
@@ -101,6 +102,8 @@ def generate(loaded, prompts, *, steps: int, temperature: float = 0.0, top_k: in
     text = isinstance(prompts[0], str)
     prompts = prompts if text else _ids(loaded.config, np.asarray(prompts))
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if stop and not text:
+        raise ConfigError("stop is of texts: give the prompts as strings, for nothing stops ids")
     requests = [Request(prompt, steps, temperature, top_k, top_p, seed, b, stop, tuple(images[b]) if images else ())
                 for b, prompt in enumerate(prompts)]
     pieces = [[] for _ in requests]
@@ -197,17 +200,30 @@ class _Row:
 
     def piece(self, ids_T, logprobs_T) -> Piece:
         """The next, of new ids: it ends the row at the end-of-text token, a stop string, or its last step."""
+        before = len(self.ids)
         self.ids.extend(ids_T.tolist())
         last = len(self.ids) >= self.request.steps
         if not self.tokenizer:
             return Piece(self.number, "", ids_T, logprobs_T, last)
-        text, ended = _text(self.tokenizer, np.array(self.ids, np.int32), self.request.stop)
-        if not (ended or last):     # half a character, or what may be a stop string's beginning, waits
+        text, ended = self._text(len(self.ids))
+        if ended:       # the block may have gone on behind it
+            ends = range(before + 1, len(self.ids) + 1)
+            end = ends[bisect.bisect_left(ends, True, key=lambda n: self._text(n)[1])]
+            text, ids_T, logprobs_T = self._text(end)[0], ids_T[:end - before], logprobs_T[:end - before]
+        elif not last:     # half a character, or what may be a stop string's beginning, waits
             text = text.rstrip("\ufffd")
             text = text[:len(text) - max((n for s in self.request.stop for n in range(1, len(s)) if text.endswith(s[:n])),
                                          default=0)]
         new, self.told = text[self.told:], max(self.told, len(text))
         return Piece(self.number, new, ids_T, logprobs_T, ended or last)
+
+    def _text(self, count: int) -> tuple[str, bool]:
+        """The text of the first `count` ids up to its end, and whether it has one."""
+        ids_T = np.array(self.ids[:count], np.int32)
+        end = np.flatnonzero(ids_T == self.tokenizer.eos)
+        text = self.tokenizer.decode(ids_T[:end[0]] if len(end) else ids_T)
+        cuts = [at for at in (text.find(s) for s in self.request.stop) if at >= 0]
+        return text[:min(cuts)] if cuts else text, bool(len(end) or cuts)
 
 
 class Batch:
@@ -299,14 +315,6 @@ def pieces(count: int) -> list[int]:
         sizes += [level] * (left // level)
         left %= level
     return sizes
-
-
-def _text(tokenizer, ids_T, stop) -> tuple[str, bool]:
-    """The text of a continuation up to its end, and whether it has one."""
-    end = np.flatnonzero(ids_T == tokenizer.eos)
-    text = tokenizer.decode(ids_T[:end[0]] if len(end) else ids_T)
-    cuts = [at for at in (text.find(s) for s in stop) if at >= 0]
-    return text[:min(cuts)] if cuts else text, bool(len(end) or cuts)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -82,7 +82,7 @@ class Log:
             self.board.add_scalar(name, value, step)
 
     def say(self, words: str, step: int):
-        """What a guard did."""
+        """What a guard did, or a start found."""
         if self.file:
             self.bar.write(words, file=sys.stderr)
         self.text("guard", words, step)

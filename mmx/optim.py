@@ -95,7 +95,7 @@ def learning_rate(t: config.Train, step: int, progress: float) -> float:
         return warm * (t.lr_end + (t.lr - t.lr_end) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
     peak = _latest(t.rates, tokens_seen(t, step)) if t.schedule == "stepwise" else t.lr
     left = min(1.0, max(0.0, 1 - progress) / t.decay) if t.decay else 1.0        # 1 before the decay, 0 at the end
-    if t.decay_form == "exponential":
+    if t.decay_form == "exponential" and peak:
         return warm * peak * (max(t.lr_end, 1e-3 * peak) / peak) ** (1 - left)    # no exponential reaches 0
     share = left if t.decay_form == "linear" else 1 - math.sqrt(1 - left)
     return warm * (t.lr_end + (peak - t.lr_end) * share)

@@ -17,14 +17,13 @@ import ml_dtypes
 import numpy as np
 
 from mmx import atomic, untrusted
-from mmx.config import ConfigError
+from mmx.config import HERE, ConfigError
 from mmx.inference import Prefix
 from mmx.parallel.cache import empty_cache, kv_dtype
 
 SAMPLE = 64     # values at either end of a parameter that tell a model from another
 ABOUT_BYTES, HEADER_BYTES = 1 << 16, 10_000       # of the line of JSON, and of what NumPy and zip put before an array
-FREE = {"impl", "chunk", "remat", "keep_arrived", "transport", "token_groups", "ragged", "context", "aux", "aux_weight",
-        "z_weight", "init", "embed_std", "vision"}      # of a model's config: what no cache hangs on
+FREE = {*HERE, "transport", "context", "aux", "aux_weight", "z_weight", "init", "embed_std", "vision"}  # no cache hangs on it
 
 
 def save(path: str | Path, loaded, prefix: Prefix) -> None:

@@ -54,7 +54,7 @@ def world(coordinator: str | None, processes: int | None, process: int | None, t
         return _environment(timeout)
     if missing:
         raise ConfigError(f"{', '.join(given)} go together: {missing[0]} is missing")
-    if not re.fullmatch(r".+:\d+", coordinator):
+    if not (parts := re.fullmatch(r".+:(\d{1,5})", coordinator)) or int(parts[1]) > 65535:
         raise ConfigError(f"--coordinator={coordinator} is no HOST:PORT of process 0, such as 10.0.0.1:9000")
     if not 0 <= process < processes:
         raise ConfigError(f"--process={process} is not among --processes={processes}, which count from 0")

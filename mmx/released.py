@@ -459,7 +459,7 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
         return read_header(own_file(single))
     if not index.exists():
         raise ConfigError(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
-    places = read_json(index).get("weight_map")
+    places = read_json(own_file(index)).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise ConfigError(f"{index} has no weight_map from tensor to file")
     tensors = {}

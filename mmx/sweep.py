@@ -61,9 +61,11 @@ class Cell:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Of all that decides the result: not of the mesh and of how often a checkpoint is saved."""
+        """Of what decides the result, and all else of its sections: not of the mesh and of how often a checkpoint is saved."""
         sections = config.sections(self.experiment)
         kept = {name: sections[name] for name in ("model", "train", "data")}
+        if self.experiment.guard != config.Guard():     # unsaid where it is the default, as in rows of before
+            kept["guard"] = sections["guard"]
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
     @property

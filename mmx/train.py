@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from mmx import convert, lock, optim
 from mmx.checkpoint import Checkpoints, agreed, check_config, find_step
 from mmx.config import ConfigError, Experiment, to_json
-from mmx.data import pipeline, tokens
+from mmx.data import images, pipeline, tokens
 from mmx.evals.compression import bytes_per_token, head, make_evaluator
 from mmx.guards import Guard
 from mmx.loss import loss
@@ -90,6 +90,11 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
     optim.split(convert.abstract_params(experiment.model), t.freeze)
     tokenizer = tokens.tokenizer(experiment.data.tokenizer)
     tokens.check_vocab(tokenizer, experiment.model.vocab)
+    if sample and t.sample_every:       # now, not where the first sample is due
+        try:
+            images.encode(experiment.model.vision, t.sample_prompt.encode(), [], tokenizer.encode)
+        except ConfigError as error:
+            raise ConfigError(f"train.sample_prompt={t.sample_prompt!r:.200}: {error}") from None
     mesh = meshes.make(experiment, processes)
     _check_same(experiment)
     host, hosts = meshes.reader(mesh)
@@ -108,12 +113,13 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
     model, optimizer = Model(experiment.model), optim.adamw(t)
     undropped = Model(dataclasses.replace(experiment.model, capacity=0.0, transport=0.0))       # inference drops no token
     whole, rows, tiles = sharding.whole(mesh), sharding.batch(mesh, leading=1), sharding.tiles(mesh, leading=1)
+    make = functools.partial(init, model, optimizer, t.seed, t.freeze)
+    with jax.set_mesh(mesh):        # a kernel that is named and cannot run refuses here, before anything is written
+        abstract = jax.eval_shape(make)
     c = experiment.checkpoint
     checkpoints, guard = Checkpoints(workdir, c.every, c.keep, c.verify), Guard(experiment)
     with _held(workdir), jax.set_mesh(mesh), jax.transfer_guard_host_to_device("disallow"), _Stop() as stop:
         check_config(workdir, experiment)
-        make = functools.partial(init, model, optimizer, t.seed, t.freeze)
-        abstract = jax.eval_shape(make)
         kept = sharding.tree(abstract, mesh)
         make, placed = jax.jit(make, out_shardings=kept), jax.tree.map(_placed, abstract, kept)
         begun = {"stream": stream.state(), "seconds": 0.0, "guard": None}
@@ -141,6 +147,8 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
         evaluate = make_evaluator(undropped, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
                                   loss_chunk=t.loss_chunk, sharding=sharding.batch(mesh))
         first, log = step, Log(workdir, t, step, optim.tokens_seen(t, step), write=jax.process_index() == 0)
+        if origin and (found := convert.differ(origin.model, experiment.model)):
+            log.say(f"train.init_from={t.init_from!r} was trained as another function: {', '.join(found)}", step)
         report = functools.partial(_report, log, experiment, ratio, guard)
         total, begin = optim.tokens_seen(t, t.steps), time.monotonic()
         pending, spike, behind = None, None, {}

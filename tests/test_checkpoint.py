@@ -323,6 +323,7 @@ def test_config_is_written_and_guarded(tmp_path):
         assert config.from_json((tmp_path / "config.json").read_text()) == other
     check_config(tmp_path, first)
     for other, message in ((changed("model", vision=config.Vision(layers=2)), r"model.vision \(there None, now {'layers': 2"),
+                           (changed("model", window=64), r"model.window \(there 256, now 64\)"),
                            (changed("model", dim=16), r"model.dim \(there 12, now 16\)"),
                            (changed("train", lr=0.1, batch=2), r"train.batch \(there 8, now 2\), train.lr"),
                            (changed("data", sources=("a",)), r"data.sources \(there \['sotu'\], now \['a'\]\)")):

@@ -184,6 +184,9 @@ def test_what_is_bent_and_what_is_not():
     ("train", {"seed": 2 ** 33}, "must be from 0 to"),
     ("train", {"beta1": 2.0}, "train.beta1=2.0 must be from 0 to below 1"),
     ("data", {"weights": (("a", (1,)),)}, "needs (step, one weight a source) pairs"),
+    ("data", {"weights": ((0, ("a",)),)}, "needs (step, one weight a source) pairs"),
+    *(("data", {"weights": ((0, (1,)), (3, (weight,)))}, "from step 3: weights are 0 or more, and not all 0")
+      for weight in (0, -1, math.nan, math.inf)),
     ("train", {"contrastive": 0.5}, "train.contrastive=0.5 needs images: set model.vision.layers"),
     ("model", {"pattern": ""}, "only L (lightning), S (softmax) and W (softmax in a window)"),
     ("model", {"pattern": "LM"}, "only L (lightning), S (softmax) and W (softmax in a window)"),

@@ -168,6 +168,19 @@ def test_dtype_is_cast_on_request(tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_checkpoint_of_another_machine_runs_here(tmp_path, monkeypatch):
+    """Its kernels were named for there; its model is known of its config, with no tensor read."""
+    write_released(tmp_path / "hf", SMALL)
+    convert.from_hf(tmp_path / "hf", tmp_path / "run", progress=False)
+    told = json.loads((tmp_path / "run" / "config.json").read_text())
+    told["model"] |= {"impl": "gpu", "chunk": 7, "ragged": True, "token_groups": 2, "remat": True}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(told))
+    here = convert.load(tmp_path / "run").config
+    assert {name: getattr(here, name) for name in config.HERE} == config.HERE
+    monkeypatch.setattr(checkpoint, "check", None)
+    assert convert.find_model(tmp_path / "run").impl == "gpu" and convert.find_model(tmp_path / "hf").dim == here.dim
+
+
 def test_decay_buffers_are_the_oracles():
     found = load_file(CKPT / "model.safetensors")
     model = convert.open_source(CKPT).model

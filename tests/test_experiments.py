@@ -1,5 +1,6 @@
 """One step of each experiment that a finding rests on: run again it is the same, with another seed it is not; equal FLOPs."""
 import itertools
+import json
 import re
 from pathlib import Path
 
@@ -72,6 +73,9 @@ def test_arms(name, count):
     """Every cell is an experiment, three seeds each; where the question says equal FLOPs they are."""
     cells = sweep.cells(*experiments.grid(str(FOLDER / f"{name}.py"), []))
     assert len(cells) == count and {cell.keys["seed"] for cell in cells} == {0, 1, 2}
+    rows = [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text().splitlines()]
+    known = {cell.hash: cell.keys for cell in cells} if name != "router" else {}
+    assert all(known[row["hash"]].items() <= row.items() for row in rows if known)      # they are of these runs
     by = {"moe_vs_dense": lambda cell: (cell.keys["task"], cell.keys["count"]), "hybrid_ratio": lambda cell: ""}.get(name)
     for _, group in itertools.groupby(sorted(cells, key=by), by) if by else ():
         flops = [cell.flops for cell in group]

@@ -119,7 +119,8 @@ def test_the_ratio_is_told_with_its_windows(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("one, other, bound, word, why", [
-    (0.1, 0.1, -0.02, "cannot tell", "neither has any for certain"), (0.1, 0.1, 0.02, "cannot tell", "neither has any for certain"),
+    (0.1, 0.1, -0.02, "cannot tell", "neither has any for certain"),
+    (0.1, 0.1, 0.02, "cannot tell", "neither has any for certain"),
     (0.1, 0.9, 0.02, "contradicts", ""), (0.9, 0.1, -0.02, "supports", ""),
     (1.0, 1.0, 0.02, "cannot tell", "both have all of it"), (1.0, 1.0, -0.02, "supports", "both have all of it"),
     (1.0, 0.97, 0.02, "supports", ""), (0.6, 0.6, -0.02, "supports", "")])

@@ -100,7 +100,12 @@ def test_sampling_follows_its_distribution():
 
 def test_text_ends_at_the_first_stop_string_or_end_token(loaded):
     tokenizer = inference.tokenizers.tokenizer("bytes")
-    text = lambda raw, stop=(): inference._text(tokenizer, np.array(list(raw)), stop)
+
+    def text(raw, stop=()):
+        row = inference._Row(0, inference.Request("", 99, stop=tuple(stop)), lambda: tokenizer, C, behind=True)
+        row.ids = list(raw)
+        return row._text(len(row.ids))
+
     assert text(b"one two three") == ("one two three", False)
     assert text(b"one two three", ["three", "two"]) == ("one ", True)
     assert text([*b"one", tokenizer.eos, *b"two"]) == ("one", True)
@@ -108,9 +113,20 @@ def test_text_ends_at_the_first_stop_string_or_end_token(loaded):
     assert mmx.generate(loaded, ["abc"], steps=30, stop=[free[4:6]])[0] == free[:free.find(free[4:6])]
 
 
+def test_ids_end_where_the_text_does(loaded):
+    """A block goes on behind a stop string; what it drew there is told of nobody."""
+    tokenizer = inference.tokenizers.tokenizer("bytes")
+    row = inference._Row(0, inference.Request("", 99, stop=("stop", "x")), lambda: tokenizer, C, behind=True)
+    first, second = (row.piece(np.array(list(raw)), np.arange(float(len(raw)))) for raw in (b"one s", b"top and x"))
+    assert (first.text, first.ended, bytes(first.ids_T.tolist())) == ("one ", False, b"one s")
+    assert (second.text, second.ended, bytes(second.ids_T.tolist())) == ("", True, b"top")
+    assert second.logprobs_T.tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("prompts, how, message", [
     (np.zeros((1, 0), int), {}, "T at least 1"), (np.full((1, 3), 264), {}, "from 0 to 263"), ([], {}, "no prompt"),
-    (np.zeros((1, 3)), {}, "integer array"), (["a"], {"steps": 0}, "steps=0"), (["a"], {"top_p": 0.0}, "top_p=0.0"),
+    (np.zeros((1, 3)), {}, "integer array"), (np.full((1, 3), 2), {"stop": "x"}, "nothing stops ids"),
+    (["a"], {"steps": 0}, "steps=0"), (["a"], {"top_p": 0.0}, "top_p=0.0"),
     (["a"], {"temperature": -1.0}, "temperature=-1.0")])
 def test_bad_input_says_what_would_work(loaded, prompts, how, message):
     with pytest.raises(config.ConfigError, match=message):

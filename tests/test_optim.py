@@ -32,6 +32,7 @@ def test_wsd_exponential():
     t = Train(lr=0.5, lr_end=0.02, decay=0.4, decay_form="exponential", warmup=0)
     assert [rate(t, p) for p in (0, 0.6, 0.8, 1)] == pytest.approx([0.5, 0.5, 0.1, 0.02])
     assert rate(dataclasses.replace(t, lr_end=0.0), 1) == pytest.approx(0.5e-3)
+    assert rate(dataclasses.replace(t, lr=0.0, lr_end=0.0), 0.8) == 0
 
 
 def test_cosine():

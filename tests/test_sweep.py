@@ -206,6 +206,12 @@ def test_a_file_that_cannot_be_written_is_what_it_was(tmp_path):
     assert (tmp_path / "runs.jsonl").read_text() == "before\n"
 
 
+def test_guards_tell_runs_apart(place):
+    """They decide what comes of a spike."""
+    one, other = sweep.cells(*experiments.grid(place('{"guard.spike": [0.0, 1.0]}')[2], []))
+    assert one.hash != other.hash
+
+
 @pytest.mark.parametrize("grid, more, message", [
     ('{"train.lr": [1e-3, -1.0]}', [], "cell 2 of 2 (train.lr=-1.0): train.lr=-1.0 must be 0 or more"),
     ('{"arch": ["S", "LS"]}', [], "cell 2 of 2 (arch=LS): model.pattern='LS' has 2 letters, which does not divide"),

@@ -1,4 +1,5 @@
 """The loop: what stops a run leaves it resumable bit by bit, each step is told once, and devices change nothing."""
+import dataclasses
 import functools
 import os
 import random
@@ -205,6 +206,24 @@ def test_a_run_starts_from_another_one_s_parameters(whole, text, tmp_path, monke
         assert first["lr"] == optim.learning_rate(e.train, 0, 0)
     shutil.rmtree(origin)
     assert run()["new"] == 0
+
+
+def test_a_start_from_another_function_is_told(whole, text, tmp_path, capsys):
+    """The shapes are the same, what they compute is not; how it is computed is no matter."""
+    here = experiment(text, model={"rotary_dim": 2, "top_k": 1, "remat": True}, init_from=str(whole), steps=1, seed=1)
+    train.run(here, tmp_path)
+    there = experiment(text).model
+    assert (f"was trained as another function: model.rotary_dim is {there.rotary_dim} there, 2 here, model.top_k is "
+            f"{there.top_k} there, 1 here\n") in capsys.readouterr().err
+
+
+def test_a_prompt_that_cannot_be_sampled_is_refused_at_once(text, tmp_path):
+    """Not where the first sample is due."""
+    numbers = experiment(text, sample_every=5, sample_prompt="12 and 13")
+    numbers = dataclasses.replace(numbers, data=config.Data(sources=("mqar:vocab=200",), tokenizer="numbers:200"))
+    with pytest.raises(ConfigError, match="^train.sample_prompt='12 and 13': text: 'and' is no number below 200"):
+        train.run(numbers, tmp_path / "run", inference.sample)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("source, message", [

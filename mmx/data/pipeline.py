@@ -258,9 +258,6 @@ def _deal(rows: int, data: config.Data, source: int) -> list[grain.MapDataset]:
 
 def _weights(data: config.Data, sizes: list[int]) -> list[tuple]:
     """((step, weights), ...), by step; without data.weights, by size."""
-    for step, weights in data.weights:
-        if not all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights) or not sum(weights):
-            raise ConfigError(f"data.weights={weights} from step {step}: weights are 0 or more, and not all 0")
     return sorted(data.weights) or [(0, sizes)]
 
 

@@ -140,7 +140,8 @@ def plot_curve(workdir: Path, result: dict, path: Path) -> Path | None:
             axes.plot(np.array(at) / 1e6, np.interp(at, tokens_N, bits_N), marker, color="C1", label=f"{what} ({len(at)})")
     for name, style in (("gzip", "--"), ("xz", ":")):
         axes.axhline(result[name], color="0.4", linestyle=style, label=f"{name}, same files: {result[name]:.2f}")
-    axes.set(xlabel="million tokens (bytes)", ylabel="bits per byte", ylim=(1.5, 5),
+    low = min(smooth.min(), result["bits_per_byte"], result["xz"])
+    axes.set(xlabel="million tokens", ylabel="bits per byte", ylim=(min(1.5, 0.9 * low), 5),
              title=f"{result['params_total'] / 1e6:.2f} M parameters, {result['train_seconds']:.0f} s of training")
     axes.legend()
     axes.grid(alpha=0.3)

@@ -1,5 +1,6 @@
 """What a computation is traced for: the machine's platform, or that of a mesh of described devices; and what runs there."""
 import functools
+import re
 import warnings
 
 import jax
@@ -57,9 +58,10 @@ def splits_by_itself(array) -> bool:
 
 
 def old_gpu() -> str:
-    """What is said of a GPU here that is older than the kernels need; empty where there is none."""
-    old = [d.compute_capability for d in jax.devices() if d.platform == "gpu" and float(d.compute_capability) < 8]
-    return f"this GPU has compute capability {old[0]}, the kernels need 8.0 (A100) or newer" if old else ""
+    """What is said of a GPU here that is older than the kernels need, or of another make; empty where there is none."""
+    found = [d.compute_capability for d in jax.devices() if d.platform == "gpu"]
+    old = [kind for kind in found if not re.fullmatch(r"\d+\.\d+", kind) or float(kind) < 8]       # AMD's are as gfx90a
+    return f"this GPU has compute capability {old[0]}, the kernels need NVIDIA's 8.0 (A100) or newer" if old else ""
 
 
 def gpu() -> str:

@@ -37,12 +37,11 @@ def make(e: Experiment, processes: int = 1) -> Mesh:
     On CPU devices are simulated: as many as the mesh names, or for -1 as many as there are cores and the model fits.
     Several processes share them, and -1 makes as few as give each its share: their machines' cores may differ.
     """
-    sizes = dataclasses.asdict(e.mesh)
-    free = next((axis for axis, n in sizes.items() if n == -1), None)
-    named = math.prod(n for n in sizes.values() if n != -1)
+    sizes, free, named, told = _axes(e)
     # the axes are checked before devices are made, so that a mistake costs no start-up; the free one fits by choice
     _check(e, sizes | {free: 1} if free else sizes)
-    counts = range((os.cpu_count() or 1) // named, 1, -1) if processes == 1 else range(1, processes + 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    counts = range(cores // named, 1, -1) if processes == 1 else range(1, processes + 1)
     fitting = next((n for n in counts if free and n * named % processes == 0 and not misfit(e, sizes | {free: n})), 1)
     try:
         jax.config.update("jax_num_cpu_devices", max(fitting * named // processes, 1))
@@ -51,11 +50,13 @@ def make(e: Experiment, processes: int = 1) -> Mesh:
     devices = jax.devices()
     if e.model.ragged and devices[0].platform == "cpu":
         raise ConfigError("model.ragged=True needs TPUs or GPUs: CPUs have no ragged all-to-all; leave it False here")
-    told = ", ".join(f"mesh.{axis}={n}" for axis, n in sizes.items() if n != 1)
     if free:
-        sizes[free] = len(devices) // named
-        if sizes[free] * named != len(devices):
+        most = len(devices) // named
+        if most * named != len(devices):
             raise ConfigError(f"{told}: the other axes' product {named} does not divide the {len(devices)} devices here")
+        sizes[free] = most
+        if devices[0].platform == "cpu" and processes == 1:     # made for another experiment: some may idle
+            sizes[free] = next((n for n in range(most, 1, -1) if not misfit(e, sizes | {free: n})), 1)
     _check(e, sizes)
     world = math.prod(sizes.values())
     if world > len(devices):
@@ -86,15 +87,21 @@ def reader(mesh: Mesh) -> tuple[int, int]:
 
 def described(e: Experiment, devices) -> Mesh:
     """The experiment's mesh over all devices of a pod that is not here; -1 takes what the other axes leave."""
-    sizes = dataclasses.asdict(e.mesh)
-    named = math.prod(n for n in sizes.values() if n != -1)
-    told = ", ".join(f"mesh.{axis}={n}" for axis, n in sizes.items() if n != 1)
+    sizes, _, named, told = _axes(e)
     sizes = {axis: n if n != -1 else len(devices) // named for axis, n in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         raise ConfigError(f"{told} does not multiply to the {len(devices)} devices of the pod; -1 on one axis takes "
                           "what is left")
     _check(e, sizes)
     return _placed(devices, sizes)
+
+
+def _axes(e: Experiment) -> tuple[dict, str | None, int, str]:
+    """The axes' sizes, the one that is free (-1), the product of the others, and what is said of them."""
+    sizes = dataclasses.asdict(e.mesh)
+    named = math.prod(n for n in sizes.values() if n != -1)
+    told = ", ".join(f"mesh.{axis}={n}" for axis, n in sizes.items() if n != 1)
+    return sizes, next((axis for axis, n in sizes.items() if n == -1), None), named, told
 
 
 def _placed(devices, sizes) -> Mesh:

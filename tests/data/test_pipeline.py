@@ -247,12 +247,6 @@ def test_hosts_must_divide_rows_and_shards(texts, batch, shards, hosts, message)
         pipeline.stream(both(texts, shards=shards), Train(batch=batch, length=32), hosts=hosts)
 
 
-@pytest.mark.parametrize("weights", [(0, 0), (-1, 2), (float("nan"), 1), ("a", 1)])
-def test_weights_must_be_weights(texts, weights):
-    with pytest.raises(ConfigError, match="weights are 0 or more"):
-        pipeline.stream(both(texts, weights=((0, (1, 1)), (3, weights))), TRAIN)
-
-
 def test_restoring_into_another_stream_is_refused(texts, tmp_path):
     state = pipeline.stream(both(texts), TRAIN).state()
     with pytest.raises(ConfigError, match="has 8 shards and 2 sources, the config has 4 and 2"):

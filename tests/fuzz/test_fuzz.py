@@ -135,9 +135,6 @@ def test_links_out_of_a_checkpoint_are_refused(tmp_path):
         victim = next(name for name in names if name.startswith(victim[:11]))
         (here / victim).unlink()
         (here / victim).symlink_to(elsewhere / victim)
-        if victim == "generation_config.json":
-            convert.open_source(here)       # read for its ids alone
-            continue
         with pytest.raises(ConfigError, match="is a link that leads out of its directory"):
             convert.open_source(here)
 

@@ -1,6 +1,7 @@
 """The decode step: every form against one token of the recurrence in the layer's maths, idle rows, the compilers."""
 import functools
 import importlib.util
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +168,13 @@ def test_bad_arguments_say_what_would_work():
     for impl in "tpu", "gpu":
         with pytest.raises(NotImplementedError, match=f"impl='{impl}': the decode step's kernels have no gradients"):
             jax.eval_shape(jax.grad(lambda q: run([q, *arrays[1:]], state_BHKV, impl=impl)[0].sum()), arrays[0])
+
+
+@pytest.mark.parametrize("kind, serves", [("7.5", False), ("8.0", True), ("12.1", True), ("gfx90a", False)])
+def test_which_gpu_serves(kind, serves, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu", compute_capability=kind)])
+    assert platform.old_gpu() == ("" if serves else f"this GPU has compute capability {kind}, the kernels need NVIDIA's 8.0 "
+                                                    "(A100) or newer")
 
 
 def test_an_old_gpu_is_told_of_and_decodes_by_xla(monkeypatch):

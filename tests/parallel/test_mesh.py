@@ -170,3 +170,10 @@ def test_meshes_that_cannot_be(mesh, model, message):
 def test_a_mesh_takes_what_it_names_and_one_axis_the_rest(named, sizes):
     mesh = meshes.make(config.Experiment(C, TRAIN, mesh=config.Mesh(**named)))
     assert tuple(mesh.shape.items()) == tuple(zip(("slice", "edp", "ep", "etp", "seq"), sizes))
+
+
+def test_devices_made_for_another_experiment_may_idle():
+    """Of 8, as many as the batch splits over."""
+    for batch, devices in ((6, 6), (5, 5), (7, 7), (9, 3), (11, 1)):
+        mesh = meshes.make(config.Experiment(C, dataclasses.replace(TRAIN, batch=batch)))
+        assert mesh.devices.size == devices

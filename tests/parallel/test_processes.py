@@ -221,6 +221,7 @@ def test_what_does_not_fit_is_told_by_all(edp, rates, told, place):
 @pytest.mark.parametrize("given, told", [
     ((None, 2, 0), "^--coordinator, --processes, --process go together: --coordinator is missing$"),
     (("here", 2, 0), "^--coordinator=here is no HOST:PORT of process 0, such as 10.0.0.1:9000$"),
+    (("here:65536", 2, 0), "^--coordinator=here:65536 is no HOST:PORT of process 0"),
     (("here:1", 2, 2), "^--process=2 is not among --processes=2, which count from 0$")])
 def test_arguments_that_cannot_be(given, told):
     with pytest.raises(ConfigError, match=told):
