@@ -4,8 +4,10 @@ An experiment file's `get_config()` starts from `default()` and sets what it cha
 ConfigDict again after `build`. Counts (parameters, FLOPs, checkpoint tensors) are properties: derived, not repeated.
 Imports no jax, so that data, scaling and a laptop without a device can read any config.
 """
+import bisect
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import re
@@ -289,6 +291,19 @@ class Train:
     tensorboard: bool = True
     seed: int = 0
 
+    def micro_batches(self, tokens: int) -> int:
+        """In the step that begins after `tokens`."""
+        return latest(self.ramp, tokens) if self.ramp else 1
+
+    def tokens_seen(self, step: int) -> int:
+        """Tokens before step number `step` (from 0): a walk over the ramp's stages."""
+        tokens, stages = 0, self.ramp or ((0, 1),)
+        for (_, count), (end, _) in itertools.pairwise(stages):
+            size = count * self.batch * self.length
+            steps = min(step, max(0, -(-(end - tokens) // size)))
+            tokens, step = tokens + steps * size, step - steps
+        return tokens + step * stages[-1][1] * self.batch * self.length
+
     def validate(self):
         _choice("train.schedule", self.schedule, SCHEDULES)
         _choice("train.decay_form", self.decay_form, ("linear", "exponential", "sqrt"))
@@ -479,6 +494,11 @@ def lengths(text: str) -> list[int]:
     found = [int(part[1]) * {"": 1, "k": 2 ** 10, "m": 2 ** 20}[part[2]] if part else 0 for part in parts]
     _require(all(found), f"--lengths {text!r:.200} does not parse: give tokens with commas, as 512,1k,4M (1k = 1,024)")
     return list(dict.fromkeys(found))
+
+
+def latest(points, at):
+    """What ((begin, value), ...) says at `at`: the value of the last that has begun."""
+    return points[bisect.bisect_right([begin for begin, _ in points], at) - 1][1]
 
 
 def nearest(key: str, known) -> str:

@@ -36,7 +36,7 @@ from rich.table import Column, Table
 from submitit.core.utils import FailedJobError
 
 import mmx
-from mmx import atomic, config, metrics, optim, untrusted
+from mmx import atomic, config, metrics, untrusted
 from mmx.config import ConfigError, Experiment
 from mmx.data import pipeline, sources, tokens
 from mmx.guards import DivergedError
@@ -74,7 +74,7 @@ class Cell:
 
     @property
     def tokens(self) -> int:
-        return optim.tokens_seen(self.experiment.train, self.experiment.train.steps)
+        return self.experiment.train.tokens_seen(self.experiment.train.steps)
 
     @property
     def per_token(self) -> float:

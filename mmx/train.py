@@ -146,11 +146,11 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
                          donate_argnums=(0, 1), out_shardings=(*kept, whole))
         evaluate = make_evaluator(undropped, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
                                   loss_chunk=t.loss_chunk, sharding=sharding.batch(mesh))
-        first, log = step, Log(workdir, t, step, optim.tokens_seen(t, step), write=jax.process_index() == 0)
+        first, log = step, Log(workdir, t, step, t.tokens_seen(step), write=jax.process_index() == 0)
         if origin and (found := convert.differ(origin.model, experiment.model)):
             log.say(f"train.init_from={t.init_from!r} was trained as another function: {', '.join(found)}", step)
         report = functools.partial(_report, log, experiment, ratio, guard)
-        total, begin = optim.tokens_seen(t, t.steps), time.monotonic()
+        total, begin = t.tokens_seen(t.steps), time.monotonic()
         pending, spike, behind = None, None, {}
         try:
             while True:
@@ -160,10 +160,10 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
                     step, params, opt, position = stand()
                     stream.repeat(position["stream"])
                     guard.went_back(position.get("guard"))
-                    log.go_back(step, optim.tokens_seen(t, step))
+                    log.go_back(step, t.tokens_seen(step))
                     log.say(f"{spike[1]}: back to step {step}, the data since then are left out", step)
                     spike = None
-                seen, seconds = optim.tokens_seen(t, step), before + time.monotonic() - begin
+                seen, seconds = t.tokens_seen(step), before + time.monotonic() - begin
                 progress = _first_process(seconds) / t.seconds if t.seconds else seen / total
                 if checkpoints.preempted(step):
                     stop.asked = signal.SIGTERM
@@ -182,7 +182,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
                 if step == first:
                     checkpoints.check_room(params, opt)
                 lr = optim.learning_rate(t, step, progress)
-                batch = pipeline.together([stream.next() for _ in range(optim.micro_batches(t, seen))])
+                batch = pipeline.together([stream.next() for _ in range(t.micro_batches(seen))])
                 looks = int(batch.pop("tiles", np.int64(0)).sum())
                 batch = {k: _global(tiles if k in ("pixels", "ends") else rows, x, hosts) for k, x in batch.items()}
                 params, opt, metrics = update(params, opt, batch, _global(whole, np.float32(lr)))
@@ -191,7 +191,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
                     spike = report(*pending)
                 if experiment.guard.spike:
                     behind = {step - 1: behind.get(step - 1), step: stream.state()}
-                pending = step, optim.tokens_seen(t, step), lr, metrics, before + time.monotonic() - begin, looks
+                pending = step, t.tokens_seen(step), lr, metrics, before + time.monotonic() - begin, looks
                 log.bar.update()
                 with jax.transfer_guard_host_to_device("allow"):
                     if t.eval_every and step % t.eval_every == 0:
@@ -233,7 +233,7 @@ def _leave_out(stream, experiment, behind: dict, at: int) -> None:
     """Takes the stream behind the data of step `at`, and of guard.beyond steps more."""
     stream.restore(behind[at])
     t = experiment.train
-    for _ in range(experiment.guard.beyond * optim.micro_batches(t, optim.tokens_seen(t, at))):
+    for _ in range(experiment.guard.beyond * t.micro_batches(t.tokens_seen(at))):
         stream.next()
 
 
@@ -245,7 +245,7 @@ def _report(log, experiment, ratio, guard, step, seen, lr, metrics, seconds, loo
         return step, why
     if guard.skipped > skipped:
         log.say(f"step {step} has loss {m['loss']}, gradient norm {m['grad_norm']}: it changed nothing", step)
-    rate, tiles = log.tokens_per_s(seen), looks / (seen - optim.tokens_seen(experiment.train, step - 1))     # a token
+    rate, tiles = log.tokens_per_s(seen), looks / (seen - experiment.train.tokens_seen(step - 1))     # a token
     record = {"step": step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / ratio,
               "tokens": seen, "lr": lr, "grad_norm": float(m["grad_norm"]), "seconds": seconds,
               "aux_loss": float(m["aux_loss"]), "z_loss": float(m["z_loss"]), "drop_rate": float(m["dropped"].mean()),

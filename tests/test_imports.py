@@ -26,7 +26,7 @@ ABOVE = {       # each part, and the parts it may import; every part may import 
     "convert": "atomic checkpoint data inference int8 model parallel released torch",
     "evals": "atomic checkpoint convert data inference loss metrics model",
     "train": "checkpoint convert data evals guards lock loss metrics model optim parallel",
-    "sweep": "atomic data evals guards metrics optim train",
+    "sweep": "atomic data evals guards metrics train",
     "deepseek": "", "memory": "chips deepseek", "scaling": "", "experiments": "", "hugepages": "", "processes": "",
     "compilers": "",
     "bench": "chips compilers kernels layers parallel",

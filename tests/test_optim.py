@@ -51,7 +51,7 @@ def test_warmup_is_linear_and_ends_at_the_peak(schedule):
 def test_stepwise_takes_the_rate_of_the_tokens_seen():
     t = Train(batch=2, length=5, ramp=((0, 1), (20, 3)), schedule="stepwise", warmup=0, decay=0.5, lr_end=0.1,
               rates=((0, 0.8), (50, 0.4)))
-    assert [optim.tokens_seen(t, step) for step in range(5)] == [0, 10, 20, 50, 80]
+    assert [t.tokens_seen(step) for step in range(5)] == [0, 10, 20, 50, 80]
     assert [optim.learning_rate(t, step, 0.2) for step in range(5)] == pytest.approx([0.8, 0.8, 0.8, 0.4, 0.4])
     assert [optim.learning_rate(t, 4, p) for p in (0.5, 0.75, 1)] == pytest.approx([0.4, 0.25, 0.1])
 
@@ -61,8 +61,8 @@ def test_tokens_seen_is_a_walk_along_the_ramp(ramp):
     t, tokens = Train(batch=2, length=8, ramp=ramp), 0
     t.validate()
     for step in range(60):
-        assert optim.tokens_seen(t, step) == tokens
-        tokens += optim.micro_batches(t, tokens) * 16
+        assert t.tokens_seen(step) == tokens
+        tokens += t.micro_batches(tokens) * 16
 
 
 @pytest.mark.parametrize("ramp", RAMPS)
@@ -71,7 +71,7 @@ def test_the_stream_counts_the_same_steps(ramp, tmp_path):
     t = Train(batch=2, length=8, ramp=ramp)
     stream = pipeline.stream(Data(sources=(str(tmp_path / "a.txt"),), shards=2), t)
     for step in range(25):
-        for left in reversed(range(optim.micro_batches(t, optim.tokens_seen(t, step)))):
+        for left in reversed(range(t.micro_batches(t.tokens_seen(step)))):
             stream.next()
             assert (stream.state()["step"], stream.state()["left"]) == (step, left)
 
@@ -79,7 +79,7 @@ def test_the_stream_counts_the_same_steps(ramp, tmp_path):
 def test_the_papers_recipe():
     """Paper section 4.2: 16M, 32M, 64M, 128M tokens a step; 2e-4, from 7.2T tokens 1.3e-4, from 10.4T down to 3e-5 at 11.4T."""
     t = experiments.read(str(TEXT_01), []).train
-    total = optim.tokens_seen(t, t.steps)
+    total = t.tokens_seen(t.steps)
     assert total == pytest.approx(11.4e12, rel=1e-4)
 
     def at(tokens):
@@ -87,16 +87,16 @@ def test_the_papers_recipe():
         low, high = 0, t.steps
         while low < high:
             middle = (low + high) // 2
-            low, high = (middle + 1, high) if optim.tokens_seen(t, middle) < tokens else (low, middle)
-        seen = optim.tokens_seen(t, low)
-        return optim.learning_rate(t, low, seen / total), optim.micro_batches(t, seen) * t.batch * t.length
+            low, high = (middle + 1, high) if t.tokens_seen(middle) < tokens else (low, middle)
+        seen = t.tokens_seen(low)
+        return optim.learning_rate(t, low, seen / total), t.micro_batches(seen) * t.batch * t.length
 
     assert [at(tokens)[1] for tokens in (0, 68e9, 70e9, 789e9, 791e9, 4.69e12, 4.71e12)] == [
         2**24 * n for n in (1, 1, 2, 2, 4, 4, 8)]
     assert [optim.learning_rate(t, step, 0) for step in (0, 249, 499)] == pytest.approx([4e-7, 1e-4, 2e-4])
     assert [at(tokens)[0] for tokens in (1e12, 7.19e12, 7.21e12, 10.39e12)] == pytest.approx([2e-4, 2e-4, 1.3e-4, 1.3e-4])
     assert at(10.9e12)[0] == pytest.approx(math.sqrt(1.3e-4 * 3e-5), rel=1e-3)      # half-way of an exponential
-    assert optim.learning_rate(t, t.steps - 1, optim.tokens_seen(t, t.steps - 1) / total) == pytest.approx(3e-5, rel=1e-3)
+    assert optim.learning_rate(t, t.steps - 1, t.tokens_seen(t.steps - 1) / total) == pytest.approx(3e-5, rel=1e-3)
 
 
 def params():

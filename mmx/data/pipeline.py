@@ -103,7 +103,8 @@ class Stream:
         (of `images.lay`), pixels [blocks / hosts, I, Y, X, Z] and ends [blocks / hosts, I]: where in its block, row by row, the
         last token of the text stands that tells of a tile alone, -1 for none; and tiles, how many the hosts' images have."""
         if not self._left:
-            self._step, self._left = self._step + 1, self._micro_batches()
+            seen = (self._micro - self._lost) * self.train.batch * self.train.length
+            self._step, self._left = self._step + 1, self.train.micro_batches(seen)
         picks = []
         for shard, source in zip(self._shards_B(), self._sources_B()):
             picks.append((source, shard, self._given_VS[shard, source]))
@@ -157,11 +158,6 @@ class Stream:
         """The next step is that of `state`, an earlier one, with the data that come now: those between are lost."""
         self._step, self._left = state["step"], state["left"]
         self._lost = state.get("lost", 0) + self._micro - state["micro"]
-
-    def _micro_batches(self) -> int:
-        """Micro-batches of the step that begins now, by train.ramp."""
-        seen = (self._micro - self._lost) * self.train.batch * self.train.length
-        return next((count for begin, count in reversed(self.train.ramp) if begin <= seen), 1)
 
     def _shards_B(self):
         batch, shards = self.train.batch, self.data.shards

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from harness import ROWS, Place, assert_same, fill, free_port, small_disk, state, told
 
-from mmx import checkpoint, checksums, metrics, optim, processes
+from mmx import checkpoint, checksums, metrics, processes
 from mmx.checkpoint import Checkpoints
 from mmx.parallel import mesh as meshes
 
@@ -392,7 +392,7 @@ def _first_loss(place: Place, workdir: Path) -> float:
     stream = pipeline.stream(e.data, e.train)
     step = checkpoint.find_step(workdir)[1]
     stream.restore(json.loads((step / "data" / "metadata").read_text())["stream"])
-    count = optim.micro_batches(e.train, optim.tokens_seen(e.train, int(step.name)))
+    count = e.train.micro_batches(e.train.tokens_seen(int(step.name)))
     if "loss" not in vars(place):
         place.loss = jax.jit(lambda params, batch: losses.loss(Model(e.model), params, batch, e.train.loss_chunk)[1])
     found = [place.loss(loaded.params, stream.next()) for _ in range(count)]
