@@ -12,8 +12,8 @@ Hours: 18 runs of 3 to 6 minutes and as many readings of a minute, one core, 1.4
 Result: asked at 2,048 tokens, right answers of the hybrid 91 % without RoPE (86 to 100), 26 % with half (20 to 30), 17 % with
 all of it (16 to 20), at 256 tokens 99 to 100 %: that half RoPE reaches further than was trained is contradicted. Whether it
 keeps more than full RoPE cannot be told: at 512 tokens 66 % (62 to 72) against 60 % (54 to 68), at 1,024 44 % (32 to 58)
-against 28 % (24 to 34), and at 2,048 both find the needles at the end, a fifth, and hardly any else. Softmax alone has 0 to 3 %
-there; without RoPE it had not learned to find one at 256 either.
+against 28 % (24 to 34), and at 2,048 both find the needles at the end, a fifth of all, and few others. Softmax alone has 0 to 3
+% there; without RoPE it had not learned to find one at 256 either.
 """
 from mmx.config import ConfigError, default
 

@@ -4,7 +4,7 @@
     mmx train --config experiments/recall.py:LLLLLLLS,16,3e-3,0 --workdir recall-one
 
 Protocol: MQAR (Zoology), 128 keys and 128 values. Eight layers 64 wide, dense, DeepNorm, eight heads of head_dim: a lightning
-layer's state has 8 head_dim^2 numbers; heads of 8, 16 and 32 dims have 0.26, 0.43 and 0.76 M parameters and take 2.1, 3.5 and
+layer's state has 8 head_dim^2 numbers; heads of 8, 16 and 32 dims have 0.30, 0.46 and 0.79 M parameters and take 2.1, 3.5 and
 6.7 TFLOPs, so that a larger state is a larger model too. A run reads 1,024 tokens a step in rows of 512, of tasks that grow: 2
 and 4 pairs of 8 keys, up to 16 pairs of 16, 32 of 32, 64 of 64 and 128 of all, each task an equal share of the rows. With
 thousands of keys at once, as Zoology has them, no trial learned in 49 M tokens. That a value is looked up by the key before it

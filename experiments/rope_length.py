@@ -9,11 +9,11 @@ Protocol: four layers, 64 wide, dense, heads of 16 dims of which 0, 8 or 16 turn
 held-out bytes. A needle has to be trained for (needle_rope.py). Two learning rates, three seeds.
 Hours: 0.04 of one H100 by the clock, 36 runs, 15 at a time, on 2026-11-27.
 Result: that half RoPE reaches further than was trained is contradicted: bytes 1,024 to 2,047 cost the hybrid 1.58 nats more
-(1.14 to 1.96) than the first 256, of which the first have little before them; without RoPE 0.006 more (0.003 to 0.008):
-supports. Whether half RoPE keeps more than full beyond 256 cannot be told: each has 2.9 nats or more there in some seed, near
-the 3.02 that a byte's frequency tells. The hybrid has less with half RoPE than with full in all seeds, by 0.26 (0.07 to 0.40)
-in bytes 256 to 511, softmax alone more, by 0.36 (0.25 to 0.45). Within 256 bytes half RoPE is better than full for the hybrid,
-by 0.016 (0.009 to 0.022): supports that it costs nothing.
+(1.14 to 1.96) than the best part before them, the first 256; without RoPE 0.007 more (0.003 to 0.008): supports. Whether half
+RoPE keeps more than full beyond 256 cannot be told: each has 2.9 nats or more there in some seed, near the 3.02 that a byte's
+frequency tells. The hybrid has less with half RoPE than with full in all seeds, by 0.26 (0.07 to 0.40) in bytes 256 to 511,
+softmax alone more, by 0.36 (0.25 to 0.45). Within 256 bytes half RoPE is better than full for the hybrid, by 0.016 (0.009 to
+0.022): supports that it costs nothing.
 """
 from mmx.config import ConfigError, default
 

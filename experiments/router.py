@@ -10,8 +10,8 @@ missed by the next. The model never met a drop in training: what a run that trai
 Hours: 0.3 of a core, on 2026-11-27.
 Result: supports that fewer are dropped. At a capacity factor of 1.25 the whole batch's capacity drops 3.85 % of the assignments
 (2.22 to 5.71), that of 32 shards of a row each 4.54 % (3.06 to 6.21), 0.69 points more (0.51 to 0.85), which costs 0.0010 nats
-a byte (0.0004 to 0.0015), that of 4 shards 0.08 points more (0.06 to 0.10), which costs nothing: its loss is the lower, by
-0.0005 (0.0000 to 0.0011), contradicts. At 1.0 32 shards drop 1.07 points more (0.97 to 1.24) and cost 0.0083 nats (0.0042 to
+a byte (0.0004 to 0.0015), that of 4 shards 0.08 points more (0.06 to 0.10), with a loss that is no higher (0.0005
+lower, 0.0000 to 0.0011). At 1.0 32 shards drop 1.07 points more (0.97 to 1.24) and cost 0.0083 nats (0.0042 to
 0.0115), at 2.0 next to nothing is dropped by any.
 """
 from mmx.config import default

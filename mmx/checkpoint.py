@@ -113,9 +113,9 @@ class Checkpoints:
             self.saving = step
             return self.manager.save(step, args=args, force=True)
 
-    def saved(self):
+    def check_saved(self):
         """What a save that has ended could not do is raised here, and by `wait`."""
-        if not self.manager.is_saving_in_progress():
+        if self.saving is not None and not self.manager.is_saving_in_progress():
             self.wait()
 
     def wait(self):
@@ -314,7 +314,10 @@ def check_config(workdir: str | Path, experiment: Experiment) -> None:
 
 
 def _comparable(sections: dict, free: dict) -> dict:
-    sections = sections | {"model": {"vision": None, "window": Model.window} | sections["model"]}     # kept unsaid
+    model = {"vision": None, "window": Model.window} | sections["model"]       # which are kept unsaid
+    if "W" not in model.get("pattern", Model.pattern):
+        del model["window"]
+    sections = sections | {"model": model}
     return {s: {k: v for k, v in sections[s].items() if k not in free.get(s, ())}
             for s in ("model", "train", "data") if s in sections}
 

@@ -79,7 +79,7 @@ def _told(run, args) -> int:
         if args.overrides and not args.takes_config:
             raise ConfigError(f"unknown argument {args.overrides[0]!r}; `mmx {args.command} --help` lists them")
         return run(args) or 0
-    except (ConfigError, ImportError, NotImplementedError) as error:      # the last of kernels that were named, model.impl
+    except (ConfigError, ImportError) as error:
         return _fail(str(error), getattr(error, "code", 2))
     except BrokenPipeError:         # whoever read our output left, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,8 +20,7 @@ INITS = ("deepnorm", "xavier", "fan_in")
 NUMBERS = "numbers:"            # a tokenizer without a file, before how many ids it has
 MOST_LAYERS, MOST_HEADS, MOST_PIXELS = 10_000, 65_536, 1 << 26      # of a model, and of the tiles that an image is cut into
 MOST = 1 << 40                  # of any whole number
-# of a model: how it is computed where it runs, not what
-HERE = {"impl": "", "chunk": 0, "remat": False, "keep_arrived": False, "token_groups": 1, "ragged": False}
+HERE = ("impl", "chunk", "remat", "keep_arrived", "token_groups", "ragged")     # of a model: how it is computed, not what
 
 
 class ConfigError(ValueError):
@@ -172,6 +171,10 @@ class Model:
         _require(m.chunk >= 0, f"model.chunk={m.chunk} must be at least 1, or 0 to pick")
         _choice("model.impl", m.impl, ("", "xla", "tpu", "gpu", "triton"))
         m.vision.validate(m.vocab)
+
+    def anywhere(self) -> "Model":
+        """The same function, which machines of other kinds than it was trained on compute too."""
+        return dataclasses.replace(self, **{name: getattr(Model, name) for name in HERE})
 
     @property
     def groups(self) -> int:

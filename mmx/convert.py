@@ -101,7 +101,7 @@ class WorkdirSource:
     def ids(self) -> dict:
         """bos, eos and pad."""
         if self.beside:
-            return _ids(released.read_json(self.beside / "generation_config.json"))
+            return _ids(released.read_json(released.own_file(self.beside / "generation_config.json")))
         known = tokens.tokenizer(self.tokenizer)
         values = (known.bos, known.eos, known.pad) if known.vocab <= self.model.vocab else (None,) * 3
         return dict(zip(BYTE_IDS, values))
@@ -290,6 +290,10 @@ def differ(there: config.Model, here: config.Model) -> list[str]:
     """The keys that make two models of the same shapes two functions, with both values."""
     free = {*config.HERE, "capacity", "transport", "aux", "aux_weight", "z_weight", "context", "init", "embed_std", "dtype",
             "vision"}
+    kinds = set(there.pattern + here.pattern)
+    free |= {"window"} if "W" not in kinds else set()
+    free |= {"rotary_dim", "rope_theta", "alpha_softmax", "beta_softmax"} if kinds == {"L"} else set()
+    free |= {"head_norm_eps", "alpha_lightning", "beta_lightning"} if "L" not in kinds else set()
     values = ((f.name, getattr(there, f.name), getattr(here, f.name)) for f in dataclasses.fields(config.Model))
     return [f"model.{name} is {old} there, {new} here" for name, old, new in values if name not in free and old != new]
 
@@ -362,7 +366,7 @@ def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Load
             params[leaf.path] = jax.tree.map(lambda x: jax.device_put(x, sharding.placement(letters, x.shape)), w)
     half = params[("embed_WD",)].dtype == jnp.bfloat16
     compute = "bfloat16" if half else source.model.dtype if dtype is None else "float32"
-    model = dataclasses.replace(source.model, capacity=0.0, transport=0.0, dtype=compute, **config.HERE)
+    model = dataclasses.replace(source.model.anywhere(), capacity=0.0, transport=0.0, dtype=compute)
     return Loaded(Model(model), _nest(params), model, source.tokenizer)
 
 

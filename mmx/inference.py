@@ -84,7 +84,7 @@ def generate(loaded, prompts, *, steps: int, temperature: float = 0.0, top_k: in
       temperature: 0 takes the likeliest token.
       top_k, top_p: draw among the k likeliest (0: all), among the likeliest that make up probability p.
       seed: same seed, same draws; prompt b draws from (seed, b).
-      stop: strings; a continuation ends before the first of them, as it does before the end-of-text token.
+      stop: strings; a text ends before the one that is complete first, as it does before the end-of-text token.
       images: for each prompt a list of files or PIL images (for one string: its list); in the text "<image>" stands where
         each belongs, in ids as many `config.vision.token` as it needs (see `forward`).
       prefix: of `read`; the prompts stand behind it.
@@ -102,8 +102,6 @@ def generate(loaded, prompts, *, steps: int, temperature: float = 0.0, top_k: in
     text = isinstance(prompts[0], str)
     prompts = prompts if text else _ids(loaded.config, np.asarray(prompts))
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if stop and not text:
-        raise ConfigError("stop is of texts: give the prompts as strings, for nothing stops ids")
     requests = [Request(prompt, steps, temperature, top_k, top_p, seed, b, stop, tuple(images[b]) if images else ())
                 for b, prompt in enumerate(prompts)]
     pieces = [[] for _ in requests]
@@ -404,6 +402,8 @@ def _check(request: Request):
     for name, value in (("steps", steps), ("top_k", top_k), ("seed", seed)):
         if not isinstance(value, (int, np.integer)):
             raise ConfigError(f"{name}={value!r} is no whole number")
+    if stop and not isinstance(prompt, str):
+        raise ConfigError("stop is of texts: give the prompt as a string, for nothing stops ids")
     if not all(stop):
         raise ConfigError("stop holds an empty string, which every text begins with")
     for name, value, good in (("steps", steps, steps >= 1), ("temperature", temperature, temperature >= 0),

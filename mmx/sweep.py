@@ -61,11 +61,13 @@ class Cell:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Of what decides the result, and all else of its sections: not of the mesh and of how often a checkpoint is saved."""
+        """Of the sections model, train and data, and of guards that are set; not of the mesh."""
         sections = config.sections(self.experiment)
         kept = {name: sections[name] for name in ("model", "train", "data")}
         if self.experiment.guard != config.Guard():     # unsaid where it is the default, as in rows of before
             kept["guard"] = sections["guard"]
+        if self.experiment.guard.spike:     # which goes back to the last save
+            kept["checkpoint"] = sections["checkpoint"]
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
     @property

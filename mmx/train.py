@@ -114,8 +114,11 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
     undropped = Model(dataclasses.replace(experiment.model, capacity=0.0, transport=0.0))       # inference drops no token
     whole, rows, tiles = sharding.whole(mesh), sharding.batch(mesh, leading=1), sharding.tiles(mesh, leading=1)
     make = functools.partial(init, model, optimizer, t.seed, t.freeze)
-    with jax.set_mesh(mesh):        # a kernel that is named and cannot run refuses here, before anything is written
-        abstract = jax.eval_shape(make)
+    with jax.set_mesh(mesh):
+        try:
+            abstract = jax.eval_shape(make)
+        except NotImplementedError as error:        # a kernel that is named and cannot run, before anything is written
+            raise ConfigError(f"model.{error} (model.impl empty)") from None
     c = experiment.checkpoint
     checkpoints, guard = Checkpoints(workdir, c.every, c.keep, c.verify), Guard(experiment)
     with _held(workdir), jax.set_mesh(mesh), jax.transfer_guard_host_to_device("disallow"), _Stop() as stop:
@@ -176,7 +179,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
                     position = {"stream": stream.state(), "seconds": seconds, "guard": guard.state()}
                     if checkpoints.save(step, params, opt, position, force=done):
                         guard.saved()
-                checkpoints.saved()         # an error of the save under way is told now
+                checkpoints.check_saved()         # an error of the save under way is told now
                 if done:
                     break
                 if step == first:

@@ -1,4 +1,5 @@
 """Checkpoints: what is saved comes back bit by bit, half-written steps are ignored, another config is refused."""
+import contextlib
 import dataclasses
 import errno
 import gc
@@ -245,7 +246,7 @@ def test_a_save_that_fails_is_told_and_removes_nothing(tmp_path, monkeypatch):
     checkpoints.save(2, params, opt, {})
     with pytest.raises(ConfigError, match="^step 2 could not be saved in .*No space left on device.* goes on from the last$"):
         for _ in range(600):
-            checkpoints.saved()
+            checkpoints.check_saved()
             time.sleep(0.1)
     checkpoints.close()
     monkeypatch.undo()
@@ -323,7 +324,6 @@ def test_config_is_written_and_guarded(tmp_path):
         assert config.from_json((tmp_path / "config.json").read_text()) == other
     check_config(tmp_path, first)
     for other, message in ((changed("model", vision=config.Vision(layers=2)), r"model.vision \(there None, now {'layers': 2"),
-                           (changed("model", window=64), r"model.window \(there 256, now 64\)"),
                            (changed("model", dim=16), r"model.dim \(there 12, now 16\)"),
                            (changed("train", lr=0.1, batch=2), r"train.batch \(there 8, now 2\), train.lr"),
                            (changed("data", sources=("a",)), r"data.sources \(there \['sotu'\], now \['a'\]\)")):
@@ -335,6 +335,16 @@ def test_config_is_written_and_guarded(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
         check_config(tmp_path, first)
+
+
+def test_a_window_is_guarded_where_there_is_one(tmp_path):
+    """The default's is not written; without W it is no matter."""
+    for pattern, refused in (("LW", True), ("LS", False)):
+        model = dataclasses.replace(MODEL, pattern=pattern, layers=2)
+        check_config(tmp_path / pattern, config.Experiment(model=model))
+        other = config.Experiment(model=dataclasses.replace(model, window=64))
+        with pytest.raises(ConfigError, match=r"model.window \(there 256, now 64\)") if refused else contextlib.nullcontext():
+            check_config(tmp_path / pattern, other)
 
 
 def test_a_converted_config_says_the_function_only(tmp_path):

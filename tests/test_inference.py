@@ -109,6 +109,9 @@ def test_text_ends_at_the_first_stop_string_or_end_token(loaded):
     assert text(b"one two three") == ("one two three", False)
     assert text(b"one two three", ["three", "two"]) == ("one ", True)
     assert text([*b"one", tokenizer.eos, *b"two"]) == ("one", True)
+    row = inference._Row(0, inference.Request("", 99, stop=("abcd", "b")), lambda: tokenizer, C, behind=True)
+    piece = row.piece(np.array(list(b"xabcd")), np.zeros(5))
+    assert (piece.text, bytes(piece.ids_T.tolist())) == ("xa", b"xab")      # the one that is complete first
     free = mmx.generate(loaded, ["abc"], steps=30)[0]
     assert mmx.generate(loaded, ["abc"], steps=30, stop=[free[4:6]])[0] == free[:free.find(free[4:6])]
 

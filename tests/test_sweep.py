@@ -207,9 +207,10 @@ def test_a_file_that_cannot_be_written_is_what_it_was(tmp_path):
 
 
 def test_guards_tell_runs_apart(place):
-    """They decide what comes of a spike."""
-    one, other = sweep.cells(*experiments.grid(place('{"guard.spike": [0.0, 1.0]}')[2], []))
-    assert one.hash != other.hash
+    """They decide what comes of a spike, and so does how often it is saved."""
+    cells = sweep.cells(*experiments.grid(place('{"guard.spike": [0.0, 1.0, 2.0]}')[2], []))
+    often = sweep.cells(*experiments.grid(place('{"guard.spike": [0.0, 1.0]}')[2], ["--config.checkpoint.every=3"]))
+    assert len({cell.hash for cell in cells + often}) == 4 and cells[0].hash == often[0].hash
 
 
 @pytest.mark.parametrize("grid, more, message", [

@@ -28,7 +28,7 @@ def named(text: str) -> config.Mesh:
 
 def serving(c: config.Model, text: str):
     """A context of the mesh of `named` axes for inference, where rows and time that do not split are computed everywhere."""
-    return jax.set_mesh(make(Experiment(c, train=None, mesh=named(text))))
+    return jax.set_mesh(make(Experiment(c.anywhere(), train=None, mesh=named(text))))
 
 
 def make(e: Experiment, processes: int = 1) -> Mesh:
@@ -51,11 +51,11 @@ def make(e: Experiment, processes: int = 1) -> Mesh:
     if e.model.ragged and devices[0].platform == "cpu":
         raise ConfigError("model.ragged=True needs TPUs or GPUs: CPUs have no ragged all-to-all; leave it False here")
     if free:
-        most = len(devices) // named
-        if most * named != len(devices):
+        most, idle = len(devices) // named, devices[0].platform == "cpu" and processes == 1
+        if not most or (most * named != len(devices) and not idle):
             raise ConfigError(f"{told}: the other axes' product {named} does not divide the {len(devices)} devices here")
         sizes[free] = most
-        if devices[0].platform == "cpu" and processes == 1:     # made for another experiment: some may idle
+        if idle:        # some may, where they were made for another experiment
             sizes[free] = next((n for n in range(most, 1, -1) if not misfit(e, sizes | {free: n})), 1)
     _check(e, sizes)
     world = math.prod(sizes.values())

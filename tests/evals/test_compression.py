@@ -126,9 +126,12 @@ def test_what_guards_did_is_drawn(run, found, tmp_path, monkeypatch):
 
     def savefig(figure, *args, **kwargs):
         axes, = figure.axes
-        drawn.update({line.get_label(): line.get_xydata().tolist() for line in axes.lines})
+        drawn.update({line.get_label(): line.get_xydata().tolist() for line in axes.lines} | {"limits": axes.get_ylim()})
     monkeypatch.setattr(Figure, "savefig", savefig)
+    compression.plot_curve(run, found | {"bits_per_byte": 0.8}, tmp_path / "c.png")
+    assert drawn["limits"][0] < 0.8
     compression.plot_curve(run, found, tmp_path / "c.png")
+    assert drawn["limits"] == (1.5, 5)
     assert drawn["steps skipped (2)"] == [[2e-4, pytest.approx(2.95)], [3e-4, 2.9]]
     assert drawn["rollbacks (1)"] == [[4e-4, 2.8]]
 

@@ -137,6 +137,11 @@ def test_links_out_of_a_checkpoint_are_refused(tmp_path):
         (here / victim).symlink_to(elsewhere / victim)
         with pytest.raises(ConfigError, match="is a link that leads out of its directory"):
             convert.open_source(here)
+    converted = convert.from_hf(elsewhere, tmp_path / "run", progress=False)
+    (converted / "generation_config.json").rename(tmp_path / "elsewhere.json")
+    (converted / "generation_config.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(ConfigError, match="is a link that leads out of its directory"):
+        convert.open_source(converted)
 
 
 def test_the_hugging_face_cache_is_read(tmp_path):

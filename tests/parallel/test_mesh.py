@@ -177,3 +177,4 @@ def test_devices_made_for_another_experiment_may_idle():
     for batch, devices in ((6, 6), (5, 5), (7, 7), (9, 3), (11, 1)):
         mesh = meshes.make(config.Experiment(C, dataclasses.replace(TRAIN, batch=batch)))
         assert mesh.devices.size == devices
+    assert meshes.make(config.Experiment(C, dataclasses.replace(TRAIN, length=33), mesh=config.Mesh(seq=3))).devices.size == 6
