@@ -75,16 +75,16 @@ def expert_ffn_few(x_MD, weight_MJ, expert_MJ, w1_EDF, w3_EDF, w2_EFD):
                       for m in range(M)])
 
 
-def _take(x_MD, index):
+def take(x_MD, index):
     """Rows by index, zeros where it points past the end."""
     return x_MD.at[index].get(mode="fill", fill_value=0)
 
 
 def _by_rows(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, dot):
-    x_ID, weight_I1 = _take(x_MD, plan.token_I), _by_row(weight_MJ, plan)[:, None]
+    x_ID, weight_I1 = take(x_MD, plan.token_I), _by_row(weight_MJ, plan)[:, None]
     h_IF = jax.nn.silu(dot(x_ID, w1_EDF)) * dot(x_ID, w3_EDF)
     y_ID = dot((weight_I1 * h_IF).astype(h_IF.dtype), w2_EFD)
-    return _take(y_ID, plan.row_MJ).sum(1)
+    return take(y_ID, plan.row_MJ).sum(1)
 
 
 def _by_row(weight_MJ, plan):
@@ -102,7 +102,7 @@ def _blocks_forward(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, block):
 
     def body(n, carry):
         y_ID, up_IF, gate_IF = carry
-        e, x_QD = plan_expert[n], _take(x_MD, _block(plan.token_I, n, block))
+        e, x_QD = plan_expert[n], take(x_MD, _block(plan.token_I, n, block))
         gate_QF, up_QF = x_QD @ w1_EDF[e], x_QD @ w3_EDF[e]
         y_QD = (jax.nn.silu(gate_QF) * up_QF) @ w2_EFD[e]
         return _put(y_ID, y_QD, n), _put(up_IF, up_QF, n), _put(gate_IF, gate_QF, n)
@@ -110,7 +110,7 @@ def _blocks_forward(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, block):
     plan_expert = _expert_of_block(plan, block)
     empty = tuple(_zeros((rows, width), x_MD.dtype, plan) for width in (x_MD.shape[1], F, F))
     y_ID, up_IF, gate_IF = jax.lax.fori_loop(0, plan.blocks_E.sum(), body, empty)
-    y_MD = jnp.einsum("MJ,MJD->MD", weight_MJ.astype(y_ID.dtype), _take(y_ID, plan.row_MJ))
+    y_MD = jnp.einsum("MJ,MJD->MD", weight_MJ.astype(y_ID.dtype), take(y_ID, plan.row_MJ))
     return y_MD, (x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, up_IF, gate_IF)
 
 
@@ -122,7 +122,7 @@ def _blocks_backward(block, residuals, dy_MD):
     def body(n, carry):
         dx_ID, dweight_I, dw1_EDF, dw3_EDF, dw2_EFD = carry
         e, token_Q = plan_expert[n], _block(plan.token_I, n, block)
-        x_QD, dy_QD = _take(x_MD, token_Q), _take(dy_MD, token_Q)
+        x_QD, dy_QD = take(x_MD, token_Q), take(dy_MD, token_Q)
         gate_QF, up_QF, weight_Q1 = (_block(a, n, block) for a in (gate_IF, up_IF, weight_I[:, None]))
         sigmoid_QF = jax.nn.sigmoid(gate_QF)
         silu_QF = gate_QF * sigmoid_QF
@@ -141,8 +141,8 @@ def _blocks_backward(block, residuals, dy_MD):
     sums = [_zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32), plan) for w in (w1_EDF, w3_EDF, w2_EFD)]
     start = (_zeros((rows, x_MD.shape[1]), x_MD.dtype, plan), _zeros(rows, weight_I.dtype, plan), *sums)
     dx_ID, dweight_I, *dw = jax.lax.fori_loop(0, plan.blocks_E.sum(), body, start)
-    dx_MD = _take(dx_ID, plan.row_MJ).sum(1)
-    return dx_MD, _take(dweight_I, plan.row_MJ), *(d.astype(w1_EDF.dtype) for d in dw), None
+    dx_MD = take(dx_ID, plan.row_MJ).sum(1)
+    return dx_MD, take(dweight_I, plan.row_MJ), *(d.astype(w1_EDF.dtype) for d in dw), None
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)

@@ -255,7 +255,7 @@ def _travel(x_MD, weight_XC, slot_MJ, token_PC, sent_XRE, axes, weights, route):
     etp, with I = ep x room slots; by ragged all-to-all what is kept, at most M J D, over ep, and I = room."""
     (X, room), D, E = weight_XC.shape, x_MD.shape[1], sent_XRE.shape[2]
     with jax.named_scope("dispatch"):
-        x_ID = _there(_take(x_MD, token_PC), axes, route).reshape(X * room, D)
+        x_ID = _there(grouped.take(x_MD, token_PC), axes, route).reshape(X * room, D)
     # place c of buffer x holds a token of the expert whose run in it c falls in
     sent_XA, slot_C = sent_XRE.reshape(X, -1), jnp.arange(room)
     end_XA = jnp.cumsum(sent_XA, axis=1)
@@ -276,7 +276,7 @@ def _travel(x_MD, weight_XC, slot_MJ, token_PC, sent_XRE, axes, weights, route):
             y_PCD = _ragged(y_PCD[0], token_PC.size, route.back)
         elif "ep" in axes:
             y_PCD = jax.lax.all_to_all(y_PCD, "ep", 0, 0, tiled=True)
-    return _take(y_PCD.reshape(-1, D), slot_MJ).sum(1)
+    return grouped.take(y_PCD.reshape(-1, D), slot_MJ).sum(1)
 
 
 def balance_loss(load_E, prob_E, top_k: int, form: str):
@@ -328,11 +328,6 @@ def _whole(weights, kept, axes):
     """The device's experts with all of D, which vary over all `axes` as its tokens do."""
     return [sharding.unsharded(w, letters, spec, axes)
             for w, letters, spec in zip(weights, MATRICES, kept)] if axes else weights
-
-
-def _take(x_MD, index):
-    """Rows by index, zeros where it points past the end."""
-    return x_MD.at[index].get(mode="fill", fill_value=0)
 
 
 def _wide(x):
