@@ -47,6 +47,7 @@ def main():
         if figure := getattr(figures, name)(pyplot):
             path = evidence.ROOT / "experiments" / f"{name}.png"
             figure.savefig(path, dpi=110, metadata={"Software": None, "Of": stamp(name)})
+            pyplot.close(figure)
             print(f"figure: {path.relative_to(evidence.ROOT)}")
     path = evidence.ROOT / "docs" / "findings.md"
     path.write_text(page(path.read_text()))

@@ -68,6 +68,12 @@ def test_verdicts(values, above, word):
     assert evidence.verdict(evidence.interval(values), above) == word
 
 
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    pyplot.close("all")
+
+
 def rows_of(tmp_path, monkeypatch, **files):
     (tmp_path / "experiments").mkdir()
     for name, rows in files.items():
