@@ -245,7 +245,7 @@ def test_rope_length_is_told_near_and_far(tmp_path, monkeypatch):
     """Half RoPE keeps its loss, full loses, and the better rate is told."""
     def row(turned, lr, seed, near, far):
         return {"pattern": "LLLS", "turned": turned, "lr": lr, "seed": seed, "loss": near,
-                "by_place": {"0-255": near, "256-511": near, "512-1023": far, "1024-2047": far}}
+                "by_place": {"0-255": near + 0.05, "256-511": near, "512-1023": far, "1024-2047": far}}
 
     rows_of(tmp_path, monkeypatch, rope_length=[
         row(turned, lr, seed, 1.2 + lr + seed / 1000, far + seed / 1000)
