@@ -189,7 +189,8 @@ def test_speed_over_length(kept, word, tmp_path, monkeypatch):
 def test_speed_is_measured(tmp_path, monkeypatch, capsys):
     found = LENGTH["measure"]("L", 2, 64)
     assert found["tokens_per_s"] * found["seconds"] == pytest.approx(128) and found["peak_mib"] > 0
-    for option, message in (("--lengths=1024,3000", "3000 does not divide"), ("--passes=0", "give one, or more")):
+    for option, message in (("--lengths=1024,3000", "3000 does not divide"), ("--tokens=0", "does not divide"),
+                            ("--passes=0", "give one, or more")):
         monkeypatch.setattr("sys.argv", ["length.py", option, f"--out={tmp_path / 'rows'}"])
         with pytest.raises(SystemExit):
             LENGTH["main"]()
