@@ -1,0 +1,95 @@
+"""Files that an earlier version saved still load, resume and continue with the same numbers.
+
+`tests/frozen` was written once, by commit b8eceef, on jax 0.10.2 and a CPU, and is not written again. `workdir` is a run of
+CONFIG that a signal stopped after STOPPED of its eight steps; `prefix.npz` is what its model keeps of PROMPT.
+`expected.json` contains the losses of the uninterrupted run, logits of the stopped one, the tokens and log-probabilities that
+it generates after the prefix, and the initial parameters of experiments/tiny.py at seed 0: a digest, and a few values of each.
+A change that moves any of these breaks users' checkpoints.
+"""
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import mmx
+from mmx import config, convert, experiments, inference, metrics, optim, prefix, train
+from mmx.model import Model
+
+FROZEN = Path(__file__).parent / "frozen"
+EXPECTED = json.loads((FROZEN / "expected.json").read_text())
+STOPPED = 4
+PROMPT, QUESTION, STEPS = "the people of the union ", "and the state", 16
+TOKENS_BT = np.arange(96).reshape(2, 48) * 5 % 256
+CONFIG = {
+    "model": {"dim": 32, "layers": 2, "pattern": "LS", "heads": 2, "kv_heads": 1, "head_dim": 16, "rotary_dim": 8, "experts": 4,
+              "expert_dim": 32, "init": "fan_in", "embed_std": 1.0, "capacity": 1.25},
+    "train": {"steps": 8, "batch": 4, "length": 64, "lr": 1e-2, "warmup": 2, "log_every": 1, "tensorboard": False},
+    "data": {"sources": ["text"]},
+    "checkpoint": {"every": 4},
+    "mesh": {"edp": 1},
+}
+
+
+def digest(params) -> str:
+    """A SHA-256 of the names, shapes, dtypes and bytes of a tree of arrays."""
+    found = hashlib.sha256()
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        found.update(f"{jax.tree_util.keystr(path)}{x.shape}{x.dtype}".encode() + np.asarray(x).tobytes())
+    return found.hexdigest()
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """A copy of the frozen run, in a folder from which its data.sources=("text",) is found."""
+    shutil.copytree(FROZEN, tmp_path / "frozen")
+    monkeypatch.chdir(tmp_path / "frozen")
+    return Path("workdir")
+
+
+def test_a_frozen_workdir_loads(workdir):
+    loaded = mmx.load(workdir)
+    assert digest(loaded.params) == EXPECTED["params"]
+    logits_BTW = mmx.forward(loaded, TOKENS_BT)
+    np.testing.assert_allclose(np.asarray(logits_BTW)[:, ::12, :8], EXPECTED["logits"], rtol=0, atol=1e-4)
+
+
+def test_a_frozen_run_resumes_as_the_uninterrupted_one(workdir):
+    done = train.run(config.build(CONFIG), workdir)
+    assert (done["step"], done["new"]) == (8, 8 - STOPPED)
+    records = metrics.read(workdir)
+    assert [record["step"] for record in records] == list(range(1, 9))
+    np.testing.assert_allclose([record["loss"] for record in records], EXPECTED["losses"], rtol=1e-5)
+    np.testing.assert_allclose([record["grad_norm"] for record in records], EXPECTED["grad_norms"], rtol=1e-4)
+
+
+def test_a_frozen_prefix_continues(workdir):
+    loaded = mmx.load(workdir)
+    kept = prefix.load("prefix.npz", loaded)
+    pieces = list(inference.stream(loaded, [inference.Request(QUESTION, STEPS)], prefix=kept))
+    assert np.concatenate([piece.ids_T for piece in pieces]).tolist() == EXPECTED["ids"]
+    np.testing.assert_allclose(np.concatenate([piece.logprobs_T for piece in pieces]), EXPECTED["logprobs"], rtol=0, atol=1e-4)
+    again = inference.read(loaded, PROMPT)
+    for new, old in zip(jax.tree.leaves(again), jax.tree.leaves(kept), strict=True):
+        np.testing.assert_allclose(new, old, rtol=0, atol=1e-4)
+
+
+def test_the_frozen_workdir_converts_there_and_back(workdir):
+    convert.to_hf(workdir, "hf", progress=False)
+    convert.from_hf("hf", "back", progress=False)
+    assert digest(mmx.load("back").params) == EXPECTED["params"]
+
+
+def test_tiny_begins_with_the_same_parameters():
+    e = experiments.read(str(FROZEN.parents[1] / "experiments" / "tiny.py"), [])
+    params, _ = jax.jit(lambda: train.init(Model(e.model), optim.adamw(e.train), 0))()
+    leaves = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    assert {name: [list(x.shape), str(x.dtype)] for name, x in leaves.items()} == EXPECTED["tiny_shapes"]
+    for name, x in leaves.items():
+        np.testing.assert_allclose(np.ravel(x)[:4], EXPECTED["tiny_values"][name], rtol=1e-5, err_msg=name)
+    if jax.__version__ == EXPECTED["jax"] and "optimization_level=0" in os.environ["XLA_FLAGS"]:
+        assert digest(params) == EXPECTED["tiny"]       # compilers differ in the last bits
