@@ -22,10 +22,11 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 import mmx
-from mmx import experiments, hugepages, train
 from mmx.data import packing, pipeline, tokens
+from mmx.launch import experiments, hugepages
 from mmx.model import Model
 from mmx.parallel import expert
+from mmx.training import train
 
 EXPERIMENT = str(Path(__file__).parents[1] / "experiments" / "tiny.py")
 CAPACITIES = 1.0, 1.25, 1.5

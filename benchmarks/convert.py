@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmx import config, released
+from mmx import config
+from mmx.checkpoints import hf_config, hf_layout, safetensors
 
 # Softmax layers with wide heads: q and out, stacked over layers, are 2.08 GB each of 4.3 GB in all.
 MODEL = config.Model(vocab=264, dim=4096, layers=31, pattern="S", heads=64, kv_heads=1, head_dim=128, rotary_dim=64,
@@ -32,14 +33,14 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 def random_checkpoint(directory: Path) -> int:
     """Writes bfloat16 noise; returns bytes."""
-    dtype = released.DTYPES["BF16"]
+    dtype = safetensors.DTYPES["BF16"]
     noise = np.random.default_rng(0).standard_normal(1 << 22, np.float32).astype(dtype).view(np.uint8)
-    tensors = {name: (dtype, leaf.tensor_shape) for leaf in released.leaves(MODEL) for _, name in leaf.tensors()}
+    tensors = {name: (dtype, leaf.tensor_shape) for leaf in hf_layout.leaves(MODEL) for _, name in leaf.tensors()}
     directory.mkdir()
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    (directory / "config.json").write_text(json.dumps(released.write_model(MODEL, "released", "bfloat16", ids)))
-    with released.Files(os.O_WRONLY) as files:
-        for i, tensor in enumerate(released.plan_files(directory, tensors, SHARD_BYTES).values()):
+    (directory / "config.json").write_text(json.dumps(hf_config.write_model(MODEL, "released", "bfloat16", ids)))
+    with safetensors.Files(os.O_WRONLY) as files:
+        for i, tensor in enumerate(safetensors.plan_files(directory, tensors, SHARD_BYTES).values()):
             left, offset = np.prod(tensor.shape, dtype=np.int64) * dtype.itemsize, tensor.offset
             while left:
                 part = np.roll(noise, 2 * i)[:left]
@@ -49,8 +50,8 @@ def random_checkpoint(directory: Path) -> int:
 
 
 def equal(a: Path, b: Path) -> bool:
-    first, second = released.find_tensors(a), released.find_tensors(b)
-    with released.Files(os.O_RDONLY) as files:
+    first, second = safetensors.find_tensors(a), safetensors.find_tensors(b)
+    with safetensors.Files(os.O_RDONLY) as files:
         for name, tensor in first.items():
             one, two = (np.empty(np.prod(t.shape) * t.dtype.itemsize, np.uint8) for t in (tensor, second[name]))
             files.read(tensor.file, memoryview(one), tensor.offset)
@@ -66,7 +67,7 @@ def main():
     with tempfile.TemporaryDirectory(dir=parser.parse_args().dir) as folder:
         folder = Path(folder)
         size = random_checkpoint(folder / "source")
-        stack = max(np.prod(leaf.shape, dtype=np.int64) * 2 for leaf in released.leaves(MODEL))
+        stack = max(np.prod(leaf.shape, dtype=np.int64) * 2 for leaf in hf_layout.leaves(MODEL))
         print(f"checkpoint {size / 1e9:.2f} GB, largest stacked tensor {stack / 1e9:.2f} GB", flush=True)
         print(f"{'':10}{'GB':>8}{'seconds':>10}{'peak GB':>10}", flush=True)
         for call, source, out in (("from_hf", "source", "workdir"), ("to_hf", "workdir", "export")):

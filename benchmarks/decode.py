@@ -22,7 +22,9 @@ from tqdm.auto import tqdm
 from vs_transformers import MODEL, STEPS, after, greedy, start, stock, timed
 
 import mmx
-from mmx import hugepages, inference, memory
+from mmx.analysis import memory
+from mmx.inference import engine
+from mmx.launch import hugepages
 
 BATCHES = 1, 8, 32
 PROMPT = 512
@@ -56,7 +58,7 @@ def main():
                       f"{size / 1e6:.1f}", f"{size * rates['ours'] / batch / bandwidth:.0%}")
     Console().print(table)
     lengths = short_lengths()
-    levels, padded = (sum(sum(f(n - 1)) for n in lengths) for f in (inference.pieces, pad))
+    levels, padded = (sum(sum(f(n - 1)) for n in lengths) for f in (engine.pieces, pad))
     print(f"{len(lengths)} prompts of 7 to 300 tokens, {sum(lengths):,} in all: {levels:,} computed in levels, {padded:,} "
           f"padded to 256s, {1 - levels / padded:.0%} of the work saved; all read and first tokens drawn in "
           f"{median['levels']['ours']:.2f} s against {median['padded']['ours']:.2f} s")
@@ -87,13 +89,13 @@ def theirs(folder, _):
 
 def ours(folder, _):
     loaded = mmx.load(folder)
-    asked = [inference.Request(prompts(1, n)[0], 1) for n in short_lengths()]
-    levels = inference.pieces
+    asked = [engine.Request(prompts(1, n)[0], 1) for n in short_lengths()]
+    levels = engine.pieces
 
     def first_tokens(cut):
-        inference.pieces = cut
-        list(inference.stream(loaded, asked, rows=8))
-        inference.pieces = levels
+        engine.pieces = cut
+        list(engine.stream(loaded, asked, rows=8))
+        engine.pieces = levels
 
     def bandwidth():
         x, total = jnp.ones(1 << 27), jax.jit(jnp.sum)

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from mmx.scaling import Runs, fit
+from mmx.analysis.scaling import Runs, fit
 
 
 class Case(NamedTuple):

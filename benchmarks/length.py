@@ -1,12 +1,12 @@
 """Tokens/s and memory of one attention layer, forward and backward, over the sequence's length, at equal tokens a call.
 
-    python benchmarks/length.py             # a quarter of an hour on two idle cores; writes experiments/length.jsonl
+    python benchmarks/length.py             # a quarter of an hour on two idle cores; writes experiments/results/length.jsonl
 
 Hidden 256, 8 heads x 32 (softmax: 2 KV heads), float32. A call reads 131,072 tokens, of many sequences or of one, so that the
 length alone changes: calls that are larger need new memory, and are slower for that. Each point is a process of its own, in
 turn, pass after pass: the median of several calls, after as many as still take new memory, and the peak of the call's buffers
 beyond its inputs as XLA lays them out. Softmax attention's time grows with the length: it stops where four times its last call
-is over --limit. `python benchmarks/findings.py` draws the figure.
+is over --limit. `python -m experiments.findings` draws the figure.
 Result: lightning keeps 97 % of its tokens/s (91 to 102) from 1,024 to 131,072 tokens; a loss of 5 % being none: cannot tell.
 """
 import argparse
@@ -23,11 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from mmx import atomic, config, hugepages
+from mmx import config
+from mmx.files import atomic
+from mmx.launch import hugepages
 
 LENGTHS = [1024, 4096, 16384, 65536, 131072]
 NAMES = {"L": "lightning", "S": "softmax"}
-OUT = Path(__file__).parents[1] / "experiments" / "length.jsonl"
+OUT = Path(__file__).parents[1] / "experiments" / "results" / "length.jsonl"
 
 
 def main():
@@ -36,7 +38,7 @@ def main():
     flags.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default=LENGTHS)
     flags.add_argument("--limit", type=float, default=30, help="longest call, in seconds (default 30)")
     flags.add_argument("--passes", type=int, default=3, help="how often all is measured (default 3)")
-    flags.add_argument("--out", default=OUT, help="the points, a line of JSON each (default experiments/length.jsonl)")
+    flags.add_argument("--out", default=OUT, help="the points, a line of JSON each (default experiments/results/length.jsonl)")
     flags.add_argument("--point", help=argparse.SUPPRESS)
     args = flags.parse_args()
     if args.point:

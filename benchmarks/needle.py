@@ -1,11 +1,11 @@
 """The needle experiments: trains and reads experiments/needle.py's or needle_rope.py's models with three seeds; their tables.
 
     python benchmarks/needle.py --run DIR       # mmx sweep, then the readings; what DIR has already is not done again
-    python benchmarks/needle.py                 # the tables, of the rows in experiments/needle.jsonl
+    python benchmarks/needle.py                 # the tables, of the rows in experiments/results/needle.jsonl
     python benchmarks/needle.py --experiment needle_rope --run DIR --jobs 2 --hours 2
 
 A row is an example that was read: what the model is, the seed, the prompt's length in tokens, the needle's depth in percent,
-whether the answer was right, and what was written. `python benchmarks/findings.py` draws the figures.
+whether the answer was right, and what was written. `python -m experiments.findings` draws the figures.
 """
 import argparse
 import concurrent.futures
@@ -18,7 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmx import atomic, cli, experiments, sweep
+from mmx import cli
+from mmx.files import atomic
+from mmx.launch import experiments, sweep
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 DEPTHS = (0, 25, 50, 75, 100)
@@ -99,7 +101,7 @@ def main():
     args = parser.parse_args()
     if args.jobs < 1:       # said before documents are made
         parser.error(f"--jobs {args.jobs}: give one, or more")
-    plan, path = PLANS[args.experiment], FOLDER / f"{args.experiment}.jsonl"
+    plan, path = PLANS[args.experiment], FOLDER / "results" / f"{args.experiment}.jsonl"
     if args.run:
         found = run(args.run, args.experiment, args.jobs, args.hours)
         with atomic.replacing(path) as file:

@@ -1,6 +1,6 @@
 """Padding counted: samples padded to blocks of 256, packed end to end, and to blocks of several sizes.
 
-    python benchmarks/padding.py                # seconds; writes experiments/padding.jsonl
+    python benchmarks/padding.py                # seconds; writes experiments/results/padding.jsonl
 
 1,000 lengths a seed, lognormal with a deviation of 1, cut at 1 and 8,192 tokens; the mix is ours, the paper names none. Of
 each: what padding adds, over the tokens themselves.
@@ -19,16 +19,16 @@ from pathlib import Path
 
 import numpy as np
 
-from mmx import atomic
 from mmx.data import packing
+from mmx.files import atomic
 
 MEDIANS, SEEDS, SAMPLES, ROW = (64, 512, 2048), (0, 1, 2), 1000, 8192
-OUT = Path(__file__).parents[1] / "experiments" / "padding.jsonl"
+OUT = Path(__file__).parents[1] / "experiments" / "results" / "padding.jsonl"
 
 
 def main():
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--out", default=str(OUT), help="the rows (default experiments/padding.jsonl)")
+    flags.add_argument("--out", default=str(OUT), help="the rows (default experiments/results/padding.jsonl)")
     args = flags.parse_args()
     rows = [{"seed": seed, "median": median} | count(lengths(median, seed)) for median in MEDIANS for seed in SEEDS]
     with atomic.replacing(args.out) as file:

@@ -18,8 +18,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from mmx import config, hugepages, inference
-from mmx.convert import Loaded
+from mmx import config
+from mmx.checkpoints.convert import Loaded
+from mmx.inference import engine
+from mmx.launch import hugepages
 from mmx.model import Model
 
 GEOMETRY = {"dim": 128, "layers": 4, "heads": 4, "kv_heads": 1, "rotary_dim": 16, "expert_dim": 128, "init": "fan_in",
@@ -50,10 +52,10 @@ def main():
             points.append((bar.n, (bar.n - (points[-1][0] if points else 0)) / (begin[-1] - begin[-2]), resident()))
             bar.set_postfix(tokens_per_s=f"{points[-1][1]:,.0f}", MiB=f"{points[-1][2]:,.0f}")
 
-    prefix = inference.read(loaded, ids_T, progress=progress)
+    prefix = engine.read(loaded, ids_T, progress=progress)
     bar.close()
     start = time.perf_counter()
-    pieces = list(inference.stream(loaded, [inference.Request(ids_T[:1], args.steps)], prefix=prefix))
+    pieces = list(engine.stream(loaded, [engine.Request(ids_T[:1], args.steps)], prefix=prefix))
     decoded = time.perf_counter() - start
     table = Table("tokens read", "tokens/s", "resident MiB", title=f"{args.pattern}, {c.params_total:,} parameters")
     for read, rate, memory in points[::max(len(points) // ROWS, 1)] + points[-1:]:

@@ -1,7 +1,7 @@
 """Loss by place, up to eight times the length of training, of the runs of experiments/rope_length.py.
 
     mmx sweep --config experiments/rope_length.py --out rope_length --jobs 6
-    python benchmarks/rope_length.py --run rope_length          # the sweep's rows and by_place: experiments/rope_length.jsonl
+    python benchmarks/rope_length.py --run rope_length      # the sweep's rows and by_place: results/rope_length.jsonl
 
 Held-out text in rows of 2,048 bytes, each read alone; nats a byte are means over bytes 0 to 255, 256 to 511, 512 to 1,023 ...
 """
@@ -14,21 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx import atomic, hugepages, sweep
+from mmx.checkpoints.convert import load
 from mmx.config import Data
-from mmx.convert import load
 from mmx.data import packing, pipeline, tokens
+from mmx.files import atomic
+from mmx.launch import hugepages, sweep
 from mmx.model import Model
 from mmx.parallel.vocabulary import cross_entropy
 
-OUT = Path(__file__).parents[1] / "experiments" / "rope_length.jsonl"
+OUT = Path(__file__).parents[1] / "experiments" / "results" / "rope_length.jsonl"
 LENGTH, ROWS, BATCH = 2048, 64, 8
 
 
 def main():
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--run", metavar="DIR", type=Path, required=True, help="what mmx sweep --out was given")
-    flags.add_argument("--out", type=Path, default=OUT, help="the rows (default experiments/rope_length.jsonl)")
+    flags.add_argument("--out", type=Path, default=OUT, help="the rows (default experiments/results/rope_length.jsonl)")
     args = flags.parse_args()
     found = sweep.collect(args.run).values()
     if not found:

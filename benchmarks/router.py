@@ -1,6 +1,6 @@
 """Dropped tokens and what they cost, by experiments/router.py: trains its seeds, then reads held-out text under capacities.
 
-    python benchmarks/router.py --run router        # writes experiments/router.jsonl
+    python benchmarks/router.py --run router        # writes experiments/results/router.jsonl
 """
 import argparse
 import dataclasses
@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx import atomic, cli, experiments, hugepages, sweep
+from mmx import cli
+from mmx.checkpoints.convert import load
 from mmx.config import Data
-from mmx.convert import load
 from mmx.data import packing, pipeline, tokens
-from mmx.loss import loss
+from mmx.files import atomic
+from mmx.launch import experiments, hugepages, sweep
 from mmx.model import Model
+from mmx.training.loss import loss
 
 EXPERIMENT = str(Path(__file__).parents[1] / "experiments" / "router.py")
 CAPACITIES, SHARDS = (1.0, 1.25, 1.5, 2.0), (1, 4, 16, 32)
@@ -29,7 +31,8 @@ def main():
     flags.add_argument("--run", type=Path, metavar="DIR", required=True, help="mmx sweep's --out: what it has stays")
     flags.add_argument("--jobs", default=1, metavar="N", help="runs at a time (default 1)")
     flags.add_argument("--hours", metavar="H", help="train only if that takes no longer; a reading takes some minutes on top")
-    flags.add_argument("--out", default=EXPERIMENT.replace(".py", ".jsonl"), help="the rows (default experiments/router.jsonl)")
+    flags.add_argument("--out", default=EXPERIMENT.replace("router.py", "results/router.jsonl"),
+                       help="the rows (default experiments/results/router.jsonl)")
     args = flags.parse_args()
     hours = ["--hours", args.hours] if args.hours else []
     if code := cli.main(["sweep", "--config", EXPERIMENT, "--out", str(args.run), "--jobs", str(args.jobs), *hours]):

@@ -22,8 +22,10 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 import mmx
-from mmx import config, hugepages, optim
-from mmx.train import init, train_step
+from mmx import config
+from mmx.launch import hugepages
+from mmx.training import optim
+from mmx.training.train import init, train_step
 
 STEPS = 64
 MODEL = config.Model(vocab=1024, rotary_dim=32, aux="hf", aux_weight=0.001)

@@ -1,7 +1,7 @@
 """Which architecture has the lower loss at equal FLOPs? The paper's ladder in small: softmax, lightning, hybrid, 25k to 400k.
 
     mmx sweep --config experiments/scaling.py --out scaling --executor inline
-    mmx fit scaling/runs.jsonl --law envelope --out scaling     # or experiments/scaling.jsonl, the runs below
+    mmx fit scaling/runs.jsonl --law envelope --out scaling     # or experiments/results/scaling.jsonl, the runs below
 
 Protocol: eight layers, so that seven lightning layers to one of softmax is literal; dense, heads of 8 dims, feed-forward parts
 8/3 of the width; bytes of the embedded corpus in rows of 256, four a step. Each budget of tokens is a run of its own whose

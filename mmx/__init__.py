@@ -11,7 +11,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-FUNCTIONS = {"load": "mmx.convert", "forward": "mmx.inference", "generate": "mmx.inference"}
+FUNCTIONS = {"load": "mmx.checkpoints.convert", "forward": "mmx.inference.engine", "generate": "mmx.inference.engine"}
 MODULES = ("config", "kernels", "torch")
 __all__ = [*FUNCTIONS, *MODULES]
 

@@ -9,8 +9,9 @@ float32: in bfloat16 the smallest slopes would round away.
 """
 from pathlib import Path
 
-from mmx import checkpoint, released
+from mmx.checkpoints import hf_config, hf_layout, manager, safetensors
 from mmx.config import ConfigError, Model, build
+from mmx.files import untrusted
 
 try:
     import torch
@@ -23,17 +24,17 @@ except ImportError as error:
 def load(directory: str | Path, dtype: torch.dtype = torch.float32, **options) -> MiniMaxForCausalLM:
     """A Hugging Face directory, in either dialect, as a transformers model that computes the released function."""
     directory = Path(directory)
-    if checkpoint.find_step(directory):
+    if manager.find_step(directory):
         raise ConfigError(f"{directory} is an mmx workdir: first mmx convert to-hf --checkpoint {directory} --out DIR")
     where = directory / "config.json"
-    config = released.read_json(released.own_file(where))
-    model = build({"model": released.read_model(config, where)}).model
+    config = untrusted.read_json(untrusted.own_file(where))
+    model = build({"model": hf_config.read_model(config, where)}).model
     if model.vision.layers:
         raise ConfigError(f"{directory} holds a model that sees: mmx.torch has the function of the text model alone")
-    released.check_tensors(released.find_tensors(directory), model, directory)
+    safetensors.check_tensors(safetensors.find_tensors(directory), model, directory)
     ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    stock = released.write_model(model, "transformers", str(dtype).removeprefix("torch."), ids)
-    stock["block_size"] = config.get("block_size", released.BLOCK)
+    stock = hf_config.write_model(model, "transformers", str(dtype).removeprefix("torch."), ids)
+    stock["block_size"] = config.get("block_size", hf_layout.BLOCK)
     stock["router_aux_loss_coef"] = config.get("router_aux_loss_coef", stock["router_aux_loss_coef"])
     return mend(load_stock(directory, config=MiniMaxConfig(**stock), dtype=dtype, **options), model)
 
@@ -77,7 +78,7 @@ def mend(stock: MiniMaxForCausalLM, model: Model) -> MiniMaxForCausalLM:
             attention.k_proj.register_forward_hook(reorder)
             continue
         rate = -torch.tensor(model.log_decay[layer], dtype=torch.float32, device=attention.slope_rate.device)[:, None, None]
-        for name, value in zip(released.DECAY_BUFFERS, (rate, *attention.decay_factors(rate))):
+        for name, value in zip(hf_layout.DECAY_BUFFERS, (rate, *attention.decay_factors(rate))):
             setattr(attention, name, value)
         attention.act_fn.register_forward_hook(to_float32)
         attention.out_proj.register_forward_pre_hook(to_model_dtype)

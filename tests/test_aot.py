@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmx import aot, cli
-from mmx.compilers import hlo, ptx, schedule
+from mmx import cli
+from mmx.compilers import aot, hlo, ptx, schedule
 
 EXPERIMENT = """\
 from mmx.config import default

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from mmx import bench, cli
-from mmx.compilers import hlo, schedule
+from mmx import cli
+from mmx.compilers import bench, hlo, schedule
 
 needs_compiler = pytest.mark.skipif(bool(schedule.missing()), reason=schedule.missing())
 HLO = """
@@ -151,7 +151,7 @@ def test_the_layer_moves_what_its_products_and_attention_take(tmp_path, monkeypa
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     T, W = 8192, bench.H * bench.D
-    schedule._compile(f"mmx.bench:layer:fused:{T}:0", "v5p", tmp_path)
+    schedule._compile(f"mmx.compilers.bench:layer:fused:{T}:0", "v5p", tmp_path)
     _, moved = json.loads((tmp_path / "memory").read_text())
     assert moved < 1.02 * 2 * (5 * bench.DIM * W + 5 * T * bench.DIM + 11 * T * W)
 

@@ -18,9 +18,12 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
-from mmx import checkpoint, checksums, config, convert
-from mmx.checkpoint import Checkpoints, check_config
+from mmx import config
+from mmx.checkpoints import convert
+from mmx.checkpoints import manager as checkpoint
+from mmx.checkpoints.manager import Checkpoints, check_config
 from mmx.config import ConfigError
+from mmx.files import checksums
 
 MODEL = config.Model(vocab=19, dim=12, layers=4, pattern="LS", heads=4, kv_heads=2, head_dim=8, rotary_dim=4, experts=3,
                      expert_dim=10)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmx import checksums
+from mmx.files import checksums
 
 
 @pytest.fixture

@@ -15,9 +15,12 @@ import pytest
 import tokenizers
 
 import mmx
-from mmx import cli, convert, experiments, metrics
+from mmx import cli
+from mmx.checkpoints import convert
 from mmx.config import ConfigError
 from mmx.data import tokens
+from mmx.launch import experiments
+from mmx.training import metrics
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "experiments" / "tiny.py")
@@ -166,7 +169,7 @@ def test_eval_of_long_contexts(place, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out" / "needle.png").read_bytes()[:4] == b"\x89PNG"
     lines = (tmp_path / "out" / "needle.jsonl").read_text()
     assert len(lines.splitlines()) == 5 and all(0 < json.loads(line)["tokens"] <= 256 for line in lines.splitlines()[1:])
-    monkeypatch.setattr("mmx.inference.generate", None)         # what is done is not done again
+    monkeypatch.setattr("mmx.inference.engine.generate", None)         # what is done is not done again
     assert cli.main(command) == 0
     assert (tmp_path / "out" / "needle.jsonl").read_text() == lines
 
@@ -417,7 +420,7 @@ def test_sigterm_saves_and_the_screen_stays_clean(place):
 
 def test_config_counts_what_is_compiled(monkeypatch, capsys):
     found = {"flops": 6e6, "devices": 4, "tokens": 2048, "unknown": {}}
-    monkeypatch.setattr("mmx.aot.run", lambda e, topology: found)
+    monkeypatch.setattr("mmx.compilers.aot.run", lambda e, topology: found)
     assert cli.main(["config", "experiments/tiny.py", "--compiled", "v5p:2x2x1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["flops_per_token_compiled"] == 6e6 * 4 / 2048
     found["unknown"] = {"pallas_call": 2}

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from mmx import config, experiments, released
+from mmx import config
+from mmx.checkpoints import hf_layout
 from mmx.config import ConfigError, Model, build
+from mmx.launch import experiments
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))
 LADDER = str(Path(__file__).parent.parent / "experiments" / "ladder.py")
@@ -18,7 +20,7 @@ SHAPES = [Model(), Model(pattern="S", layers=3, heads=5, kv_heads=5, head_dim=6,
 
 @pytest.mark.parametrize("model", SHAPES, ids=["default", "softmax", "mixed", "vision"])
 def test_counts_are_those_of_the_leaves(model):
-    leaves = released.leaves(model)
+    leaves = hf_layout.leaves(model)
     sizes = {leaf.path: math.prod(leaf.shape) for leaf in leaves}
     text = {path: size for path, size in sizes.items() if path[0] != "vision"}
     assert model.params_total == sum(sizes.values()) == sum(text.values()) + model.params_vision

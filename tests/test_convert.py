@@ -15,7 +15,9 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mmx import checkpoint, config, convert, released
+from mmx import config
+from mmx.checkpoints import convert, hf_config, hf_layout, safetensors
+from mmx.checkpoints import manager as checkpoint
 from mmx.config import ConfigError
 from mmx.parallel import mesh as meshes
 
@@ -34,11 +36,11 @@ SHAPES = {
 def write_released(directory, model, dtype="F32", dialect="released", seed=0):
     """A released directory of random tensors."""
     directory.mkdir(parents=True)
-    rng, kind = np.random.default_rng(seed), released.DTYPES[dtype]
+    rng, kind = np.random.default_rng(seed), safetensors.DTYPES[dtype]
     tensors = {name: rng.standard_normal(leaf.tensor_shape).astype(kind)
-               for leaf in released.leaves(model) for _, name in leaf.tensors()}
+               for leaf in hf_layout.leaves(model) for _, name in leaf.tensors()}
     save_file(tensors, directory / "model.safetensors")
-    text = released.write_model(model, dialect, kind.name, dict.fromkeys(convert.BYTE_IDS))
+    text = hf_config.write_model(model, dialect, kind.name, dict.fromkeys(convert.BYTE_IDS))
     (directory / "config.json").write_text(json.dumps(text))
     return tensors
 
@@ -50,13 +52,13 @@ def all_tensors(directory):
 def test_text_01_has_the_released_names_and_shapes():
     model = config.Model(vocab=200064, dim=6144, layers=80, heads=64, kv_heads=8, head_dim=128, rotary_dim=64,
                          experts=32, expert_dim=9216)
-    shapes = {name: leaf.tensor_shape for leaf in released.leaves(model) for _, name in leaf.tensors()}
+    shapes = {name: leaf.tensor_shape for leaf in hf_layout.leaves(model) for _, name in leaf.tensors()}
     assert len(shapes) == 8243 == model.checkpoint_tensors
     assert shapes["model.layers.78.self_attn.qkv_proj.weight"] == (3 * 8192, 6144)
     assert shapes["model.layers.79.self_attn.k_proj.weight"] == (1024, 6144)
     assert shapes["model.layers.79.self_attn.o_proj.weight"] == (6144, 8192)
     assert shapes["model.layers.0.block_sparse_moe.experts.31.w2.weight"] == (6144, 9216)
-    assert max(np.prod(leaf.chunks(2)) * 2 for leaf in released.leaves(model)) <= released.SLICE_BYTES
+    assert max(np.prod(leaf.chunks(2)) * 2 for leaf in hf_layout.leaves(model)) <= hf_layout.SLICE_BYTES
 
 
 def test_layouts_by_hand(tmp_path):
@@ -64,8 +66,8 @@ def test_layouts_by_hand(tmp_path):
     model = dataclasses.replace(SMALL, pattern="LS", layers=4)
     tensors = write_released(tmp_path / "hf", model)
     source = convert.open_source(tmp_path / "hf")
-    with released.Files(0) as files:
-        params = {leaf.path: source.read_leaf(files, leaf) for leaf in released.leaves(model)}
+    with safetensors.Files(0) as files:
+        params = {leaf.path: source.read_leaf(files, leaf) for leaf in hf_layout.leaves(model)}
     H, K, D, G = model.heads, model.head_dim, model.dim, model.kv_heads
     for group in range(2):
         lightning, softmax = (f"model.layers.{2 * group + i}." for i in range(2))
@@ -96,13 +98,13 @@ def test_layouts_by_hand(tmp_path):
 @pytest.mark.parametrize("dialect", convert.DIALECTS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_round_trip_is_bit_exact(tmp_path, monkeypatch, shape, dialect):
-    monkeypatch.setattr(released, "SLICE_BYTES", 500)       # every matrix in several slices, the last one short
+    monkeypatch.setattr(hf_layout, "SLICE_BYTES", 500)       # every matrix in several slices, the last one short
     dtype = "BF16" if shape == "odd_heads" else "F32"
     tensors = write_released(tmp_path / "hf", SHAPES[shape], dtype)
     convert.from_hf(tmp_path / "hf", tmp_path / "run", progress=False)
     convert.to_hf(tmp_path / "run", tmp_path / "back", dialect, shard_bytes=9000, progress=False)
     back = all_tensors(tmp_path / "back")
-    extra = {name for name in back if name.endswith(released.DECAY_BUFFERS)}
+    extra = {name for name in back if name.endswith(hf_layout.DECAY_BUFFERS)}
     assert back.keys() - extra == tensors.keys()
     assert bool(extra) == (dialect == "transformers" and shape == "odd_heads")
     for name, tensor in tensors.items():
@@ -114,7 +116,7 @@ def test_round_trip_is_bit_exact(tmp_path, monkeypatch, shape, dialect):
         held = load_file(file).values()
         assert sum(array.nbytes for array in held) <= 9000 or len(held) == 1
         assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0      # the data is aligned
-    assert released.read_model(json.loads((tmp_path / "back" / "config.json").read_text()), "x") == released.read_model(
+    assert hf_config.read_model(json.loads((tmp_path / "back" / "config.json").read_text()), "x") == hf_config.read_model(
         json.loads((tmp_path / "hf" / "config.json").read_text()), "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "run"]
 
@@ -122,8 +124,8 @@ def test_round_trip_is_bit_exact(tmp_path, monkeypatch, shape, dialect):
 def test_orbax_restores_what_from_hf_wrote(tmp_path):
     convert.from_hf(CKPT, tmp_path / "run", progress=False)
     loaded = convert.open_source(CKPT)
-    with released.Files(0) as files:
-        wanted = {leaf.path: loaded.read_leaf(files, leaf) for leaf in released.leaves(loaded.model)}
+    with safetensors.Files(0) as files:
+        wanted = {leaf.path: loaded.read_leaf(files, leaf) for leaf in hf_layout.leaves(loaded.model)}
     wish = ocp.args.Composite(params=ocp.args.StandardRestore(convert.abstract_params(loaded.model)))
     with ocp.CheckpointManager(tmp_path / "run" / "checkpoints") as manager:
         params = manager.restore(manager.latest_step(), args=wish)["params"]
@@ -198,7 +200,7 @@ def test_decay_buffers_are_the_oracles():
     found = load_file(CKPT / "model.safetensors")
     model = convert.open_source(CKPT).model
     for layer in (0, 4):
-        for name, ours in released.decay_buffers(model, layer).items():
+        for name, ours in hf_layout.decay_buffers(model, layer).items():
             theirs = found[f"model.layers.{layer}.self_attn.{name}"]
             block = 32                                      # the oracle's; ours are longer
             if name == "key_decay":                         # counted from the block's end
@@ -210,20 +212,20 @@ def test_decay_buffers_are_the_oracles():
 
 def test_both_dialects_say_the_same():
     stock = json.loads((CKPT / "config.json").read_text())
-    model = config.Model(**released.read_model(stock, "x"))
+    model = config.Model(**hf_config.read_model(stock, "x"))
     assert (model.pattern, model.rotary_dim, model.rope_theta, model.heads) == ("LLS", 8, 1e7, 5)
     assert model.alpha_lightning == stock["linear_attn_alpha_factor"] and model.norm_eps == 1e-5
     ids = dict.fromkeys(convert.BYTE_IDS)
     for dialect in convert.DIALECTS:
         bare = dataclasses.replace(model, rotary_dim=0)
-        assert config.Model(**released.read_model(released.write_model(bare, dialect, "float32", ids), "x")) == bare
-        assert config.Model(**released.read_model(released.write_model(model, dialect, "float32", ids), "x")) == model
-    text = released.write_model(model, "released", "float32", ids)
+        assert config.Model(**hf_config.read_model(hf_config.write_model(bare, dialect, "float32", ids), "x")) == bare
+        assert config.Model(**hf_config.read_model(hf_config.write_model(model, dialect, "float32", ids), "x")) == model
+    text = hf_config.write_model(model, "released", "float32", ids)
     assert not text.keys() & {"layer_types", "rope_parameters", "linear_attn_alpha_factor"}
     full = stock | {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}
-    assert released.read_model(full, "x")["rotary_dim"] == 16
+    assert hf_config.read_model(full, "x")["rotary_dim"] == 16
     m1 = text | {"model_type": "minimax_m1", "num_local_experts": [8] * 6, "shared_intermediate_size": [0]}
-    assert config.Model(**released.read_model(m1, "x")) == model
+    assert config.Model(**hf_config.read_model(m1, "x")) == model
 
 
 def test_tokenizer_ids_are_written(tmp_path):
@@ -245,10 +247,10 @@ def test_memory_is_bounded_by_slices(tmp_path):
     model = dataclasses.replace(SMALL, pattern="S", layers=1, dim=1024, expert_dim=32768, experts=1, top_k=1)
     directory = tmp_path / "hf"
     directory.mkdir()
-    tensors = {name: (released.DTYPES["F32"], leaf.tensor_shape)
-               for leaf in released.leaves(model) for _, name in leaf.tensors()}
-    released.plan_files(directory, tensors, 100_000_000)            # holes: zeros
-    (directory / "config.json").write_text(json.dumps(released.write_model(model, "released", "float32", {})))
+    tensors = {name: (safetensors.DTYPES["F32"], leaf.tensor_shape)
+               for leaf in hf_layout.leaves(model) for _, name in leaf.tensors()}
+    safetensors.plan_files(directory, tensors, 100_000_000)            # holes: zeros
+    (directory / "config.json").write_text(json.dumps(hf_config.write_model(model, "released", "float32", {})))
     code = """
 import sys
 from mmx import convert, released
@@ -446,13 +448,13 @@ def test_the_balance_loss_keeps_its_weight(aux, coefficient):
     """balanced, "hf" is top_k = 2, "switch" 1, "paper" 1/9; what is absent is transformers' 0.001."""
     model = dataclasses.replace(SMALL, aux=aux, aux_weight=0.02)
     for dialect in convert.DIALECTS:
-        text = released.write_model(model, dialect, "float32", {})
+        text = hf_config.write_model(model, dialect, "float32", {})
         assert text["router_aux_loss_coef"] == pytest.approx(coefficient)
-        back = config.Model(**released.read_model(text, "x"))
+        back = config.Model(**hf_config.read_model(text, "x"))
         assert (back.aux, back.aux_weight) == ("hf", text["router_aux_loss_coef"])
-        assert released.write_model(back, dialect, "float32", {}) == text
+        assert hf_config.write_model(back, dialect, "float32", {}) == text
     del text["router_aux_loss_coef"]
-    assert released.read_model(text, "x")["aux_weight"] == 0.001
+    assert hf_config.read_model(text, "x")["aux_weight"] == 0.001
 
 
 def test_head_norm_eps_has_no_released_place(tmp_path):

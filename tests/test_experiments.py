@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mmx import experiments, metrics, sweep, train
 from mmx.data import generated
+from mmx.launch import experiments, sweep
+from mmx.training import metrics, train
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 SMALL = ["--config.train.steps=1", "--config.train.batch=2", "--config.train.length=64", "--config.train.warmup=0",

@@ -4,20 +4,20 @@ import json
 import runpy
 from pathlib import Path
 
-import claims
-import evidence
-import figures
-import findings
 import jax
 import numpy as np
 import pytest
 from matplotlib import pyplot
 from PIL import Image
 
-from mmx import config, convert, experiments
+from experiments.findings import claims, evidence, figures
+from experiments.findings import page as findings
+from mmx import config
+from mmx.checkpoints import convert
 from mmx.data import packing, pipeline, tokens
-from mmx.loss import loss
+from mmx.launch import experiments
 from mmx.model import Model, logits
+from mmx.training.loss import loss
 
 ROOT = Path(__file__).parent.parent
 PADDING = runpy.run_path(str(ROOT / "benchmarks" / "padding.py"))
@@ -25,12 +25,12 @@ LENGTH = runpy.run_path(str(ROOT / "benchmarks" / "length.py"))
 
 
 def test_the_page_is_what_the_rows_say():
-    """Made again by `python benchmarks/findings.py`; a figure for every file of rows."""
+    """Made again by `python -m experiments.findings`; a figure for every file of rows."""
     text = (ROOT / "docs" / "findings.md").read_text()
     assert findings.page(text) == text and len(text.splitlines()) < 200
     for name in findings.NAMES:
-        figure, has = ROOT / "experiments" / f"{name}.png", bool(evidence.rows(name))
-        assert figure.exists() == (f"experiments/{name}.png" in text) == has, name
+        figure, has = ROOT / "experiments" / "results" / f"{name}.png", bool(evidence.rows(name))
+        assert figure.exists() == (f"experiments/results/{name}.png" in text) == has, name
         if has:
             assert Image.open(figure).info["Of"] == findings.stamp(name), f"{name}.png is older than its rows or figures.py"
     for line in text.splitlines():
@@ -48,8 +48,8 @@ def test_figures_and_page_are_written(tmp_path, monkeypatch, capsys):
     text = (tmp_path / "docs" / "findings.md").read_text()
     assert text.startswith("# Title\n") and text.endswith(findings.END + "end\n") and "old" not in text
     assert text.count("**supports**") == 2 and text.count("![") == 1
-    assert Image.open(tmp_path / "experiments" / "padding.png").info["Of"] == findings.stamp("padding")
-    assert {path.name for path in (tmp_path / "experiments").iterdir()} == {"padding.jsonl", "padding.png"}
+    assert Image.open(tmp_path / "experiments" / "results" / "padding.png").info["Of"] == findings.stamp("padding")
+    assert {path.name for path in (tmp_path / "experiments" / "results").iterdir()} == {"padding.jsonl", "padding.png"}
 
 
 def test_an_interval_is_a_bootstrap_over_seeds():
@@ -75,9 +75,9 @@ def closed():
 
 
 def rows_of(tmp_path, monkeypatch, **files):
-    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "results").mkdir(parents=True)
     for name, rows in files.items():
-        (tmp_path / "experiments" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "experiments" / "results" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(evidence, "ROOT", tmp_path)
 
 
@@ -237,7 +237,7 @@ def test_padding_is_counted():
     found = PADDING["count"](n_M)
     padded = {"blocks": 1792, "packed": 8192, "ring": 864, "levels": 960}
     assert found == pytest.approx({name: tokens / 822 - 1 for name, tokens in padded.items()})
-    committed = [json.loads(line) for line in (ROOT / "experiments" / "padding.jsonl").read_text().splitlines()]
+    committed = [json.loads(line) for line in (ROOT / "experiments" / "results" / "padding.jsonl").read_text().splitlines()]
     first = committed[0]
     assert PADDING["count"](PADDING["lengths"](first["median"], first["seed"])) == {k: first[k] for k in found}
 

@@ -17,8 +17,12 @@ import numpy as np
 import pytest
 
 import mmx
-from mmx import config, convert, experiments, inference, metrics, optim, prefix, train
+from mmx import config
+from mmx.checkpoints import convert
+from mmx.inference import engine, prefix
+from mmx.launch import experiments
 from mmx.model import Model
+from mmx.training import metrics, optim, train
 
 FROZEN = Path(__file__).parent / "frozen"
 EXPECTED = json.loads((FROZEN / "expected.json").read_text())
@@ -70,10 +74,10 @@ def test_a_frozen_run_resumes_as_the_uninterrupted_one(workdir):
 def test_a_frozen_prefix_continues(workdir):
     loaded = mmx.load(workdir)
     kept = prefix.load("prefix.npz", loaded)
-    pieces = list(inference.stream(loaded, [inference.Request(QUESTION, STEPS)], prefix=kept))
+    pieces = list(engine.stream(loaded, [engine.Request(QUESTION, STEPS)], prefix=kept))
     assert np.concatenate([piece.ids_T for piece in pieces]).tolist() == EXPECTED["ids"]
     np.testing.assert_allclose(np.concatenate([piece.logprobs_T for piece in pieces]), EXPECTED["logprobs"], rtol=0, atol=1e-4)
-    again = inference.read(loaded, PROMPT)
+    again = engine.read(loaded, PROMPT)
     for new, old in zip(jax.tree.leaves(again), jax.tree.leaves(kept), strict=True):
         np.testing.assert_allclose(new, old, rtol=0, atol=1e-4)
 

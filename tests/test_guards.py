@@ -4,7 +4,7 @@ import math
 import pytest
 
 from mmx import config
-from mmx.guards import DivergedError, Guard
+from mmx.training.guards import DivergedError, Guard
 
 
 def guard(**options):

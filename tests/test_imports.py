@@ -1,6 +1,7 @@
 """Who imports whom: one direction, and what needs no accelerator imports none."""
 import ast
 import configparser
+import graphlib
 import re
 import subprocess
 import sys
@@ -9,50 +10,48 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ABOVE = {       # each part, and the parts it may import; every part may import dims, config and untrusted
-    "dims": "", "config": "", "untrusted": "", "chips": "", "atomic": "", "checksums": "", "lock": "atomic", "guards": "",
+ABOVE = {       # each package or module of mmx/, and those it may import; every one may import dims and config
+    "dims": "", "config": "", "chips": "",
+    "files": "",
     "kernels": "",
     "parallel": "kernels",
-    "int8": "",
-    "layers": "int8 kernels parallel",
+    "layers": "kernels parallel",
     "model": "layers parallel",
-    "loss": "model parallel",
-    "data": "atomic", "released": "",
-    "optim": "", "metrics": "atomic",
-    "checkpoint": "atomic checksums released",
-    "torch": "checkpoint released",
-    "inference": "data model parallel",
-    "prefix": "atomic inference parallel",
-    "convert": "atomic checkpoint data inference int8 model parallel released torch",
-    "evals": "atomic checkpoint convert data inference loss metrics model",
-    "train": "checkpoint convert data evals guards lock loss metrics model optim parallel",
-    "sweep": "atomic data evals guards metrics train",
-    "deepseek": "", "memory": "chips deepseek", "scaling": "", "experiments": "", "hugepages": "", "processes": "",
-    "compilers": "",
-    "bench": "chips compilers kernels layers parallel",
-    "aot": "chips compilers data inference model optim parallel train",
-    "search": "aot chips model parallel",
-    "cli": "aot bench checkpoint convert data evals experiments hugepages inference memory prefix parallel processes scaling "
-           "search sweep train",
+    "data": "files",
+    "checkpoints": "data files kernels model parallel",
+    "torch": "checkpoints files",
+    "training": "checkpoints data files model parallel",
+    "inference": "checkpoints data files model parallel torch",
+    "evals": "checkpoints data files inference model training",
+    "analysis": "chips files",
+    "compilers": "chips data inference kernels layers model parallel training",
+    "launch": "data evals files training",
+    "cli": "analysis checkpoints compilers data evals files inference launch parallel training",
 }
-FOREIGN = {     # packages that a part does without
+FOREIGN = {     # packages that a part, or one of its modules, does without
     "dims": ("jax", "flax", "torch"), "config": ("jax", "flax", "torch"), "data": ("jax", "flax", "torch"),
-    "released": ("jax", "flax", "torch"), "cli": ("jax", "flax", "torch"),
-    "experiments": ("jax", "flax", "torch"),
-    "memory": ("jax", "flax", "torch"), "deepseek": ("jax", "flax", "torch"),
-    "scaling": ("jax", "flax", "torch", "pandas", "sklearn"),
+    "files": ("jax", "flax", "torch"), "cli": ("jax", "flax", "torch"), "chips": ("jax", "flax", "torch"),
+    "analysis": ("jax", "flax", "torch", "pandas", "sklearn"),
+    "launch.experiments": ("jax", "flax", "torch"),
     "kernels": ("flax", "ml_collections", "torch"), "parallel": ("flax", "ml_collections", "torch"),
-    "convert": ("flax",), "checkpoint": ("flax",),
+    "checkpoints": ("flax", "torch"),
+    "checkpoints.hf_layout": ("jax", "flax", "torch"), "checkpoints.hf_config": ("jax", "flax", "torch"),
+    "checkpoints.safetensors": ("jax", "flax", "torch"),
 }
-LATER = {       # what a part imports only inside functions
-    "convert": "inference model parallel torch", "evals": "convert",
-    "cli": "aot bench checkpoint convert data evals inference memory scaling search sweep train", "sweep": "evals train",
+LATER = {       # what a part imports only inside functions, so that it starts without the heavy packages
+    "checkpoints": "model parallel", "inference": "torch",
+    "cli": "analysis checkpoints compilers data evals inference parallel training", "launch": "evals",
 }
 FILES = sorted((ROOT / "mmx").rglob("*.py"))
 
 
+def module(path: Path) -> str:
+    """The module's name below mmx: "training.loss"; a package's own name for its __init__."""
+    return ".".join(path.relative_to(ROOT / "mmx").with_suffix("").parts).removesuffix(".__init__")
+
+
 def part(path: Path) -> str:
-    return path.relative_to(ROOT / "mmx").with_suffix("").parts[0]
+    return module(path).partition(".")[0]
 
 
 def imported(path: Path, inside: bool = True) -> set[str]:
@@ -73,12 +72,30 @@ def test_imports_point_one_way(path):
     if own == "__init__":       # names are resolved when first used
         return
     parts = {name.split(".")[1] for name in imported(path) if name.startswith("mmx.")}
-    below = {own, "dims", "config", "untrusted", "__version__", *ABOVE[own].split()}
+    below = {own, "dims", "config", "__version__", *ABOVE[own].split()}
     assert parts <= below, f"{own} may not import {parts - below}"
     early = {name.split(".")[1] for name in imported(path, inside=False) if name.startswith("mmx.")}
     assert not early & set(LATER.get(own, "").split()), f"{own} imports {early} before it is called"
-    foreign = {name.split(".")[0] for name in imported(path)} & set(FOREIGN.get(own, ()))
-    assert not foreign, f"{own} does without {foreign}"
+    without = (*FOREIGN.get(own, ()), *FOREIGN.get(module(path), ()))
+    foreign = {name.split(".")[0] for name in imported(path)} & set(without)
+    assert not foreign, f"{module(path)} does without {foreign}"
+
+
+def test_no_modules_import_each_other():
+    """Not in a circle of any length, imports inside functions included."""
+    modules = {module(path): path for path in FILES if module(path) != "__init__"}
+    graph = {}
+    for name, path in modules.items():
+        found = [full.removeprefix("mmx.") for full in imported(path) if full.startswith("mmx.")]
+        graph[name] = {full if full in modules else full.rpartition(".")[0] for full in found} & modules.keys() - {name}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_few_modules_stand_outside_packages():
+    assert len(list((ROOT / "mmx").glob("*.py"))) <= 8
 
 
 def test_kernels_are_found_under_the_package():
@@ -101,10 +118,12 @@ def test_experiments_import_config_only(path):
 
 
 @pytest.mark.parametrize("modules, without", [
-    ("mmx, mmx.cli, mmx.config, mmx.released", ("jax", "flax", "orbax", "grain", "torch", "matplotlib")),
+    ("mmx, mmx.cli, mmx.config, mmx.checkpoints.safetensors, mmx.checkpoints.hf_config",
+     ("jax", "flax", "orbax", "grain", "torch", "matplotlib")),
     ("mmx.data.pipeline", ("flax", "transformers")),
-    ("mmx.scaling", ("jax", "flax", "torch", "matplotlib", "pandas")),
-    ("mmx.train, mmx.inference, mmx.convert, mmx.evals.compression", ("transformers", "matplotlib", "torch")),
+    ("mmx.analysis.scaling", ("jax", "flax", "torch", "matplotlib", "pandas")),
+    ("mmx.training.train, mmx.inference.engine, mmx.checkpoints.convert, mmx.evals.compression",
+     ("transformers", "matplotlib", "torch")),
 ])
 def test_heavy_packages_come_when_needed(modules, without):
     code = f"import sys, {modules}\nprint(*[m for m in {without} if m in sys.modules])"
@@ -121,6 +140,6 @@ def test_what_is_imported_is_declared():
     packages = [re.match(r"[\w-]+", line)[0] for line in lines if line]
     declared = {modules.get(name, name.lower().replace("-", "_")) for name in packages} | {"mmx"} | sys.stdlib_module_names
     for path in FILES:
-        extra = {"torch": {"torch", "transformers"}, "kernels": {"jax_triton", "triton"}, "bench": {"jax_triton"},
+        extra = {"torch": {"torch", "transformers"}, "kernels": {"jax_triton", "triton"}, "compilers": {"jax_triton"},
                  "evals": {"datasets", "lm_eval", "sacrebleu"}}
         assert {name.partition(".")[0].lower() for name in imported(path)} - extra.get(part(path), set()) <= declared, path

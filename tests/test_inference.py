@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import mmx
-from mmx import config, inference, int8, prefix
-from mmx.convert import Loaded
+from mmx import config
+from mmx.checkpoints.convert import Loaded
+from mmx.inference import engine, prefix
+from mmx.kernels import int8
 from mmx.model import Model
 from mmx.parallel.cache import empty_cache
 
@@ -27,8 +29,8 @@ def loaded():
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch):
     for name, value in (("LEVELS", (32, 16, 8)), ("BLOCK", 8)):
-        monkeypatch.setattr(inference, name, value)
-    monkeypatch.setattr(inference.caches, "PLACES", 16)
+        monkeypatch.setattr(engine, name, value)
+    monkeypatch.setattr(engine.caches, "PLACES", 16)
 
 
 def ids(B, T):
@@ -75,7 +77,7 @@ def test_same_seed_same_draws(loaded):
 def test_draws_do_not_depend_on_the_block(loaded, monkeypatch):
     draw = lambda: mmx.generate(loaded, ["one", "three"], steps=20, temperature=1.0, seed=3)
     first = draw()
-    monkeypatch.setattr(inference, "BLOCK", 24)
+    monkeypatch.setattr(engine, "BLOCK", 24)
     assert draw() == first
 
 
@@ -83,7 +85,7 @@ def draws(logits_W, count=4000, **how):
     draw = {f"{name}_B": np.full(count, how.get(name, default)) for name, default in (
         ("temperature", 1.0), ("top_k", len(logits_W)), ("top_p", 1.0))}
     logits_BW = jnp.broadcast_to(jnp.asarray(logits_W), (count, len(logits_W)))
-    taken = np.asarray(inference._draw(logits_BW, jax.random.split(jax.random.key(0), count), draw))
+    taken = np.asarray(engine._draw(logits_BW, jax.random.split(jax.random.key(0), count), draw))
     return np.bincount(taken, minlength=len(logits_W)) / count
 
 
@@ -99,17 +101,17 @@ def test_sampling_follows_its_distribution():
 
 
 def test_text_ends_at_the_first_stop_string_or_end_token(loaded):
-    tokenizer = inference.tokenizers.tokenizer("bytes")
+    tokenizer = engine.tokenizers.tokenizer("bytes")
 
     def text(raw, stop=()):
-        row = inference._Row(0, inference.Request("", 99, stop=tuple(stop)), lambda: tokenizer, C, behind=True)
+        row = engine._Row(0, engine.Request("", 99, stop=tuple(stop)), lambda: tokenizer, C, behind=True)
         row.ids = list(raw)
         return row._text(len(row.ids))
 
     assert text(b"one two three") == ("one two three", False)
     assert text(b"one two three", ["three", "two"]) == ("one ", True)
     assert text([*b"one", tokenizer.eos, *b"two"]) == ("one", True)
-    row = inference._Row(0, inference.Request("", 99, stop=("abcd", "b")), lambda: tokenizer, C, behind=True)
+    row = engine._Row(0, engine.Request("", 99, stop=("abcd", "b")), lambda: tokenizer, C, behind=True)
     piece = row.piece(np.array(list(b"xabcd")), np.zeros(5))
     assert (piece.text, bytes(piece.ids_T.tolist())) == ("xa", b"xab")      # the one that is complete first
     free = mmx.generate(loaded, ["abc"], steps=30)[0]
@@ -118,8 +120,8 @@ def test_text_ends_at_the_first_stop_string_or_end_token(loaded):
 
 def test_ids_end_where_the_text_does(loaded):
     """A block goes on behind a stop string; what it drew there is told of nobody."""
-    tokenizer = inference.tokenizers.tokenizer("bytes")
-    row = inference._Row(0, inference.Request("", 99, stop=("stop", "x")), lambda: tokenizer, C, behind=True)
+    tokenizer = engine.tokenizers.tokenizer("bytes")
+    row = engine._Row(0, engine.Request("", 99, stop=("stop", "x")), lambda: tokenizer, C, behind=True)
     first, second = (row.piece(np.array(list(raw)), np.arange(float(len(raw)))) for raw in (b"one s", b"top and x"))
     assert (first.text, first.ended, bytes(first.ids_T.tolist())) == ("one ", False, b"one s")
     assert (second.text, second.ended, bytes(second.ids_T.tolist())) == ("", True, b"top")
@@ -144,13 +146,13 @@ def test_without_a_tokenizer_text_is_refused(loaded):
 def requests(**how):
     """Of several lengths, that end at several steps, and draw or not."""
     prompts = [ids(1, T)[0] for T in (1, 9, 50, 33, 17)]
-    return [inference.Request(prompt, 3 + 5 * b, temperature=b % 2, seed=b, **how) for b, prompt in enumerate(prompts)]
+    return [engine.Request(prompt, 3 + 5 * b, temperature=b % 2, seed=b, **how) for b, prompt in enumerate(prompts)]
 
 
 def told(loaded, asked, **how):
     """Each request's ids and log-probabilities."""
     rows = [[] for _ in asked]
-    for piece in inference.stream(loaded, asked, **how):
+    for piece in engine.stream(loaded, asked, **how):
         rows[piece.request].append(piece)
     assert all(row[-1].ended and not any(piece.ended for piece in row[:-1]) for row in rows)
     return [tuple(np.concatenate([getattr(piece, name) for piece in row]) for name in ("ids_T", "logprobs_T")) for row in rows]
@@ -167,7 +169,7 @@ def test_whoever_is_beside_a_request_changes_nothing(loaded):
 
 
 def test_log_probabilities_are_the_models(loaded):
-    request = inference.Request(ids(1, 20)[0], 9, temperature=1.5, top_k=5, seed=2)
+    request = engine.Request(ids(1, 20)[0], 9, temperature=1.5, top_k=5, seed=2)
     (ids_T, logprobs_T), = told(loaded, [request])
     whole_BTW = jax.nn.log_softmax(mmx.forward(loaded, np.concatenate([request.prompt, ids_T])[None]))
     np.testing.assert_allclose(logprobs_T, whole_BTW[0, 19 + np.arange(9), ids_T], atol=1e-5)
@@ -176,7 +178,7 @@ def test_log_probabilities_are_the_models(loaded):
 def test_what_the_next_ids_cost(loaded):
     """Chunk by chunk, the last one padded, as by the logits of the whole."""
     ids_T = ids(1, 61)[0]
-    nats_T, best_T = inference.score(loaded, ids_T[:-1], ids_T[1:])
+    nats_T, best_T = engine.score(loaded, ids_T[:-1], ids_T[1:])
     logp_TW = jax.nn.log_softmax(mmx.forward(loaded, ids_T[None, :-1]))[0]
     np.testing.assert_allclose(nats_T, -logp_TW[np.arange(60), ids_T[1:]], atol=1e-5)
     np.testing.assert_array_equal(best_T, np.argmax(logp_TW, axis=1))
@@ -186,14 +188,14 @@ def test_what_the_next_ids_cost(loaded):
                                           (4321, [2048, 2048, 256]), (4300, [2048, 2048, 128, 64, 32])])
 def test_levels_leave_less_than_the_least_to_padding(count, sizes, monkeypatch):
     monkeypatch.undo()
-    assert inference.pieces(count) == sizes
+    assert engine.pieces(count) == sizes
     assert 0 <= sum(sizes) - count < 32
 
 
 def test_text_comes_in_pieces_that_never_change():
     """Half a character waits for its rest, and what may be a stop string's beginning for what it becomes."""
-    tokenizer = inference.tokenizers.tokenizer("bytes")
-    row = inference._Row(0, inference.Request("", 99, stop=("stop", "x")), lambda: tokenizer, C, behind=True)
+    tokenizer = engine.tokenizers.tokenizer("bytes")
+    row = engine._Row(0, engine.Request("", 99, stop=("stop", "x")), lambda: tokenizer, C, behind=True)
     parts = [b"caf\xc3", b"\xa9 st", b"ay s", b"to", b"p here"]
     told = [row.piece(np.frombuffer(part, np.uint8), np.zeros(len(part))) for part in parts]
     assert [piece.text for piece in told] == ["caf", "\xe9 ", "stay ", "", ""]
@@ -201,18 +203,18 @@ def test_text_comes_in_pieces_that_never_change():
 
 
 def test_pieces_make_up_the_text(loaded):
-    request = inference.Request("abc", 40, temperature=1.0, seed=5)
-    pieces = list(inference.stream(loaded, [request]))
+    request = engine.Request("abc", 40, temperature=1.0, seed=5)
+    pieces = list(engine.stream(loaded, [request]))
     assert len(pieces) == 5
     assert "".join(piece.text for piece in pieces) == mmx.generate(loaded, "abc", steps=40, temperature=1.0, seed=5)[0]
 
 
 @pytest.mark.parametrize("kv_dtype", ["", "bfloat16", "int8"])
 def test_a_prefix_in_a_file_goes_on_bit_for_bit(loaded, tmp_path, kv_dtype):
-    kept = inference.read(loaded, "The state of the Union", kv_dtype=kv_dtype)
+    kept = engine.read(loaded, "The state of the Union", kv_dtype=kv_dtype)
     prefix.save(tmp_path / "kept.npz", loaded, kept)
     again = prefix.load(tmp_path / "kept.npz", loaded)
-    asked = [inference.Request(text, 12) for text in (" is", "", " was strong, and")]
+    asked = [engine.Request(text, 12) for text in (" is", "", " was strong, and")]
     before, after = (told(loaded, asked, prefix=p, kv_dtype=kv_dtype) for p in (kept, again))
     for (ids_T, logprobs_T), (want_T, want_logprobs_T) in zip(after, before):
         np.testing.assert_array_equal(ids_T, want_T)
@@ -224,7 +226,7 @@ def test_a_prefix_in_a_file_goes_on_bit_for_bit(loaded, tmp_path, kv_dtype):
 
 def test_a_file_that_is_no_prefix_is_one_line(loaded, tmp_path):
     path = tmp_path / "kept.npz"
-    prefix.save(path, loaded, inference.read(loaded, "abc"))
+    prefix.save(path, loaded, engine.read(loaded, "abc"))
     other = loaded._replace(params=jax.tree.map(lambda x: x + 1, loaded.params))
     with pytest.raises(config.ConfigError, match="another model"):
         prefix.load(path, other)
@@ -238,7 +240,7 @@ def test_a_file_that_is_no_prefix_is_one_line(loaded, tmp_path):
 
 
 def test_a_prefix_has_its_own_dtype(loaded):
-    kept = inference.read(loaded, "abc", kv_dtype="int8")
+    kept = engine.read(loaded, "abc", kv_dtype="int8")
     assert mmx.generate(loaded, "", steps=2, prefix=kept) == mmx.generate(loaded, [""], steps=2, prefix=kept, kv_dtype="int8")
     with pytest.raises(config.ConfigError, match="the prefix has keys and values in int8: kv_dtype='bfloat16'"):
         mmx.generate(loaded, "", steps=2, prefix=kept, kv_dtype="bfloat16")
@@ -247,7 +249,7 @@ def test_a_prefix_has_its_own_dtype(loaded):
 
 
 def test_int8_keys_and_values_change_little(loaded):
-    request = inference.Request(ids(1, 40)[0], 1)
+    request = engine.Request(ids(1, 40)[0], 1)
     rows = {kind: np.asarray(last_logits(loaded, request, kind)) for kind in ("", "bfloat16", "int8")}
     for kind in ("bfloat16", "int8"):
         error = np.abs(rows[kind] - rows[""]).max() / np.abs(rows[""]).max()
@@ -255,8 +257,8 @@ def test_int8_keys_and_values_change_little(loaded):
 
 
 def last_logits(loaded, request, kv_dtype):
-    kept = inference.read(loaded, request.prompt, kv_dtype=kv_dtype)
-    return jax.jit(inference.decode_step, static_argnums=0)(loaded.model, loaded.params, jnp.array([kept.last]), kept.cache)[0]
+    kept = engine.read(loaded, request.prompt, kv_dtype=kv_dtype)
+    return jax.jit(engine.decode_step, static_argnums=0)(loaded.model, loaded.params, jnp.array([kept.last]), kept.cache)[0]
 
 
 def test_int8_weights_are_channels_of_their_own():
@@ -282,19 +284,19 @@ def test_a_step_moves_no_cache(loaded):
     """Keys and values [.., 48 places, 8] are read where they are, and written in place: nothing as large is made of them,
     in the body of a scan over groups and where one group needs no scan."""
     for groups in (1, 2):
-        text = compiled(loaded, inference._decode, 1, dataclasses.replace(C, layers=2 * groups))
+        text = compiled(loaded, engine._decode, 1, dataclasses.replace(C, layers=2 * groups))
         assert re.findall(r"= f32\[[\d,]*48,8\]\S* (copy|select|concatenate)\(", text) == [], groups
 
 
 def test_prefill_leaves_out_what_nobody_reads(loaded):
     """Behind the last layer's keys and values only logits stand: of one group's two layers' experts one is computed."""
     expert = lambda layers: len(re.findall(r'op_name="[^"]*/groups/layer_1/moe', compiled(
-        loaded, inference._read, 16, dataclasses.replace(C, layers=layers))))
+        loaded, engine._read, 16, dataclasses.replace(C, layers=layers))))
     assert expert(2) == 0 < expert(4)
 
 
 def test_state_products_of_prefill_are_one_matmul_over_heads(loaded):
     """k^T v of a chunk, [rows x heads, K, V]: one batched product a lightning layer, no loop over heads."""
-    text = compiled(loaded, inference._read, 16)
+    text = compiled(loaded, engine._read, 16)
     states = re.findall(r"= f32\[(?:1,)?2,8,8\]\S* (?:dot|custom-call)\(", text)
     assert len(states) == C.pattern.count("L"), states

@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from mmx import lock
 from mmx.config import ConfigError
+from mmx.files import lock
 
 
 def _hold(workdir, ready, die):

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx import config, loss
+from mmx import config
+from mmx.training import loss
 
 B, T, D, W = 3, 10, 6, 17
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from mmx import cli, config, experiments, memory
-from mmx.deepseek import DeepSeekV3
-from mmx.memory import CHIPS, decode, held, prefill, sequence, twin
+from mmx import cli, config
+from mmx.analysis import memory
+from mmx.analysis.deepseek import DeepSeekV3
+from mmx.analysis.memory import CHIPS, decode, held, prefill, sequence, twin
+from mmx.launch import experiments
 from mmx.parallel.cache import empty_cache
 
 ROOT = Path(__file__).parent.parent

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmx import metrics
 from mmx.config import ConfigError, Train
+from mmx.training import metrics
 
 
 def record(step, **changes):

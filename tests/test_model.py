@@ -11,9 +11,9 @@ import pytest
 from mmx import config
 from mmx.layers.common import Context, extents, rms_norm
 from mmx.layers.moe import MoE
-from mmx.loss import loss
 from mmx.model import MIXERS, Group, Model
 from mmx.parallel.cache import empty_cache
+from mmx.training.loss import loss
 
 C = config.Model(vocab=40, dim=16, layers=4, pattern="LS", heads=4, kv_heads=2, head_dim=8, rotary_dim=4, experts=4,
                  expert_dim=12, z_weight=0.01, chunk=5)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mmx import cli, experiments, metrics, sweep
+from mmx import cli
+from mmx.launch import experiments, sweep
+from mmx.training import metrics
 
 ROOT = Path(__file__).parents[1]
 FILE = str(ROOT / "experiments" / "needle.py")

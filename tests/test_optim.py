@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx import experiments, optim
 from mmx.config import Data, Train
 from mmx.data import pipeline
+from mmx.launch import experiments
+from mmx.training import optim
 
 TEXT_01 = Path(__file__).parents[1] / "experiments" / "text_01.py"
 RAMPS = [(), ((0, 3),), ((0, 1), (70, 2), (200, 5)), ((0, 2), (1, 4), (2, 8), (500, 1)), ((0, 4), (96, 2))]

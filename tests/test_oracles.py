@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx import convert, inference, released
-from mmx.inference import forward, generate
-from mmx.loss import loss, router_losses
+from mmx.checkpoints import convert, hf_layout
+from mmx.inference import engine, forward, generate
 from mmx.model import Model, logits
 from mmx.parallel import mesh, sharding
 from mmx.parallel.cache import empty_cache
+from mmx.training.loss import loss, router_losses
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ORACLES = Path(__file__).parent / "oracles"
@@ -79,7 +79,7 @@ def batch_of(want):
 def as_released(params, model) -> dict:
     """Every tensor under its released name."""
     tensors = {}
-    for leaf in released.leaves(model):
+    for leaf in hf_layout.leaves(model):
         array = params
         for key in leaf.path:
             array = array[key]
@@ -87,7 +87,7 @@ def as_released(params, model) -> dict:
             block = leaf.theirs(np.asarray(array[index]))
             lead = tensors.setdefault(name, np.zeros((len(block), leaf.layout.parts, *block.shape[1:]), block.dtype))
             lead[:, leaf.layout.part] = block
-    shapes = {name: leaf.tensor_shape for leaf in released.leaves(model) for _, name in leaf.tensors()}
+    shapes = {name: leaf.tensor_shape for leaf in hf_layout.leaves(model) for _, name in leaf.tensors()}
     return {name: tensor.reshape(shapes[name]) for name, tensor in tensors.items()}
 
 
@@ -165,23 +165,23 @@ MIX = (0, 0, 32), (1, 0, 3), (0, 5, 20), (1, 17, 15), (0, 31, 1), (1, 1, 9)
 def check_mix(loaded, want, rows):
     """The engine's tokens are those that transformers recomputed, in any company."""
     greedy_BT = want["greedy_nocache"]
-    asked = [inference.Request(np.append(want["prompt"][b], greedy_BT[b, :begin]), steps) for b, begin, steps in MIX]
+    asked = [engine.Request(np.append(want["prompt"][b], greedy_BT[b, :begin]), steps) for b, begin, steps in MIX]
     told = [[] for _ in asked]
-    for piece in inference.stream(loaded, asked, rows=rows):
+    for piece in engine.stream(loaded, asked, rows=rows):
         told[piece.request].extend(piece.ids_T)
     assert told == [greedy_BT[b, begin:begin + steps].tolist() for b, begin, steps in MIX]
 
 
 @pytest.mark.parametrize("levels, block, rows", [((32, 16, 8), 8, 2), ((64,), 24, 6)])
 def test_levels_blocks_and_batches_change_no_token(case, levels, block, rows, monkeypatch):
-    monkeypatch.setattr(inference, "LEVELS", levels)
-    monkeypatch.setattr(inference, "BLOCK", block)
+    monkeypatch.setattr(engine, "LEVELS", levels)
+    monkeypatch.setattr(engine, "BLOCK", block)
     check_mix(case.loaded, case.want, rows)
 
 
 def test_a_mesh_changes_no_token(monkeypatch):
     """Parameters and cache are cut over eight devices: rows, time, experts and heads."""
-    monkeypatch.setattr(inference, "LEVELS", (16,))
+    monkeypatch.setattr(engine, "LEVELS", (16,))
     folder = ORACLES / "a_7to1_hf"
     with mesh.serving(convert.open_source(folder / "ckpt").model, "ep=2,etp=2,seq=2"):
         loaded = convert.load(folder / "ckpt")
@@ -189,10 +189,10 @@ def test_a_mesh_changes_no_token(monkeypatch):
         assert max(parts) == 8 and np.mean(parts) > 4, parts
         with np.load(folder / "oracle.npz") as want:
             check_mix(loaded, want, 4)
-            asked = inference.Request(want["prompt"][0], 32)
+            asked = engine.Request(want["prompt"][0], 32)
         kept = sharding.cache(empty_cache(loaded.config, 4, 256), jax.sharding.get_mesh())
-        batch = inference.Batch(loaded, 4)
-        batch.enter(0, inference._Row(0, asked, None, loaded.config, behind=False))
+        batch = engine.Batch(loaded, 4)
+        batch.enter(0, engine._Row(0, asked, None, loaded.config, behind=False))
         list(batch.decode())
         for x, place in zip(jax.tree.leaves(batch.cache), jax.tree.leaves(kept)):
             assert x.sharding.is_equivalent_to(place, x.ndim), (x.sharding, place)

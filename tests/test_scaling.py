@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from mmx import cli, scaling
+from mmx import cli
+from mmx.analysis import scaling
+from mmx.analysis.scaling import Runs, envelope, fit
 from mmx.config import ConfigError
-from mmx.scaling import Runs, envelope, fit
 
 RNG = np.random.default_rng(0)
 N_I, D_I = (axis.ravel() for axis in np.meshgrid(np.geomspace(1e7, 1e10, 8), np.geomspace(1e9, 1e12, 8)))

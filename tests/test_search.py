@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from mmx import aot, cli, experiments, search
+from mmx import cli
 from mmx.chips import CHIPS
-from mmx.compilers import schedule
+from mmx.compilers import aot, schedule, search
+from mmx.launch import experiments
 
 TEXT_01 = str(Path(__file__).parent.parent / "experiments" / "text_01.py")
 needs_compiler = pytest.mark.skipif(bool(schedule.missing()), reason=schedule.missing())

@@ -49,7 +49,7 @@ class Bomb:
 
 def test_a_checkpoint_runs_no_code(tmp_path):
     """auto_map and its module, and pickles under every name that somebody's loader takes for weights: none is touched."""
-    from mmx import convert
+    from mmx.checkpoints import convert
 
     hf, out, trap = tmp_path / "hf", tmp_path / "run", tmp_path / "trap"
     shutil.copytree(ROOT / "tests" / "oracles" / "c_partial_orig" / "ckpt", hf)

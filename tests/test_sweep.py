@@ -17,9 +17,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from mmx import cli, experiments, metrics, sweep, train
+from mmx import cli
 from mmx.config import ConfigError, build
 from mmx.evals import compression
+from mmx.launch import experiments, sweep
+from mmx.training import metrics, train
 
 ROOT = Path(__file__).parent.parent
 FILE = """\
@@ -382,7 +384,7 @@ def measure(folder, limit):
 devices = [types.SimpleNamespace(device_kind="clock")]
 sys.modules["jax"] = types.SimpleNamespace(device_count=lambda: 1, devices=lambda: devices, __version__="none")
 sys.modules["optax"] = types.SimpleNamespace(GradientTransformation=None)
-sys.modules["mmx.train"] = types.SimpleNamespace(run=run)
+sys.modules["mmx.training.train"] = types.SimpleNamespace(run=run)
 sys.modules["mmx.evals.compression"] = types.SimpleNamespace(measure=measure)
 """
 

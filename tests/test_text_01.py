@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mmx import cli, experiments, metrics
+from mmx import cli
+from mmx.launch import experiments
 from mmx.parallel import mesh as meshes
+from mmx.training import metrics
 
 FILE = str(Path(__file__).parents[1] / "experiments" / "text_01.py")
 CHIPS = {"v5p-512": 8 * 8 * 8, "v5p-2048": 8 * 16 * 16, "v6e-256": 16 * 16, "h100-512": 64 * 8}

@@ -19,10 +19,12 @@ import faithful
 from PIL import Image
 
 import mmx.torch
-from mmx import checkpoint, config, convert
+from mmx import config
+from mmx.checkpoints import convert, manager
 from mmx.config import ConfigError
 from mmx.data import images
-from mmx.inference import forward
+from mmx.inference.engine import forward
+from mmx.inference.verify import verify
 
 ORACLES = Path(__file__).parent / "oracles"
 SHAPES = {      # name: (faithful.random_model's arguments, length)
@@ -98,8 +100,8 @@ def random_params(model, seed=0):
 def export(request, tmp_path_factory):
     """(our model, workdir, its export, tokens)."""
     model, folder = dataclasses.replace(EXPORT, **EXPORTS[request.param]), tmp_path_factory.mktemp(request.param)
-    checkpoint.check_config(folder / "run", config.Experiment(model=model))
-    checkpoints = checkpoint.Checkpoints(folder / "run", every=1, keep=1)
+    manager.check_config(folder / "run", config.Experiment(model=model))
+    checkpoints = manager.Checkpoints(folder / "run", every=1, keep=1)
     checkpoints.save(0, random_params(model), {"step": jnp.zeros(())}, {})
     checkpoints.close()
     return model, folder / "run", convert.to_hf(folder / "run", folder / "hf", progress=False), tokens(61, 43)
@@ -135,12 +137,12 @@ def test_export_holds_the_decay_where_stock_would_build_another(export):
 
 def test_verify_is_the_largest_difference(export, tmp_path):
     model, run, directory, _ = export
-    assert convert.verify(run, directory) == {"mmx": 0}
-    by_torch = convert.verify(run, directory, torch=True)
+    assert verify(run, directory) == {"mmx": 0}
+    by_torch = verify(run, directory, torch=True)
     assert 0 < by_torch["mmx.torch"] < ATOL
     assert (by_torch["stock transformers"] < ATOL) == (model.rotary_dim == model.head_dim)
     convert.to_hf(run, tmp_path / "half", dtype="bfloat16", progress=False)
-    assert 1e-3 < convert.verify(run, tmp_path / "half")["mmx"] < 2
+    assert 1e-3 < verify(run, tmp_path / "half")["mmx"] < 2
 
 
 @pytest.mark.parametrize("name", ["c_partial_orig", "a_7to1_hf"])

@@ -16,13 +16,16 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mmx import checkpoint, config, convert, inference, metrics, optim, train
-from mmx import loss as losses
+from mmx import config
+from mmx.checkpoints import convert, manager
+from mmx.checkpoints.convert import load
 from mmx.config import ConfigError
-from mmx.convert import load
 from mmx.data import pipeline
-from mmx.guards import DivergedError
+from mmx.inference import engine
 from mmx.model import Model
+from mmx.training import loss as losses
+from mmx.training import metrics, optim, train
+from mmx.training.guards import DivergedError
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[1]
@@ -68,7 +71,7 @@ def ramped(text, **changes):
 def whole(text, tmp_path_factory):
     """An uninterrupted run, evaluated and sampled on its way."""
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    done = train.run(ramped(text, tensorboard=True, eval_every=6, eval_bytes=2000, sample_every=6), workdir, inference.sample)
+    done = train.run(ramped(text, tensorboard=True, eval_every=6, eval_bytes=2000, sample_every=6), workdir, engine.sample)
     assert done["step"] == STEPS and not done["stopped"] and done["seconds"] > 0
     return workdir
 
@@ -162,9 +165,9 @@ def test_terminated_and_killed_it_resumes_bit_by_bit(whole, text, tmp_path, comp
     done = run(2, signal.SIGTERM)
     assert done.returncode == 0, done.stderr
     assert "'step': 3," in done.stdout and "'stopped': 15" in done.stdout
-    assert checkpoint.find_step(tmp_path)[1].name == "3" and [r["step"] for r in told(tmp_path)] == [1, 2, 3]
+    assert manager.find_step(tmp_path)[1].name == "3" and [r["step"] for r in told(tmp_path)] == [1, 2, 3]
     assert run(8, signal.SIGKILL).returncode == -signal.SIGKILL
-    assert int(checkpoint.find_step(tmp_path)[1].name) in (3, 5)       # 5 was being saved
+    assert int(manager.find_step(tmp_path)[1].name) in (3, 5)       # 5 was being saved
     train.run(ramped(text), tmp_path)
     assert_same_run(tmp_path, whole)
 
@@ -179,7 +182,7 @@ def test_any_devices_give_the_losses_of_one(whole, text, tmp_path, monkeypatch):
     rate = optim.learning_rate
     monkeypatch.setattr(optim, "learning_rate", terminate)
     done = train.run(ramped(text, mesh={"ep": 2, "etp": 2, "seq": 2}, eval_every=4, eval_bytes=500, sample_every=4), tmp_path,
-                     inference.sample)
+                     engine.sample)
     assert (done["step"], done["stopped"]) == (4, signal.SIGTERM)
     monkeypatch.undo()
     train.run(ramped(text, mesh={"edp": 2}), tmp_path)
@@ -222,7 +225,7 @@ def test_a_prompt_that_cannot_be_sampled_is_refused_at_once(text, tmp_path):
     numbers = experiment(text, sample_every=5, sample_prompt="12 and 13")
     numbers = dataclasses.replace(numbers, data=config.Data(sources=("mqar:vocab=200",), tokenizer="numbers:200"))
     with pytest.raises(ConfigError, match="^train.sample_prompt='12 and 13': text: 'and' is no number below 200"):
-        train.run(numbers, tmp_path / "run", inference.sample)
+        train.run(numbers, tmp_path / "run", engine.sample)
     assert not list(tmp_path.iterdir())
 
 
@@ -319,7 +322,7 @@ def test_a_run_that_diverges_ends(skips, last, told_of, text, tmp_path):
                        ) as caught:
         train.run(experiment(text, lr=1e30, warmup=0, every=1, guard={"skips": skips}), tmp_path)
     assert "\n" not in str(caught.value)
-    assert checkpoint.find_step(tmp_path)[1].name == str(last) and len(metrics.read(tmp_path)) == last
+    assert manager.find_step(tmp_path)[1].name == str(last) and len(metrics.read(tmp_path)) == last
     assert metrics.read(tmp_path)[-1]["skipped"] == skips
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(load(tmp_path).params))
 

@@ -13,10 +13,12 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import mmx
-from mmx import cli, config, convert, inference, released
+from mmx import cli, config
+from mmx.checkpoints import convert, hf_config, hf_layout
 from mmx.config import ConfigError
 from mmx.data import images
-from mmx.int8 import Int8
+from mmx.inference import engine
+from mmx.kernels.int8 import Int8
 from mmx.model import Model
 
 ORACLE = Path(__file__).parent / "oracles" / "vl_tiny"
@@ -52,7 +54,7 @@ def test_oracle_counts_and_features(loaded):
         np.testing.assert_array_equal(np.multiply(images.best_grid(v, *size), v.tile), WANT[f"floor_{i}_best_res_hw"])
         assert len(shown[i].pixels_IYXZ) == 1 + np.prod(images.best_grid(v, *size))
     places_BT, pixels_NIYXZ = images.lay(v, batch()[0], [[picture] for picture in shown])
-    newline_D, (patches_MD,) = inference._see(loaded.config, loaded.params, pixels_NIYXZ)
+    newline_D, (patches_MD,) = engine._see(loaded.config, loaded.params, pixels_NIYXZ)
     seen_MD = np.concatenate([newline_D[None], patches_MD])
     for i in range(5):
         places_T = places_BT[i][places_BT[i] > 0]
@@ -76,9 +78,9 @@ def write_released(directory, model=SMALL, dialect="released", seed=0):
     directory.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     tensors = {name: rng.standard_normal(leaf.tensor_shape).astype(np.float32) / 4
-               for leaf in released.leaves(model) for _, name in leaf.tensors()}
+               for leaf in hf_layout.leaves(model) for _, name in leaf.tensors()}
     save_file(tensors, directory / "model.safetensors")
-    text = released.write_model(model, dialect, "float32", convert.BYTE_IDS)
+    text = hf_config.write_model(model, dialect, "float32", convert.BYTE_IDS)
     (directory / "config.json").write_text(json.dumps(text))
     return tensors
 
@@ -86,7 +88,7 @@ def write_released(directory, model=SMALL, dialect="released", seed=0):
 def test_vl_01_has_the_released_names():
     model = config.Model(vocab=200_064, dim=6_144, layers=80, heads=64, kv_heads=8, head_dim=128, rotary_dim=64, experts=32,
                          expert_dim=9_216, vision=config.Vision(layers=24))
-    shapes = {name: leaf.tensor_shape for leaf in released.leaves(model) for _, name in leaf.tensors()}
+    shapes = {name: leaf.tensor_shape for leaf in hf_layout.leaves(model) for _, name in leaf.tensors()}
     assert len(shapes) == 8637 == model.checkpoint_tensors
     digest = hashlib.sha256("\n".join(sorted(shapes)).encode()).hexdigest()
     assert digest == "d0caf1b714cdfc4caa65b56cbec591668d77b0e2a5d6cf3b5af169531311c886"
@@ -106,12 +108,12 @@ def test_the_table_is_the_models_tree():
 
 @pytest.mark.parametrize("dialect", convert.DIALECTS)
 def test_round_trip_is_bit_exact(tmp_path, monkeypatch, dialect):
-    monkeypatch.setattr(released, "SLICE_BYTES", 500)
+    monkeypatch.setattr(hf_layout, "SLICE_BYTES", 500)
     tensors = write_released(tmp_path / "hf")
     convert.from_hf(tmp_path / "hf", tmp_path / "run", progress=False)
     convert.to_hf(tmp_path / "run", tmp_path / "back", dialect, progress=False)
     back = load_file(tmp_path / "back" / "model.safetensors")
-    extra = {f"language_model.model.layers.0.self_attn.{name}" for name in released.DECAY_BUFFERS}     # for six heads
+    extra = {f"language_model.model.layers.0.self_attn.{name}" for name in hf_layout.DECAY_BUFFERS}     # for six heads
     assert back.keys() - tensors.keys() == (extra if dialect == "transformers" else set())
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(back[name], tensor, err_msg=name)
@@ -124,7 +126,7 @@ def test_what_transformers_saves_and_the_released_names_are_the_same(tmp_path, l
     convert.to_hf(ORACLE / "ckpt", tmp_path / "hf", "released", progress=False)
     theirs, ours = load_file(ORACLE / "ckpt" / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
     assert {name.replace("vision_model.", "") for name in ours} == {
-        name for name in theirs if not name.endswith(released.DECAY_BUFFERS) and "post_layernorm" not in name}
+        name for name in theirs if not name.endswith(hf_layout.DECAY_BUFFERS) and "post_layernorm" not in name}
     for name, tensor in ours.items():
         np.testing.assert_array_equal(tensor, theirs[name.replace("vision_model.", "")])
     (tmp_path / "sharded").mkdir()
@@ -139,12 +141,12 @@ def test_what_transformers_saves_and_the_released_names_are_the_same(tmp_path, l
 
 
 def test_the_released_config():
-    text = released.write_model(SMALL, "released", "bfloat16", convert.BYTE_IDS)
+    text = hf_config.write_model(SMALL, "released", "bfloat16", convert.BYTE_IDS)
     assert (text["model_type"], text["text_config"]["model_type"]) == ("minimax_vl_01", "minimax_text_01")
     assert text["image_grid_pinpoints"] == [[28, 28], [28, 56], [56, 28]] and text["image_token_index"] == 259
     assert text["vision_config"]["hidden_act"] == "gelu" and text["vision_feature_layer"] == -1
     with pytest.raises(ConfigError, match="has no place in the released form"):
-        released.write_model(dataclasses.replace(SMALL, vision=dataclasses.replace(SMALL.vision, grids=())), "released",
+        hf_config.write_model(dataclasses.replace(SMALL, vision=dataclasses.replace(SMALL.vision, grids=())), "released",
                              "float32", {})
 
 
@@ -175,9 +177,9 @@ def test_int8_leaves_the_vit_as_it_is(loaded):
     ({"vision_config": {"hidden_act": "gelu"}}, "num_hidden_layers is missing"),
 ])
 def test_configs_that_are_another_function(change, message):
-    text = released.write_model(SMALL, "released", "float32", {})
+    text = hf_config.write_model(SMALL, "released", "float32", {})
     with pytest.raises(ConfigError, match=message) as caught:
-        released.read_model(text | change, "config.json")
+        hf_config.read_model(text | change, "config.json")
     assert "\n" not in str(caught.value)
 
 
@@ -203,16 +205,16 @@ def prompt(v, seed, counts=(3, 2, 4), sizes=((56, 56), (28, 56))):
 
 def drawn(loaded, requests, prefix=None):
     """(ids_BT, logprobs_BT) of requests that end in one block."""
-    pieces = sorted(inference.stream(loaded, requests, prefix=prefix, rows=1), key=lambda piece: piece.request)
+    pieces = sorted(engine.stream(loaded, requests, prefix=prefix, rows=1), key=lambda piece: piece.request)
     return np.stack([piece.ids_T for piece in pieces]), np.stack([piece.logprobs_T for piece in pieces])
 
 
 def test_generation_is_recomputation(loaded, monkeypatch):
     """Two prompts of two images each, read in chunks; and the second image behind a prefix with the first."""
-    monkeypatch.setattr(inference, "LEVELS", (32,))
+    monkeypatch.setattr(engine, "LEVELS", (32,))
     prompts, shown = zip(*(prompt(loaded.config.vision, seed) for seed in range(2)))
     T, steps = len(prompts[0]), 5
-    new_BT, logprobs_BT = drawn(loaded, [inference.Request(ids_T, steps, images=pair) for ids_T, pair in zip(prompts, shown)])
+    new_BT, logprobs_BT = drawn(loaded, [engine.Request(ids_T, steps, images=pair) for ids_T, pair in zip(prompts, shown)])
     np.testing.assert_array_equal(mmx.generate(loaded, np.stack(prompts), steps=steps, images=shown, rows=1), new_BT)
     whole_BT = np.concatenate([np.stack(prompts), new_BT], axis=1)
     logits_BTW = np.asarray(mmx.forward(loaded, whole_BT, None, shown)[:, T - 1:-1])
@@ -222,8 +224,8 @@ def test_generation_is_recomputation(loaded, monkeypatch):
     others_BTW = mmx.forward(loaded, whole_BT, None, shown[::-1])[:, T - 1:-1]
     assert np.abs(others_BTW - logits_BTW).max() > 0.1
     cut = T - 4 - images.count(loaded.config.vision, 28, 56)         # where the second image begins
-    kept = inference.read(loaded, prompts[0][:cut], images=shown[0][:1])
-    behind_BT, again_BT = drawn(loaded, [inference.Request(prompts[0][cut:], steps, images=shown[0][1:])], kept)
+    kept = engine.read(loaded, prompts[0][:cut], images=shown[0][:1])
+    behind_BT, again_BT = drawn(loaded, [engine.Request(prompts[0][cut:], steps, images=shown[0][1:])], kept)
     np.testing.assert_array_equal(behind_BT, new_BT[:1])
     np.testing.assert_allclose(again_BT, want_BT[:1], atol=2e-5, rtol=0)
 

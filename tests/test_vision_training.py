@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from mmx import checkpoint, config, convert, loss, metrics, optim, released, train
+from mmx import config
+from mmx.checkpoints import convert, hf_config, hf_layout, manager
 from mmx.config import ConfigError
 from mmx.data import images, packing, pipeline
 from mmx.model import Model, see
 from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
+from mmx.training import loss, metrics, optim, train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 T, B = 64, 8
@@ -187,7 +189,7 @@ def test_what_is_frozen_stays_and_has_no_state(folder, whole):
     assert optim.join(learned, frozen).keys() == before.keys() and set(frozen["vision"]) == {"layers", "place_PJ"}
     jax.tree.map(np.testing.assert_array_equal, frozen, frozen_after)
     assert all((x != y).any() for x, y in zip(*map(jax.tree.leaves, (learned, learned_after)), strict=True))
-    state = {path[2:] for path in checkpoint.open_arrays(checkpoint.find_step(whole)[1], "opt") if path[1:2] == ("mu",)}
+    state = {path[2:] for path in manager.open_arrays(manager.find_step(whole)[1], "opt") if path[1:2] == ("mu",)}
     paths = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(learned)}
     assert state == paths
 
@@ -197,8 +199,8 @@ def test_a_text_model_learns_to_see(whole, tmp_path):
     text, rng = dataclasses.replace(C, vision=config.Vision()), np.random.default_rng(0)
     (tmp_path / "hf").mkdir()
     save_file({name: rng.standard_normal(leaf.tensor_shape).astype(np.float32) / 4
-               for leaf in released.leaves(text) for _, name in leaf.tensors()}, tmp_path / "hf" / "model.safetensors")
-    written = released.write_model(text, "released", "float32", convert.BYTE_IDS)
+               for leaf in hf_layout.leaves(text) for _, name in leaf.tensors()}, tmp_path / "hf" / "model.safetensors")
+    written = hf_config.write_model(text, "released", "float32", convert.BYTE_IDS)
     (tmp_path / "hf" / "config.json").write_text(json.dumps(written))
     make = functools.partial(train.init, Model(C), optim.adamw(TRAIN), 0)
     abstract, _ = jax.eval_shape(make)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mmx import cli, experiments
+from mmx import cli
+from mmx.launch import experiments
 from mmx.parallel import mesh as meshes
 
 FOLDER = Path(__file__).parents[1] / "experiments"

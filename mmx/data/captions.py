@@ -12,9 +12,9 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from mmx import atomic, untrusted
 from mmx.config import ConfigError
 from mmx.data.images import MARK
+from mmx.files import atomic, untrusted
 
 MOST_BYTES = 1 << 30        # of captions.jsonl
 

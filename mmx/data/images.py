@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from mmx import untrusted
 from mmx.config import ConfigError, Vision
+from mmx.files import untrusted
 
 MARK = "<image>"                # stands for an image in a prompt
 PIXELS = 8192 ** 2              # of the largest image that is decoded: 4 bytes each, three times at most

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mmx.data import corpus
 from mmx.data.images import MARK
-from mmx.data.sources import Pictured
+from mmx.data.records import Pictured
 
 SIDE = 84
 GROUND = (122, 116, 104)        # near the mean of `images.MEAN`: bare ground is nearly zeros to a model

@@ -14,33 +14,16 @@ of the training text is held out. The test part may be empty.
 import difflib
 import pathlib
 import sys
-from typing import NamedTuple
 
 import numpy as np
 
-from mmx import untrusted
 from mmx.config import ConfigError
-from mmx.data import corpus, generated, images
+from mmx.data import corpus, generated, images, scenes
+from mmx.data.records import Ids, Pictured, Prompted
+from mmx.files import untrusted
 
 KINDS = (".txt", ".jsonl")
 GENERATED = ("scenes", "maps", "words")
-
-
-class Prompted(NamedTuple):
-    prompt: bytes
-    completion: bytes
-
-
-class Pictured(NamedTuple):
-    """With a prompt the completion is learned, without one all the text; of images nothing."""
-    prompt: bytes
-    completion: bytes
-    images: tuple           # as many as the two have marks: what `images.read` takes
-
-
-class Ids(NamedTuple):
-    tokens_T: np.ndarray
-    targets_T: np.ndarray
 
 
 def documents(source: str, split: str) -> list[tuple]:
@@ -50,8 +33,6 @@ def documents(source: str, split: str) -> list[tuple]:
     if generated.names(source):
         return [(name, Ids(*content)) for name, content in generated.documents(source, split)]
     if source in GENERATED:
-        from mmx.data import scenes  # here, for it makes what is below
-
         return scenes.documents(source, split)
     return _split(_read(source), source)[split]
 

@@ -8,8 +8,9 @@ import math
 
 import numpy as np
 
-from mmx import config, untrusted
+from mmx import config
 from mmx.config import ConfigError
+from mmx.files import untrusted
 
 BOS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<beginning_of_sentence>", "<|startoftext|>", "<|bos|>")
 EOS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<end_of_sentence>", "<|endoftext|>", "<|eos|>", "<|im_end|>")

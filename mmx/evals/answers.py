@@ -3,7 +3,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmx import checkpoint, config
+from mmx import config
+from mmx.checkpoints import manager
 from mmx.data import packing, pipeline
 from mmx.model import logits
 
@@ -15,10 +16,10 @@ def measure(path) -> dict:
 
     Sources weigh alike, whatever they hold.
     """
-    from mmx import convert  # here, for train imports this package
+    from mmx.checkpoints import convert  # here, for train imports this package
 
-    workdir, _ = checkpoint.find_step(path)
-    experiment = config.build(checkpoint.read_config(workdir))
+    workdir, _ = manager.find_step(path)
+    experiment = config.build(manager.read_config(workdir))
     documents = pipeline.held_out_ids(experiment.data)
     if not documents:
         return {}

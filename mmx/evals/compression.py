@@ -5,57 +5,21 @@
 Each file starts anew, from its beginning-of-text token: no file helps another, as none helps gzip or xz.
 """
 import dataclasses
-import functools
 import gzip
 import lzma
 import math
 from pathlib import Path
 
-import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-from tqdm.auto import tqdm
 
-from mmx import checkpoint, config, metrics
+from mmx import config
+from mmx.checkpoints import manager
 from mmx.config import ConfigError
-from mmx.data import packing, pipeline, tokens
-from mmx.loss import cross_entropy
-from mmx.model import Model
+from mmx.data import pipeline, tokens
+from mmx.training import metrics
+from mmx.training.evaluate import bytes_per_token, head, make_evaluator
 
 CURVE = "seconds", "tokens", "bits_per_byte"    # what of a run's steps is told and drawn
-
-
-def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, context: int, loss_chunk: int, sharding=None):
-    """A function (params, [(name, raw bytes)], limit) -> {name: bits per byte, ..., "all": ...}, jitted once.
-
-    Rows of `length` tokens, of which the first `context` only serve as context; `limit` bytes at most (0: all). Logits of
-    `loss_chunk` tokens exist at a time. `sharding` cuts a batch over a mesh, of which each process gives all of it.
-    """
-    whole = sharding and NamedSharding(sharding.mesh, P())
-
-    @functools.partial(jax.jit, out_shardings=whole)
-    def nats_B(params, row):
-        x_BTD, _, _ = model.apply({"params": params}, row["tokens"], row["segments"], row["positions"])
-        return cross_entropy(x_BTD, params["head_WD"], row["targets"], row["weights"], loss_chunk)
-
-    def evaluate(params, documents, limit: int = 0, progress: bool = False) -> dict[str, float]:
-        documents = head(documents, limit)
-        encoded = [tokens.document(tokenizer, raw, name) for name, raw in documents]
-        rows = packing.batches(encoded, length, batch, context)
-        count = sum(len(range(0, max(len(d) - 1 - context, 1), length - context)) for d in encoded)
-        nats, waiting = np.zeros(len(documents)), []
-        for document_B, row in tqdm(rows, "bits per byte", -(-count // batch), unit="batch", disable=not progress):
-            if sharding:
-                row = {k: jax.make_array_from_process_local_data(sharding, x, x.shape) for k, x in row.items()}
-            waiting.append((document_B, nats_B(params, row)))
-        for document_B, value_B in waiting:
-            np.add.at(nats, document_B, jax.device_get(value_B))
-        sizes = np.array([len(raw) for _, raw in documents])
-        each = {name: float(n / math.log(2) / s) for (name, _), n, s in zip(documents, nats, sizes)}
-        return each | {"all": float(nats.sum() / math.log(2) / sizes.sum())}
-
-    return evaluate
 
 
 def baselines(documents) -> dict[str, float]:
@@ -72,10 +36,10 @@ def measure(path, split: str = "validation", source: str | None = None, weights_
 
     "documents" are the (name, raw bytes), "per_file" their bits per byte, "config" the model's.
     """
-    from mmx import convert  # here, for train imports this module
+    from mmx.checkpoints import convert  # here, for train imports this module
 
-    loaded, found = convert.load(path, weights_dtype=weights_dtype), checkpoint.find_step(path)
-    experiment = config.build(checkpoint.read_config(found[0])) if found else config.Experiment()
+    loaded, found = convert.load(path, weights_dtype=weights_dtype), manager.find_step(path)
+    experiment = config.build(manager.read_config(found[0])) if found else config.Experiment()
     data = dataclasses.replace(experiment.data, sources=(source,)) if source else experiment.data
     documents = head((pipeline.validation if split == "validation" else pipeline.test)(data), limit)
     if not documents:
@@ -94,7 +58,7 @@ def evaluate_checkpoint(path, split: str = "validation", source: str | None = No
                         limit: int = 0) -> dict:
     """Bits per byte of a checkpoint on `limit` bytes (0: all) of held-out text, with the baselines, as `mmx eval` writes
     them."""
-    found, step = measure(path, split, source, weights_dtype, limit), checkpoint.find_step(path)
+    found, step = measure(path, split, source, weights_dtype, limit), manager.find_step(path)
     documents, records = found["documents"], []
     if step:
         records = [r for r in metrics.read(step[0], *CURVE) if r["step"] <= int(step[1].name)]
@@ -106,12 +70,6 @@ def evaluate_checkpoint(path, split: str = "validation", source: str | None = No
         result |= {"train_seconds": last["seconds"], "steps": last["step"], "train_tokens": last["tokens"],
                    "params_total": found["config"].params_total, "params_active": found["config"].params_active}
     return result
-
-
-def bytes_per_token(tokenizer, documents) -> float:
-    """Of held-out text (1 for bytes but for the special tokens, which count for nothing; 1 where all documents are ids)."""
-    count = sum(len(tokenizer.encode(raw, name)) for name, raw in documents)
-    return sum(len(raw) for _, raw in documents) / count if count else 1.0
 
 
 def plot_curve(workdir: Path, result: dict, path: Path) -> Path | None:
@@ -158,16 +116,3 @@ def guard_marks(records) -> dict[str, list[int]]:
     return marks
 
 
-def head(documents, limit: int):
-    """The first documents up to `limit` bytes (0: all), the last one cut where a character begins."""
-    kept, left = [], limit or math.inf
-    for name, raw in documents:
-        size = min(left, len(raw))
-        if size < len(raw):     # UTF-8 goes on for three bytes at most; other text is cut anywhere
-            size = next((n for n in range(size, max(size - 4, 0), -1) if raw[n] & 0xC0 != 0x80), size)
-        if size:
-            kept.append((name, raw[:size]))
-        left -= size
-        if size < len(raw):
-            break
-    return kept

@@ -1,8 +1,8 @@
 """The user's files: what is missing in them is named."""
 from pathlib import Path
 
-from mmx import untrusted
 from mmx.config import ConfigError, is_text
+from mmx.files import untrusted
 
 MOST_BYTES = 1 << 30        # LongBench v2's has half of that
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from mmx import inference
 from mmx.config import ConfigError
 from mmx.data import packing, tokens
+from mmx.inference import engine
 from mmx.model import Model, logits
 
 try:
@@ -45,7 +45,7 @@ class Mmx(TemplateLM):
     takes what JAX_PLATFORMS says."""
 
     def __init__(self, path=None, dtype=None, max_length=0, batch_size=1, max_batch_size=None, device=None, **unknown):
-        from mmx import convert  # here, for train imports this package
+        from mmx.checkpoints import convert  # here, for train imports this package
 
         super().__init__()
         if path is None or unknown:
@@ -104,10 +104,10 @@ class Mmx(TemplateLM):
         """Continuations of prompts, each up to the first of its stop strings; request i draws from (0, i)."""
         prompts, arguments = zip(*(request.args for request in requests))
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        asked = [inference.Request(prompts[i], stream=i, **_settings(arguments[i])) for i in order]
-        found, rows = [""] * len(prompts), self._rows or min(inference.ROWS, self._most)
+        asked = [engine.Request(prompts[i], stream=i, **_settings(arguments[i])) for i in order]
+        found, rows = [""] * len(prompts), self._rows or min(engine.ROWS, self._most)
         with tqdm(total=len(prompts), desc="generate", disable=disable_tqdm) as bar:
-            for piece in inference.stream(self.loaded, asked, rows=rows):
+            for piece in engine.stream(self.loaded, asked, rows=rows):
                 i = order[piece.request]
                 found[i] += piece.text
                 if piece.ended:

@@ -15,12 +15,14 @@ import numpy as np
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from mmx import atomic, checkpoint, inference, untrusted
+from mmx.checkpoints import manager
 from mmx.config import ConfigError, nearest
 from mmx.data import tokens
 from mmx.evals import files
 from mmx.evals.examples import Ask, document, show_length, size
 from mmx.evals.suites import SUITES, Suite
+from mmx.files import atomic, untrusted
+from mmx.inference import engine
 
 SCALE = {"accuracy": 100, "chrF": 1, "perplexity": 1}       # to what tables and pictures show
 
@@ -33,10 +35,10 @@ class Reader(NamedTuple):
 def reader(loaded) -> Reader:
     """A checkpoint that `mmx.load` gave, greedy."""
     def write(prompt, steps, stop, *images):
-        return inference.generate(loaded, [prompt], steps=steps, stop=stop, images=[images] if images else ())[0]
+        return engine.generate(loaded, [prompt], steps=steps, stop=stop, images=[images] if images else ())[0]
 
     def read(ids_T, next_T):
-        return inference.score(loaded, ids_T, np.maximum(next_T, 0))
+        return engine.score(loaded, ids_T, np.maximum(next_T, 0))
 
     return Reader(write, read)
 
@@ -50,11 +52,11 @@ def find(name: str) -> Suite:
 def evaluate_checkpoint(path, name: str, out: Path, weights_dtype: str | None = None, **ask) -> dict:
     """A suite on a checkpoint, as `mmx eval --suite` runs it; `ask` has the fields of `Ask` but for the checkpoint's."""
     find(name)
-    from mmx import convert  # here, for train imports this package
+    from mmx.checkpoints import convert  # here, for train imports this package
 
     loaded = convert.load(path, weights_dtype=weights_dtype)
     tokenizer = tokens.of_checkpoint(loaded.tokenizer, loaded.config.vocab)
-    _, step = checkpoint.find_step(path) or (None, None)
+    _, step = manager.find_step(path) or (None, None)
     about = {"checkpoint": str(Path(path).resolve()), "step": step and int(step.name), "tokenizer": loaded.tokenizer,
              "weights_dtype": weights_dtype}
     return run(name, Ask(tokenizer, vision=loaded.config.vision, **ask), reader(loaded), out, about, progress=True)

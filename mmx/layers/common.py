@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx import config
-from mmx.int8 import floats
+from mmx.kernels.int8 import floats
 
 
 class Context(NamedTuple):

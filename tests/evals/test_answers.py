@@ -4,11 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx import config, train
-from mmx.convert import load
+from mmx import config
+from mmx.checkpoints.convert import load
 from mmx.data import pipeline
 from mmx.evals import answers
 from mmx.model import logits
+from mmx.training import train
 
 SOURCES = tuple(f"mqar:pairs={pairs},length={length},vocab=16,tokens=400,held={held}" for pairs, length, held in
                 ((2, 8, 5), (2, 16, 3)))

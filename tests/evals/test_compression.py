@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from mmx import checkpoint, config, convert, metrics
+from mmx import config
+from mmx.checkpoints import convert, manager
 from mmx.config import ConfigError
 from mmx.data import pipeline, tokens
 from mmx.evals import compression
 from mmx.model import Model, logits
+from mmx.training import metrics
+from mmx.training.evaluate import head as cut_head
+from mmx.training.evaluate import make_evaluator
 
 MODEL = Model(config.Model(dim=16, layers=2, pattern="LS", heads=2, kv_heads=1, head_dim=8, rotary_dim=4, experts=4,
                            expert_dim=16, init="fan_in", embed_std=1.0))
@@ -45,7 +49,7 @@ def direct(params, raw, length, context):
 
 @pytest.mark.parametrize("length,context,batch", [(64, 0, 2), (16, 8, 3), (12, 11, 4)])
 def test_bits_per_byte_are_those_of_the_logits(params, length, context, batch):
-    evaluate = compression.make_evaluator(MODEL, tokens.tokenizer("bytes"), length=length, batch=batch, context=context,
+    evaluate = make_evaluator(MODEL, tokens.tokenizer("bytes"), length=length, batch=batch, context=context,
                                          loss_chunk=2 * batch)
     found = evaluate(params, DOCUMENTS)
     for name, raw in DOCUMENTS:
@@ -55,19 +59,19 @@ def test_bits_per_byte_are_those_of_the_logits(params, length, context, batch):
 
 
 def test_limit_reads_the_first_bytes(params):
-    evaluate = compression.make_evaluator(MODEL, tokens.tokenizer("bytes"), length=16, batch=4, context=8, loss_chunk=64)
+    evaluate = make_evaluator(MODEL, tokens.tokenizer("bytes"), length=16, batch=4, context=8, loss_chunk=64)
     assert evaluate(params, DOCUMENTS, 20) == evaluate(params, [("a", TEXT[:20])])
     assert evaluate(params, DOCUMENTS, 10**6) == evaluate(params, DOCUMENTS) == evaluate(params, DOCUMENTS, 0)
 
 
 def test_head_cuts_where_a_character_begins():
     def head(limit):
-        return compression.head([("a", "aé€😀".encode()), ("b", b"xyz")], limit)
+        return cut_head([("a", "aé€😀".encode()), ("b", b"xyz")], limit)
     whole = "aé€😀".encode()
     kept = [b"a", b"a", whole[:3], whole[:3], whole[:3], whole[:6], whole[:6], whole[:6], whole[:6], whole]
     assert [head(limit) for limit in range(1, 11)] == [[("a", raw)] for raw in kept]
     assert head(12) == [("a", whole), ("b", b"xy")] and head(13) == head(0) == head(99) == [("a", whole), ("b", b"xyz")]
-    assert compression.head([("c", b"\x80" * 9)], 5) == [("c", b"\x80" * 5)]      # no UTF-8: cut anywhere
+    assert cut_head([("c", b"\x80" * 9)], 5) == [("c", b"\x80" * 5)]      # no UTF-8: cut anywhere
 
 
 def test_baselines_pack_each_file_alone():
@@ -88,9 +92,9 @@ def run(params, tmp_path_factory):
         (folder / "text").mkdir(exist_ok=True)
         (folder / "text" / f"{name}.txt").write_bytes(TEXT * 9)
     workdir = folder / "run"
-    checkpoint.check_config(workdir, config.Experiment(
+    manager.check_config(workdir, config.Experiment(
         MODEL.config, config.Train(length=32), config.Data((str(folder / "text"),))))
-    checkpoints = checkpoint.Checkpoints(workdir, every=1, keep=2)
+    checkpoints = manager.Checkpoints(workdir, every=1, keep=2)
     for step in (1, 2):
         checkpoints.save(step, jax.tree.map(lambda x: x / step, params), {"count": np.zeros(1)}, {})
     checkpoints.close()
@@ -106,7 +110,7 @@ def found(run):
 
 def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(run, found, params, tmp_path):
     held_out = pipeline.validation(config.Data((str(run.parent / "text"),)))
-    evaluate = compression.make_evaluator(MODEL, tokens.tokenizer("bytes"), length=32, batch=8, context=16,
+    evaluate = make_evaluator(MODEL, tokens.tokenizer("bytes"), length=32, batch=8, context=16,
                                          loss_chunk=100)
     wanted = evaluate(jax.tree.map(lambda x: x / 2, params), held_out)
     assert found["bits_per_byte"] == pytest.approx(wanted.pop("all"), rel=1e-6)

@@ -13,7 +13,8 @@ import tokenizers
 Instance = pytest.importorskip("lm_eval.api.instance").Instance
 
 import mmx
-from mmx import checkpoint, config, convert
+from mmx import config
+from mmx.checkpoints import convert, manager
 from mmx.config import ConfigError
 from mmx.evals import harness
 from mmx.model import Model, logits
@@ -30,8 +31,8 @@ def run(tmp_path_factory):
     """A workdir of untrained parameters."""
     workdir = tmp_path_factory.mktemp("harness") / "run"
     params = jax.jit(MODEL.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    checkpoint.check_config(workdir, config.Experiment(MODEL.config))
-    checkpoints = checkpoint.Checkpoints(workdir, every=1, keep=1)
+    manager.check_config(workdir, config.Experiment(MODEL.config))
+    checkpoints = manager.Checkpoints(workdir, every=1, keep=1)
     checkpoints.save(1, params, {"count": np.zeros(1)}, {})
     checkpoints.close()
     return workdir

@@ -9,7 +9,8 @@ from looking import answer, look
 from PIL import Image
 
 import mmx
-from mmx import config, convert
+from mmx import config
+from mmx.checkpoints import convert
 from mmx.config import ConfigError
 from mmx.data import images, scenes, tokens
 from mmx.evals import runner, vision

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmx import hugepages
 from mmx.data import corpus
+from mmx.launch import hugepages
 
 ROOT = Path(__file__).parents[2]
 ROWS = 64       # of an epoch
@@ -81,7 +81,7 @@ class Run:
 
     def __init__(self, arguments, hurt, folder: Path):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mmx.train", "mmx.inference"])
+        context.set_forkserver_preload(["mmx.training.train", "mmx.inference.engine"])
         self.said = Path(tempfile.mkstemp(prefix="said-", dir=folder)[1])
         self.process = context.Process(target=_child, args=(arguments, str(self.said), hurt))
         self.process.start()
@@ -172,10 +172,10 @@ def told(workdir: Path) -> list[dict]:
 
 def state(workdir: Path) -> dict[str, bytes]:
     """Parameters, optimizer and data of the last checkpoint, but for the clock."""
-    from mmx import checkpoint
-    step = checkpoint.find_step(workdir)[1]
-    found = {f"{item}/{'.'.join(path)}": checkpoint.read(array).tobytes()
-             for item in ("params", "opt") for path, array in checkpoint.open_arrays(step, item).items()}
+    from mmx.checkpoints import manager
+    step = manager.find_step(workdir)[1]
+    found = {f"{item}/{'.'.join(path)}": manager.read(array).tobytes()
+             for item in ("params", "opt") for path, array in manager.open_arrays(step, item).items()}
     data = json.loads((step / "data" / "metadata").read_text())
     return found | {"step": step.name, "data": json.dumps({k: v for k, v in data.items() if k != "seconds"}, sort_keys=True)}
 

@@ -17,9 +17,12 @@ import jax
 import numpy as np
 from harness import ROWS, Place, assert_same, fill, free_port, small_disk, state, told
 
-from mmx import checkpoint, checksums, metrics, processes
-from mmx.checkpoint import Checkpoints
+from mmx.checkpoints import manager
+from mmx.checkpoints.manager import Checkpoints
+from mmx.files import checksums
+from mmx.launch import processes
 from mmx.parallel import mesh as meshes
+from mmx.training import metrics
 
 GONE = re.compile(r"mmx: .*; this process ends too, and the same command goes on from the last checkpoint$")
 
@@ -99,7 +102,7 @@ def _half(workdir: Path) -> bool:
 def damage(place: Place, count: int, rng: random.Random) -> str:
     """Every file of a step, each of its byte ranges with one bit turned, cut, emptied, removed, and lengthened."""
     origin = whole(place)
-    abstract = [_abstract(checkpoint.find_step(origin)[1], item) for item in ("params", "opt")]
+    abstract = [_abstract(manager.find_step(origin)[1], item) for item in ("params", "opt")]
     workdir = place.folder / "damage"
     shutil.rmtree(workdir, ignore_errors=True)
     shutil.copytree(origin, workdir)
@@ -144,7 +147,7 @@ def _turned(raw: bytes, bit: int) -> bytes:
 
 def _abstract(step: Path, item: str):
     tree = {}
-    for path, array in checkpoint.open_arrays(step, item).items():
+    for path, array in manager.open_arrays(step, item).items():
         below = tree
         for key in path[:-1]:
             below = below.setdefault(key, {})
@@ -231,7 +234,7 @@ def full_disk(place: Place) -> str:
 def short_files(place: Place) -> str:
     """Orbax's writing fails amid a save, in its thread."""
     end = whole(place)
-    largest = max(p.stat().st_size for p in checkpoint.find_step(end)[1].rglob("*") if p.is_file())
+    largest = max(p.stat().st_size for p in manager.find_step(end)[1].rglob("*") if p.is_file())
     workdir = place.folder / "short"
     shutil.rmtree(workdir, ignore_errors=True)
     run = place.done(place.train("short"), file_bytes=largest // 2)
@@ -362,7 +365,7 @@ def elastic(place: Place, count: int, rng: random.Random, seconds: float = math.
 
 def _layouts(place: Place, rng: random.Random, many: int = 4) -> list:
     """As many (processes, sizes) of one and of two processes, of up to eight devices: each is a program to compile."""
-    from mmx import experiments
+    from mmx.launch import experiments
 
     e, found = experiments.read(str(place.config), []), {1: [], 2: []}
     for sizes in itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2, 4)):
@@ -382,15 +385,15 @@ def _shares(sizes, count: int) -> bool:
 
 def _first_loss(place: Place, workdir: Path) -> float:
     """Of the next step, by one device, from the checkpoint."""
-    from mmx import experiments
-    from mmx import loss as losses
-    from mmx.convert import load
+    from mmx.checkpoints.convert import load
     from mmx.data import pipeline
+    from mmx.launch import experiments
     from mmx.model import Model
+    from mmx.training import loss as losses
 
     e, loaded = experiments.read(str(place.config), []), load(workdir)
     stream = pipeline.stream(e.data, e.train)
-    step = checkpoint.find_step(workdir)[1]
+    step = manager.find_step(workdir)[1]
     stream.restore(json.loads((step / "data" / "metadata").read_text())["stream"])
     count = e.train.micro_batches(e.train.tokens_seen(int(step.name)))
     if "loss" not in vars(place):

@@ -39,7 +39,7 @@ class BrokenError(Exception):
 def check(read, folder: Path) -> str:
     """What a reader said of a folder, "read" if nothing; raises BrokenError."""
     from mmx.config import ConfigError
-    from mmx.untrusted import TOLD
+    from mmx.files.untrusted import TOLD
 
     begun = time.process_time()
     try:

@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from mmx import config, released, untrusted
-from mmx.data import captions, images, sources, tokens
+from mmx import config
+from mmx.checkpoints import hf_config, hf_layout, safetensors
+from mmx.data import captions, images, records, sources, tokens
+from mmx.files import untrusted
 
 MODEL = config.Model(vocab=270, dim=4, layers=2, pattern="LS", heads=2, kv_heads=1, head_dim=2, rotary_dim=2, experts=2,
                      expert_dim=4, top_k=1)
@@ -33,11 +35,12 @@ def whole_files(write) -> dict[str, bytes]:
 # ---- released form ----
 
 def write_released(folder: Path, model=MODEL, dialect="released", shard_bytes=700):
-    shapes = {name: leaf.tensor_shape for leaf in released.leaves(model) for _, name in leaf.tensors()}
-    places = released.plan_files(folder, {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}, shard_bytes)
+    shapes = {name: leaf.tensor_shape for leaf in hf_layout.leaves(model) for _, name in leaf.tensors()}
+    tensors = {name: (np.dtype(np.float32), shape) for name, shape in shapes.items()}
+    places = safetensors.plan_files(folder, tensors, shard_bytes)
     assert len({place.file for place in places.values()}) > 1 or shard_bytes > 700
     ids = dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), (256, 257, 258)))
-    (folder / "config.json").write_text(json.dumps(released.write_model(model, dialect, "float32", ids)))
+    (folder / "config.json").write_text(json.dumps(hf_config.write_model(model, dialect, "float32", ids)))
     (folder / "generation_config.json").write_text(json.dumps(ids))
 
 
@@ -51,7 +54,7 @@ def safetensors_files():
 
 
 def read_safetensors(folder: Path):
-    released.find_tensors(folder)
+    safetensors.find_tensors(folder)
 
 
 @functools.cache
@@ -61,12 +64,12 @@ def released_files():
 
 def read_released(folder: Path):
     """Opened, and every tensor read."""
-    from mmx import convert
+    from mmx.checkpoints import convert
 
     source = convert.open_source(folder)
     source.ids()
-    with released.Files(0) as files:
-        for leaf in released.leaves(source.model):
+    with safetensors.Files(0) as files:
+        for leaf in hf_layout.leaves(source.model):
             source.read_leaf(files, leaf)
 
 
@@ -77,7 +80,7 @@ def config_files():
             "vision": {name: getattr(SEES, name) for name in SEES.__dataclass_fields__}}}).model
         for name, model in (("text", MODEL), ("sees", sees)):
             for dialect in ("released", "transformers"):
-                text = released.write_model(model, dialect, "float32", {})
+                text = hf_config.write_model(model, dialect, "float32", {})
                 (folder / f"{name}-{dialect}.json").write_text(json.dumps(text))
         (folder / "run.json").write_text(config.to_json(config.Experiment(model=sees)))
     return whole_files(write)
@@ -86,14 +89,14 @@ def config_files():
 def read_config(folder: Path):
     """config.json of both dialects, of text and of images; that of a run."""
     for path in sorted(folder.glob("*.json")):
-        text = released.read_json(released.own_file(path))
+        text = untrusted.read_json(untrusted.own_file(path))
         if path.name == "run.json":
             model = config.build(text).model
         else:
-            model = config.build({"model": released.read_model(text, path)}).model
+            model = config.build({"model": hf_config.read_model(text, path)}).model
         model.checkpoint_tensors, model.params_total     # noqa: B018
         with contextlib.suppress(config.ConfigError):
-            released.check_tensors({}, model, path)
+            safetensors.check_tensors({}, model, path)
 
 
 # ---- tokenizer ----
@@ -172,9 +175,9 @@ def source_files():
 def read_sources(folder: Path):
     found = sources.documents(str(folder), "train")
     for name, content in found:
-        if isinstance(content, sources.Pictured):
+        if isinstance(content, records.Pictured):
             assert all(Path(image).resolve().is_relative_to(folder.resolve()) for image in content.images)
-        elif isinstance(content, sources.Ids):
+        elif isinstance(content, records.Ids):
             tokens.check_ids(tokens.Bytes(), content.tokens_T.tolist(), name)
 
 
@@ -221,7 +224,7 @@ def run_files():
 
 
 def read_runs(folder: Path):
-    from mmx import scaling
+    from mmx.analysis import scaling
 
     told = []
     for name in ("runs.jsonl", "runs.csv"):
@@ -246,11 +249,13 @@ def workdir_files():
 
 def read_workdir(folder: Path):
     """A run's config and metrics, a sweep's rows, a suite's examples."""
-    from mmx import checkpoint, metrics, sweep
+    from mmx.checkpoints import manager
     from mmx.evals import runner
+    from mmx.launch import sweep
+    from mmx.training import metrics
 
     told = []
-    for read in (lambda: config.build(checkpoint.read_config(folder)), lambda: metrics.read(folder),
+    for read in (lambda: config.build(manager.read_config(folder)), lambda: metrics.read(folder),
                  lambda: metrics.latest(folder), lambda: sweep.collect(folder),
                  lambda: runner._resume(folder / "needle.jsonl", {"suite": "needle", "seed": 0})):
         try:
@@ -301,7 +306,7 @@ def override_files():
 
 def read_overrides(folder: Path):
     """`--config.KEY=VALUE`, one a line, the first ones each by itself, as a command has it, and all together; --lengths."""
-    from mmx import experiments
+    from mmx.launch import experiments
 
     told = []
     lines = [os.fsdecode(line) for line in untrusted.content(folder / "overrides.txt").split(b"\n")]
@@ -327,13 +332,13 @@ def trained():
 
 @functools.cache
 def orbax_files():
-    from mmx import checkpoint, convert
+    from mmx.checkpoints import convert, manager
 
     def write(folder):
         write_released(folder / "hf", shard_bytes=1 << 30)
         convert.from_hf(folder / "hf", folder / "converted", progress=False)
         shutil.rmtree(folder / "hf")
-        kept = checkpoint.Checkpoints(folder / "trained", 1, 1)
+        kept = manager.Checkpoints(folder / "trained", 1, 1)
         kept.save(3, *trained(), {"documents": [1, 2]}, force=True)
         kept.close()
 
@@ -348,19 +353,19 @@ def read_orbax(folder: Path):
     and with them."""
     import jax
 
-    from mmx import checkpoint, convert
+    from mmx.checkpoints import convert, manager
 
     told = []
     params, opt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trained())
     try:
         source = convert.open_source(folder / "converted")
-        for leaf in released.leaves(source.model):
+        for leaf in hf_layout.leaves(source.model):
             source.read_leaf(None, leaf)
     except config.ConfigError as error:
         told.append(error)
     for verify in (False, True):
         try:
-            checkpoint.Checkpoints(folder / "trained", 1, 1, verify).restore(params, opt)
+            manager.Checkpoints(folder / "trained", 1, 1, verify).restore(params, opt)
         except config.ConfigError as error:
             told.append(error)
     if told:
@@ -379,16 +384,16 @@ def loaded():
 
 @functools.cache
 def prefix_files():
-    from mmx import inference, prefix
+    from mmx.inference import engine, prefix
     from mmx.parallel.cache import empty_cache
 
     def write(folder):
-        prefix.save(folder / "kept.npz", loaded(), inference.Prefix(empty_cache(MODEL, 1, 4), 7, 5))
+        prefix.save(folder / "kept.npz", loaded(), engine.Prefix(empty_cache(MODEL, 1, 4), 7, 5))
     return whole_files(write)
 
 
 def read_prefix(folder: Path):
-    from mmx import prefix
+    from mmx.inference import prefix
     prefix.load(folder / "kept.npz", loaded())
 
 

@@ -23,9 +23,13 @@ sys.path.insert(0, str(HERE))
 import fuzz
 import parsers
 
-from mmx import checksums, config, experiments, lock, metrics, released, untrusted
+from mmx import config
+from mmx.checkpoints import hf_config, safetensors
 from mmx.config import ConfigError
 from mmx.data import captions, images, sources, tokens
+from mmx.files import checksums, lock, untrusted
+from mmx.launch import experiments
+from mmx.training import metrics
 
 
 @pytest.mark.parametrize("name", parsers.PARSERS)
@@ -104,7 +108,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     ({"a": ENTRY | {"data_offsets": [0, 2**63]}}, "is truncated"), ({"a": ENTRY | {"data_offsets": [-8, 0]}}, "needs dtype")])
 def test_headers(change, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        released.read_header(header(tmp_path, change, bytes(8)))
+        safetensors.read_header(header(tmp_path, change, bytes(8)))
 
 
 def test_a_header_that_is_too_long_is_not_read(tmp_path):
@@ -113,7 +117,7 @@ def test_a_header_that_is_too_long_is_not_read(tmp_path):
         file.write((17 << 20).to_bytes(8, "little"))
         file.truncate(18 << 20)
     with pytest.raises(ConfigError, match="more than 16,777,216: it is not read"):
-        released.read_header(path)
+        safetensors.read_header(path)
 
 
 def test_a_stack_of_a_million_experts_in_a_hole(tmp_path):
@@ -122,11 +126,11 @@ def test_a_stack_of_a_million_experts_in_a_hole(tmp_path):
     path = header(tmp_path, {name: {"dtype": "F32", "shape": [count, 1, 2], "data_offsets": [0, count * 8]}})
     os.truncate(path, (8 << 40) + 1000)
     with pytest.raises(ConfigError, match="stacks 1,099,511,627,776 experts"):
-        released.read_header(path)
+        safetensors.read_header(path)
 
 
 def test_links_out_of_a_checkpoint_are_refused(tmp_path):
-    from mmx import convert
+    from mmx.checkpoints import convert
 
     elsewhere = write(tmp_path / "elsewhere", parsers.released_files())
     for victim in ("config.json", "model-00001-of-00002.safetensors", "generation_config.json"):
@@ -152,11 +156,11 @@ def test_the_hugging_face_cache_is_read(tmp_path):
     for number, (name, raw) in enumerate(files.items()):
         write(blobs, {str(number): raw})
         (snapshot / name).symlink_to(Path("../../blobs") / str(number))
-    assert released.find_tensors(snapshot)
+    assert safetensors.find_tensors(snapshot)
 
 
 def test_orbax_paths_stay_inside(tmp_path):
-    from mmx import checkpoint
+    from mmx.checkpoints import manager
 
     write(tmp_path, parsers.orbax_files())
     params = tmp_path / "converted" / "checkpoints" / "0" / "params"
@@ -165,11 +169,11 @@ def test_orbax_paths_stay_inside(tmp_path):
         entry = next(iter(text["tree_metadata"].values())) | {"key_metadata": [{"key": key, "key_type": 2}]}
         (params / "_METADATA").write_text(json.dumps(text | {"tree_metadata": {"x": entry}}))
         with pytest.raises(ConfigError, match="has no table of arrays"):
-            checkpoint.open_arrays(params.parent)
+            manager.open_arrays(params.parent)
     (params / "_METADATA").write_text(json.dumps(text))
     (params / "link").symlink_to("/dev/zero")
     with pytest.raises(ConfigError, match="a checkpoint holds no links"):
-        checkpoint.open_arrays(params.parent)
+        manager.open_arrays(params.parent)
 
 
 def refused(name, files, folder, change):
@@ -265,7 +269,7 @@ def test_a_lock_of_many_levels(tmp_path):
 def test_configs_of_what_no_memory_holds(changes, message):
     text = json.loads(parsers.config_files()["text-released.json"])
     with pytest.raises(ConfigError, match=message):
-        released.read_model(text | changes, "config.json")
+        hf_config.read_model(text | changes, "config.json")
 
 
 # ---- suites ----
@@ -420,7 +424,7 @@ def test_a_key_as_long_as_its_file_is_told_soon():
 # ---- prefixes ----
 
 def test_a_prefix_is_no_bomb(tmp_path):
-    from mmx import prefix
+    from mmx.inference import prefix
 
     raw = parsers.prefix_files()["kept.npz"]
 
@@ -443,7 +447,7 @@ def test_a_prefix_is_no_bomb(tmp_path):
 
 def test_every_flip_in_an_array_of_a_prefix_is_found(tmp_path):
     """A flipped bit of an array is found by zip's check sum."""
-    from mmx import prefix
+    from mmx.inference import prefix
 
     raw = bytearray(parsers.prefix_files()["kept.npz"])
     with zipfile.ZipFile(io.BytesIO(raw)) as file:

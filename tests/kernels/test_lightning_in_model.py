@@ -11,8 +11,8 @@ import pytest
 from mmx import config
 from mmx.kernels import grouped_gpu, platform
 from mmx.kernels.lightning import api
-from mmx.loss import loss
 from mmx.model import Model
+from mmx.training.loss import loss
 
 C = config.Model(vocab=32, dim=32, layers=2, pattern="L", heads=2, kv_heads=1, head_dim=16, rotary_dim=8, experts=2, top_k=1,
                  expert_dim=32)

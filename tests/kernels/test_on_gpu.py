@@ -21,8 +21,8 @@ from test_lightning_decode import layer, run
 from mmx import config
 from mmx.kernels import grouped
 from mmx.kernels.attention import reference, softmax_attention
-from mmx.loss import loss
 from mmx.model import Model
+from mmx.training.loss import loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")]
 

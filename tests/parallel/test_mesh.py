@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from mmx import config, inference, optim, train
+from mmx import config
+from mmx.inference import engine
 from mmx.model import Model
 from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
 from mmx.parallel.cache import empty_cache
+from mmx.training import optim, train
 
 T, B = 32, 8
 C = config.Model(vocab=40, dim=16, layers=2, pattern="LS", heads=8, kv_heads=2, head_dim=4, rotary_dim=2, experts=8,
@@ -76,7 +78,7 @@ def read_and_go_on(lengths, mesh=None):
     params, cache = start()[0], empty_cache(model.config, len(lengths), CAPACITY)
     tokens_BT = np.random.default_rng(1).integers(0, C.vocab, (len(lengths), CAPACITY), np.int32)
     mask_BT = np.asarray(np.arange(CAPACITY) < np.array(lengths)[:, None], np.int32)
-    read, go_on = (functools.partial(f, model) for f in (inference.prefill, inference.decode_step))
+    read, go_on = (functools.partial(f, model) for f in (engine.prefill, engine.decode_step))
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         if mesh:
             params = jax.device_put(params, sharding.tree(params, mesh))

@@ -18,9 +18,12 @@ import jax
 import numpy as np
 import pytest
 
-from mmx import checkpoint, cli, metrics, processes
+from mmx import cli
+from mmx.checkpoints import manager
 from mmx.config import ConfigError
+from mmx.launch import processes
 from mmx.parallel import mesh as meshes
+from mmx.training import metrics
 
 ROOT = Path(__file__).parents[2]
 FROM, STEPS, EVERY = 5, 15, 7
@@ -172,7 +175,7 @@ def test_two_processes_run_as_one(two, whole):
 def test_sigterm_to_one_saves_all_at_one_step(two):
     workdir, (first, second) = two
     assert (first[0], second[0]) == (0, 0) and (first[2], second[2]) == ([], [])
-    step = int(checkpoint.find_step(workdir)[1].name)
+    step = int(manager.find_step(workdir)[1].name)
     assert [r["step"] for r in metrics.read(workdir)] == list(range(1, step + 1))
     assert f"stopped at step {step:,} and saved" in first[1]
 
@@ -264,7 +267,7 @@ def test_the_others_say_who_was_killed(four):
     for code, _, lines in found:
         assert code == processes.DEAD and len(lines) == 1, lines
         assert re.match(r"mmx: process 2 died: no sign of life for 30 s; .* goes on from the last checkpoint$", lines[0])
-    assert int(checkpoint.find_step(workdir)[1].name) in (FROM, STEPS)      # the latter was being saved
+    assert int(manager.find_step(workdir)[1].name) in (FROM, STEPS)      # the latter was being saved
 
 
 def test_what_gloo_says_of_itself_is_not_passed_on(capfd):

@@ -4,9 +4,9 @@ from pathlib import Path
 import datasets
 from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer  # noqa: F401 (wikitext2_local.yaml)
 
-from mmx import untrusted
 from mmx.config import ConfigError
 from mmx.evals.files import column, records
+from mmx.files import untrusted
 
 
 def blimp(data=None, paradigm="*", **metadata):

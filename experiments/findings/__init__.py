@@ -1,0 +1,1 @@
+"""Figures and verdicts of committed rows: `python -m experiments.findings`."""

@@ -1,0 +1,4 @@
+"""`python -m experiments.findings` draws the figures and writes docs/findings.md."""
+from experiments.findings.page import main
+
+main()

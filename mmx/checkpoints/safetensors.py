@@ -1,0 +1,233 @@
+"""safetensors files: headers read within limits, tensors read and written in slices (model.md section 6)."""
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from mmx.checkpoints.hf_layout import DECAY_BUFFERS, TOWER, Leaf, Piece, leaves
+from mmx.checkpoints.shapes import check_shapes, few
+from mmx.config import ConfigError, Model
+from mmx.files import untrusted
+
+MOST_TENSORS, MOST_AXES, MOST_NAME = 1_000_000, 8, 256      # of a file, of a tensor, characters of a tensor's name
+DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+          "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Tensor(NamedTuple):
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file: an 8-byte length, a JSON header of that length, then the data."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is no file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if size < 8 or start > size:
+            raise ConfigError(f"{path} is truncated or no safetensors file: its header ends at byte {start} of {size}")
+        if start > untrusted.JSON_BYTES:
+            raise ConfigError(f"{path}: a header of {start:,} bytes is more than {untrusted.JSON_BYTES:,}: it is not read")
+        try:
+            header = untrusted.loads(file.read(start - 8))
+            if not isinstance(header, dict):
+                raise ValueError("it is no object")
+        except ValueError as error:
+            raise ConfigError(f"{path} is no safetensors file: its header is not a JSON table of tensors ({error})") from None
+    header.pop("__metadata__", None)
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        if len(name) > MOST_NAME or not name.isprintable():
+            raise ConfigError(f"{path} is damaged: {name[:MOST_NAME]!r} is no tensor's name")
+        try:
+            code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            sound = type(code) is str and all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
+        except (ValueError, KeyError, TypeError):
+            sound = False
+        if not sound or len(shape) > MOST_AXES:
+            raise ConfigError(f"{path} is damaged: tensor {name} needs dtype, shape and data_offsets, has {entry!s:.200}")
+        if start + end > size:
+            raise ConfigError(f"{path} is truncated: {name} ends at byte {start + end} of {size}; fetch the file again")
+        spans.append((begin, end, name))
+        if name.rpartition(".")[2] in DECAY_BUFFERS:
+            continue
+        if code not in DTYPES:
+            raise ConfigError(f"{path}: tensor {name} has dtype {code:.20}; only {', '.join(DTYPES)} are supported")
+        if end - begin != math.prod(shape) * DTYPES[code].itemsize:
+            raise ConfigError(f"{path} is damaged: tensor {name} of {code} {list(shape)} has {end - begin} bytes")
+        tensors |= _released_names(name, Tensor(path, DTYPES[code], shape, start + begin))
+        if len(tensors) > MOST_TENSORS:
+            raise ConfigError(f"{path} holds more than {MOST_TENSORS:,} tensors: it is not read")
+    for (_, end, name), (begin, _, after) in itertools.pairwise(sorted(spans)):
+        if begin < end:
+            raise ConfigError(f"{path} is damaged: the bytes of tensors {name} and {after} overlap")
+    return tensors
+
+
+def _released_names(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A tensor under its released name; transformers' in-memory expert stacks become views of each expert's matrix."""
+    if name.startswith(("vision_tower.", "multi_modal_projector.")):
+        return {new: tensor for new in _vision_name(name)}
+    head, kind, tail = name.partition(".mlp.")
+    if not kind:
+        return {name: tensor}
+    stacks = {"experts.gate_up_proj": ("w1", "w3"), "experts.down_proj": ("w2",)}
+    if tail not in stacks or len(tensor.shape) != 3 or tensor.shape[1] % len(stacks[tail]) or 0 in tensor.shape:
+        return {f"{head}.block_sparse_moe.{tail}": tensor}
+    names, (experts, rows, columns) = stacks[tail], tensor.shape
+    if experts > MOST_TENSORS:
+        raise ConfigError(f"{tensor.file}: tensor {name} stacks {experts:,} experts, more than {MOST_TENSORS:,}")
+    rows //= len(names)
+    size = rows * columns * tensor.dtype.itemsize
+    return {f"{head}.block_sparse_moe.experts.{e}.{w}.weight": Tensor(
+        tensor.file, tensor.dtype, (rows, columns), tensor.offset + (e * len(names) + i) * size)
+        for e in range(experts) for i, w in enumerate(names)}
+
+
+def _vision_name(name: str) -> list[str]:
+    """As released; transformers leaves a part of the path out, and holds a last norm and a list of places that do nothing."""
+    _, tower, tail = name.rpartition("vision_tower.")
+    tail = tail.removeprefix("vision_model.")
+    return [] if tail.startswith(("post_layernorm.", "embeddings.position_ids")) else [TOWER + tail if tower else name]
+
+
+def find_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a directory with model.safetensors, or with an index of shards."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.exists():
+        return read_header(untrusted.own_file(single))
+    if not index.exists():
+        raise ConfigError(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
+    places = untrusted.read_json(untrusted.own_file(index)).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ConfigError(f"{index} has no weight_map from tensor to file")
+    tensors = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file or file in ("..", ".") or not file.isprintable():
+            raise ConfigError(f"{index} names the file {file[:MOST_NAME]!r}; only files in the same directory are read")
+        if not (directory / file).is_file():
+            raise ConfigError(f"{index} names the file {file!r}, which is not there")
+        tensors |= read_header(untrusted.own_file(directory / file))
+        if len(tensors) > MOST_TENSORS:
+            raise ConfigError(f"{index}: its files hold more than {MOST_TENSORS:,} tensors")
+    listed = {new for name in places for new in _stem(name, tensors)}
+    absent = sorted(listed - tensors.keys())
+    if absent:
+        raise ConfigError(f"{index} lists tensors that its files do not hold: {few(absent)}")
+    return tensors
+
+
+def _stem(name: str, tensors) -> list[str]:
+    """A listed name as `find_tensors` has it; stacks and derived buffers were seen to by their file's header."""
+    if name.startswith(("vision_tower.", "multi_modal_projector.")):
+        return _vision_name(name)
+    if name.rpartition(".")[2] in DECAY_BUFFERS or name.partition(".mlp.experts.")[1]:
+        return []
+    return [name.replace(".mlp.", ".block_sparse_moe.")]
+
+
+def check_tensors(tensors: dict[str, Tensor], model: Model, where) -> None:
+    """Raises ConfigError unless `tensors` are those of `model`."""
+    if model.checkpoint_tensors > 100_000 + len(tensors):       # more than can be listed
+        raise ConfigError(f"{where} holds {len(tensors)} tensors, its config.json asks for {model.checkpoint_tensors}")
+    check_shapes({name: tensor.shape for name, tensor in tensors.items()},
+                 {name: leaf.tensor_shape for leaf in leaves(model) for _, name in leaf.tensors()}, where)
+
+
+class Files:
+    """Files open by path, read and written at offsets: no mapped page counts as memory."""
+
+    def __init__(self, flags: int):
+        self.flags, self.open = flags, {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for handle in self.open.values():
+            os.close(handle)
+
+    def handle(self, path: Path) -> int:
+        if path not in self.open:
+            self.open[path] = os.open(path, self.flags, 0o666)
+        return self.open[path]
+
+    def read(self, path: Path, buffer: memoryview, offset: int):
+        while buffer:
+            count = os.preadv(self.handle(path), [buffer], offset)
+            if not count:
+                raise ConfigError(f"{path} ended at byte {offset} while it was read")
+            buffer, offset = buffer[count:], offset + count
+
+    def write(self, path: Path, buffer: memoryview, offset: int):
+        while buffer:
+            count = os.pwrite(self.handle(path), buffer, offset)
+            buffer, offset = buffer[count:], offset + count
+
+
+def runs(leaf: Leaf, piece: Piece, itemsize: int) -> Iterator[tuple[int, int, int]]:
+    """(first byte in the tensor, first, last entry of the piece): one run, or one an entry where parts interleave."""
+    row = math.prod(leaf.sizes(leaf.released[1:])) * itemsize
+    _, _, part, parts = leaf.layout
+    step = 1 if parts > 1 else piece.stop - piece.start
+    for start in range(piece.start, piece.stop, step):
+        yield (start * parts + part) * row, start - piece.start, start - piece.start + step
+
+
+def read_piece(files: Files, tensor: Tensor, leaf: Leaf, piece: Piece) -> np.ndarray:
+    """A slice of a released tensor, in its layout."""
+    block = np.empty((piece.stop - piece.start, *leaf.sizes(leaf.released[1:])), tensor.dtype)
+    for offset, first, last in runs(leaf, piece, tensor.dtype.itemsize):
+        files.read(tensor.file, memoryview(block[first:last].reshape(-1).view(np.uint8)), tensor.offset + offset)
+    return block
+
+
+def write_piece(files: Files, tensor: Tensor, leaf: Leaf, piece: Piece, block: np.ndarray):
+    for offset, first, last in runs(leaf, piece, tensor.dtype.itemsize):
+        files.write(tensor.file, memoryview(block[first:last].reshape(-1).view(np.uint8)), tensor.offset + offset)
+
+
+def plan_files(directory: Path, tensors: dict[str, tuple[np.dtype, tuple]], shard_bytes: int) -> dict[str, Tensor]:
+    """Lays tensors out in safetensors files of at most `shard_bytes` of data (a larger tensor has one of its own).
+
+    Writes headers and index, and says where each tensor goes; the data is still a hole.
+    """
+    shards, room = [], 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
+        if size > room or not shards:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append((name, dtype, shape, size))
+        room -= size
+    placed = {}
+    for i, shard in enumerate(shards):
+        place = f"-{i + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = directory / f"model{place}.safetensors"
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for name, dtype, shape, size in sorted(shard, key=lambda entry: -entry[1].itemsize):     # keeps data aligned
+            header[name] = {"dtype": DTYPE_CODES[dtype], "shape": shape, "data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with file.open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            out.truncate(8 + len(text) + end)
+        for name, dtype, shape, _ in shard:
+            placed[name] = Tensor(file, dtype, shape, 8 + len(text) + header[name]["data_offsets"][0])
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(size for shard in shards for *_, size in shard)},
+                 "weight_map": {name: tensor.file.name for name, tensor in placed.items()}}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    return placed

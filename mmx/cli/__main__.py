@@ -1,0 +1,6 @@
+"""`python -m mmx.cli` is `mmx`."""
+import sys
+
+from mmx.cli import main
+
+sys.exit(main())

@@ -1,0 +1,31 @@
+"""The comparison of two checkpoints by the logits that they give."""
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from mmx.checkpoints.convert import find_model, load
+from mmx.config import ConfigError
+from mmx.inference.engine import forward
+
+
+def verify(a: str | Path, b: str | Path, torch: bool = False, weights_dtype: str | None = None, batch: int = 2,
+           length: int = 64, seed: int = 0) -> dict:
+    """The largest difference between the logits of two checkpoints on random tokens, in float32, by what ran `b`: "mmx",
+    `weights_dtype` as in `load`; with `torch`, "mmx.torch", the released function in transformers, and "stock
+    transformers", which is another."""
+
+    first, vocab = load(a, "float32"), find_model(b).vocab
+    if first.config.vocab != vocab:
+        raise ConfigError(f"{a} has a vocabulary of {first.config.vocab}, {b} of {vocab}: there is nothing to compare")
+    tokens_BT = np.random.default_rng(seed).integers(vocab, size=(batch, length))
+    with jax.default_matmul_precision("highest"):
+        logits_BTW = forward(first, tokens_BT)
+        if torch:
+            from mmx import torch as transformers
+
+            others = {"mmx.torch": transformers.load, "stock transformers": transformers.load_stock}
+            others = {name: transformers.logits(load_b(b), tokens_BT) for name, load_b in others.items()}
+        else:
+            others = {"mmx": forward(load(b, "float32", weights_dtype), tokens_BT)}
+    return {name: float(np.abs(logits_BTW - other_BTW).max()) for name, other_BTW in others.items()}

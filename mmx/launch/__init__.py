@@ -1,0 +1,1 @@
+"""What starts runs: experiment files, several processes, sweeps."""

@@ -1,0 +1,1 @@
+"""Training: the loop, its loss, optimizer, guards and metrics, and the loss on held-out text."""
