@@ -66,8 +66,8 @@ def main():
 
 def touched(batch: int) -> float:
     """Bytes that a step reads, and writes of states."""
-    of = memory.held(MODEL)
-    return 4 * memory.params_read(MODEL, batch) + batch * (memory.sequence(of, PROMPT + STEPS / 2) + of["state"])
+    of = memory.footprint(MODEL)
+    return 4 * memory.params_read(MODEL, batch) + batch * (of.sequence(PROMPT + STEPS / 2) + of.state)
 
 
 def short_lengths() -> list[int]:

@@ -25,7 +25,7 @@ def main():
     X, H, G, K = args.devices, 64, 8, 128
     table = Table("tokens", "LASP+", "ring attention", "gathering a lightning layer's sequence",
                   title=f"MB received a device and layer, forward, {X} devices")
-    for length in config.lengths(args.lengths):
+    for length in config.parse_lengths(args.lengths):
         states = lightning.bytes_per_device(1, H, K, K, X, last=False)
         around = ring.bytes_per_device(1, G, length // X, K, K, X, ITEM)
         gathered = (X - 1) * H * length // X * 2 * K * ITEM

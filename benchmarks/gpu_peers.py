@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 
 from mmx import config
 from mmx.kernels.lightning import lightning_attention
+from mmx.layers.lightning import log_decay
 
 H, D = 64, 128
-LOG_DECAY_H = config.Model(heads=H, head_dim=D).log_decay[0]
+LOG_DECAY_H = log_decay(config.Model(heads=H, head_dim=D), 0)
 CALLS, ROUNDS = 5, 7
 
 
@@ -33,7 +34,7 @@ def main():
     flags.add_argument("--forms", default="gpu,triton,xla", help="ours, with commas (default %(default)s)")
     flags.add_argument("--documents", type=int, default=8, help="of the packed case (default 8)")
     args = flags.parse_args()
-    cases = [(T, documents) for T in config.lengths(args.lengths) for documents in (1, args.documents)]
+    cases = [(T, documents) for T in config.parse_lengths(args.lengths) for documents in (1, args.documents)]
     for T, documents in tqdm(cases, "cases"):
         table = Table("form", "forward ms", "and backward ms", "error",
                       title=f"{jax.devices()[0].device_kind}, {T:,} tokens, documents: {documents}")

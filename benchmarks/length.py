@@ -74,15 +74,15 @@ def measure(kind: str, sequences: int, length: int) -> dict:
     import jax.numpy as jnp
 
     from mmx.layers.common import Context
-    from mmx.model import MIXERS
+    from mmx.layers.kinds import kind_of
 
     c = config.Model(pattern=kind)
-    mixer = MIXERS[kind](c)
+    mixer = kind_of(kind).mixer(c)
     u_BTD = jax.random.normal(jax.random.key(0), (sequences, length, c.dim))
     context = Context(None, jnp.tile(jnp.arange(length), (sequences, 1)), None)
-    log_decay_H = jnp.array(c.log_decay[3])
-    params = jax.jit(mixer.init)(jax.random.key(1), u_BTD[:1, :8], Context(None, jnp.arange(8)[None], None), None, log_decay_H)
-    step = jax.jit(jax.grad(lambda p, u: jnp.mean(mixer.apply(p, u, context, None, log_decay_H)[0] ** 2), (0, 1)))
+    constants = kind_of(kind).constants and kind_of(kind).constants(c, 3)
+    params = jax.jit(mixer.init)(jax.random.key(1), u_BTD[:1, :8], Context(None, jnp.arange(8)[None], None), None, constants)
+    step = jax.jit(jax.grad(lambda p, u: jnp.mean(mixer.apply(p, u, context, None, constants)[0] ** 2), (0, 1)))
     compiled = step.lower(params, u_BTD).compile()
     memory = compiled.memory_analysis()
     touched = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt

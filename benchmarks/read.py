@@ -19,6 +19,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from mmx import config
+from mmx.analysis.counts import count_params
 from mmx.checkpoints.convert import Loaded
 from mmx.inference import engine
 from mmx.launch import hugepages
@@ -57,7 +58,7 @@ def main():
     start = time.perf_counter()
     pieces = list(engine.stream(loaded, [engine.Request(ids_T[:1], args.steps)], prefix=prefix))
     decoded = time.perf_counter() - start
-    table = Table("tokens read", "tokens/s", "resident MiB", title=f"{args.pattern}, {c.params_total:,} parameters")
+    table = Table("tokens read", "tokens/s", "resident MiB", title=f"{args.pattern}, {count_params(c).total:,} parameters")
     for read, rate, memory in points[::max(len(points) // ROWS, 1)] + points[-1:]:
         table.add_row(f"{read:,}", f"{rate:,.0f}", f"{memory:,.0f}")
     Console().print(table)

@@ -17,6 +17,7 @@ every fourth, 0.977 (0.932 to 1.000), and one in sixteen, 0.604 (0.316 to 1.000)
 apart; supports with none, 0.395 (0.392 to 0.398); contradicts every second, 1.000 (1.000 to 1.000). That lightning's runs one
 in four to one in sixteen learn at each seed and rate but one, and windows' do not, is seen and not tested.
 """
+from mmx.analysis.counts import flops_forward
 from mmx.config import ConfigError, build, default
 
 PERIODS = (0, 1, 2, 4, 8, 16)
@@ -54,9 +55,9 @@ def get_config(other="L", period=8, lr=3e-3, seed=0):
     config.checkpoint.every = train.steps
     config.mesh.edp = 1
     model.pattern, model.expert_dim = "L", WIDTH
-    goal = build(config).model.flops_forward(LENGTH)
+    goal = flops_forward(build(config).model, LENGTH)
     model.pattern = other if not period else other * (period - 1) + "S"
-    more = build(config).model.flops_forward(LENGTH) - goal
+    more = flops_forward(build(config).model, LENGTH) - goal
     model.expert_dim = WIDTH - round(more / (model.layers * 6 * model.dim))     # a column of the three matrices: 6 D FLOPs
     return config
 

@@ -23,3 +23,14 @@ def check(array, axes: str, name: str, **extents: int) -> None:
             raise ValueError(f"{name} has {letter}={have} in shape {tuple(array.shape)} ({axes}), needs {letter}={want}")
     if 0 in array.shape:
         raise ValueError(f"{name} is empty: shape {tuple(array.shape)} ({axes}); every axis needs 1 at least")
+
+
+def axes_of(name: str) -> str:
+    """The letters of the axes that a parameter's or a cache entry's name ends in: "DHK" of "q_DHK"."""
+    return name.rpartition("_")[2]
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a parameter of this name takes part in a matrix product: neither a norm's scale, nor a vector, nor the biases of
+    the ViT's heads."""
+    return not name.startswith("norm") and len(axes_of(name)) > 1 and axes_of(name) != "AK"

@@ -1,39 +1,42 @@
-"""The decoder: embedding, the pattern's layers scanned over its repeats, final norm (model.md section 2).
+"""The decoder: embedding, the pattern's layers scanned over its repeats, final norm (docs/model.md section 2).
 
-    u = RMSNorm(x);   y  = alpha u + beta Mixer(u)          the residual is the normed value,
-    v = RMSNorm(y);   x' = alpha v + beta MoE(v)            with DeepNorm's alpha; in pre-norm alpha x and alpha y
+    u = RMSNorm(x);   y  = alpha u + beta Mixer(u)          post-norm: the residual is the normed value,
+    v = RMSNorm(y);   x' = alpha v + beta MoE(v)            scaled by DeepNorm's alpha; pre-norm: alpha x and alpha y
 
-A letter of the pattern is a layer kind: two dicts below map it to its mixer and to its cache.
+A letter of the pattern is a layer kind, whose record is in `layers.kinds`.
 """
+import dataclasses
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmx import config
+from mmx.dims import axes_of
 from mmx.layers.common import Context, param, rms_norm
-from mmx.layers.lightning import Lightning
+from mmx.layers.kinds import kind_of
 from mmx.layers.moe import MoE
-from mmx.layers.softmax import Softmax
 from mmx.layers.vision import Vision
 from mmx.parallel import vocabulary
-from mmx.parallel.cache import put
+from mmx.parallel.cache import placed, put
 from mmx.parallel.expert import ARRIVED
 from mmx.parallel.sharding import constrain
 from mmx.parallel.vision import show
 
-MIXERS = {"L": Lightning, "S": Softmax, "W": lambda c, name=None: Softmax(c, c.window, name=name)}
-
 
 class Layer(nn.Module):
+    """One layer: mixer and mixture of experts, each with its norm and residual."""
     config: config.Model
-    kind: str
+    letter: str
 
     @nn.compact
-    def __call__(self, x_BTD, context: Context, cache, log_decay_H):
-        c = self.config
-        alpha, beta = (c.alpha_lightning, c.beta_lightning) if self.kind == "L" else (c.alpha_softmax, c.beta_softmax)
+    def __call__(self, x_BTD, context: Context, cache, constants):
+        c, kind = self.config, kind_of(self.letter)
+        alpha, beta = (getattr(c, f"{factor}_{kind.residual}") for factor in ("alpha", "beta"))
         u_BTD = rms_norm(x_BTD, param(self, "norm_mixer_D"), c.norm_eps)
-        mixed_BTD, cache = MIXERS[self.kind](c, name="mixer")(u_BTD, context, cache, log_decay_H)
+        mixed_BTD, cache = kind.mixer(c, name="mixer")(u_BTD, context, cache, constants)
         y_BTD = alpha * (u_BTD if c.postnorm else x_BTD) + beta * constrain(mixed_BTD, "BTD")
         v_BTD = rms_norm(y_BTD, param(self, "norm_moe_D"), c.norm_eps)
         expert_BTD, logits_BTE, stats = MoE(c, name="moe")(v_BTD, context)
@@ -46,40 +49,42 @@ class Group(nn.Module):
     trace: bool
 
     @nn.compact
-    def __call__(self, x_BTD, context: Context, cache, log_decay_PH):
-        caches, stats, layer = {}, [], _rematerialised(Layer, self.config)
-        for i, kind in enumerate(self.config.pattern):
-            name, before_BTD = f"layer_{i}", x_BTD
-            x_BTD, caches[name], logits_BTE, layer_stats = layer(self.config, kind, name=name)(
-                x_BTD, context, cache and cache[name], log_decay_PH[i])
-            traced = {"hidden_BTD": before_BTD, "router_logits_BTE": logits_BTE} if self.trace else {}
+    def __call__(self, x_BTD, context: Context, cache, constants):
+        caches, stats, layer = {}, [], _with_remat(Layer, self.config)
+        for i, letter in enumerate(self.config.pattern):
+            name, input_BTD = f"layer_{i}", x_BTD
+            x_BTD, caches[name], logits_BTE, layer_stats = layer(self.config, letter, name=name)(
+                x_BTD, context, cache and cache[name], constants.get(name))
+            traced = {"hidden_BTD": input_BTD, "router_logits_BTE": logits_BTE} if self.trace else {}
             stats.append(layer_stats._asdict() | traced)
         return x_BTD, (cache and caches, jax.tree.map(lambda *x: jnp.stack(x), *stats))
 
 
 class Model(nn.Module):
-    """MiniMax-Text-01's decoder, or MiniMax-VL-01's, which shows it images: `see` looks at their tiles. Only the `params`
-    collection; caches and statistics come out as results."""
+    """MiniMax-Text-01's decoder, or MiniMax-VL-01's with its image encoder (`see`).
+
+    Only the `params` collection is used; caches and statistics are results.
+    """
     config: config.Model
 
     @nn.compact
     def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, cache=None, trace=False, places_BT=None, seen=None):
-        """Hidden states after the final norm; `logits` makes logits of them.
+        """Returns hidden states after the final norm; `logits` turns them into logits.
 
         Args:
           tokens_BT: token ids.
-          segments_BT: documents from 1, 0 for padding; None: one document a row. With a cache: 1, or 0 for padding on
-            the right, which is not written.
-          positions_BT: positions for RoPE; None: by place (behind the cache's tokens).
-          cache: of `parallel.cache.empty_cache`; the tokens continue it.
+          segments_BT: document numbers from 1, 0 for padding; None: one document a row. With a cache: 1 for a token, 0 for
+            padding on the right, which the cache does not keep.
+          positions_BT: positions for RoPE; None: the token's number in its row, counted on from the cache's tokens.
+          cache: from `empty_cache` or an earlier call; the tokens continue it.
           trace: also return every layer's input and router logits in the statistics.
-          places_BT: what stands in a token's place: 0 the token itself, 1 the row that ends a row of patches, from 2 on a patch
-            of the row's own block. None: no images.
-          seen: of `see`.
+          places_BT: what replaces a token's embedding: 0 nothing, 1 the embedding that ends a line of patches, n + 2 patch n of
+            the row's block of images. None: no images.
+          seen: from `see`.
 
         Returns:
-          x_BTD, the cache with these tokens in (or None), and a dict of statistics, [layers, ...] each: load_E, prob_E,
-          z, dropped, overflow (`parallel.expert.Stats`), with `trace` hidden_BTD and router_logits_BTE.
+          x_BTD, the cache with these tokens (or None), and a dict of statistics, each [layers, ...]: load_E, prob_E, z,
+          dropped, overflow (`parallel.expert.Stats`), with `trace` also hidden_BTD and router_logits_BTE.
         """
         c = self.config
         T = tokens_BT.shape[1]
@@ -92,33 +97,41 @@ class Model(nn.Module):
         if places_BT is not None:
             x_BTD = show(x_BTD, places_BT, *seen)
         x_BTD = constrain(x_BTD, "BTD")
-        log_decay_LPH = jnp.array(c.log_decay, jnp.promote_types(c.dtype, jnp.float32)).reshape(
-            c.groups, len(c.pattern), c.heads)
 
-        # Nothing broadcast comes out: flax's check of that would trace the body once more, and takes a shard_map for such.
+        # No broadcast output: flax's check of such outputs would trace the body again, and it takes a shard_map for one.
         groups = nn.scan(Group, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.groups,
                          in_axes=(nn.broadcast, 0, 0), check_constancy_invariants=False)(c, trace, name="groups")
         layers = None if cache is None else cache["layers"]
-        x_BTD, (layers, stats) = groups(x_BTD, context, layers, log_decay_LPH)
+        x_BTD, (layers, stats) = groups(x_BTD, context, layers, _constants(c))
         if cache is not None:
             new_B = T if segments_BT is None else jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
             cache = {"length_B": start_B + new_B, "layers": put(cache["layers"], layers, start_B, x_BTD)}
         self.param("head_WD", nn.initializers.normal(c.dim ** -0.5), (c.vocab, c.dim))
         x_BTD = rms_norm(x_BTD, param(self, "norm_D"), c.norm_eps)
-        if c.vision.layers and self.is_initializing():      # its parameters are here, what they do is `see`
+        if c.vision.layers and self.is_initializing():      # creates its parameters; `see` uses them
             Vision(c, name="vision")(jnp.zeros((1, 1, c.vision.tile, c.vision.tile, 3)))
         return x_BTD, cache, {k: v.reshape(c.layers, *v.shape[2:]) for k, v in stats.items()}
 
 
-def _rematerialised(layer, c: config.Model):
-    """Each layer's activations are made anew for its backward pass, and not before it (prevent_cse): one layer's at a time."""
+def _with_remat(layer, c: config.Model):
+    """The layer's module, with model.remat one that recomputes its activations in its own backward pass, layer by layer."""
     if not c.remat:
         return layer
     return nn.remat(layer, policy=jax.checkpoint_policies.save_only_these_names(*[ARRIVED] * c.keep_arrived))
 
 
+def _constants(c: config.Model) -> dict:
+    """The constants of the layers that have some, by their name in a group, stacked over the groups."""
+    found = {}
+    for i, letter in enumerate(c.pattern):
+        if of_layer := kind_of(letter).constants:
+            layers = [of_layer(c, layer) for layer in range(i, c.layers, len(c.pattern))]
+            found[f"layer_{i}"] = jax.tree.map(lambda *x: jnp.array(np.stack(x)), *layers)
+    return found
+
+
 def see(c: config.Model, params, pixels_NIYXZ):
-    """What a model is shown of tiles, block by block of a batch's rows (`data.images.lay`): newline_D, patches_NMD."""
+    """What `Model` takes as `seen`: the vision encoder's newline_D, and patches_NMD of each block's tiles (`data.images`)."""
     return Vision(c).apply({"params": params["vision"]}, pixels_NIYXZ)
 
 
@@ -126,3 +139,40 @@ def logits(params, x_BTD):
     """logits_BTW of the model's hidden states, float32."""
     return jnp.einsum("BTD,WD->BTW", x_BTD, params["head_WD"].astype(x_BTD.dtype),
                       preferred_element_type=jnp.promote_types(x_BTD.dtype, jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=range(4))
+def empty_cache(c: config.Model, rows: int, places: int, kv_dtype: str = ""):
+    """A cache without tokens, with room for `places` tokens a row.
+
+    It is {"length_B", "layers": {"layer_0": {...}, ...}}; a leaf's name ends in its axes, after the scanned groups L.
+    `kv_dtype` is the dtype of keys and values; empty: the computation's.
+    """
+    def zeros(name, one):
+        sizes = {"B": rows, "S": places}
+        shape = [sizes.get(axis, size) for axis, size in zip(axes_of(name), one.shape)]
+        return jnp.zeros((c.groups, *shape), one.dtype)
+    layers = {f"layer_{i}": {name: zeros(name, one) for name, one in kind_of(letter).cache(c, kv_dtype or c.dtype).items()}
+              for i, letter in enumerate(c.pattern)}
+    return placed({"length_B": jnp.zeros(rows, jnp.int32), "layers": layers})
+
+
+def abstract_params(c: config.Model) -> dict:
+    """The parameter tree of shapes, as `Model.init` creates it; float32.
+
+    Of each kind in the pattern one layer is traced: the time does not grow with the number of layers.
+    """
+    plain = dataclasses.replace(c.portable(), dtype="float32", remat=False)
+    traced = {letter: _abstract_layer(dataclasses.replace(plain, layers=1, pattern=letter)) for letter in set(c.pattern)}
+    def stack(x):
+        return jax.ShapeDtypeStruct((c.groups, *x.shape[1:]), x.dtype)
+    stacked = {letter: jax.tree.map(stack, params["groups"]["layer_0"]) for letter, params in traced.items()}
+    top = {name: part for name, part in traced[c.pattern[0]].items() if name != "groups"}
+    return top | {"groups": {f"layer_{i}": stacked[letter] for i, letter in enumerate(c.pattern)}}
+
+
+@functools.lru_cache(maxsize=512)
+def _abstract_layer(c: config.Model) -> dict:
+    kind_of(c.pattern)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return jax.eval_shape(Model(c).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]

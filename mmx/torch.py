@@ -12,6 +12,7 @@ from pathlib import Path
 from mmx.checkpoints import hf_config, hf_layout, manager, safetensors
 from mmx.config import ConfigError, Model, build
 from mmx.files import untrusted
+from mmx.layers.lightning import log_decay
 
 try:
     import torch
@@ -77,7 +78,7 @@ def mend(stock: MiniMaxForCausalLM, model: Model) -> MiniMaxForCausalLM:
             attention.q_proj.register_forward_hook(reorder)
             attention.k_proj.register_forward_hook(reorder)
             continue
-        rate = -torch.tensor(model.log_decay[layer], dtype=torch.float32, device=attention.slope_rate.device)[:, None, None]
+        rate = -torch.tensor(log_decay(model, layer), dtype=torch.float32, device=attention.slope_rate.device)[:, None, None]
         for name, value in zip(hf_layout.DECAY_BUFFERS, (rate, *attention.decay_factors(rate))):
             setattr(attention, name, value)
         attention.act_fn.register_forward_hook(to_float32)

@@ -24,13 +24,14 @@ from mmx.checkpoints import manager as checkpoint
 from mmx.checkpoints.manager import Checkpoints, check_config
 from mmx.config import ConfigError
 from mmx.files import checksums
+from mmx.model import abstract_params
 
 MODEL = config.Model(vocab=19, dim=12, layers=4, pattern="LS", heads=4, kv_heads=2, head_dim=8, rotary_dim=4, experts=3,
                      expert_dim=10)
 
 
 def random_params(seed=0):
-    leaves, tree = jax.tree.flatten(convert.abstract_params(MODEL))
+    leaves, tree = jax.tree.flatten(abstract_params(MODEL))
     rng = np.random.default_rng(seed)
     return tree.unflatten([jnp.asarray(rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves])
 

@@ -19,6 +19,7 @@ from mmx import config
 from mmx.checkpoints import convert, hf_config, hf_layout, safetensors
 from mmx.checkpoints import manager as checkpoint
 from mmx.config import ConfigError
+from mmx.model import abstract_params
 from mmx.parallel import mesh as meshes
 
 ORACLES = Path(__file__).parent / "oracles"
@@ -53,7 +54,7 @@ def test_text_01_has_the_released_names_and_shapes():
     model = config.Model(vocab=200064, dim=6144, layers=80, heads=64, kv_heads=8, head_dim=128, rotary_dim=64,
                          experts=32, expert_dim=9216)
     shapes = {name: leaf.tensor_shape for leaf in hf_layout.leaves(model) for _, name in leaf.tensors()}
-    assert len(shapes) == 8243 == model.checkpoint_tensors
+    assert len(shapes) == 8243 == hf_layout.tensor_count(model)
     assert shapes["model.layers.78.self_attn.qkv_proj.weight"] == (3 * 8192, 6144)
     assert shapes["model.layers.79.self_attn.k_proj.weight"] == (1024, 6144)
     assert shapes["model.layers.79.self_attn.o_proj.weight"] == (6144, 8192)
@@ -126,7 +127,7 @@ def test_orbax_restores_what_from_hf_wrote(tmp_path):
     loaded = convert.open_source(CKPT)
     with safetensors.Files(0) as files:
         wanted = {leaf.path: loaded.read_leaf(files, leaf) for leaf in hf_layout.leaves(loaded.model)}
-    wish = ocp.args.Composite(params=ocp.args.StandardRestore(convert.abstract_params(loaded.model)))
+    wish = ocp.args.Composite(params=ocp.args.StandardRestore(abstract_params(loaded.model)))
     with ocp.CheckpointManager(tmp_path / "run" / "checkpoints") as manager:
         params = manager.restore(manager.latest_step(), args=wish)["params"]
     flat = {tuple(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
@@ -179,7 +180,7 @@ def test_a_checkpoint_of_another_machine_runs_here(tmp_path, monkeypatch):
     told["model"] |= {"impl": "gpu", "chunk": 7, "ragged": True, "token_groups": 2, "remat": True}
     (tmp_path / "run" / "config.json").write_text(json.dumps(told))
     here = convert.load(tmp_path / "run").config
-    assert [getattr(here, name) for name in config.HERE] == ["", 0, False, False, 1, False]
+    assert [getattr(here, name) for name in config.IMPLEMENTATION_KEYS] == ["", 0, False, False, 1, False]
     with meshes.serving(convert.find_model(tmp_path / "run"), "etp=2"):
         pass
     monkeypatch.setattr(checkpoint, "check", None)

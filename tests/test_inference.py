@@ -12,8 +12,7 @@ from mmx import config
 from mmx.checkpoints.convert import Loaded
 from mmx.inference import engine, prefix
 from mmx.kernels import int8
-from mmx.model import Model
-from mmx.parallel.cache import empty_cache
+from mmx.model import Model, empty_cache
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 C = config.Model(dim=16, layers=4, pattern="LS", heads=2, kv_heads=1, head_dim=8, rotary_dim=4, experts=4, expert_dim=16,

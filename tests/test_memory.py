@@ -9,10 +9,11 @@ import pytest
 
 from mmx import cli, config
 from mmx.analysis import memory
+from mmx.analysis.counts import flops_forward
 from mmx.analysis.deepseek import DeepSeekV3
-from mmx.analysis.memory import CHIPS, decode, held, prefill, sequence, twin
+from mmx.analysis.memory import CHIPS, all_softmax, decode, footprint, prefill
 from mmx.launch import experiments
-from mmx.parallel.cache import empty_cache
+from mmx.model import empty_cache
 
 ROOT = Path(__file__).parent.parent
 FILE = str(ROOT / "experiments" / "text_01.py")
@@ -20,13 +21,13 @@ TEXT_01 = experiments.read(FILE, []).model
 M, WIDTH = 2 ** 20, 64 * 128
 
 
-def test_what_the_released_geometry_holds():
-    assert held(TEXT_01) == {"weights": 456_089_655_296, "state": 70 * 64 * 128 * 128 * 4, "cache": 2 * 8 * 128 * 10 * 2}
-    assert held(TEXT_01)["cache"] == 40_960 and held(TEXT_01)["state"] == 293_601_280
-    softmax = held(twin(TEXT_01))
-    assert (softmax["state"], softmax["cache"]) == (0, 8 * 40_960)
-    assert held(TEXT_01)["weights"] - softmax["weights"] == 70 * (3 * 6144 * WIDTH + WIDTH - 2 * 6144 * 8 * 128)
-    assert memory.DEEPSEEK["cache"] == 70_272
+def test_the_footprint_of_the_released_geometry():
+    found = footprint(TEXT_01)
+    assert found == (456_089_655_296, 70 * 64 * 128 * 128 * 4, 2 * 8 * 128 * 10 * 2) == (456_089_655_296, 293_601_280, 40_960)
+    softmax = footprint(all_softmax(TEXT_01))
+    assert (softmax.state, softmax.per_token) == (0, 8 * 40_960)
+    assert found.params - softmax.params == 70 * (3 * 6144 * WIDTH + WIDTH - 2 * 6144 * 8 * 128)
+    assert memory.DEEPSEEK.per_token == 70_272
 
 
 def test_deepseek_v3_is_what_its_authors_say():
@@ -44,7 +45,7 @@ def test_deepseek_v3_is_what_its_authors_say():
                          ids=["text_01", "mixed", "softmax"])
 def test_bytes_are_those_of_the_cache(model):
     cache = jax.tree.leaves(jax.eval_shape(lambda: empty_cache(model, 3, 500)["layers"]))
-    assert sum(math.prod(x.shape) * x.dtype.itemsize for x in cache) == 3 * sequence(held(model), 500)
+    assert sum(math.prod(x.shape) * x.dtype.itemsize for x in cache) == 3 * footprint(model).sequence(500)
 
 
 @pytest.mark.parametrize("tokens, hit", [(1, 2), (2, 32 * (1 - (15 / 16) ** 2)), (10 ** 6, 32)])
@@ -63,31 +64,32 @@ def test_rooflines_by_hand():
     moved = 45_944_920_064 + 200_064 * 6144 + 40_960 * (M + 1) + 2 * 293_601_280
     step = decode(TEXT_01, CHIPS["h20"], 8, M, 1)
     assert step == pytest.approx((flops / (8 * 148e12), moved / (8 * 4e12)), rel=1e-9)
-    assert (step.by, step.seconds) == ("memory", step.move) and step.mfu == pytest.approx(0.131, abs=5e-4)
+    assert (step.bound, step.seconds) == ("memory", step.move) and step.mfu == pytest.approx(0.131, abs=5e-4)
 
     step = prefill(TEXT_01, CHIPS["h800"], 8, 8192, weight=2)
     moved = 2 * (456_089_655_296 - 200_064 * 6144) + 40_960 * 8192 + 293_601_280
-    assert step == pytest.approx((8192 * TEXT_01.flops_forward(8192) / (8 * 989e12), moved / (8 * 3.35e12)), rel=1e-6)
-    assert (step.by, step.mfu) == ("compute", 1.0)
+    assert step == pytest.approx((8192 * flops_forward(TEXT_01, 8192) / (8 * 989e12), moved / (8 * 3.35e12)), rel=1e-6)
+    assert (step.bound, step.mfu) == ("compute", 1.0)
 
 
 def test_a_token_behind_others_computes_what_the_sums_of_sequences_differ_by():
     flops = decode(TEXT_01, CHIPS["h20"], 1, 999, 1).compute * 148e12
-    assert flops == pytest.approx(1000 * TEXT_01.flops_forward(1000) - 999 * TEXT_01.flops_forward(999), rel=1e-6)
+    assert flops == pytest.approx(1000 * flops_forward(TEXT_01, 1000) - 999 * flops_forward(TEXT_01, 999), rel=1e-6)
 
 
 def test_longer_is_never_cheaper_nor_fits_better():
     lengths, found = [2 ** n for n in range(8, 23)], {}
     for T in lengths:
         steps = (prefill(TEXT_01, CHIPS["v6e"], 32, T), decode(TEXT_01, CHIPS["v6e"], 32, T, 8))
-        found[T] = (sequence(held(TEXT_01), T), *(step.seconds for step in steps), steps[0].mfu,
-                    -len(memory.fits(TEXT_01, CHIPS["v6e"], 32, T)))
+        found[T] = (footprint(TEXT_01).sequence(T), *(step.seconds for step in steps), steps[0].mfu,
+                    -len(memory.fitting_weights(TEXT_01, CHIPS["v6e"], 32, T)))
     for columns in zip(*found.values()):
         assert list(columns) == sorted(columns)
     assert found[256][3] < 0.2 and found[4 * M][3] == 1
-    assert memory.fits(TEXT_01, CHIPS["v6e"], 32, 8192) == ["bf16", "int8"]
-    assert memory.fits(TEXT_01, CHIPS["h800"], 8, M) == ["int8"] == memory.fits(TEXT_01, CHIPS["h800"], 8, 4 * M)
-    assert memory.fits(TEXT_01, CHIPS["h800"], 8, M, batch=8) == []
+    assert memory.fitting_weights(TEXT_01, CHIPS["v6e"], 32, 8192) == ["bf16", "int8"]
+    for length in (M, 4 * M):
+        assert memory.fitting_weights(TEXT_01, CHIPS["h800"], 8, length) == ["int8"]
+    assert memory.fitting_weights(TEXT_01, CHIPS["h800"], 8, M, batch=8) == []
 
 
 def test_the_command(tmp_path, capsys):
@@ -104,9 +106,9 @@ def test_the_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--lengths", "8k,many"], "--lengths '8k,many' does not parse: give tokens with commas, as 512,1k,4M (1k = 1,024)"),
-    (["--chips", "h20"], "--chips h20: give CHIP:COUNT with commas, such as h20:8,v6e:32; chips are v4, v5e, v5p"),
-    (["--chips", "h99:8"], "--chips h99:8: give CHIP:COUNT"), (["--chips", "h20:0"], "--chips h20:0: give CHIP:COUNT")])
+    (["--lengths", "8k,many"], "--lengths '8k,many' must be numbers of tokens with commas, such as 512,1k,4M (1k = 1,024)"),
+    (["--chips", "h20"], "--chips h20 must be CHIP:COUNT with commas, such as h20:8,v6e:32; chips: v4, v5e, v5p"),
+    (["--chips", "h99:8"], "--chips h99:8 must be CHIP:COUNT"), (["--chips", "h20:0"], "--chips h20:0 must be CHIP:COUNT")])
 def test_mistakes_are_one_line(flags, said, tmp_path, capsys):
     assert cli.main(["memory", "--config", FILE, "--out", str(tmp_path / "new"), *flags]) == 2
     out, err = capsys.readouterr()

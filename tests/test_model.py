@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from mmx import config
+from mmx.analysis.counts import count_params
 from mmx.layers.common import Context, extents, rms_norm
+from mmx.layers.kinds import kind_of
+from mmx.layers.lightning import log_decay
 from mmx.layers.moe import MoE
-from mmx.model import MIXERS, Group, Model
-from mmx.parallel.cache import empty_cache
+from mmx.model import Group, Model, empty_cache
+from mmx.model import _constants as layer_constants
 from mmx.training.loss import loss
 
 C = config.Model(vocab=40, dim=16, layers=4, pattern="LS", heads=4, kv_heads=2, head_dim=8, rotary_dim=4, experts=4,
@@ -174,9 +177,9 @@ def test_prefill_and_decode_equal_forward(c):
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-def one_group(c, params, x_BTD, log_decay_PH):
+def one_group(c, params, x_BTD, constants):
     context = Context(None, jnp.arange(x_BTD.shape[1])[None], None)
-    x_BTD, (_, stats) = Group(c, True).apply({"params": params}, x_BTD, context, None, log_decay_PH)
+    x_BTD, (_, stats) = Group(c, True).apply({"params": params}, x_BTD, context, None, constants)
     return x_BTD, stats
 
 
@@ -185,9 +188,10 @@ def test_scan_equals_a_loop_over_groups(pattern):
     c = next(c for c in SHAPES if c.pattern == pattern)
     params, tokens_BT = parameters(c), ids(3, 20)
     x_BTD, stats = params["embed_WD"][tokens_BT], []
-    for group, log_decay_PH in enumerate(np.array(c.log_decay, np.float32).reshape(c.groups, len(pattern), c.heads)):
+    for group in range(c.groups):
+        constants = jax.tree.map(lambda x: x[group], layer_constants(c))
         sliced = jax.tree.map(lambda w: w[group], params["groups"])
-        x_BTD, group_stats = one_group(c, sliced, x_BTD, log_decay_PH)
+        x_BTD, group_stats = one_group(c, sliced, x_BTD, constants)
         stats.append(group_stats)
     x_BTD = x_BTD / np.sqrt(np.mean(x_BTD ** 2, axis=-1, keepdims=True) + c.norm_eps) * params["norm_D"]
     assert_same(forward(c, params, tokens_BT), (x_BTD, jax.tree.map(lambda *x: np.concatenate(x), *stats)))
@@ -221,7 +225,7 @@ TEXT_01 = config.Model(vocab=200_064, dim=6144, layers=80, heads=64, kv_heads=8,
 def test_names_spell_their_axes(c):
     variables = abstract(c)
     assert set(variables) == {"params"}
-    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)) == c.params_total
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)) == count_params(c).total
     size = extents(c) | {"L": c.groups}
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
         axes = "L" * (path[0].key == "groups") + path[-1].key.rpartition("_")[2]
@@ -240,14 +244,14 @@ def test_a_layer_by_its_formula(postnorm, alpha):
     @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
     def layer(kind, p, log_decay_H, x_BTD):
         u_BTD = rms_norm(x_BTD, p["norm_mixer_D"], c.norm_eps)
-        mixed_BTD, _ = MIXERS[kind](c).apply({"params": p["mixer"]}, u_BTD, context, None, log_decay_H)
+        mixed_BTD, _ = kind_of(kind).mixer(c).apply({"params": p["mixer"]}, u_BTD, context, None, log_decay_H)
         y_BTD = alpha * (u_BTD if postnorm else x_BTD) + mixed_BTD
         v_BTD = rms_norm(y_BTD, p["norm_moe_D"], c.norm_eps)
         return alpha * (v_BTD if postnorm else y_BTD) + MoE(c).apply({"params": p["moe"]}, v_BTD, context)[0]
 
     for n, kind in enumerate(c.layer_kinds):
         p = jax.tree.map(lambda x: x[n // 2], params["groups"][f"layer_{n % 2}"])
-        x_BTD = layer(kind, p, jnp.array(c.log_decay[n]), stats["hidden_BTD"][n])
+        x_BTD = layer(kind, p, None if kind != "L" else jnp.array(log_decay(c, n), jnp.float32), stats["hidden_BTD"][n])
         if n + 1 < c.layers:
             np.testing.assert_allclose(stats["hidden_BTD"][n + 1], x_BTD, rtol=1e-4, atol=1e-4, err_msg=f"layer {n}")
     np.testing.assert_allclose(last_BTD, rms_norm(x_BTD, params["norm_D"], c.norm_eps), rtol=1e-4, atol=1e-4)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmx import cli
+from mmx.analysis.counts import count_params
 from mmx.launch import experiments, sweep
 from mmx.training import metrics
 
@@ -26,7 +27,7 @@ def bench():
 
 def test_twins_differ_in_their_layers_alone():
     found = [experiments.read(f"{FILE}:{kind}", []) for kind in KINDS]
-    sizes = [e.model.params_total for e in found]
+    sizes = [count_params(e.model).total for e in found]
     assert max(sizes) < 1.002 * min(sizes)
     assert [e.model.layer_kinds for e in found] == ["LLLS", "SSSS", "LLLL"]
     assert len({(e.train, e.data, e.mesh) for e in found}) == 1
@@ -35,7 +36,7 @@ def test_twins_differ_in_their_layers_alone():
 
 def test_those_of_rope_differ_in_what_turns_alone():
     found = {(kind, turned): experiments.read(f"{ROPE}:{kind},{turned},1", []) for kind in KINDS[:2] for turned in (0, 16, 32)}
-    sizes = [e.model.params_total for e in found.values()]
+    sizes = [count_params(e.model).total for e in found.values()]
     assert max(sizes) < 1.002 * min(sizes) and len({e.model for e in found.values()}) == 6
     assert {turned for _, turned in found} == {e.model.rotary_dim for e in found.values()}
     assert {e.train.seed for e in found.values()} == {1} and len({(e.train, e.data) for e in found.values()}) == 1

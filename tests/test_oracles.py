@@ -15,9 +15,8 @@ import pytest
 
 from mmx.checkpoints import convert, hf_layout
 from mmx.inference import engine, forward, generate
-from mmx.model import Model, logits
+from mmx.model import Model, empty_cache, logits
 from mmx.parallel import mesh, sharding
-from mmx.parallel.cache import empty_cache
 from mmx.training.loss import loss, router_losses
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -84,7 +83,7 @@ def as_released(params, model) -> dict:
         for key in leaf.path:
             array = array[key]
         for index, name in leaf.tensors():
-            block = leaf.theirs(np.asarray(array[index]))
+            block = leaf.to_released(np.asarray(array[index]))
             lead = tensors.setdefault(name, np.zeros((len(block), leaf.layout.parts, *block.shape[1:]), block.dtype))
             lead[:, leaf.layout.part] = block
     shapes = {name: leaf.tensor_shape for leaf in hf_layout.leaves(model) for _, name in leaf.tensors()}

@@ -25,6 +25,7 @@ from mmx.config import ConfigError
 from mmx.data import images
 from mmx.inference.engine import forward
 from mmx.inference.verify import verify
+from mmx.model import abstract_params
 
 ORACLES = Path(__file__).parent / "oracles"
 SHAPES = {      # name: (faithful.random_model's arguments, length)
@@ -93,7 +94,7 @@ def random_params(model, seed=0):
         fan_in = other.get(name, model.dim)
         return jnp.asarray(rng.standard_normal(leaf.shape) * 1.2 / np.sqrt(fan_in), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(values, convert.abstract_params(model))
+    return jax.tree_util.tree_map_with_path(values, abstract_params(model))
 
 
 @pytest.fixture(scope="module", params=EXPORTS)

@@ -12,10 +12,11 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from mmx import config
+from mmx.analysis.counts import flops_tile
 from mmx.checkpoints import convert, hf_config, hf_layout, manager
 from mmx.config import ConfigError
 from mmx.data import images, packing, pipeline
-from mmx.model import Model, see
+from mmx.model import Model, abstract_params, see
 from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
 from mmx.training import loss, metrics, optim, train
@@ -217,7 +218,7 @@ def test_a_text_model_learns_to_see(whole, tmp_path):
 def test_a_vit_of_other_tiles(whole):
     larger = dataclasses.replace(C, dim=24, vision=dataclasses.replace(V, tile=16))
     source = convert.open_vision(whole, larger)
-    blank = jax.tree.map(lambda x: jnp.zeros(x.shape), convert.abstract_params(larger)["vision"])
+    blank = jax.tree.map(lambda x: jnp.zeros(x.shape), abstract_params(larger)["vision"])
     made, seen = convert.start_vision(source, blank), convert.load(whole).params["vision"]
     jax.tree.map(np.testing.assert_array_equal, made["layers"], seen["layers"])
     assert made["place_PJ"].shape == (17, 8) and not made["in_JO"].any() and not made["newline_D"].any()
@@ -232,7 +233,7 @@ def test_a_vit_of_other_tiles(whole):
 
 def test_optimizer_of_what_sees():
     """Biases, shifts and scales do not decay; train.vision_lr is for all of vision alone."""
-    params = jax.tree.map(lambda _: np.ones(1, np.float32), convert.abstract_params(C))
+    params = jax.tree.map(lambda _: np.ones(1, np.float32), abstract_params(C))
     optimizer = optim.adamw(config.Train(weight_decay=0.1, vision_lr=0.25))
     updates, _ = optimizer.update(jax.tree.map(np.zeros_like, params), optimizer.init(params), params)
     decayed = {path[-1].key: pytest.approx(-update) for path, update in jax.tree_util.tree_leaves_with_path(updates) if update}
@@ -277,10 +278,10 @@ def test_flops_of_a_tile():
     """Those that XLA counts are a little more: norms, softmax, GELU."""
     v = config.Vision(layers=1, dim=64, heads=2, hidden=128, tile=32, patch=4, token=1)
     c = config.Model(vocab=8, dim=96, layers=1, pattern="L", vision=v)
-    params = convert.abstract_params(c)
+    params = abstract_params(c)
     lowered = jax.jit(functools.partial(see, c)).lower(params, jax.ShapeDtypeStruct((1, 1, 32, 32, 3), np.float32))
-    assert 1 < lowered.cost_analysis()["flops"] / v.flops_tile(c.dim) < 1.2
-    assert config.Vision().flops_tile(c.dim) == 0
+    assert 1 < lowered.cost_analysis()["flops"] / flops_tile(c) < 1.2
+    assert flops_tile(dataclasses.replace(c, vision=config.Vision())) == 0
 
 
 @pytest.mark.parametrize("change, message", [

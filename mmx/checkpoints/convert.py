@@ -26,6 +26,9 @@ from mmx.config import ConfigError
 from mmx.data import tokens
 from mmx.files import atomic, untrusted
 from mmx.kernels import int8
+from mmx.layers.kinds import KINDS, kind_of
+from mmx.model import Model
+from mmx.parallel import sharding
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 DIALECTS = ("transformers", "released")
@@ -40,7 +43,8 @@ class Loaded(NamedTuple):
     tokenizer: str          # "bytes", the path of a tokenizer.json, or empty where the checkpoint has none
 
     def __repr__(self):
-        return f"Loaded({self.config.params_total:,} parameters, {self.config}, tokenizer={self.tokenizer!r})"
+        count = sum(x.size for x in jax.tree.leaves(self.params))
+        return f"Loaded({count:,} parameters, {self.config}, tokenizer={self.tokenizer!r})"
 
 
 class ReleasedSource:
@@ -65,12 +69,12 @@ class ReleasedSource:
         return found.pop() if len(found) == 1 else DTYPES["float32"]
 
     def read(self, files, leaf, piece) -> np.ndarray:
-        return leaf.ours(safetensors.read_piece(files, self.tensors[piece.name], leaf, piece))
+        return leaf.from_released(safetensors.read_piece(files, self.tensors[piece.name], leaf, piece))
 
     def read_leaf(self, files, leaf) -> np.ndarray:
         dtype = self.dtype(leaf)
         array = np.empty(leaf.shape, dtype)
-        for piece in leaf.pieces(dtype.itemsize):
+        for piece in leaf.slices(dtype.itemsize):
             array[piece.index] = self.read(files, leaf, piece)
         return array
 
@@ -179,7 +183,7 @@ def to_hf(path: str | Path, out: str | Path, dialect: str = "transformers", dtyp
     tensors = {name: (dtypes[leaf.path], leaf.tensor_shape) for leaf in leaves for _, name in leaf.tensors()}
     buffers = {}
     if dialect == "transformers" and model.heads & (model.heads - 1):
-        above = hf_layout.root(model) + "model.layers"
+        above = hf_layout.name_root(model) + "model.layers"
         buffers = {f"{above}.{l}.self_attn.{name}": (l, name) for l, kind in enumerate(model.layer_kinds)
                    if kind == "L" for name in hf_layout.DECAY_BUFFERS}
         shapes = {name: value.shape for name, value in hf_layout.decay_buffers(model, 0).items()}
@@ -190,7 +194,7 @@ def to_hf(path: str | Path, out: str | Path, dialect: str = "transformers", dtyp
         places = safetensors.plan_files(partial, tensors, shard_bytes)
 
         def write(leaf, piece, slice_):
-            block = leaf.theirs(slice_.astype(dtypes[leaf.path], copy=False))
+            block = leaf.to_released(slice_.astype(dtypes[leaf.path], copy=False))
             safetensors.write_piece(files, places[piece.name], leaf, piece, block)
 
         _stream(source, leaves, write, progress)
@@ -221,7 +225,7 @@ def _stream(source, leaves, write, progress: bool):
     bar = tqdm(total=int(total), unit="B", unit_scale=True, disable=not progress)
     with safetensors.Files(os.O_RDONLY) as files, bar:
         for leaf in leaves:
-            for piece in leaf.pieces(source.dtype(leaf).itemsize):
+            for piece in leaf.slices(source.dtype(leaf).itemsize):
                 bar.set_postfix_str(piece.name, refresh=False)
                 slice_ = source.read(files, leaf, piece)
                 write(leaf, piece, slice_)
@@ -264,11 +268,6 @@ def _side_files(source, out: Path):
         (out / "generation_config.json").write_text(json.dumps(source.ids(), indent=1))
 
 
-def abstract_params(model: config.Model, dtype=jnp.float32) -> dict:
-    """The parameter tree of shapes, without Flax."""
-    return _nest({leaf.path: jax.ShapeDtypeStruct(leaf.shape, dtype) for leaf in hf_layout.leaves(model)})
-
-
 def _nest(flat: dict[tuple[str, ...], object]) -> dict:
     tree = {}
     for path, value in flat.items():
@@ -291,12 +290,10 @@ def open_start(path: str | Path, model: config.Model) -> ReleasedSource | Workdi
 
 def differ(there: config.Model, here: config.Model) -> list[str]:
     """The keys that make two models of the same shapes two functions, with both values."""
-    free = {*config.HERE, "capacity", "transport", "aux", "aux_weight", "z_weight", "context", "init", "embed_std", "dtype",
-            "vision"}
-    kinds = set(there.pattern + here.pattern)
-    free |= {"window"} if "W" not in kinds else set()
-    free |= {"rotary_dim", "rope_theta", "alpha_softmax", "beta_softmax"} if kinds == {"L"} else set()
-    free |= {"head_norm_eps", "alpha_lightning", "beta_lightning"} if "L" not in kinds else set()
+    free = {*config.IMPLEMENTATION_KEYS, "capacity", "transport", "aux", "aux_weight", "z_weight", "context", "init",
+            "embed_std", "dtype", "vision"}
+    used = {key for letter in there.pattern + here.pattern for key in kind_of(letter).keys}
+    free |= {key for kind in KINDS.values() for key in kind.keys} - used
     values = ((f.name, getattr(there, f.name), getattr(here, f.name)) for f in dataclasses.fields(config.Model))
     return [f"model.{name} is {old} there, {new} here" for name, old, new in values if name not in free and old != new]
 
@@ -350,9 +347,6 @@ def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Load
     """A checkpoint in either form, ready to run here: no tokens are dropped, kernels are picked anew; parameters in `dtype` (a
     name, or what NumPy and JAX take for one), or as stored. `weights_dtype` "int8": matrices as `kernels.int8` has them, made
     slice by slice. On a mesh (jax.set_mesh) each device gets its part; a stacked leaf at a time stands in the host's memory."""
-    from mmx.model import Model  # here, for a conversion needs no Flax
-    from mmx.parallel import sharding
-
     source = open_source(path)
     kind = _dtype(dtype)
     if weights_dtype not in (None, "int8"):
@@ -369,7 +363,7 @@ def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Load
             params[leaf.path] = jax.tree.map(lambda x: jax.device_put(x, sharding.placement(letters, x.shape)), w)
     half = params[("embed_WD",)].dtype == jnp.bfloat16
     compute = "bfloat16" if half else source.model.dtype if dtype is None else "float32"
-    model = dataclasses.replace(source.model.anywhere(), capacity=0.0, transport=0.0, dtype=compute)
+    model = dataclasses.replace(source.model.portable(), capacity=0.0, transport=0.0, dtype=compute)
     return Loaded(Model(model), _nest(params), model, source.tokenizer)
 
 
@@ -377,7 +371,7 @@ def _read_int8(source, files, leaf) -> int8.Int8:
     axes = int8.summed(leaf.path[-1])
     scale_shape = [1 if at - len(leaf.shape) in axes else n for at, n in enumerate(leaf.shape)]
     whole, scale = np.empty(leaf.shape, np.int8), np.empty(scale_shape, np.float32)
-    for piece in leaf.pieces(source.dtype(leaf).itemsize):      # a slice cuts none of the axes: a channel is whole
+    for piece in leaf.slices(source.dtype(leaf).itemsize):      # a slice cuts none of the axes: a channel is whole
         at = [*piece.index, *[slice(None)] * (len(leaf.shape) - len(piece.index))]
         for axis in axes:
             at[axis] = slice(None)

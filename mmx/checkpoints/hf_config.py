@@ -1,6 +1,7 @@
 """config.json of the released checkpoint form, in its two dialects (model.md section 6)."""
-from mmx.checkpoints.hf_layout import BLOCK
+from mmx.checkpoints.hf_layout import BLOCK, check_released
 from mmx.config import ConfigError, Model, build, typed
+from mmx.layers.kinds import KINDS, kind_of
 
 REQUIRED = {"vocab": "vocab_size", "dim": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
             "expert_dim": "intermediate_size", "experts": "num_local_experts"}
@@ -82,7 +83,7 @@ def _arguments(config: dict) -> dict:
                              ("quantization_config", config.get("quantization_config"), None)):
         if value != only:
             raise ConfigError(f"{key}={value!r} is not supported, only {only!r}")
-    kinds = {0: "L", 1: "S", "linear_attention": "L", "full_attention": "S"}
+    kinds = {name: letter for letter, kind in KINDS.items() if (form := kind.released) for name in (form.code, form.layer_type)}
     listed = config.get("attn_type_list") or config.get("layer_types")
     if not isinstance(listed, list) or len(listed) != model["layers"] or not all(
             isinstance(kind, (int, str)) and kind in kinds for kind in listed):
@@ -117,19 +118,18 @@ def write_model(model: Model, dialect: str, dtype: str, ids: dict) -> dict:
     """config.json of a model. The transformers dialect holds the released keys too, which stock transformers keeps and
     ignores: its own have no place for partial RoPE that it would honour. router_aux_loss_coef weighs transformers' form
     of the balance loss, top_k where ours is 1 or 1/experts^2 (model.md section 5): the weight is scaled to press as hard."""
+    check_released(model)
     if model.head_norm_eps != 1e-6:
         raise ConfigError(f"model.head_norm_eps={model.head_norm_eps} has no place in the released form: 1e-6 is fixed")
     if not model.postnorm:
         raise ConfigError("model.postnorm=False has no place in the released form, whose residual is the normed input")
-    if "W" in model.pattern:
-        raise ConfigError(f"model.pattern={model.pattern!r}: layers with a window, W, have no place in the released form")
     aux_weight = model.aux_weight / {"hf": 1, "switch": model.top_k, "paper": model.top_k * model.experts**2}[model.aux]
     released = {
-        "attn_type_list": ["LS".index(kind) for kind in model.layer_kinds], "rotary_dim": model.rotary_dim,
+        "attn_type_list": [kind_of(letter).released.code for letter in model.layer_kinds], "rotary_dim": model.rotary_dim,
         "rope_theta": model.rope_theta, "postnorm": True, "shared_intermediate_size": 0, "shared_moe_mode": "sigmoid",
     } | {names[0]: getattr(model, ours) for ours, names in FACTORS.items()}
     stock = {
-        "layer_types": [{"L": "linear_attention", "S": "full_attention"}[kind] for kind in model.layer_kinds],
+        "layer_types": [kind_of(letter).released.layer_type for letter in model.layer_kinds],
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta,
                             "partial_rotary_factor": model.rotary_dim / model.head_dim}, "block_size": BLOCK,
     } | {names[1]: getattr(model, ours) for ours, names in FACTORS.items()}

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from mmx.checkpoints.safetensors import check_shapes
-from mmx.config import HERE, ConfigError, Experiment, Model, to_json
+from mmx.config import IMPLEMENTATION_KEYS, ConfigError, Experiment, Model, to_json
 from mmx.files import atomic, checksums, untrusted
 from mmx.files.untrusted import own_file, read_json
 
@@ -35,7 +35,7 @@ KEY = re.compile(r"[\w-]{1,100}", re.ASCII)     # of a path in a parameter tree:
 TIMEOUT = 30 * 24 * 3600    # seconds that a save may take by the wall clock, which may leap; dead processes are found otherwise
 CHUNK_BYTES = 64 << 20      # of an array on disk: bounds what reading a slice decodes
 FREE = {    # what a resumed run may change, beside checkpoint and mesh: how long, how fast, what is shown
-    "model": set(HERE),
+    "model": set(IMPLEMENTATION_KEYS),
     "train": {"steps", "seconds", "log_every", "eval_every", "eval_bytes", "sample_every", "sample_prompt",
               "tensorboard"},
 }

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mmx.checkpoints.hf_layout import DECAY_BUFFERS, TOWER, Leaf, Piece, leaves
+from mmx.checkpoints.hf_layout import DECAY_BUFFERS, TOWER, Leaf, Slice, leaves, tensor_count
 from mmx.checkpoints.shapes import check_shapes, few
 from mmx.config import ConfigError, Model
 from mmx.files import untrusted
@@ -139,8 +139,9 @@ def _stem(name: str, tensors) -> list[str]:
 
 def check_tensors(tensors: dict[str, Tensor], model: Model, where) -> None:
     """Raises ConfigError unless `tensors` are those of `model`."""
-    if model.checkpoint_tensors > 100_000 + len(tensors):       # more than can be listed
-        raise ConfigError(f"{where} holds {len(tensors)} tensors, its config.json asks for {model.checkpoint_tensors}")
+    count = tensor_count(model)
+    if count > 100_000 + len(tensors):      # too many to list
+        raise ConfigError(f"{where} has {len(tensors)} tensors, its config.json needs {count}")
     check_shapes({name: tensor.shape for name, tensor in tensors.items()},
                  {name: leaf.tensor_shape for leaf in leaves(model) for _, name in leaf.tensors()}, where)
 
@@ -176,7 +177,7 @@ class Files:
             buffer, offset = buffer[count:], offset + count
 
 
-def runs(leaf: Leaf, piece: Piece, itemsize: int) -> Iterator[tuple[int, int, int]]:
+def runs(leaf: Leaf, piece: Slice, itemsize: int) -> Iterator[tuple[int, int, int]]:
     """(first byte in the tensor, first, last entry of the piece): one run, or one an entry where parts interleave."""
     row = math.prod(leaf.sizes(leaf.released[1:])) * itemsize
     _, _, part, parts = leaf.layout
@@ -185,7 +186,7 @@ def runs(leaf: Leaf, piece: Piece, itemsize: int) -> Iterator[tuple[int, int, in
         yield (start * parts + part) * row, start - piece.start, start - piece.start + step
 
 
-def read_piece(files: Files, tensor: Tensor, leaf: Leaf, piece: Piece) -> np.ndarray:
+def read_piece(files: Files, tensor: Tensor, leaf: Leaf, piece: Slice) -> np.ndarray:
     """A slice of a released tensor, in its layout."""
     block = np.empty((piece.stop - piece.start, *leaf.sizes(leaf.released[1:])), tensor.dtype)
     for offset, first, last in runs(leaf, piece, tensor.dtype.itemsize):
@@ -193,7 +194,7 @@ def read_piece(files: Files, tensor: Tensor, leaf: Leaf, piece: Piece) -> np.nda
     return block
 
 
-def write_piece(files: Files, tensor: Tensor, leaf: Leaf, piece: Piece, block: np.ndarray):
+def write_piece(files: Files, tensor: Tensor, leaf: Leaf, piece: Slice, block: np.ndarray):
     for offset, first, last in runs(leaf, piece, tensor.dtype.itemsize):
         files.write(tensor.file, memoryview(block[first:last].reshape(-1).view(np.uint8)), tensor.offset + offset)
 

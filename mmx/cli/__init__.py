@@ -305,9 +305,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def memory(args):
-    model, lengths = experiments.read(args.config, args.overrides).model, config.lengths(args.lengths)
+    model, lengths = experiments.read(args.config, args.overrides).model, config.parse_lengths(args.lengths)
     from mmx.analysis import memory
+    from mmx.layers.kinds import check_pattern
 
+    check_pattern(model.pattern)
     chips = memory.pods(args.chips)
     found, plot = memory.report(model, lengths, chips), memory.plot(model, lengths, chips, Path(args.out) / "memory.png")
     if args.json:
@@ -492,7 +494,7 @@ def examples(args):
 
 def _cells(args) -> dict:
     """What a suite is asked for; None and empty mean its own."""
-    return {"lengths": tuple(config.lengths(args.lengths)) if args.lengths is not None else (),
+    return {"lengths": tuple(config.parse_lengths(args.lengths)) if args.lengths is not None else (),
             "rows": tuple(args.rows.split(",")) if args.rows else (), "examples": args.examples or 0, "seed": args.seed or 0}
 
 
@@ -528,12 +530,19 @@ def verify(args):
 
 def show_config(args):
     e = experiments.read(args.config, args.overrides)
+    from mmx.analysis import counts
+    from mmx.checkpoints.hf_layout import tensor_count
+    from mmx.layers.kinds import kind_of
+
     m, t, v = e.model, e.train, e.model.vision
+    params, tensors = counts.count_params(m), tensor_count(m) if all(kind_of(x).released for x in m.pattern) else None
+    forward, training, companion = (functools.partial(f, m) for f in (
+        counts.flops_forward, counts.flops_training, counts.flops_companion))
     figures = {
-        "params_total": m.params_total, "params_active": m.params_active, "params_active_all": m.params_active_all,
-        "flops_per_token": m.flops_training(t.length), "flops_per_token_forward": m.flops_forward(t.length),
-        "flops_per_token_forward_context": m.flops_forward(m.context),
-        "flops_per_token_companion": m.flops_companion(t.length), "checkpoint_tensors": m.checkpoint_tensors,
+        "params_total": params.total, "params_active": params.active, "params_active_all": params.active_all,
+        "flops_per_token": training(t.length), "flops_per_token_forward": forward(t.length),
+        "flops_per_token_forward_context": forward(m.context),
+        "flops_per_token_companion": companion(t.length), "checkpoint_tensors": tensors,
         "tokens_per_step": [[seen, count * t.batch * t.length] for seen, count in t.ramp or ((0, 1),)]}
     if args.compiled:
         from mmx.compilers import aot
@@ -555,16 +564,16 @@ def show_config(args):
             *[("vision", f"{v.layers} layers of {v.dim:,}, {v.heads} heads; tiles of {v.tile}, {v.side} x {v.side} patches")]
             * (v.layers > 0),
             None,
-            ("parameters", _short(m.params_total)),
-            *[("of them in vision", _short(m.params_vision))] * (v.layers > 0),
-            ("active, without embedding and head", _short(m.params_active)),
-            ("active, with both", _short(m.params_active_all)),
-            ("checkpoint tensors", f"{m.checkpoint_tensors:,}"),
+            ("parameters", _short(params.total)),
+            *[("of them in vision", _short(params.vision))] * (v.layers > 0),
+            ("active, without embedding and head", _short(params.active)),
+            ("active, with both", _short(params.active_all)),
+            ("checkpoint tensors", f"{tensors:,}" if tensors else "no released form"),
             None,
             *((f"FLOPs a token, {name}", f"{flops(length):.4g} at {length:,} tokens") for name, flops, length in (
-                ("training", m.flops_training, t.length),
-                ("training, as the companion paper counts", m.flops_companion, t.length),
-                ("forward", m.flops_forward, t.length), ("forward", m.flops_forward, m.context))),
+                ("training", training, t.length),
+                ("training, as the companion paper counts", companion, t.length),
+                ("forward", forward, t.length), ("forward", forward, m.context)) if flops(length) is not None),
             *[(f"FLOPs a token, training, as compiled for {args.compiled}",
                f"{figures.get('flops_per_token_compiled', 0):.4g} at {t.length:,} tokens")] * bool(args.compiled),
             *(("tokens a step", f"{size:,}" + f" from {seen:,}" * (seen > 0)) for seen, size in figures["tokens_per_step"]),

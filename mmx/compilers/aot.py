@@ -16,15 +16,15 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from mmx.analysis.counts import flops_forward, flops_training
 from mmx.chips import CHIPS
 from mmx.compilers import hlo, ptx, schedule
 from mmx.config import ConfigError, Experiment
 from mmx.data.images import level
 from mmx.inference import engine
-from mmx.model import Model
+from mmx.model import Model, abstract_params, empty_cache
 from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
-from mmx.parallel.cache import empty_cache
 from mmx.training import optim
 from mmx.training.train import init, train_step
 
@@ -182,7 +182,7 @@ def _inference(e, mesh):
     """A model that drops no token, its parameters in the computation's dtype, a cache for the whole length."""
     c = undropped(e)
     model = Model(c)
-    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    params = abstract_params(c)
     params = jax.tree.map(lambda x, s: _array(x.shape, c.dtype, s), params, sharding.tree(params, mesh))
     cache = jax.eval_shape(lambda: empty_cache(c, e.train.batch, e.train.length))
     return model, params, jax.tree.map(_placed, cache, sharding.cache(cache, mesh))
@@ -205,7 +205,7 @@ def span(e, mode) -> int:
 
 def _model_flops(e, mode, tokens) -> float:
     """A token's; prefill's and decode's are the last of a row, which see more than the mean."""
-    return e.model.flops_training(tokens) if mode == "train" else e.model.flops_forward(2 * e.train.length - tokens)
+    return flops_training(e.model, tokens) if mode == "train" else flops_forward(e.model, 2 * e.train.length - tokens)
 
 
 def _exchanges(collectives):

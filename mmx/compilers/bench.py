@@ -154,7 +154,7 @@ def kernels(chips, as_json: bool, live: bool = False, lengths: str | None = None
     if live and chips:
         raise ConfigError("--chip compiles for chips that are not here, --live times the device that is: give one of them")
     if live or (chips is None and jax.default_backend() != "cpu"):
-        _timed(config.lengths(LENGTHS if lengths is None else lengths), Path(out or "."), as_json)
+        _timed(config.parse_lengths(LENGTHS if lengths is None else lengths), Path(out or "."), as_json)
         return 0
     for flag, given in (("--lengths", lengths), ("--out", out)):
         if given is not None:

@@ -29,13 +29,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from mmx.analysis.counts import flops_forward
 from mmx.chips import CHIPS
 from mmx.compilers import aot
 from mmx.config import ConfigError, Experiment
-from mmx.model import Model
+from mmx.dims import axes_of
+from mmx.layers.kinds import kind_of
+from mmx.model import abstract_params, empty_cache
 from mmx.parallel import expert, lightning, sharding
 from mmx.parallel import mesh as meshes
-from mmx.parallel.cache import empty_cache
 
 ROWS = 20       # of the table
 BEGIN = 0.25    # of a ragged product's rows: what each further expert adds as TPU's compiler tiles and counts them
@@ -167,9 +169,8 @@ def _model(e, mode):
 @functools.lru_cache
 def _weights(c):
     """(part, letters, layers, shape) of every weight."""
-    params = jax.eval_shape(lambda: Model(c).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
     found = []
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
+    for path, x in jax.tree_util.tree_leaves_with_path(abstract_params(c)):
         keys = [part.key for part in path]
         letters = sharding.letters_of(path)
         at = x.ndim - len(letters)
@@ -197,10 +198,9 @@ def _cache(c, e, mesh) -> int:
 def _memory(e, w: Work, mode) -> dict[str, float]:
     """Bytes by part."""
     c, train, item = e.model, mode == "train", jnp.dtype(e.model.dtype).itemsize
-    D, F, etp, M, width = c.dim, c.expert_dim, w.sizes["etp"], w.tokens, c.heads * c.head_dim
+    D, F, etp, M = c.dim, c.expert_dim, w.sizes["etp"], w.tokens
     numbers = sum(weight.times * weight.kept for weight in w.weights)
-    softmax = 2 * M * (width + c.head_dim * max(c.kv_heads, min(etp, c.heads)))
-    heads = {"L": 5 * M * width, "S": softmax, "W": softmax}
+    heads = {letter: M * _mixer_width(c, letter, etp) for letter in set(c.pattern)}
     moe = w.computed * (2 * D + 3 * F // etp)
     layers = [sum(weight.whole for weight in w.weights if weight.part == f"layer_{i}") + heads[kind] + 2 * M * D + w.sent * D
               for i, kind in enumerate(c.pattern)]
@@ -213,11 +213,26 @@ def _memory(e, w: Work, mode) -> dict[str, float]:
             "work": max(work * item, logits)}
 
 
+def _mixer_width(c, letter: str, etp: int) -> int:
+    """Numbers that a mixer keeps of each token: the results of the products into it, and the operand of the one out of it.
+
+    Key-value heads are repeated until the tensor axis divides them.
+    """
+    extents = {"G": max(c.kv_heads, min(etp, c.heads))}
+    mixer = abstract_params(dataclasses.replace(c, pattern=letter))["groups"]["layer_0"]["mixer"]
+    sizes = 0
+    for name, x in mixer.items():
+        letters = axes_of(name)
+        if len(letters) > 1 and "D" in (letters[0], letters[-1]):
+            sizes += math.prod(extents.get(axis, size) for axis, size in zip(letters, x.shape[1:]) if axis != "D")
+    return sizes
+
+
 def _flops(e, w: Work, mode) -> float:
     c, T = e.model, aot.span(e, mode)
     tokens, length = e.train.batch * T, 2 * e.train.length - T      # the last ones' context, as `aot` counts it
     experts = 6 * c.layers * c.dim * c.expert_dim
-    dense = (c.flops_forward(length) - c.top_k * experts) * tokens / math.prod(w.sizes.values())
+    dense = (flops_forward(c, length) - c.top_k * experts) * tokens / math.prod(w.sizes.values())
     return (dense + w.ragged * experts / w.sizes["etp"]) * _passes(c, mode)
 
 
@@ -244,7 +259,9 @@ def _exchanges(e, w: Work, mode) -> list[dict]:
             X = w.sizes[axis]
             found["all-reduce", axis] += 2 * (X - 1) / X * weight.times * weight.kept * item
     D, ep, etp, seq, M = c.dim, w.sizes["ep"], w.sizes["etp"], w.sizes["seq"], w.tokens
-    lightnings, softmaxes = (c.layer_kinds.count(kind) for kind in "LS")
+    growing = {letter: any("S" in axes_of(name) for name in kind_of(letter).cache(c, c.dtype)) for letter in set(c.pattern)}
+    keeps_keys = sum(growing[letter] for letter in c.layer_kinds)
+    keeps_state = c.layers - keeps_keys
     # there forward, recomputed and backward, and back forward and backward
     found["all-to-all", "ep"] = c.layers * (2 + train * 2 + again * (not c.keep_arrived)) * w.sent * (ep - 1) / ep * D * item
     found["all-gather, reduce-scatter", "etp"] = (etp - 1) * D * item * (
@@ -252,15 +269,15 @@ def _exchanges(e, w: Work, mode) -> list[dict]:
     X, H, G = seq, c.heads // etp, math.lcm(c.kv_heads, etp) // etp
     states = lightning.bytes_per_device(w.rows, H, c.head_dim, c.head_dim, X, last=not train) if X > 1 else 0
     if train:
-        found["states", "seq"] = lightnings * states * (2 + again)
+        found["states", "seq"] = keeps_state * states * (2 + again)
         keys = 2 * M * etp * G * c.head_dim        # of S tokens
-        found["ring", "seq"] = softmaxes * (X > 1) * keys * ((2 + again) * (X - 1) * item + X * 4)
+        found["ring", "seq"] = keeps_keys * (X > 1) * keys * ((2 + again) * (X - 1) * item + X * 4)
     elif mode == "prefill":     # behind a cache new queries, keys and values meet every part of it, and parts are summed
-        found["states", "seq"] = lightnings * states
-        found["all-gather", "seq"] += softmaxes * (X - 1) * M * etp * (H + 2 * G) * c.head_dim * item
-        found["reduce-scatter", "seq"] += softmaxes * (X - 1) * M * etp * H * c.head_dim * 4
+        found["states", "seq"] = keeps_state * states
+        found["all-gather", "seq"] += keeps_keys * (X - 1) * M * etp * (H + 2 * G) * c.head_dim * item
+        found["reduce-scatter", "seq"] += keeps_keys * (X - 1) * M * etp * H * c.head_dim * 4
     else:
-        found["all-reduce", "seq"] += softmaxes * 2 * (X - 1) / X * w.rows * H * c.head_dim * 4
+        found["all-reduce", "seq"] += keeps_keys * 2 * (X - 1) / X * w.rows * H * c.head_dim * 4
     hidden = {"all-to-all": 1 - 1 / c.token_groups, "ring": 1.0}
     return [{"kind": kind, "axes": axes, "bytes": size, "under": hidden.get(kind, 0.0)}
             for (kind, axes), size in found.most_common() if size]

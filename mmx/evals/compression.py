@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mmx import config
+from mmx.analysis.counts import count_params
 from mmx.checkpoints import manager
 from mmx.config import ConfigError
 from mmx.data import pipeline, tokens
@@ -68,7 +69,7 @@ def evaluate_checkpoint(path, split: str = "validation", source: str | None = No
     if records:
         last = records[-1]
         result |= {"train_seconds": last["seconds"], "steps": last["step"], "train_tokens": last["tokens"],
-                   "params_total": found["config"].params_total, "params_active": found["config"].params_active}
+                   "params_total": count_params(found["config"]).total, "params_active": count_params(found["config"]).active}
     return result
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from mmx.config import ConfigError, is_text
 from mmx.data import images as pictures
 from mmx.data import tokens as tokenizers
-from mmx.model import Model, logits, see
+from mmx.model import Model, empty_cache, logits, see
 from mmx.parallel import cache as caches
 
 LEVELS = 2048, 256, 128, 64, 32     # tokens a call of prefill reads (paper section 3.3.3's levels, and a chunk)
@@ -150,7 +150,7 @@ def score(loaded, ids_T, next_T):
     A prompt is read in chunks, so that only a chunk's logits are there at a time.
     """
     ids_T, sizes, told, at = _ids(loaded.config, np.asarray(ids_T)[None])[0], pieces(len(ids_T)), [], 0
-    cache = caches.empty_cache(loaded.config, 1, -(-sum(sizes) // caches.PLACES) * caches.PLACES)
+    cache = empty_cache(loaded.config, 1, -(-sum(sizes) // caches.PLACES) * caches.PLACES)
     for size in sizes:
         ids_1T, next_1T, mask_1T = (np.zeros((1, size), np.int32) for _ in range(3))
         real = min(size, len(ids_T) - at)
@@ -235,7 +235,7 @@ class Batch:
         if prefix and kv_dtype not in ("", kept := caches.kv_dtype(prefix.cache)):
             raise ConfigError(f"the prefix has keys and values in {kept or 'no layer'}: kv_dtype={kv_dtype!r} is not theirs")
         kv_dtype, self.places = caches.kv_dtype(prefix.cache) if prefix else kv_dtype, 0
-        self.cache = caches.empty_cache(self.config, rows, 0, kv_dtype)
+        self.cache = empty_cache(self.config, rows, 0, kv_dtype)
         self.token_B, self.left_B, self.drawn_B = (np.zeros(rows, np.int32) for _ in range(3))
         self.temperature_B, self.top_p_B = np.zeros(rows, np.float32), np.ones(rows, np.float32)
         self.top_k_B, self.key_B = np.zeros(rows, np.int32), [jax.random.key(0)] * rows

@@ -16,14 +16,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from mmx.config import HERE, ConfigError
+from mmx.config import IMPLEMENTATION_KEYS, ConfigError
 from mmx.files import atomic, untrusted
 from mmx.inference.engine import Prefix
-from mmx.parallel.cache import empty_cache, kv_dtype
+from mmx.model import empty_cache
+from mmx.parallel.cache import kv_dtype
 
 SAMPLE = 64     # values at either end of a parameter that tell a model from another
 ABOUT_BYTES, HEADER_BYTES = 1 << 16, 10_000       # of the line of JSON, and of what NumPy and zip put before an array
-FREE = {*HERE, "transport", "context", "aux", "aux_weight", "z_weight", "init", "embed_std", "vision"}  # no cache hangs on it
+FREE = {*IMPLEMENTATION_KEYS, "transport", "context", "aux", "aux_weight", "z_weight", "init", "embed_std",
+        "vision"}       # no cache depends on it
 
 
 def save(path: str | Path, loaded, prefix: Prefix) -> None:

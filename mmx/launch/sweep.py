@@ -37,6 +37,7 @@ from submitit.core.utils import FailedJobError
 
 import mmx
 from mmx import config
+from mmx.analysis.counts import count_params, flops_companion, flops_training
 from mmx.config import ConfigError, Experiment
 from mmx.data import pipeline, records, sources, tokens
 from mmx.files import atomic, untrusted
@@ -82,7 +83,7 @@ class Cell:
 
     @property
     def per_token(self) -> float:
-        return self.experiment.model.flops_training(self.experiment.train.length)
+        return flops_training(self.experiment.model, self.experiment.train.length)
 
     @property
     def flops(self) -> float:
@@ -238,11 +239,12 @@ def _row(cell: Cell, folder: Path, found: dict) -> dict:
     known = last[-1] if last else {}        # none: it diverged at the first step
     course = {name: [_mean([record.get(name, math.nan) for record in part], 2 if name.endswith("_norm") else 1)
                      for part in parts] for name in COURSE if name in known}       # a ramp's first steps have no micro_norm
+    counts, companion = count_params(m), flops_companion(m, e.train.length)
     return cell.keys | {
         "name": cell.name, "hash": cell.hash,
-        "params": m.params_active, "params_total": m.params_total, "params_active_all": m.params_active_all,
+        "params": counts.active, "params_total": counts.total, "params_active_all": counts.active_all,
         "tokens": cell.tokens, "steps": e.train.steps,
-        "flops": cell.flops, "flops_companion": cell.tokens * m.flops_companion(e.train.length),
+        "flops": cell.flops, "flops_companion": companion and cell.tokens * companion,
         "seconds": known.get("seconds", 0.0), **found,
         "train_loss": _mean([record["loss"] for record in last]), "course": course, "skipped": known.get("skipped", 0),
         "layer_norms": [_mean(norms) for norms in zip(*[record["layer_norms"] for record in last if "layer_norms" in record])],
@@ -401,7 +403,7 @@ def show_plan(cells: list[Cell], todo: list[Cell], known: Rate | None, hours: fl
     for key in dict.fromkeys(key for cell in cells for key in cell.keys):
         table.add_row(key, ", ".join(dict.fromkeys(str(cell.keys[key]) for cell in cells if key in cell.keys)))
     table.add_section()
-    params = [cell.experiment.model.params_active for cell in cells]
+    params = [count_params(cell.experiment.model).active for cell in cells]
     table.add_row("active parameters", f"{min(params):,} to {max(params):,}, without embedding and head")
     table.add_row("tokens", f"{sum(cell.tokens for cell in cells):,}, {sum(cell.tokens for cell in todo):,} of them to do")
     table.add_row("FLOPs", f"{sum(cell.flops for cell in cells):.3g}, {sum(cell.flops for cell in todo):.3g} of them to do")

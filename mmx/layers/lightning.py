@@ -1,15 +1,18 @@
-"""The lightning-attention mixer (model.md section 3).
+"""The lightning-attention mixer (docs/model.md section 3).
 
     q, k, v = SiLU(W u);   o = lightning attention;   y = W_out( sigmoid(W_gate u) * RMSNorm over all heads (o) )
 
-One token behind a cache is a step of its own, which moves the state once; both ways share the maths around attention. The
-step has no form in Triton: a model with impl="triton" takes the GPU's Pallas kernel for it.
+With a cache, a single new token takes the decode kernel, which reads and writes the state once; longer inputs take the chunked
+kernel. Both share SiLU, norm and gate. The decode kernel has no Triton form: a model with impl="triton" decodes with the Pallas
+GPU kernel.
 """
 import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
 
 from mmx import config
 from mmx.kernels.lightning import decode
-from mmx.layers.common import Context, param
+from mmx.layers.common import Context, Kind, Layout, Released, cache_entry, param
 from mmx.parallel import attention
 from mmx.parallel.projection import heads, join
 
@@ -21,7 +24,7 @@ class Lightning(nn.Module):
     def __call__(self, u_BTD, context: Context, cache, log_decay_H):
         """Returns y_BTD and the cache {"state_BHKV"} after the last token (None without one)."""
         c = self.config
-        # a seed's initial values hang on the order in which parameters are made
+        # A seed's initial values depend on the order in which parameters are created.
         q_DHK, k_DHK = param(self, "q_DHK", "D", "HK"), param(self, "k_DHK", "D", "HK")
         v_DHV, norm_HV = param(self, "v_DHV", "D", "HV", True), param(self, "norm_HV")
         q_BHTK, k_BHTK, v_BHTV, gate_BHTV = heads(u_BTD, q_DHK=q_DHK, k_DHK=k_DHK, v_DHV=v_DHV,
@@ -40,3 +43,39 @@ class Lightning(nn.Module):
                 impl=c.impl or None, chunk=c.chunk or None)
             y_BHTV = decode.norm_and_gate(o_BHTV, gate_BHTV, norm_HV[:, None], c.head_norm_eps, (1, 3), norm_HV.size)
         return join(y_BHTV, param(self, "out_HVD", "HV", "D", True)), cache and {"state_BHKV": state_BHKV}
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """ALiBi slopes of a number of heads; if it is not a power of two, the rest come from the even places of the next ladder."""
+    def ladder(n):
+        return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
+    power = 1 << (heads.bit_length() - 1)
+    return ladder(power) + ladder(2 * power)[::2][:heads - power]
+
+
+def log_decay(c: config.Model, layer: int) -> list[float]:
+    """Minus the released decay slope of each head, in nats a token: -slope_h (1 - layer/(layers-1) + 1e-5) (docs/model.md
+    section 3)."""
+    return [-slope * (1 - layer / max(c.layers - 1, 1) + 1e-5) for slope in alibi_slopes(c.heads)]
+
+
+def _cache(c: config.Model, kv_dtype: str):
+    return {"state_BHKV": cache_entry(c, "state_BHKV", jnp.promote_types(c.dtype, jnp.float32))}
+
+
+KIND = Kind(
+    name="lightning attention",
+    mixer=Lightning,
+    cache=_cache,
+    flops=lambda c, length: 4 * c.heads * c.head_dim ** 2,       # the recurrence: the state's update, and reading it
+    constants=lambda c, layer: np.array(log_decay(c, layer), jnp.promote_types(c.dtype, jnp.float32)),
+    residual="lightning",
+    keys=("head_norm_eps", "alpha_lightning", "beta_lightning"),
+    splits_time=True,
+    released=Released(0, "linear_attention", {
+        "q_DHK": Layout("self_attn.qkv_proj.weight", "HK D", 0, 3), "k_DHK": Layout("self_attn.qkv_proj.weight", "HK D", 1, 3),
+        "v_DHV": Layout("self_attn.qkv_proj.weight", "HV D", 2, 3), "gate_DHV": Layout("self_attn.output_gate.weight", "HV D"),
+        "norm_HV": Layout("self_attn.norm.weight", "HV"), "out_HVD": Layout("self_attn.out_proj.weight", "D HV")}),
+    # chunks of dim / heads tokens, and a gate of rank dim / heads
+    companion_flops=lambda c, length: 36 * c.dim ** 2 / c.heads,
+)

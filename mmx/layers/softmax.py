@@ -1,9 +1,13 @@
-"""The softmax-attention mixer: grouped queries, RoPE on a leading part of each head (model.md section 4); also in a window."""
+"""The softmax-attention mixer: grouped queries, RoPE on the first dims of each head (docs/model.md section 4).
+
+It has two kinds: full attention, and attention in a window of model.window tokens.
+"""
 import flax.linen as nn
+import jax.numpy as jnp
 
 from mmx import config
 from mmx.kernels.rope import rope
-from mmx.layers.common import Context, param
+from mmx.layers.common import Context, Kind, Layout, Released, cache_entry, param
 from mmx.parallel import attention
 from mmx.parallel.cache import stored
 from mmx.parallel.projection import heads, join
@@ -11,11 +15,11 @@ from mmx.parallel.projection import heads, join
 
 class Softmax(nn.Module):
     config: config.Model
-    window: int = 0         # tokens that one sees, itself included; 0: all
+    window: int = 0         # number of tokens that a token attends to, itself included; 0: all before it
 
     @nn.compact
-    def __call__(self, u_BTD, context: Context, cache, log_decay_H):
-        """Returns y_BTD and what a cache keeps of these tokens, {"k_BGSK", "v_BGSV", ...} (None without one)."""
+    def __call__(self, u_BTD, context: Context, cache, constants):
+        """Returns y_BTD and the cache's entries for these tokens, {"k_BGSK", "v_BGSV", ...} (None without a cache)."""
         c = self.config
         q_BHTK, k_BGTK, v_BGTV = heads(u_BTD, q_DHK=param(self, "q_DHK", "D", "HK"), k_DGK=param(self, "k_DGK", "D", "GK"),
                                        v_DGV=param(self, "v_DGV", "D", "GV", True))
@@ -27,3 +31,49 @@ class Softmax(nn.Module):
             o_BHTV = attention.behind(q_BHTK, k_BGTK, v_BGTV, cache, context.start_B, self.window)
             new = stored(k_BGTK, v_BGTV, cache)
         return join(o_BHTV, param(self, "out_HVD", "HV", "D", True)), new
+
+
+def windowed(c: config.Model, name: str | None = None) -> Softmax:
+    """The mixer of a window layer."""
+    return Softmax(c, c.window, name=name)
+
+
+def _cache(c: config.Model, kv_dtype: str):
+    # A window layer keeps all tokens too, those that no later token attends to included.
+    entries = {"k_BGSK": kv_dtype, "v_BGSV": kv_dtype}
+    if kv_dtype == "int8":
+        entries |= {"k_scale_BGS": jnp.float32, "v_scale_BGS": jnp.float32}
+    return {name: cache_entry(c, name, dtype) for name, dtype in entries.items()}
+
+
+def _flops(c: config.Model, keys: float) -> float:
+    """Scores and values of a token that attends to so many keys."""
+    return 4 * c.heads * c.head_dim * keys
+
+
+def _mean_keys(c: config.Model, length: int) -> float:
+    """How many keys a token of a window layer attends to, the mean over a sequence."""
+    full = min(c.window, length)
+    return full - full * (full - 1) / 2 / max(length, 1)
+
+
+KIND = Kind(
+    name="softmax attention",
+    mixer=Softmax,
+    cache=_cache,
+    flops=lambda c, length: _flops(c, (length + 1) / 2),
+    keys=("rotary_dim", "rope_theta", "alpha_softmax", "beta_softmax"),
+    splits_time=True,
+    released=Released(1, "full_attention", {
+        "q_DHK": Layout("self_attn.q_proj.weight", "HK D"), "k_DGK": Layout("self_attn.k_proj.weight", "GK D"),
+        "v_DGV": Layout("self_attn.v_proj.weight", "GV D"), "out_HVD": Layout("self_attn.o_proj.weight", "D HV")}),
+    companion_flops=lambda c, length: 12 * c.dim * length,
+)
+WINDOW_KIND = Kind(
+    name="softmax attention in a window",
+    mixer=windowed,
+    cache=_cache,
+    flops=lambda c, length: _flops(c, _mean_keys(c, length)),
+    keys=(*KIND.keys, "window"),
+    companion_flops=lambda c, length: 12 * c.dim * min(length, c.window),
+)

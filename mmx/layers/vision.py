@@ -18,13 +18,20 @@ from mmx import config
 from mmx.parallel.sharding import constrain_tiles, everywhere
 
 
+def extents(c: config.Model) -> dict[str, int]:
+    """The extent of each letter in the image encoder's parameters; Y and X are a patch's."""
+    v = c.vision
+    return {"Y": v.patch, "X": v.patch, "Z": 3, "P": v.side ** 2 + 1, "J": v.dim, "A": v.heads, "K": v.dim // v.heads,
+            "U": v.hidden, "O": c.dim, "D": c.dim, "L": v.layers}
+
+
 def param(module: nn.Module, name: str, fan_in: str = ""):
     """The parameter `name`, whose last part spells its axes, in the computation's dtype.
 
     Initially normal with variance 1/fan_in; without a fan the norms' scales are ones, the rest zeros.
     """
     c = module.config
-    size = c.vision.extents(c.dim)
+    size = extents(c)
     shape, width = (tuple(size[axis] for axis in axes) for axes in (name.rpartition("_")[2], fan_in))
     plain = nn.initializers.ones if name.startswith("norm") else nn.initializers.zeros
     made = module.param(name, nn.initializers.normal(math.prod(width) ** -0.5) if fan_in else plain, shape)

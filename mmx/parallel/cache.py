@@ -9,27 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from mmx import config
 from mmx.parallel import sharding
 
 KV_DTYPES = "float32", "bfloat16", "int8"
 PLACES = 256        # a page: rooms of a cache are multiples
-
-
-@functools.partial(jax.jit, static_argnums=range(4))
-def empty_cache(c: config.Model, rows: int, places: int, kv_dtype: str = ""):
-    """A cache of no tokens with room for `places` a row. `kv_dtype`: of keys and values; empty: the computation's."""
-    L, B, S, H, G, K = c.groups, rows, places, c.heads, c.kv_heads, c.head_dim
-    kv_dtype = kv_dtype or c.dtype
-
-    def softmax():
-        scales = {f"{x}_scale_BGS": jnp.zeros((L, B, G, S), jnp.float32) for x in "kv" if kv_dtype == "int8"}
-        return {"k_BGSK": jnp.zeros((L, B, G, S, K), kv_dtype), "v_BGSV": jnp.zeros((L, B, G, S, K), kv_dtype)} | scales
-
-    kinds = {"L": lambda: {"state_BHKV": jnp.zeros((L, B, H, K, K), jnp.promote_types(c.dtype, jnp.float32))},
-             "S": softmax, "W": softmax}        # what no window reaches any more is kept too
-    return placed({"length_B": jnp.zeros(rows, jnp.int32),
-                   "layers": {f"layer_{i}": kinds[kind]() for i, kind in enumerate(c.pattern)}})
 
 
 def placed(cache):

@@ -28,7 +28,7 @@ def named(text: str) -> config.Mesh:
 
 def serving(c: config.Model, text: str):
     """A context of the mesh of `named` axes for inference, where rows and time that do not split are computed everywhere."""
-    return jax.set_mesh(make(Experiment(c.anywhere(), train=None, mesh=named(text))))
+    return jax.set_mesh(make(Experiment(c.portable(), train=None, mesh=named(text))))
 
 
 def make(e: Experiment, processes: int = 1) -> Mesh:

@@ -10,12 +10,13 @@ import optax
 
 from mmx import config
 from mmx.config import ConfigError
+from mmx.dims import is_matrix
 
 
 def adamw(t: config.Train) -> optax.GradientTransformation:
     """Clipped AdamW at rate -1: the caller multiplies by the step's learning rate. Scales, shifts and biases do not decay."""
     def decays(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: _is_matrix(path[-1].key), params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path[-1].key), params)
 
     def slowed(updates, _):
         return jax.tree_util.tree_map_with_path(lambda path, u: u * t.vision_lr if path[0].key == "vision" else u, updates)
@@ -24,11 +25,6 @@ def adamw(t: config.Train) -> optax.GradientTransformation:
                        optax.add_decayed_weights(t.weight_decay, decays),
                        *[optax.stateless(slowed)] * (t.vision_lr != 1),
                        optax.scale(-1.0))
-
-
-def _is_matrix(name: str) -> bool:
-    letters = name.rpartition("_")[2]
-    return not name.startswith("norm_") and len(letters) > 1 and letters != "AK"       # AK: biases of the ViT's heads
 
 
 def split(params: dict, freeze: tuple) -> tuple[dict, dict]:

@@ -20,12 +20,14 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
+from mmx.analysis.counts import flops_tile, flops_training
 from mmx.checkpoints import convert
 from mmx.checkpoints.manager import Checkpoints, agreed, check_config, find_step
 from mmx.config import ConfigError, Experiment, to_json
 from mmx.data import images, pipeline, tokens
 from mmx.files import lock
-from mmx.model import Model
+from mmx.layers.kinds import check_pattern
+from mmx.model import Model, abstract_params
 from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
 from mmx.training import optim
@@ -89,7 +91,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
     one WORKDIR; "process" is which one this is.
     """
     t, workdir = experiment.train, Path(workdir)
-    optim.split(convert.abstract_params(experiment.model), t.freeze)
+    optim.split(abstract_params(experiment.model), t.freeze)
     tokenizer = tokens.tokenizer(experiment.data.tokenizer)
     tokens.check_vocab(tokenizer, experiment.model.vocab)
     if sample and t.sample_every:       # now, not where the first sample is due
@@ -97,6 +99,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
             images.encode(experiment.model.vision, t.sample_prompt.encode(), [], tokenizer.encode)
         except ConfigError as error:
             raise ConfigError(f"train.sample_prompt={t.sample_prompt!r:.200}: {error}") from None
+    check_pattern(experiment.model.pattern)
     mesh = meshes.make(experiment, processes)
     _check_same(experiment)
     host, hosts = meshes.reader(mesh)
@@ -256,7 +259,7 @@ def _report(log, experiment, ratio, guard, step, seen, lr, metrics, seconds, loo
               "aux_loss": float(m["aux_loss"]), "z_loss": float(m["z_loss"]), "drop_rate": float(m["dropped"].mean()),
               "overflow_rate": float(m["overflow"].mean()), "skipped": guard.skipped, "rollbacks": guard.rollbacks,
               "tokens_per_s": rate,
-              "flops_per_s": rate * (c.flops_training(experiment.train.length) + 3 * tiles * c.vision.flops_tile(c.dim))}
+              "flops_per_s": rate * (flops_training(c, experiment.train.length) + 3 * tiles * flops_tile(c))}
     record |= {"tiles": looks} if c.vision.layers else {}
     record |= {name: float(m[name]) for name in ("contrastive_loss",) if name in m}
     if "layer_norms" in m:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mmx import config
+from mmx.analysis.counts import count_params
 from mmx.checkpoints import hf_config, hf_layout, safetensors
 from mmx.data import captions, images, records, sources, tokens
 from mmx.files import untrusted
@@ -94,7 +95,7 @@ def read_config(folder: Path):
             model = config.build(text).model
         else:
             model = config.build({"model": hf_config.read_model(text, path)}).model
-        model.checkpoint_tensors, model.params_total     # noqa: B018
+        count_params(model)
         with contextlib.suppress(config.ConfigError):
             safetensors.check_tensors({}, model, path)
 
@@ -315,7 +316,7 @@ def read_overrides(folder: Path):
             experiments._override(config.default(), given)
         except config.ConfigError as error:
             told.append(error)
-    config.lengths(os.fsdecode(untrusted.content(folder / "lengths.txt")))
+    config.parse_lengths(os.fsdecode(untrusted.content(folder / "lengths.txt")))
     if told:
         raise told[0]
 
@@ -385,7 +386,7 @@ def loaded():
 @functools.cache
 def prefix_files():
     from mmx.inference import engine, prefix
-    from mmx.parallel.cache import empty_cache
+    from mmx.model import empty_cache
 
     def write(folder):
         prefix.save(folder / "kept.npz", loaded(), engine.Prefix(empty_cache(MODEL, 1, 4), 7, 5))

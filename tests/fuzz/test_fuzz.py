@@ -409,7 +409,7 @@ def test_overrides_of_no_key(override, message):
 
 def test_lengths_of_a_megabyte_are_not_told_whole():
     with pytest.raises(ConfigError, match="does not parse: give tokens with commas") as told:
-        config.lengths("\udcff" * 10**6)
+        config.parse_lengths("\udcff" * 10**6)
     assert len(str(told.value)) < 1000
 
 

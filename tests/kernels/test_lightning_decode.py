@@ -18,8 +18,7 @@ from mmx.kernels.lightning import decode as decoding
 from mmx.kernels.lightning import reference
 from mmx.kernels.lightning.decode import decode
 from mmx.layers.common import rms_norm
-from mmx.model import Model
-from mmx.parallel.cache import empty_cache
+from mmx.model import Model, empty_cache
 
 TOLERANCE = {"float32": 3e-6, "bfloat16": 6e-3}
 EPS = 1e-6

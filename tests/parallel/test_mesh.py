@@ -9,10 +9,9 @@ import pytest
 
 from mmx import config
 from mmx.inference import engine
-from mmx.model import Model
+from mmx.model import Model, empty_cache
 from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
-from mmx.parallel.cache import empty_cache
 from mmx.training import optim, train
 
 T, B = 32, 8

@@ -1,0 +1,30 @@
+"""What an experiment is: frozen dataclasses, built once from a ConfigDict.
+
+An experiment file's `get_config()` starts from `default()` and sets what it changes. `build` checks the ConfigDict and returns
+an `Experiment`; the rest of mmx never sees the ConfigDict. docs/configuration.md lists every key. This package imports no jax,
+so that data, scaling laws and a machine without a device can read any config.
+"""
+from mmx.config.build import build, default, from_json, sections, to_json
+from mmx.config.errors import ConfigError, nearest
+from mmx.config.parsing import is_text, latest, parse_lengths, typed
+from mmx.config.schema import (
+    IMPLEMENTATION_KEYS,
+    MOST_PIXELS,
+    NUMBERS,
+    SECTIONS,
+    Checkpoint,
+    Data,
+    Experiment,
+    Guard,
+    Mesh,
+    Model,
+    Train,
+    Vision,
+    tokenizer_file,
+)
+
+__all__ = [
+    "IMPLEMENTATION_KEYS", "MOST_PIXELS", "NUMBERS", "SECTIONS", "Checkpoint", "ConfigError", "Data", "Experiment", "Guard",
+    "Mesh", "Model", "Train", "Vision", "build", "default", "from_json", "is_text", "latest", "nearest", "parse_lengths",
+    "sections", "to_json", "tokenizer_file", "typed",
+]
