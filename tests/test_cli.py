@@ -292,7 +292,7 @@ def test_public_names(place):
     (["config", TINY, "--config.model.remat=maybe"], "config key model.remat needs bool, got 'maybe'"),
     (["config", TINY, "--config.data.sources=('a',"], "config key data.sources needs tuple"),
     (["config", TINY, "--config.train.lr"], "config.train.lr"),
-    (["config", TINY, "--config.model.pattern=LLS"], "has 3 letters, which does not divide model.layers=4"),
+    (["config", TINY, "--config.model.pattern=LLS"], "model.layers=4 must be divisible by the 3 letters of model.pattern='LLS'"),
     (["config", "tinny.py"], "no experiment file tinny.py"),
     (["config", TINY.replace("tiny", "tinny")], "did you mean " + TINY),
     (["config", TINY + ":argument"], "get_config() takes 0 positional arguments but 1 was given"),

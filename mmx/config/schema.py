@@ -25,12 +25,12 @@ GRIDS = tuple((rows, columns) for rows in range(1, 7) for columns in range(1, (6
 @dataclasses.dataclass(frozen=True)
 class Vision:
     """MiniMax-VL-01's image encoder: a ViT for each tile, and a projector of two layers (docs/model.md section 8)."""
-    layers: int = 0                 # of the ViT; the released model has 24; 0: a text model
+    layers: int = 0                 # [layers] depth of the ViT; the released model has 24; 0: a text model
     dim: int = 1024                 # J, width of the ViT
-    heads: int = 16                 # A
+    heads: int = 16                 # A, number of heads of the ViT
     hidden: int = 4096              # U, width of the ViT's MLPs
-    tile: int = 336                 # height and width of a tile, pixels
-    patch: int = 14                 # height and width of a patch, pixels; a tile has (tile / patch)^2 patches
+    tile: int = 336                 # [pixels] height and width of a tile
+    patch: int = 14                 # [pixels] height and width of a patch; a tile has (tile / patch)^2 patches
     # (rows, columns) of tiles that an image may be cut into; (): every image is one tile
     grids: tuple = dataclasses.field(default=GRIDS, repr=False)
     norm_eps: float = 1e-5          # epsilon of the ViT's layer norms
@@ -63,16 +63,16 @@ class Model:
     """The decoder's shape and function (docs/model.md section 1), and how it is computed."""
     vocab: int = 264                # W, token ids; the default: bytes, bos, eos, pad and five spare ids
     dim: int = 256                  # D, width
-    layers: int = 8                 # number of layers
+    layers: int = 8                 # [layers] depth
     # layer kinds, repeated layers / len(pattern) times: L lightning, S softmax, W softmax in a window
     pattern: str = "LLLLLLLS"
-    window: int = 256               # tokens that a token of a W layer attends to, itself included
+    window: int = 256               # [tokens] what a token of a W layer attends to, itself included
     heads: int = 8                  # H, query heads of every layer
     kv_heads: int = 2               # G, key-value heads of softmax layers
     head_dim: int = 32              # K = V, width of a head
     rotary_dim: int = 16            # number of leading dims of a head that RoPE rotates, softmax layers
     rope_theta: float = 10_000.0    # base of RoPE's frequencies
-    experts: int = 8                # E
+    experts: int = 8                # E, number of experts in a layer
     top_k: int = 2                  # experts of a token
     expert_dim: int = 512           # F, hidden width of an expert
     capacity: float = 0.0           # capacity factor: at most capacity * tokens * top_k / experts for an expert; 0: no dropping
@@ -93,7 +93,7 @@ class Model:
     beta_lightning: float = 1.0     # factor of the mixer's output, lightning layers
     beta_softmax: float = 1.0       # the same for softmax and window layers
     beta_moe: float = 1.0           # factor of the experts' output
-    context: int = 8192             # longest intended sequence, tokens; written to config.json, limits nothing
+    context: int = 8192             # [tokens] longest intended sequence; written to config.json, limits nothing
     # initial values: xavier, fan_in, or deepnorm (Xavier, with v, out and FFN times (8 * layers)^(-1/4))
     init: str = "deepnorm"
     embed_std: float = 0.02         # standard deviation of the embedding's initial values
@@ -101,7 +101,7 @@ class Model:
     remat: bool = False             # recompute each layer's activations in the backward pass
     keep_arrived: bool = False      # with remat: keep the tokens that experts received, so that they are not sent again
     impl: str = ""                  # lightning attention kernel: xla, tpu, gpu or triton; empty: by platform
-    chunk: int = 0                  # tokens in a chunk of lightning attention; 0: chosen by the kernel
+    chunk: int = 0                  # [tokens] chunk of lightning attention; 0: chosen by the kernel
     vision: Vision = Vision()
 
     def __post_init__(self):
@@ -152,10 +152,10 @@ class Model:
 @dataclasses.dataclass(frozen=True)
 class Train:
     """Optimization. A step is one optimizer update."""
-    steps: int = 1000               # steps of the whole run
-    seconds: float = 0.0            # stop after this training time, with the schedule following the clock; 0: stop by steps
-    batch: int = 8                  # B, sequences in a micro-batch
-    length: int = 512               # T, tokens in a sequence
+    steps: int = 1000               # [steps] length of the whole run
+    seconds: float = 0.0            # [seconds] stop after this training time; the schedule follows the clock; 0: by steps
+    batch: int = 8                  # [sequences] B, size of a micro-batch
+    length: int = 512               # [tokens] T, length of a sequence
     ramp: tuple = ()                # ((tokens seen, micro-batches a step), ...): batch ramp by gradient accumulation
     init_from: str = ""             # start from the parameters of this workdir, checkpoints/STEP or Hugging Face directory
     init_vision: str = ""           # start the ViT, without its projector, from this checkpoint
@@ -165,7 +165,7 @@ class Train:
     lr: float = 3e-3                # peak learning rate
     lr_end: float = 0.0             # final learning rate
     schedule: str = "wsd"           # wsd (warm-up, stable, decay), cosine or stepwise
-    warmup: int = 100               # steps of linear warm-up, with any schedule
+    warmup: int = 100               # [steps] linear warm-up, with any schedule
     decay: float = 0.2              # wsd and stepwise: final share of the run in which the rate decays
     decay_form: str = "linear"      # form of that decay: linear, exponential or sqrt (1 - sqrt)
     rates: tuple = ()               # stepwise: ((tokens seen, learning rate), ...); the last one decays to lr_end
@@ -174,11 +174,11 @@ class Train:
     eps: float = 1e-8               # AdamW
     weight_decay: float = 0.1       # AdamW, matrices only
     clip: float = 1.0               # largest global gradient norm; 0: no clipping
-    loss_chunk: int = 2048          # tokens whose logits exist at a time
-    log_every: int = 10             # steps between TensorBoard entries
-    eval_every: int = 0             # steps between evaluations on held-out text; 0: never
-    eval_bytes: int = 65_536        # bytes of held-out text in those evaluations; 0: all
-    sample_every: int = 0           # steps between samples; 0: never
+    loss_chunk: int = 2048          # [tokens] number whose logits exist at a time
+    log_every: int = 10             # [steps] between TensorBoard entries
+    eval_every: int = 0             # [steps] between evaluations on held-out text; 0: never
+    eval_bytes: int = 65_536        # [bytes] held-out text in those evaluations; 0: all
+    sample_every: int = 0           # [steps] between samples; 0: never
     sample_prompt: str = "The state of the Union"   # prompt of those samples
     tensorboard: bool = True        # write TensorBoard files
     seed: int = 0                   # of the initial parameters
@@ -260,8 +260,8 @@ class Data:
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """When a run is saved."""
-    every: int = 500                # steps between checkpoints; one is also saved at the end and on SIGTERM
-    keep: int = 2                   # newest checkpoints that stay on disk
+    every: int = 500                # [steps] between checkpoints; one is also saved at the end and on SIGTERM
+    keep: int = 2                   # [checkpoints] how many of the newest stay on disk
     verify: bool = True             # compare a checkpoint with its checksums before it is restored, which reads it twice
 
     def validate(self):
@@ -271,11 +271,11 @@ class Checkpoint:
 @dataclasses.dataclass(frozen=True)
 class Guard:
     """What a run does when its loss is not finite or jumps."""
-    skips: int = 10                 # consecutive steps with a non-finite loss or gradient that are skipped before the run stops
-    spike: float = 0.0              # nats above the median of recent losses that trigger a rollback to the checkpoint; 0: never
-    window: int = 50                # number of recent losses
-    beyond: int = 0                 # steps of data to leave out after a spike, besides those since the checkpoint
-    rollbacks: int = 3              # rollbacks to one checkpoint before the run stops
+    skips: int = 10                 # [steps] consecutive skipped steps (non-finite loss or gradient) before the run stops
+    spike: float = 0.0              # [nats] height above the median of recent losses that rolls the run back; 0: never
+    window: int = 50                # [steps] number of recent losses
+    beyond: int = 0                 # [steps] data to leave out after a spike, besides those since the checkpoint
+    rollbacks: int = 3              # [rollbacks] to one checkpoint before the run stops
 
     def validate(self):
         for name, least in (("skips", 0), ("spike", 0), ("window", 1), ("beyond", 0), ("rollbacks", 1)):
@@ -285,11 +285,11 @@ class Guard:
 @dataclasses.dataclass(frozen=True)
 class Mesh:
     """Number of devices along each mesh axis; at most one is -1, which takes the remaining devices (paper section 3.1)."""
-    slice: int = dataclasses.field(default=1, kw_only=True)     # data parallel across pod slices: splits the batch only
-    edp: int = -1                   # expert data parallel: splits the batch, parameters and optimizer state (FSDP)
-    ep: int = 1                     # expert parallel: splits the batch and the experts
-    etp: int = 1                    # expert tensor parallel: splits heads, hidden width of experts, vocabulary, and time
-    seq: int = 1                    # sequence parallel: splits time
+    slice: int = dataclasses.field(default=1, kw_only=True)     # [devices] data parallel across pod slices: splits the batch
+    edp: int = -1                   # [devices] expert data parallel: splits the batch, parameters and optimizer state (FSDP)
+    ep: int = 1                     # [devices] expert parallel: splits the batch and the experts
+    etp: int = 1                    # [devices] expert tensor parallel: splits heads, experts' hidden width, vocabulary, time
+    seq: int = 1                    # [devices] sequence parallel: splits time
 
     def validate(self):
         sizes = dataclasses.astuple(self)
