@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx.kernels import grouped_gpu, platform
+from mmx.kernels.dtypes import wide_dtype
 
 IMPLS = ("blocks", "ragged", "gpu")
 
@@ -48,7 +49,7 @@ def expert_ffn(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan: Plan, *, block: in
     refusal = grouped_gpu.refusal(x_MD, w1_EDF, block)
     impl = impl or {"cpu": "blocks", "gpu": "ragged" if refusal else "gpu"}.get(platform.name(), "ragged")
     if impl not in IMPLS:
-        raise NotImplementedError(f"impl={impl!r}: expert_ffn has {', '.join(IMPLS)}")
+        raise NotImplementedError(f"impl={impl!r} does not exist; expert_ffn has {', '.join(IMPLS)}")
     if impl == "gpu" and refusal:
         raise NotImplementedError(f"impl='gpu': {refusal}")
     if impl == "blocks":
@@ -138,7 +139,7 @@ def _blocks_backward(block, residuals, dy_MD):
         dw2_EFD = dw2_EFD.at[e].add(_outer(weight_Q1 * h_QF, dy_QD))
         return _put(dx_ID, dx_QD, n), _put(dweight_I, dweight_Q, n), dw1_EDF, dw3_EDF, dw2_EFD
 
-    sums = [_zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32), plan) for w in (w1_EDF, w3_EDF, w2_EFD)]
+    sums = [_zeros(w.shape, wide_dtype(w.dtype), plan) for w in (w1_EDF, w3_EDF, w2_EFD)]
     start = (_zeros((rows, x_MD.shape[1]), x_MD.dtype, plan), _zeros(rows, weight_I.dtype, plan), *sums)
     dx_ID, dweight_I, *dw = jax.lax.fori_loop(0, plan.blocks_E.sum(), body, start)
     dx_MD = take(dx_ID, plan.row_MJ).sum(1)
@@ -149,7 +150,7 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def _outer(x_QD, y_QF):
-    return jnp.einsum("QD,QF->DF", x_QD, y_QF, preferred_element_type=jnp.promote_types(x_QD.dtype, jnp.float32))
+    return jnp.einsum("QD,QF->DF", x_QD, y_QF, preferred_element_type=wide_dtype(x_QD.dtype))
 
 
 def _expert_of_block(plan, block):

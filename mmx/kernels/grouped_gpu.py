@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from mmx.kernels import platform
+from mmx.kernels import platform, products
 
 LEAST = 16              # rows of a block, and what divides a matrix's sides: Triton's products are no smaller
 
@@ -76,7 +76,7 @@ def _rows(x_IA, w_EAB, blocks_E, block, transposed, interpret):
             def step(i, y_QB):
                 along = pl.ds(i * depth, depth)
                 w = plgpu.load(w_ref.at[(expert, at, along) if transposed else (expert, along, at)])
-                return y_QB + _dot(plgpu.load(x_ref.at[:, along]), w, 1, 1 if transposed else 0)
+                return y_QB + products.dot(plgpu.load(x_ref.at[:, along]), w, 1, 1 if transposed else 0)
             y_QB = jax.lax.fori_loop(0, A // depth, step, jnp.zeros(y_ref.shape, jnp.float32))
             y_ref[...] = y_QB.astype(y_ref.dtype)
 
@@ -104,7 +104,7 @@ def _matrices(x_IA, dy_IB, blocks_E, block, dtype, interpret):
 
         def step(n, dw_AB):
             rows = pl.ds(n * depth, depth)
-            return dw_AB + _dot(plgpu.load(x_ref.at[rows, :]), plgpu.load(dy_ref.at[rows, :]), 0, 0)
+            return dw_AB + products.dot(plgpu.load(x_ref.at[rows, :]), plgpu.load(dy_ref.at[rows, :]), 0, 0)
         first = last - blocks_ref[...] * (block // depth)
         dw_AB = jax.lax.fori_loop(first, last, step, jnp.zeros(dw_ref.shape, jnp.float32))
         dw_ref[...] = dw_AB.astype(dw_ref.dtype)
@@ -131,9 +131,3 @@ def _like(x, shape, dtype):
 def _params(x):
     tile = TILES[x.dtype.name]
     return plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
-
-
-def _dot(x, y, x_axis, y_axis):
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision=precision,
-                               preferred_element_type=jnp.float32)

@@ -227,7 +227,7 @@ def test_remat_and_scan_change_nothing():
     (dict(segments_BT=(2, 9), segments_BS=(1, 9)), ValueError, "segments_BS has B=1"),
     (dict(segments_BS=(2, 9)), ValueError, "segments_BS needs segments_BT"),
     (dict(start_B=(3,)), ValueError, "start_B has B=3"),
-    (dict(impl="cuda"), NotImplementedError, "impl='cuda': softmax attention has xla, tpu, gpu")])
+    (dict(impl="cuda"), NotImplementedError, "impl='cuda' does not exist; softmax attention has xla, tpu, gpu")])
 def test_errors(change, error, message):
     args = dict(q_BHTK=(2, 4, 9, 8), k_BGSK=(2, 2, 9, 8), v_BGSV=(2, 2, 9, 8)) | change
     args = {name: x if name == "impl" else np.zeros(x, np.float32 if name[0] in "qkv" else np.int32)

@@ -24,9 +24,9 @@ def o_alone(attention):
 def test_against_the_full_matrix(monkeypatch, impl, K, kind, return_lse, dtype):
     args, do = inputs(4, 2, 256, B=2, K=K, V=K, dtype=dtype)
     segments_BT = segments(kind, 2, 256)
-    kernel = api.IMPLS[impl]
+    kernel = api.MODULES[impl]
     monkeypatch.setattr(platform, "name", lambda: impl)
-    monkeypatch.setitem(api.IMPLS, impl, types.SimpleNamespace(
+    monkeypatch.setitem(api.MODULES, impl, types.SimpleNamespace(
         refusal=lambda *args: "", attention=functools.partial(kernel.attention, interpret=True)))
     ours = functools.partial(softmax_attention, segments_BT=segments_BT, impl=impl, return_lse=return_lse)
     full = reference.attention_lse
@@ -45,7 +45,7 @@ def test_refusals_say_why(monkeypatch):
         with pytest.raises(NotImplementedError) as caught:
             softmax_attention(*args, impl=impl, **kwargs)
         return str(caught.value)
-    assert said("tpu", q, k, v) == "impl='tpu': this computation is for cpu; give impl='xla' or None"
+    assert said("tpu", q, k, v) == "impl='tpu': this computation is for cpu; use impl='xla' or None"
     for impl in ("tpu", "gpu"):
         monkeypatch.setattr(platform, "name", lambda: impl)
         assert "T=100, K=128, V=128" in said(impl, *(x[:, :, :100] for x in (q, k, v)))

@@ -120,5 +120,5 @@ def test_plan_gives_a_block_to_one_expert(kind):
 
 def test_unknown_impl_says_what_there_is():
     args, _ = inputs("float32")
-    with pytest.raises(NotImplementedError, match="impl='cuda': expert_ffn has blocks, ragged"):
+    with pytest.raises(NotImplementedError, match="impl='cuda' does not exist; expert_ffn has blocks, ragged"):
         grouped.expert_ffn(*args, None, block=8, impl="cuda")

@@ -21,9 +21,9 @@ def impl(request, monkeypatch):
     """An implementation's name, as if on its platform."""
     name = request.param
     if name != "xla":
-        kernel = api.IMPLS[name]
+        kernel = api.MODULES[name]
         monkeypatch.setattr(platform, "name", lambda: name)
-        monkeypatch.setitem(api.IMPLS, name, types.SimpleNamespace(
+        monkeypatch.setitem(api.MODULES, name, types.SimpleNamespace(
             refusal=lambda q, v, chunk: kernel.refusal(q, v, None), forward=functools.partial(kernel.forward, interpret=True),
             backward=functools.partial(kernel.backward, interpret=True)))
     return name
@@ -98,13 +98,13 @@ def test_bad_arguments_say_what_would_work():
         with pytest.raises(ValueError, match=f"log_decay_H .*{message}"):
             lightning_attention(q, k, v, decay_H)
     for bad, message in ((None, "q_BHTK needs an array with axes BHTK, got NoneType"), (q[:0], "q_BHTK is empty"),
-                         (q.astype("float16"), "q_BHTK is float16; it needs float32, bfloat16 or float64")):
+                         (q.astype("float16"), "q_BHTK is float16; it must be float32, bfloat16 or float64")):
         with pytest.raises(ValueError, match=message):
             lightning_attention(bad, *[bad] * 2, log_decay_H)
     for chunk in (0, 2.5):
         with pytest.raises(ValueError, match=f"chunk={chunk} must be a whole number"):
             lightning_attention(q, k, v, log_decay_H, chunk=chunk)
-    with pytest.raises(ValueError, match="segments_BT holds 1 to 4294967296; it needs int32"):
+    with pytest.raises(ValueError, match="segments_BT contains values from 1 to 4294967296; they must fit int32"):
         lightning_attention(q, k, v, log_decay_H, segments_BT=np.array([[1] * 7 + [2 ** 32]]))
     with pytest.raises(ValueError, match="state_BHKV needs 4 axes"):
         lightning_attention(q, k, v, log_decay_H, state_BHKV=state[0])
@@ -115,7 +115,7 @@ def test_bad_arguments_say_what_would_work():
             lightning_attention(q, k, v, log_decay_H, impl=impl)
     with pytest.raises(ValueError, match="one floating dtype"):
         lightning_attention(q, k, v.astype("bfloat16"), log_decay_H)
-    with pytest.raises(ValueError, match="segments_BT needs integers"):
+    with pytest.raises(ValueError, match="segments_BT must contain integers"):
         lightning_attention(q, k, v, log_decay_H, segments_BT=jnp.ones((1, 8)))
 
 
@@ -130,7 +130,7 @@ def test_arrays_over_several_devices_go_to_xla(kind, monkeypatch):
     monkeypatch.setattr(platform, "name", lambda: "tpu")
     for run in (attend, jax.jit(attend)):
         np.testing.assert_allclose(run(q, k, v), want, atol=1e-5)
-    with pytest.raises(NotImplementedError, match="impl='tpu': XLA cannot split a kernel over devices; call it"):
+    with pytest.raises(NotImplementedError, match="impl='tpu': XLA cannot partition a kernel over devices; call it"):
         jax.jit(functools.partial(attend, impl="tpu"))(2 * q, k, v)
 
 

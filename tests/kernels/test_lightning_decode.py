@@ -157,13 +157,13 @@ def test_bad_arguments_say_what_would_work():
     with pytest.raises(NotImplementedError, match="impl='cuda'"):
         step(*arrays, LOG_DECAY_H, state_BHKV, impl="cuda")
     for impl in "tpu", "gpu":
-        with pytest.raises(NotImplementedError, match=f"impl='{impl}': this computation is for cpu; give impl='xla' or None"):
+        with pytest.raises(NotImplementedError, match=f"impl='{impl}': this computation is for cpu; use impl='xla' or None"):
             step(*arrays, LOG_DECAY_H, state_BHKV, impl=impl)
     with pytest.raises(NotImplementedError, match="K=12"):
         short = [x[..., :12] for x in arrays[:2]]
         step(*short, *arrays[2:], LOG_DECAY_H, state_BHKV[:, :, :12], impl="gpu", interpret=True)
     for dtype in ("float16", "int32"):
-        with pytest.raises(ValueError, match=f"q_BHK is {dtype}; it needs float32"):
+        with pytest.raises(ValueError, match=f"q_BHK is {dtype}; it must be float32"):
             step(*(x.astype(dtype) for x in arrays), LOG_DECAY_H, state_BHKV)
     for impl in "tpu", "gpu":
         with pytest.raises(NotImplementedError, match=f"impl='{impl}': the decode step's kernels have no gradients"):
@@ -173,14 +173,14 @@ def test_bad_arguments_say_what_would_work():
 @pytest.mark.parametrize("kind, serves", [("7.5", False), ("8.0", True), ("12.1", True), ("gfx90a", False)])
 def test_which_gpu_serves(kind, serves, monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu", compute_capability=kind)])
-    assert platform.old_gpu() == ("" if serves else f"this GPU has compute capability {kind}, the kernels need NVIDIA's 8.0 "
-                                                    "(A100) or newer")
+    assert platform.gpu_refusal() == ("" if serves else f"this GPU has compute capability {kind}; the kernels need an "
+                                                       "NVIDIA GPU with 8.0 (A100) or newer")
 
 
 def test_an_old_gpu_is_told_of_and_decodes_by_xla(monkeypatch):
     arrays, state_BHKV = inputs(1, "float32")
     monkeypatch.setattr(platform, "name", lambda: "gpu")
-    monkeypatch.setattr(platform, "old_gpu", lambda: "this GPU is old")
+    monkeypatch.setattr(platform, "gpu_refusal", lambda: "this GPU is old")
     with pytest.warns(UserWarning, match="the decode step runs as plain XLA: this GPU is old"):
         jax.eval_shape(functools.partial(decode, eps=EPS), *arrays, LOG_DECAY_H, state_BHKV)
 

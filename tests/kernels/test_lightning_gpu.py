@@ -42,7 +42,7 @@ def test_what_the_kernels_do_not_take_is_refused(impl):
 def test_a_kernel_that_is_picked_takes_the_nearest_chunk(monkeypatch):
     took = []
     monkeypatch.setattr(platform, "name", lambda: "gpu")
-    monkeypatch.setitem(api.IMPLS, "gpu", types.SimpleNamespace(
+    monkeypatch.setitem(api.MODULES, "gpu", types.SimpleNamespace(
         refusal=gpu.refusal, forward=lambda *args: (took.append(args[-1]), (args[2], args[5]))[1]))
     for dtype in ("bfloat16", "float32"):
         x = jnp.zeros((1, 1, 4, 64), dtype)
@@ -87,7 +87,7 @@ def test_resources(compiled, impl, chip, H, T, K, V, dtype):
     """The hardest case of each tile: documents, and a ragged T."""
     kernels, ctas = compiled(impl, chip, H, T, K, V, dtype, segmented=True)
     assert not ptx.faults(kernels, chip)
-    assert gpu.CORES[chip] == ptx.limit(chip, "core_count") and min(ctas) >= gpu.CORES[chip]
+    assert platform.GPUS[chip].cores == ptx.limit(chip, "core_count") and min(ctas) >= platform.GPUS[chip].cores
     # Passes 1 and 2 either way in time, pass 3 for o, dq, dk and dv; the compiler shares the states between the passes.
     assert len(kernels) == 8
     for name, kernel in kernels.items():

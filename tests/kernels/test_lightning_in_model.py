@@ -46,7 +46,7 @@ def compare(impl, kernel, monkeypatch):
         return call
     monkeypatch.setattr(platform, "name", lambda: "gpu" if impl == "triton" else impl)
     monkeypatch.setattr(grouped_gpu, "refusal", lambda *_: "the experts' products have tests of their own")
-    monkeypatch.setitem(api.IMPLS, impl, types.SimpleNamespace(
+    monkeypatch.setitem(api.MODULES, impl, types.SimpleNamespace(
         refusal=kernel.refusal, forward=interpreted(kernel.forward), backward=interpreted(kernel.backward)))
     got, grads = loss_and_grads(params, impl)
     assert {kernel.forward, kernel.backward} <= set(calls)
@@ -58,4 +58,4 @@ def compare(impl, kernel, monkeypatch):
 
 @pytest.mark.parametrize("impl", ["tpu", "gpu"])
 def test_loss_and_gradients_are_those_of_xla(impl, monkeypatch):
-    compare(impl, api.IMPLS[impl], monkeypatch)
+    compare(impl, api.MODULES[impl], monkeypatch)

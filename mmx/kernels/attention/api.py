@@ -6,10 +6,10 @@ import jax.numpy as jnp
 
 from mmx.dims import check
 from mmx.kernels import platform
-from mmx.kernels.arguments import as_int32, check_floats
 from mmx.kernels.attention import gpu, tpu, xla
+from mmx.kernels.dtypes import as_int32, check_floats
 
-IMPLS = {"xla": xla, "tpu": tpu, "gpu": gpu}
+MODULES = {"xla": xla, "tpu": tpu, "gpu": gpu}
 FEW = 128           # tokens: fewer fill no block of a kernel
 
 
@@ -72,7 +72,7 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
         check_floats(q_BHTK=q_BHTK, k_BGSK=k_BGSK, v_BGSV=v_BGSV)
     own = start_B is None and T == S and segments_BS is segments_BT and not scales and not window
     if impl or (own and T >= FEW):
-        impl = platform.choose("softmax attention", impl, tuple(IMPLS), lambda impl: _refusal(impl, *arrays, own), q_BHTK)
+        impl = platform.choose("softmax attention", impl, tuple(MODULES), lambda impl: _refusal(impl, *arrays, own), q_BHTK)
     else:
         impl = "xla"        # a cache, keys of others, few tokens: nothing to tell of, no kernel here takes them
     if scales:
@@ -93,12 +93,12 @@ def _refusal(impl, q_BHTK, k_BGSK, v_BGSV, own) -> str:
     if not own:
         return (f"T={q_BHTK.shape[2]} queries against S={k_BGSK.shape[2]} keys of a cache, of other segments or in a window; "
                 "the kernels take whole sequences")
-    return IMPLS[impl].refusal(q_BHTK, k_BGSK, v_BGSV)
+    return MODULES[impl].refusal(q_BHTK, k_BGSK, v_BGSV)
 
 
 def _kernel(q_BHTK, k_BGSK, v_BGSV, segments_BT, impl, with_lse=False):
     """A library's kernel, and padding that sees nothing."""
-    o_BHTV, lse_BHT = IMPLS[impl].attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, with_lse)
+    o_BHTV, lse_BHT = MODULES[impl].attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, with_lse)
     if segments_BT is not None:
         real_B1T = (segments_BT > 0)[:, None]
         o_BHTV = jnp.where(real_B1T[..., None], o_BHTV, 0)

@@ -34,8 +34,8 @@ def refusal(q_BHTK, k_BGSK, v_BGSV) -> str:
 def attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, with_lse=False, interpret=False):
     """o_BHTV and, where asked for, lse_BHT, through which no gradient goes; padding is a document like others."""
     B, H, T, K = q_BHTK.shape
-    mha = functools.partial(flash.mha, sm_scale=K ** -0.5, causal=True, block_sizes=BLOCKS[platform.gpu()], interpret=interpret,
-                            return_residuals=with_lse)
+    mha = functools.partial(flash.mha, sm_scale=K ** -0.5, causal=True, block_sizes=BLOCKS[platform.gpu_model()],
+                            interpret=interpret, return_residuals=with_lse)
     q_BRTGK = jnp.einsum("BGRTK->BRTGK", q_BHTK.reshape(B, k_BGSK.shape[1], -1, T, K))
     k_BSGK, v_BSGV = (jnp.einsum("BGSK->BSGK", x) for x in (k_BGSK, v_BGSV))
     out = jax.vmap(mha, (1, None, None, None), 1)(q_BRTGK, k_BSGK, v_BSGV, segments_BT)

@@ -22,6 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mmx.kernels.dtypes import wide_dtype
+from mmx.kernels.products import einsum
+
 # Tokens a block, of queries and of keys: of 64 to 512 the fastest with 8 heads of 32 on 2 CPU cores, 2026-11-22.
 BLOCK = 256
 # Slicing copies, so one query reads a cache up to this length whole (2112 keys: 68 us, 130 us by blocks; same day).
@@ -47,7 +50,7 @@ def forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, 
     """(o_BHTV, lse_BHT) and the residuals of `backward`. With `scales` (k_scale_BGS, v_scale_BGS) keys and values are int8."""
     (B, H, T, K), (_, G, S, V) = q_BHTK.shape, v_BGSV.shape
     sight = Sight(T, S, queries, keys, segments_BT, segments_BS, start_B, window)
-    acc, scale, R = jnp.promote_types(q_BHTK.dtype, jnp.float32), K ** -0.5, H // G
+    acc, scale, R = wide_dtype(q_BHTK.dtype), K ** -0.5, H // G
     q_BGRTK = q_BHTK.reshape(B, G, R, T, K)
     first_N, end_N = sight.spans(axis=1)
     clear_NJ = sight.clear()
@@ -62,13 +65,13 @@ def forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, 
         def meet(j, carry, clear=False):
             o_BGQV, m_BGQ, l_BGQ = carry
             k_BGPK, v_BGPV = _keys(k_BGSK, j, keys), _keys(v_BGSV, j, keys)
-            z_BGQP = scaled(_dot("BGQK,BGPK->BGQP", q_BGQK, k_BGPK.astype(q_BGQK.dtype)), j, 0)
+            z_BGQP = scaled(einsum("BGQK,BGPK->BGQP", q_BGQK, k_BGPK.astype(q_BGQK.dtype)), j, 0)
             z_BGQP = z_BGQP if clear else sight.hide(z_BGQP, n, j)
             top_BGQ = jnp.maximum(m_BGQ, z_BGQP.max(-1))
             p_BGQP = jnp.exp((z_BGQP - top_BGQ[..., None]) * scale)
             keep_BGQ = jnp.exp((m_BGQ - top_BGQ) * scale)
             weight_BGQP = scaled(p_BGQP, j, 1).astype(q_BGQK.dtype)
-            o_BGQV = o_BGQV * keep_BGQ[..., None] + _dot("BGQP,BGPV->BGQV", weight_BGQP, v_BGPV.astype(q_BGQK.dtype))
+            o_BGQV = o_BGQV * keep_BGQ[..., None] + einsum("BGQP,BGPV->BGQV", weight_BGQP, v_BGPV.astype(q_BGQK.dtype))
             return o_BGQV, top_BGQ, l_BGQ * keep_BGQ + p_BGQP.sum(-1)
 
         def key_block(j, carry):
@@ -105,26 +108,28 @@ def backward(queries, keys, window, residuals, cotangents):
     # Who sees nothing has p = exp(-inf - lse), 0 with the other infinity, and often dlse = nan: a logsumexp of -inf alone.
     blind_BHT = jnp.isneginf(lse_BHT)
     lse_BGRT = jnp.where(blind_BHT, jnp.inf, lse_BHT).reshape(B, G, -1, T)
-    delta_BHT = _dot("BHTV,BHTV->BHT", o_BHTV, do_BHTV) - jnp.where(blind_BHT, 0, dlse_BHT)
+    delta_BHT = einsum("BHTV,BHTV->BHT", o_BHTV, do_BHTV) - jnp.where(blind_BHT, 0, dlse_BHT)
     delta_BGRT = delta_BHT.reshape(lse_BGRT.shape)
     first_J, end_J = sight.spans(axis=0)
 
     def key_block(j, carry):
         dq_BGRTK, dk_BGSK, dv_BGSV = carry
         k_BGPK, v_BGPV = _keys(k_BGSK, j, keys), _keys(v_BGSV, j, keys)
+        # Wider queries keep their precision beside narrow keys, as in the forward pass.
+        wide_k_BGPK, wide_v_BGPV = (x.astype(jnp.promote_types(x.dtype, q_BHTK.dtype)) for x in (k_BGPK, v_BGPV))
 
         def query_block(n, carry):
             dq_BGRTK, dk_BGKP, dv_BGVP = carry
             q_BGQK, do_BGQV = _rows(q_BGRTK, n, queries), _rows(do_BGRTV, n, queries)
             lse_BGQ, delta_BGQ = _rows(lse_BGRT, n, queries), _rows(delta_BGRT, n, queries)
-            z_BGQP = sight.hide(_dot("BGQK,BGPK->BGQP", q_BGQK, k_BGPK), n, j, once=True)
+            z_BGQP = sight.hide(einsum("BGQK,BGPK->BGQP", q_BGQK, wide_k_BGPK), n, j, once=True)
             p_BGQP = jnp.exp(z_BGQP * scale - lse_BGQ[..., None])
-            dp_BGQP = _dot("BGQV,BGPV->BGQP", do_BGQV, v_BGPV)
+            dp_BGQP = einsum("BGQV,BGPV->BGQP", do_BGQV, wide_v_BGPV)
             dz_BGQP = (p_BGQP * (dp_BGQP - delta_BGQ[..., None]) * scale).astype(k_BGPK.dtype)
-            dq_BGQK = _rows(dq_BGRTK, n, queries) + _dot("BGQP,BGPK->BGQK", dz_BGQP, k_BGPK)
+            dq_BGQK = _rows(dq_BGRTK, n, queries) + einsum("BGQP,BGPK->BGQK", dz_BGQP, k_BGPK)
             # Sums over Q with the wide operand last: the other way round XLA's CPU product takes 1.6 times as long.
-            dk_BGKP += _dot("BGQK,BGQP->BGKP", q_BGQK, dz_BGQP)
-            dv_BGVP += _dot("BGQV,BGQP->BGVP", do_BGQV, p_BGQP.astype(do_BGQV.dtype))
+            dk_BGKP += einsum("BGQK,BGQP->BGKP", q_BGQK, dz_BGQP.astype(wide_k_BGPK.dtype))
+            dv_BGVP += einsum("BGQV,BGQP->BGVP", do_BGQV, p_BGQP.astype(do_BGQV.dtype))
             return _put_rows(dq_BGRTK, dq_BGQK, n, queries), dk_BGKP, dv_BGVP
 
         start = dq_BGRTK, *(jnp.zeros_like(x.swapaxes(2, 3), acc) for x in (k_BGPK, v_BGPV))
@@ -219,13 +224,6 @@ def _documents(segments_BT, size: int):
     low_BN = jnp.where(segments_BNQ > 0, segments_BNQ, jnp.iinfo(segments_BT.dtype).max).min(2)
     high_BN = segments_BNQ.max(2)
     return low_BN, high_BN, jnp.where(segments_BNQ.min(2) == high_BN, high_BN, 0)
-
-
-def _dot(spec, x, y):
-    """Einsum that sums in float32 at least, with float32 operands in full on every device."""
-    acc = jnp.promote_types(x.dtype, jnp.float32)
-    precision = None if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
-    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=acc)
 
 
 # Slices start no later than they fit: XLA clamps them, and `Sight.hide` counts on it.

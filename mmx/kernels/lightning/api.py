@@ -8,12 +8,12 @@ import numpy as np
 from jax.experimental import checkify
 
 from mmx.dims import check
-from mmx.kernels import platform
-from mmx.kernels.arguments import as_int32, check_floats
+from mmx.kernels import LIGHTNING_IMPLS, platform
+from mmx.kernels.dtypes import as_int32, check_floats, wide_dtype
 from mmx.kernels.lightning import gpu, tpu, xla
 
-IMPLS = {"xla": xla, "tpu": tpu, "gpu": gpu}
-NAMES = *IMPLS, "triton"        # which needs a package of its own: imported where it is named
+# "triton" is imported only when it is named: it needs jax-triton.
+MODULES = {"xla": xla, "tpu": tpu, "gpu": gpu}
 
 
 def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None, state_BHKV=None, impl=None,
@@ -46,7 +46,7 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
     check_floats(q_BHTK=q_BHTK)
     if not q_BHTK.dtype == k_BHTK.dtype == v_BHTV.dtype:
         raise ValueError(f"q_BHTK, k_BHTK, v_BHTV need one floating dtype, got {q_BHTK.dtype}, {k_BHTK.dtype}, {v_BHTV.dtype}")
-    dtype = jnp.promote_types(q_BHTK.dtype, jnp.float32)
+    dtype = wide_dtype(q_BHTK.dtype)
     log_decay_H = jnp.asarray(log_decay_H, dtype)
     if segments_BT is not None:
         check(segments_BT, "BT", "segments_BT", B=B, T=T)
@@ -62,7 +62,7 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
         raise ValueError(f"chunk={chunk!r} must be a whole number, 1 at least")
     # A chunk moves the speed alone: a kernel that is picked takes the nearest that it can, one that is named the one asked for.
     given = impl
-    impl = platform.choose("lightning attention", given, NAMES,
+    impl = platform.choose("lightning attention", given, LIGHTNING_IMPLS,
                            lambda impl: refusal(impl, q_BHTK, v_BHTV, chunk if given else None), q_BHTK)
     if given is None and impl == "gpu":
         chunk = gpu.nearest_chunk(q_BHTK, v_BHTV, chunk)
@@ -105,7 +105,7 @@ def refusal(impl, q_BHTK, v_BHTV, chunk=None) -> str:
 
 
 def _module(impl):
-    return IMPLS.get(impl) or importlib.import_module(f"mmx.kernels.lightning.{impl}")
+    return MODULES.get(impl) or importlib.import_module(f"mmx.kernels.lightning.{impl}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))

@@ -38,10 +38,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from mmx.dims import check
 from mmx.kernels import platform
-from mmx.kernels.arguments import check_floats
+from mmx.kernels.dtypes import check_floats, wide_dtype, widen
 from mmx.kernels.lightning.api import check_log_decay
 
-IMPLS = "xla", "tpu", "gpu"
 # Heads of a TPU step at most. Chosen 2026-11-23 by static schedule estimates of the TPU compiler (libtpu 0.0.42.1; cycles
 # without memory stalls; never run on a TPU), 64 rows, 64 heads, K = V = 128, bf16: 145, 327 and 227 us on v5p,
 # v5e and v6e, where the states take 194, 655 and 327 us of HBM; with 16 heads 185-218, 412-488 and 291-339.
@@ -50,7 +49,7 @@ INTERPRETED = 2, 2              # cores and heads, so that small tests take seve
 # Columns of a GPU program and its warps, warps of the one that norms. Timed on an H100, 2026-11-27, 64 rows, 64 heads,
 # K = V = 128, bf16: 214 us (2.51 TB/s of states); 32 columns, which few rows take to fill it, 227, 16 333, XLA's form 213.
 VALUES, WARPS, NORM_WARPS = (64, 32), 4, 16
-LANES, MIB, CORES = 128, 1 << 20, 132         # of an H100
+LANES, MIB = 128, 1 << 20
 
 
 def decode(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B=None, *, eps, impl=None,
@@ -84,7 +83,7 @@ def decode(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live
     for name, x in (("k_BHK", k_BHK), ("v_BHV", v_BHV), ("gate_BHV", gate_BHV)):
         if x.dtype != q_BHK.dtype:
             raise ValueError(f"{name} is {x.dtype} and q_BHK {q_BHK.dtype}; all four projections need one dtype")
-    wide = jnp.promote_types(q_BHK.dtype, jnp.float32)
+    wide = wide_dtype(q_BHK.dtype)
     if state_BHKV.dtype != wide:
         raise ValueError(f"state_BHKV is {state_BHKV.dtype}; beside {q_BHK.dtype} it needs {wide}, to be updated in place")
     live_B = jnp.ones(B, bool) if live_B is None else live_B
@@ -125,21 +124,17 @@ def _unfit(impl, dtype, K, V, interpret):
     return ""
 
 
-def _wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def silu(x):
     """x sigmoid(x), float32 at least."""
-    wide = _wide(x)
+    wide = widen(x)
     return wide * jax.nn.sigmoid(wide)
 
 
 def norm_and_gate(o, gate, norm, eps, axes, count):
     """sigmoid(gate) * norm * o / rms(o), the mean square over `axes`, which hold `count` values; in the gate's dtype."""
-    wide = _wide(o)
+    wide = widen(o)
     rms = jax.lax.rsqrt(jnp.sum(wide ** 2, axis=axes, keepdims=True) / count + eps)
-    return (jax.nn.sigmoid(_wide(gate)) * (_wide(norm) * (wide * rms))).astype(gate.dtype)
+    return (jax.nn.sigmoid(widen(gate)) * (widen(norm) * (wide * rms))).astype(gate.dtype)
 
 
 def _xla(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B, eps):
@@ -251,7 +246,7 @@ def _tpu_kernel(live_ref, place_ref, log_decay_ref, q_ref, k_ref, v_ref, gate_re
 
 def _gpu(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B, eps, interpret):
     B, H, K, V = state_BHKV.shape
-    values = min(V, next((v for v in VALUES if B * H * V // v >= 2 * CORES), VALUES[-1]))
+    values = min(V, next((v for v in VALUES if B * H * V // v >= 2 * platform.GPUS["h100"].cores), VALUES[-1]))
     tiles = V // values
     place = lambda shape, index: pl.BlockSpec(shape, lambda x: index(x // (H * tiles), x // tiles % H, x % tiles))
     keys = place((None, None, K), lambda b, h, tile: (b, h, 0))
@@ -297,3 +292,4 @@ def _gpu_norm_kernel(live_ref, o_ref, gate_ref, norm_ref, y_ref, *, eps, count):
 
 
 KERNELS = {"tpu": _tpu, "gpu": _gpu}
+IMPLS = "xla", *KERNELS

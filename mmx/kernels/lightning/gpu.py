@@ -37,6 +37,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from mmx.kernels import platform
 from mmx.kernels.lightning import documents
+from mmx.kernels.products import dot
 
 
 class Tile(NamedTuple):
@@ -56,7 +57,6 @@ TILES = {
              ("float32", 256): Tile(16, 16, 8, 1)},
 }
 PIECE = 64      # keys a product takes: whole rows of 128 or 256 spill
-CORES = {"h100": 132, "a100": 108}
 SPANS = 1024, 512, 256
 CHUNKS = 16, 32, 64, 128
 
@@ -67,7 +67,7 @@ class Plan(NamedTuple):
     span: int
     tile: Tile
     interpret: bool
-    chip: str       # a key of TILES
+    chip: str       # a key of TILES and platform.GPUS
 
 
 class Kernels(NamedTuple):
@@ -110,8 +110,8 @@ def refusal(q_BHTK, v_BHTV, chunk, interpret=False, tiles=None) -> str:
         return f"q is {dtypes[0]} and v {dtypes[1]}: the GPU kernels take bfloat16 or float32 for both"
     most = CHUNKS[-1] if interpret else _tile(q_BHTK, v_BHTV, tiles).chunk
     if chunk is not None and (chunk not in CHUNKS or chunk > most):
-        return (f"chunk={chunk}: with {dtypes[0]} heads of {max(K, V)} on {platform.gpu()} the GPU kernels take a chunk of "
-                f"{', '.join(str(c) for c in CHUNKS if c <= most)} tokens, or None, which picks")
+        return (f"chunk={chunk}: with {dtypes[0]} heads of {max(K, V)} on {platform.gpu_model()} the GPU kernels take a chunk "
+                f"of {', '.join(str(c) for c in CHUNKS if c <= most)} tokens, or None, which picks")
     return ""
 
 
@@ -124,7 +124,7 @@ def nearest_chunk(q_BHTK, v_BHTV, chunk):
 def _tile(q_BHTK, v_BHTV, tiles):
     """What the table has for these arrays on the chip. Its chunk is the largest that neither spills nor lacks shared memory."""
     width = max(q_BHTK.shape[3], v_BHTV.shape[3])
-    return next(t for (name, most), t in tiles[platform.gpu()].items() if name == q_BHTK.dtype.name and width <= most)
+    return next(t for (name, most), t in tiles[platform.gpu_model()].items() if name == q_BHTK.dtype.name and width <= most)
 
 
 def _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, kernels):
@@ -140,11 +140,11 @@ def _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, kernels)
 
 def _plan(q_BHTK, v_BHTV, chunk, interpret, tiles):
     B, H, T, K = q_BHTK.shape
-    V, chip = v_BHTV.shape[3], platform.gpu()
+    V, chip = v_BHTV.shape[3], platform.gpu_model()
     tile = _tile(q_BHTK, v_BHTV, tiles)
     tile = tile._replace(chunk=chunk or tile.chunk)
     programs = lambda span: B * H * pl.cdiv(T, span) * max(1, min(K, V) // tile.values)
-    span = next((s for s in SPANS if programs(s) >= CORES[chip]), SPANS[-1])
+    span = next((s for s in SPANS if programs(s) >= platform.GPUS[chip].cores), SPANS[-1])
     return Plan(T, span, tile, interpret, chip)
 
 
@@ -260,7 +260,7 @@ def _contribution_kernel(log_decay_ref, k_ref, v_ref, *refs, plan, reverse):
         a_Q, b_Q, _ = decays(c, span, span + plan.span)
         v_QV = _load(v_ref, c, plan, span)
         v_QV = (v_QV * (a_Q if reverse else b_Q)[:, None]).astype(v_QV.dtype)
-        return own_KV + _dot(_load(k_ref, c, plan, span), v_QV, 0, 0)
+        return own_KV + dot(_load(k_ref, c, plan, span), v_QV, 0, 0)
     own_ref[...] = jax.lax.fori_loop(0, _chunks(plan, span), step, jnp.zeros(own_ref.shape, jnp.float32))
 
 
@@ -287,15 +287,15 @@ def _output_kernel(log_decay_ref, state_ref, q_ref, k_ref, v_ref, *refs, plan, r
         scores_QQ, o_QV, after_KV = 0.0, 0.0, []
         for piece, state_KV in zip(pieces, states_KV):
             q_QK, k_QK = (_load(ref, c, plan, span, piece) for ref in (q_ref, k_ref))
-            scores_QQ += _dot(q_QK, k_QK, 1, 1)
-            o_QV += _dot(q_QK, state_KV.astype(q_QK.dtype), 1, 0)
-            after_KV.append(r * state_KV + _dot(k_QK, w_QV, 0, 0))
+            scores_QQ += dot(q_QK, k_QK, 1, 1)
+            o_QV += dot(q_QK, state_KV.astype(q_QK.dtype), 1, 0)
+            after_KV.append(r * state_KV + dot(k_QK, w_QV, 0, 0))
         scores_QQ *= decay_QQ
         if mark_refs:
             segments_Q = _load(mark_refs[0], c, plan, span)
             same_QQ = (segments_Q[:, None] == segments_Q[None, :]) & (segments_Q > 0)[None, :]
             scores_QQ = jnp.where(same_QQ, scores_QQ, 0.0)
-        o_QV = a_Q[:, None] * o_QV + _dot(scores_QQ.astype(v_QV.dtype), v_QV, 1, 0)
+        o_QV = a_Q[:, None] * o_QV + dot(scores_QQ.astype(v_QV.dtype), v_QV, 1, 0)
         at, mask = _rows(o_ref, c, plan, span)
         plgpu.store(at, o_QV.astype(o_ref.dtype), mask=mask)
         return tuple(after_KV)
@@ -344,10 +344,3 @@ def _load(ref, c, plan, span, columns=...):
     """Chunk c of a span's tokens, zeros after the last token."""
     rows, mask = _rows(ref, c, plan, span, columns)
     return plgpu.load(rows, mask=mask, other=None if mask is None else 0)
-
-
-def _dot(x, y, x_axis, y_axis):
-    """A product that sums the given axes in float32; float32 operands keep their full precision."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision=precision,
-                               preferred_element_type=jnp.float32)

@@ -9,10 +9,12 @@ last real token starts from an empty state; the first real token continues the g
 import jax
 import jax.numpy as jnp
 
+from mmx.kernels.dtypes import wide_dtype
+
 
 def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV):
     """Same contract as `api.lightning_attention`, all arguments given; computes in float32 (float64 stays)."""
-    dtype = jnp.promote_types(q_BHTK.dtype, jnp.float32)
+    dtype = wide_dtype(q_BHTK.dtype)
     decay_H11 = jnp.exp(log_decay_H.astype(dtype))[:, None, None]
 
     def token(carry, xs):

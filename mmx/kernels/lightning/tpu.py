@@ -41,6 +41,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from mmx.kernels.lightning import documents
+from mmx.kernels.products import dot
 
 # Tokens a chunk and heads a step. Chosen 2026-11-23 by static schedule estimates of the TPU compiler (libtpu 0.0.42.1; cycles
 # without memory stalls; never run on a TPU) at B=1 H=64 T=8192 K=V=128 bf16: the fewer of 16 and 32 heads with which every
@@ -192,9 +193,9 @@ def _kernel(*refs, queries, T, down, segmented):
         state_KV = state_ref[0, h]
         low_KV = state_KV.astype(k_QK.dtype)
         k_KQ = (k_QK.T.astype(jnp.float32) * b_1Q).astype(k_QK.dtype)
-        products = [(_dot(ref[0, h], keys, 1, 1), _dot(ref[0, h], low_KV, 1, axis))
+        products = [(dot(ref[0, h], keys, 1, 1), dot(ref[0, h], low_KV, 1, axis))
                     for ref, keys, axis in zip(query_refs, (k_QK, v_QV), (0, 1))]
-        state_ref[0, h] = r_1V * state_KV + _dot(k_KQ, v_QV, 1, 0)
+        state_ref[0, h] = r_1V * state_KV + dot(k_KQ, v_QV, 1, 0)
         return products
 
     def finish(h, products):
@@ -202,7 +203,7 @@ def _kernel(*refs, queries, T, down, segmented):
         if segmented:
             pair_QQ, a_QW = pair_QQ * same_QQ, a_QW * enters_QW
         for ref, (scores_QQ, y_QW), values in zip(answer_refs, products, reversed(memory(h))):
-            y_QW = a_QW[:, :y_QW.shape[1]] * y_QW + _dot((scores_QQ * pair_QQ).astype(values.dtype), values, 1, 0)
+            y_QW = a_QW[:, :y_QW.shape[1]] * y_QW + dot((scores_QQ * pair_QQ).astype(values.dtype), values, 1, 0)
             ref[0, h] = y_QW.astype(ref.dtype)
 
     products = start(0)
@@ -211,13 +212,6 @@ def _kernel(*refs, queries, T, down, segmented):
         finish(h - 1, products)
         products = ahead
     finish(heads - 1, products)
-
-
-def _dot(x, y, x_axis, y_axis):
-    """A product summed in float32; float32 operands keep their full precision."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision=precision,
-                               preferred_element_type=jnp.float32)
 
 
 def _blocks(chunk, B, H, T, K, V, queries, itemsize, interpret):

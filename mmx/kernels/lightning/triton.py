@@ -18,6 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from mmx.kernels import platform
 from mmx.kernels.lightning import gpu
 
 try:
@@ -27,7 +28,6 @@ try:
 except ImportError as error:
     raise ImportError(f"lightning attention in Triton needs jax-triton ({error}): pip install jax-triton") from None
 
-CAPABILITY = {"h100": 90, "a100": 80}
 # As `gpu.TILES`, for another compiler: chosen on 2026-11-23 among a few that compile without a spill with segments and a
 # ragged T, by Triton 3.9; no time was measured. Nothing tried fits float32 at 256 on H100: at best 16 bytes a thread spill.
 TILES = {
@@ -69,8 +69,8 @@ def _launch(kernel, arrays, out_shape, log_decay_H, marks, plan, **static):
     return jax_triton.triton_call(
         log_decay_H, *(marks or unread), *arrays, kernel=kernel, out_shape=out_shape,
         grid=(B * H * (V // values), triton.cdiv(T, plan.span)), num_warps=plan.tile.warps, num_stages=plan.tile.stages,
-        compute_capability=CAPABILITY[plan.chip], H=H, T=T, K=K, V=V, CHUNK=plan.tile.chunk, SPAN=plan.span, VALUES=values,
-        SEGMENTED=marks is not None, **static)
+        compute_capability=platform.GPUS[plan.chip].capability, H=H, T=T, K=K, V=V, CHUNK=plan.tile.chunk, SPAN=plan.span,
+        VALUES=values, SEGMENTED=marks is not None, **static)
 
 
 @triton.jit

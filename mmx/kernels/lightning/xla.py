@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from mmx.kernels import platform
 from mmx.kernels.lightning import documents
+from mmx.kernels.products import einsum
 
 
 class Chunks(NamedTuple):
@@ -41,9 +42,9 @@ def forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk)
         state_BHKV, o_BHTV = carry
         q_BHQK, k_BHQK, v_BHQV = (_take(x, n, chunk) for x in (q_BHTK, k_BHTK, v_BHTV))
         c = jax.tree.map(lambda x: x[n], chunks)
-        scores_BHQQ = _dot("BHQK,BHPK->BHQP", q_BHQK, k_BHQK) * pair_decay(c)
-        o_BHQV = _dot("BHQP,BHPV->BHQV", scores_BHQQ.astype(v_BHQV.dtype), v_BHQV)
-        o_BHQV += _dot("BHQK,BHKV->BHQV", q_BHQK * c.a_NBHQ[..., None], state_BHKV)
+        scores_BHQQ = einsum("BHQK,BHPK->BHQP", q_BHQK, k_BHQK) * pair_decay(c)
+        o_BHQV = einsum("BHQP,BHPV->BHQV", scores_BHQQ.astype(v_BHQV.dtype), v_BHQV)
+        o_BHQV += einsum("BHQK,BHKV->BHQV", q_BHQK * c.a_NBHQ[..., None], state_BHKV)
         return _advance(state_BHKV, k_BHQK, v_BHQV, c), _put(o_BHTV, o_BHQV, n)
 
     start = state_BHKV, zeros_like(v_BHTV)
@@ -72,12 +73,12 @@ def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BH
         q_BHQK, k_BHQK, v_BHQV, do_BHQV = (_take(x, n, chunk) for x in (q_BHTK, k_BHTK, v_BHTV, do_BHTV))
         c, state_BHKV = jax.tree.map(lambda x: x[n], (chunks, state_NBHKV))
         a_BHQ1, b_BHQ1, decay_BHQQ = c.a_NBHQ[..., None], c.b_NBHQ[..., None], pair_decay(c)
-        scores_BHQQ = (_dot("BHQK,BHPK->BHQP", q_BHQK, k_BHQK) * decay_BHQQ).astype(do_BHQV.dtype)
-        dscores_BHQQ = (_dot("BHQV,BHPV->BHQP", do_BHQV, v_BHQV) * decay_BHQQ).astype(k_BHQK.dtype)
-        dq_BHQK = _dot("BHQP,BHPK->BHQK", dscores_BHQQ, k_BHQK) + _dot("BHQV,BHKV->BHQK", do_BHQV * a_BHQ1, state_BHKV)
-        dk_BHQK = _dot("BHQP,BHQK->BHPK", dscores_BHQQ, q_BHQK) + _dot("BHQV,BHKV->BHQK", v_BHQV * b_BHQ1, dstate_BHKV)
-        dv_BHQV = _dot("BHQP,BHQV->BHPV", scores_BHQQ, do_BHQV) + _dot("BHQK,BHKV->BHQV", k_BHQK * b_BHQ1, dstate_BHKV)
-        dstate_BHKV = c.r_NBH[..., None, None] * dstate_BHKV + _dot("BHQK,BHQV->BHKV", q_BHQK * a_BHQ1, do_BHQV)
+        scores_BHQQ = (einsum("BHQK,BHPK->BHQP", q_BHQK, k_BHQK) * decay_BHQQ).astype(do_BHQV.dtype)
+        dscores_BHQQ = (einsum("BHQV,BHPV->BHQP", do_BHQV, v_BHQV) * decay_BHQQ).astype(k_BHQK.dtype)
+        dq_BHQK = einsum("BHQP,BHPK->BHQK", dscores_BHQQ, k_BHQK) + einsum("BHQV,BHKV->BHQK", do_BHQV * a_BHQ1, state_BHKV)
+        dk_BHQK = einsum("BHQP,BHQK->BHPK", dscores_BHQQ, q_BHQK) + einsum("BHQV,BHKV->BHQK", v_BHQV * b_BHQ1, dstate_BHKV)
+        dv_BHQV = einsum("BHQP,BHQV->BHPV", scores_BHQQ, do_BHQV) + einsum("BHQK,BHKV->BHQV", k_BHQK * b_BHQ1, dstate_BHKV)
+        dstate_BHKV = c.r_NBH[..., None, None] * dstate_BHKV + einsum("BHQK,BHQV->BHKV", q_BHQK * a_BHQ1, do_BHQV)
         return dstate_BHKV, _put(dq_BHTK, dq_BHQK, n), _put(dk_BHTK, dk_BHQK, n), _put(dv_BHTV, dv_BHQV, n)
 
     start = dstate_BHKV, *map(zeros_like, (q_BHTK, k_BHTK, v_BHTV))
@@ -95,16 +96,9 @@ def _chunk(chunk, T):
     return min(chunk or (64 if platform.name() == "cpu" else 128), T)
 
 
-def _dot(spec, x, y):
-    """Einsum that accumulates in float32 at least; float32 operands keep their full precision on every device."""
-    dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
-    precision = jax.lax.Precision.DEFAULT if jnp.bfloat16 in (x.dtype, y.dtype) else jax.lax.Precision.HIGHEST
-    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=dtype)
-
-
 def _advance(state_BHKV, k_BHQK, v_BHQV, c):
     """The state after a chunk."""
-    return c.r_NBH[..., None, None] * state_BHKV + _dot("BHQK,BHQV->BHKV", k_BHQK * c.b_NBHQ[..., None], v_BHQV)
+    return c.r_NBH[..., None, None] * state_BHKV + einsum("BHQK,BHQV->BHKV", k_BHQK * c.b_NBHQ[..., None], v_BHQV)
 
 
 def _pad(x_BHTK, chunk):
