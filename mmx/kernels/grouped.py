@@ -60,7 +60,7 @@ def expert_ffn(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan: Plan, *, block: in
     return _by_rows(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, dot)
 
 
-def expert_ffn_few(x_MD, weight_MJ, expert_MJ, w1_EDF, w3_EDF, w2_EFD):
+def expert_ffn_unrolled(x_MD, weight_MJ, expert_MJ, w1_EDF, w3_EDF, w2_EFD):
     """The same for a handful of tokens, one assignment at a time, unrolled: each reads its expert's weights once.
 
     (Products and sums, not dots: XLA's CPU dot would copy an expert's weights out of the stack first.)

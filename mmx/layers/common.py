@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx import config
-from mmx.kernels.int8 import floats
+from mmx.kernels.int8 import dequantize
 
 
 class Context(NamedTuple):
@@ -38,7 +38,7 @@ def param(module: nn.Module, name: str, fan_in: str = "", fan_out: str = "", sca
     std = wide_in ** -0.5 if c.init == "fan_in" else (2 / (wide_in + wide_out)) ** 0.5
     if c.init == "deepnorm" and scaled:
         std *= (8 * c.layers) ** -0.25
-    return floats(module.param(name, nn.initializers.normal(std), shape), c.dtype)
+    return dequantize(module.param(name, nn.initializers.normal(std), shape), c.dtype)
 
 
 def rms_norm(x_BTD, scale_D, eps: float):

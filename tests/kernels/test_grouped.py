@@ -55,7 +55,7 @@ def sorted_experts(*args, block, impl):
 
 
 def few(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, expert_MJ, keep_MJ):
-    return grouped.expert_ffn_few(x_MD, weight_MJ * keep_MJ, expert_MJ, w1_EDF, w3_EDF, w2_EFD)
+    return grouped.expert_ffn_unrolled(x_MD, weight_MJ * keep_MJ, expert_MJ, w1_EDF, w3_EDF, w2_EFD)
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
