@@ -46,5 +46,5 @@ def test_zero_dims_turn_nothing():
 
 @pytest.mark.parametrize("rotary_dim", [3, 6, -2])
 def test_errors(rotary_dim):
-    with pytest.raises(ValueError, match=f"rotary_dim={rotary_dim} must be even and at most K=4"):
+    with pytest.raises(ValueError, match=f"rotary_dim={rotary_dim} must be even and between 0 and K=4"):
         rope(jnp.ones((1, 1, 6, 4)), POSITIONS[:1], rotary_dim=rotary_dim, theta=1e4)
