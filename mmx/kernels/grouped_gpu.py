@@ -45,7 +45,8 @@ def refusal(x_IA, w_EAO, block: int) -> str:
 def dot(x_IA, w_EAO, blocks_E, block: int, interpret=False):
     """Returns y_IO, the product of each row with the matrix of its expert.
 
-    Expert e owns `blocks_E[e]` consecutive blocks of `block` rows, in the order of the experts. Rows after all of them give zero.
+    Expert e owns `blocks_E[e]` consecutive blocks of `block` rows, in the order of the experts. Rows after the last of these
+    blocks give zero.
     """
     return _rows(x_IA, w_EAO, blocks_E, block, False, interpret)
 

@@ -184,8 +184,8 @@ def pairs(T, document, start=None, S=None, axis=1, padding=0):
     """How many pairs of blocks of 64 the loops visit, with documents of so many tokens that end in padding."""
     place = np.arange(T, dtype=np.int32)
     seg = None if document is None else ((1 + place // document) * (place % document < document - padding))[None]
-    sight = xla.Sight(T, S or T, min(T, 64), 64, seg, seg, None if start is None else np.array(start))
-    first, end = jax.jit(lambda: sight.spans(axis))()
+    visibility = xla.Visibility(T, S or T, min(T, 64), 64, seg, seg, None if start is None else np.array(start))
+    first, end = jax.jit(lambda: visibility.block_ranges(axis))()
     return np.maximum(np.subtract(end, first), 0).sum()
 
 
@@ -221,11 +221,11 @@ def test_remat_and_scan_change_nothing():
 @pytest.mark.parametrize("change, error, message", [
     (dict(q_BHTK=(2, 4, 9)), ValueError, "q_BHTK needs 4 axes"),
     (dict(k_BGSK=(2, 2, 9, 6)), ValueError, "k_BGSK has K=6"),
-    (dict(k_BGSK=(2, 3, 9, 8), v_BGSV=(2, 3, 9, 8)), ValueError, "G=3 heads, which does not divide the H=4"),
+    (dict(k_BGSK=(2, 3, 9, 8), v_BGSV=(2, 3, 9, 8)), ValueError, "H=4 heads, which must be a multiple of the G=3"),
     (dict(v_BGSV=(2, 2, 8, 8)), ValueError, "v_BGSV has S=8"),
     (dict(segments_BT=(2, 8)), ValueError, "segments_BT has T=8"),
     (dict(segments_BT=(2, 9), segments_BS=(1, 9)), ValueError, "segments_BS has B=1"),
-    (dict(segments_BS=(2, 9)), ValueError, "segments_BS needs segments_BT"),
+    (dict(segments_BS=(2, 9)), ValueError, "segments_BS was given without segments_BT"),
     (dict(start_B=(3,)), ValueError, "start_B has B=3"),
     (dict(impl="cuda"), NotImplementedError, "impl='cuda' does not exist; softmax attention has xla, tpu, gpu")])
 def test_errors(change, error, message):
