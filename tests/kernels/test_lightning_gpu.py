@@ -34,9 +34,9 @@ def test_what_the_kernels_do_not_take_is_refused(impl):
     assert "q is float16" in said(dtype="float16")
     assert "chunk=48" in said(chunk=48)
     assert said(128, 128, "bfloat16", 128, interpret=False) == (
-        "chunk=128: with bfloat16 heads of 128 on h100 the GPU kernels take a chunk of 16, 32, 64 tokens, or None, which picks")
+        "chunk=128: with bfloat16 heads of 128 on h100 the GPU kernels support chunks of 16, 32, 64 tokens, or None")
     if impl == "triton":
-        assert "V=256 in float32: the Triton kernels take up to 128, impl='gpu' up to 256" in said(V=256)
+        assert "V=256 in float32: the Triton kernels support up to 128, impl='gpu' up to 256" in said(V=256)
 
 
 def test_a_kernel_that_is_picked_takes_the_nearest_chunk(monkeypatch):
