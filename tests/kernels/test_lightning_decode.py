@@ -93,7 +93,7 @@ def test_idle_rows_move_no_state_on_tpu():
     """The blocks that the pipeline copies, those unlike the step's before, are the live rows' (one where a core has none)."""
     cores, rows, parts = 2, 4, 3
     patterns = (np.arange(1 << cores * rows)[:, None] >> np.arange(cores * rows)) % 2 > 0
-    places = np.asarray(jax.jit(jax.vmap(functools.partial(decoding._places, cores=cores, parts=parts)))(patterns))
+    places = np.asarray(jax.jit(jax.vmap(functools.partial(decoding._first_blocks, cores=cores, parts=parts)))(patterns))
     for live_B, place_B in zip(patterns, places):
         steps = (place_B[:, None] + live_B[:, None] * np.arange(parts)).reshape(cores, rows * parts)
         for core, live in zip(steps, live_B.reshape(cores, rows)):
@@ -148,11 +148,11 @@ def test_bad_arguments_say_what_would_work():
         step(*arrays[:3], arrays[3][..., :16], arrays[4], LOG_DECAY_H, state_BHKV)
     with pytest.raises(ValueError, match="v_BHV is bfloat16"):
         step(*arrays[:2], arrays[2].astype(jnp.bfloat16), *arrays[3:], LOG_DECAY_H, state_BHKV)
-    with pytest.raises(ValueError, match="state_BHKV is bfloat16.*needs float32"):
+    with pytest.raises(ValueError, match="state_BHKV is bfloat16.*must be float32"):
         step(*arrays, LOG_DECAY_H, state_BHKV.astype(jnp.bfloat16))
     with pytest.raises(ValueError, match="must not be positive"):
         step(*arrays, -LOG_DECAY_H, state_BHKV)
-    with pytest.raises(ValueError, match="live_B is int32; it needs bool"):
+    with pytest.raises(ValueError, match="live_B is int32; it must be bool"):
         step(*arrays, LOG_DECAY_H, state_BHKV, np.ones(2, np.int32))
     with pytest.raises(NotImplementedError, match="impl='cuda'"):
         step(*arrays, LOG_DECAY_H, state_BHKV, impl="cuda")
@@ -166,7 +166,7 @@ def test_bad_arguments_say_what_would_work():
         with pytest.raises(ValueError, match=f"q_BHK is {dtype}; it must be float32"):
             step(*(x.astype(dtype) for x in arrays), LOG_DECAY_H, state_BHKV)
     for impl in "tpu", "gpu":
-        with pytest.raises(NotImplementedError, match=f"impl='{impl}': the decode step's kernels have no gradients"):
+        with pytest.raises(NotImplementedError, match=f"impl='{impl}': the kernels of the decode step have no gradients"):
             jax.eval_shape(jax.grad(lambda q: run([q, *arrays[1:]], state_BHKV, impl=impl)[0].sum()), arrays[0])
 
 
