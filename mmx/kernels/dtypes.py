@@ -12,7 +12,7 @@ def wide_dtype(*dtypes):
 
 
 def widen(x):
-    """Converts x to the wide dtype of its own dtype."""
+    """Converts x to float32, or leaves float64 as it is."""
     return x.astype(wide_dtype(x.dtype))
 
 

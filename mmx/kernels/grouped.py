@@ -37,7 +37,7 @@ def plan(expert_MJ, rank_MJ, keep_MJ, count_E, block: int) -> Plan:
 
     Args:
       expert_MJ: the experts that each token is assigned to.
-      rank_MJ: position of each kept assignment among those of its expert, from 0.
+      rank_MJ: position of each kept assignment among all kept assignments to its expert, from 0.
       keep_MJ: whether the assignment is kept.
       count_E: number of kept assignments of each expert.
       block: rows of a block.

@@ -1,6 +1,7 @@
 """The platform that a computation is traced for, and the implementation that runs there.
 
-The platform is the machine's own, or that of a mesh of described devices (compiling for a TPU or GPU that is not present).
+If the current mesh consists of described devices, to compile for a TPU or GPU that is not present, the platform is theirs.
+Otherwise it is the platform of this machine.
 """
 import functools
 import re

@@ -2,8 +2,8 @@
 
     o_t = sum_s p_ts v_s,   p_t = softmax over the visible keys s of q_t . k_s / sqrt(K)
 
-Query t of row b has position start_b + t on the key axis. It sees the keys s <= start_b + t of its own segment; with a window
-w, only those with s > start_b + t - w. Segment 0 is padding: it sees no keys, and no query sees it. A query without visible
+Query t of row b has position start_b + t on the key axis. It sees the keys s <= start_b + t of its segment; with a window w,
+only the keys s > start_b + t - w. Segment 0 is padding: it sees no keys, and no query sees it. A query without visible
 keys gives 0. Memory is proportional to B H T S.
 """
 import jax.numpy as jnp

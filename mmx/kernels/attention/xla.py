@@ -63,7 +63,7 @@ def forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, 
     full_NU = visibility.fully_visible()
 
     def rescaled(x_BGQP, u, which):
-        """Multiplies scores by the scales of their keys (which=0), or weights by those of their values (which=1).
+        """Multiplies scores by the keys' scales (which=0), or weights by the values' scales (which=1).
 
         This is outside the products, so the int8 blocks are not scaled themselves.
         """

@@ -1,8 +1,8 @@
 """Lightning attention in chunks, as plain XLA: differentiable, memory linear in T, any T, segments, states in and out.
 
 Let g = log_decay and S the state before a chunk of Q tokens. Each token from the first to the last real one of a row takes
-one unit of time; padding outside takes none. c_i is the time in the chunk up to and including token i, and c that of the
-whole chunk:
+one unit of time; padding outside takes none. c_i is the time from the start of the chunk up to and including token i, and c
+is the time of the whole chunk:
 
     o_i = a_i q_i S + sum_{j <= i} D_ij (q_i . k_j) v_j        a_i  = exp(g c_i)        or 0
     S'  = r S + sum_j b_j k_j^T v_j                            b_j  = exp(g (c - c_j))  or 0
