@@ -17,13 +17,14 @@ heads: 125 us for XLA and 145 us for the kernel, while HBM needs 194 us for the 
 rows that are not live (idle slots) move no data except the zeros of y, whereas XLA moves every state.
 
 TPU. The grid is (cores, rows of a core, parts of the heads); a core executes its steps in order. A step keeps the states of
-the heads of its part in VMEM, input and output, each twice for the pipeline. o of the row stays in VMEM until the last part,
-which normalizes and gates it. k and q are transposed once per part, so that k and q of one head are columns; the vector
-unit then makes one pass over S. The matrix unit is of no use: a product of one row with S would load all of S as weights. The pipeline
-copies a block in or out only when the block index changes. So the index map of a row that is not live repeats the block
-already in VMEM: the last block of the previous live row of the core. Before the first live row, it names the first block of
-that row, which is then only fetched early. In a core without live rows, one block is read and written back unchanged. (If V
-is not a multiple of 128 lanes, a state takes more HBM, and XLA may copy it to another layout around the kernel.)
+the heads of its part in VMEM, input and output, each twice for the pipeline. o of the row stays in VMEM until the last
+part, which normalizes and gates it. k and q are transposed once per part, so that k and q of one head are columns; the
+vector unit then makes one pass over S. The matrix unit is of no use: a product of one row with S would load all of S as
+weights. The pipeline copies a block in or out only when the block index changes. So the index map of a row that is not live
+repeats the block already in VMEM: the last block of the previous live row of the core. Before the first live row, it names
+the first block of that row, which is then only fetched early. In a core without live rows, one block is read and written
+back unchanged. (If V is not a multiple of 128 lanes, a state takes more HBM, and XLA may copy it to another layout around
+the kernel.)
 
 GPU. A program takes one row, one head and `VALUES` columns of S, which stay in registers; programs of rows that are not live
 end at once. The heads of a row belong to many programs, which is necessary to fill a GPU with a small batch. So a second

@@ -1,8 +1,8 @@
 """Lightning attention on NVIDIA GPUs: passes 1 and 3 of `gpu.py` written in Triton. Needs the package jax-triton.
 
 The algorithm, plan, bytes and FLOPs are the same as in `gpu.py`, and its pass 2 is used unchanged; only the compiler of the
-kernels differs. One kernel computes what every span adds to the state (pass 1). The other computes the outputs from the states before
-the spans (pass 3). With the arguments that `gpu.py` lists they also compute dq, dk and dv.
+kernels differs. One kernel computes what every span adds to the state (pass 1). The other computes the outputs from the
+states before the spans (pass 3). With the arguments that `gpu.py` lists they also compute dq, dk and dv.
 
 A program processes one head, one span and `values` columns of the state. The state, in slices of 64 key dims, and the decays
 of the pairs of a chunk are float32 in registers. Tiles of q, k and v of one chunk pass through shared memory in their own
