@@ -19,7 +19,7 @@ class Gpu(NamedTuple):
     capability: int     # compute capability, times 10
 
 
-GPUS = {"h100": Gpu(132, 90), "a100": Gpu(108, 80)}
+GPUS = {"h100": Gpu(132, 90), "a100": Gpu(108, 80)}       # see `gpu_model` for other models
 
 
 def name() -> str:

@@ -82,9 +82,9 @@ def test_experts(impl):
     M, J, D, F, E, block = 200, 2, 64, 96, 8, 32
     rng = np.random.default_rng(0)
     expert_MJ = jnp.asarray(rng.integers(0, E, (M, J)))
-    one_AE = jax.nn.one_hot(expert_MJ.ravel(), E, dtype=jnp.int32)
-    rank_MJ = (jnp.cumsum(one_AE, 0) * one_AE).sum(1).reshape(M, J) - 1
-    plan = grouped.plan(expert_MJ, rank_MJ, jnp.asarray(rng.random((M, J)) < 0.9), one_AE.sum(0), block)
+    one_hot = jax.nn.one_hot(expert_MJ.ravel(), E, dtype=jnp.int32)
+    rank_MJ = (jnp.cumsum(one_hot, 0) * one_hot).sum(1).reshape(M, J) - 1
+    plan = grouped.plan(expert_MJ, rank_MJ, jnp.asarray(rng.random((M, J)) < 0.9), one_hot.sum(0), block)
     x = [jnp.asarray(rng.standard_normal(s, np.float32) / 8) for s in ((M, D), (M, J), (E, D, F), (E, D, F), (E, F, D))]
     def run(impl):
         squares = lambda *x: (grouped.expert_ffn(*x, plan, block=block, impl=impl) ** 2).sum()

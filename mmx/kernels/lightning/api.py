@@ -27,7 +27,7 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
       segments_BT: the document of each token, an integer. A token sees only its own document. Along T, documents are numbered
         upwards from 1; 0 is padding. Padding adds nothing to the state, and its output is zero. Padding between real tokens
         decays the state as a real token does; padding at either end does not. None: one document, no padding.
-      state_BHKV: the state before the first token, which continues its document. None: zeros.
+      state_BHKV: the state before the first token; the first document of the row continues it. None: zeros.
       impl: "xla"; "tpu" or "gpu" (Pallas kernels); "triton" (the GPU kernels written in Triton, which needs jax-triton). None:
         chosen by platform, GPU, dtype and shape; never "triton".
       chunk: tokens of a chunk, any positive number; it affects speed only. None: chosen by platform. GPU kernels support 16, 32
@@ -39,7 +39,7 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
 
     Raises:
       ValueError: shapes, dtypes or values do not match this description. If document numbers decrease under jit, where they
-        are not known, the results of that row are NaN, and `checkify.checkify` reports the error.
+        are not known, there is no ValueError: the results of that row are NaN, and `checkify.checkify` reports the error.
       NotImplementedError: the named implementation does not exist, or cannot run here or on these arrays.
     """
     check(q_BHTK, "BHTK", "q_BHTK")
