@@ -265,10 +265,10 @@ def test_int8_weights_are_channels_of_their_own():
     for name, shape, scale_shape in (("q_DHK", (3, 16, 2, 4), (3, 1, 2, 4)), ("out_HVD", (3, 2, 4, 16), (3, 1, 1, 16)),
                                      ("w1_EDF", (3, 2, 16, 8), (3, 2, 1, 8)), ("w2_EFD", (3, 2, 8, 16), (3, 2, 1, 16))):
         w = rng.standard_normal(shape).astype(np.float32) * rng.uniform(0.01, 100, scale_shape)
-        whole, scale = int8.quantised(w, int8.summed(name))
+        whole, scale = int8.quantize(w, int8.contracted_axes(name))
         assert scale.shape == scale_shape and whole.dtype == np.int8
         np.testing.assert_array_less(np.abs(whole * scale - w), scale * 0.501 + 0 * w)
-    assert not any(map(int8.summed, ("embed_WD", "head_WD", "router_DE", "norm_D", "norm_HV")))
+    assert not any(map(int8.contracted_axes, ("embed_WD", "head_WD", "router_DE", "norm_D", "norm_HV")))
 
 
 def compiled(loaded, function, T, c=C):

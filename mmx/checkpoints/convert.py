@@ -355,7 +355,7 @@ def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Load
     with safetensors.Files(os.O_RDONLY) as files:
         for leaf in hf_layout.leaves(source.model):
             name = leaf.path[-1]
-            if weights_dtype and leaf.path[0] != "vision" and int8.summed(name):
+            if weights_dtype and leaf.path[0] != "vision" and int8.contracted_axes(name):
                 w = _read_int8(source, files, leaf)
             else:
                 w = source.read_leaf(files, leaf).astype(kind or source.dtype(leaf), copy=False)
@@ -368,14 +368,14 @@ def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Load
 
 
 def _read_int8(source, files, leaf) -> int8.Int8:
-    axes = int8.summed(leaf.path[-1])
+    axes = int8.contracted_axes(leaf.path[-1])
     scale_shape = [1 if at - len(leaf.shape) in axes else n for at, n in enumerate(leaf.shape)]
     whole, scale = np.empty(leaf.shape, np.int8), np.empty(scale_shape, np.float32)
     for piece in leaf.slices(source.dtype(leaf).itemsize):      # a slice cuts none of the axes: a channel is whole
         at = [*piece.index, *[slice(None)] * (len(leaf.shape) - len(piece.index))]
         for axis in axes:
             at[axis] = slice(None)
-        whole[piece.index], scale[tuple(at)] = int8.quantised(source.read(files, leaf, piece), axes)
+        whole[piece.index], scale[tuple(at)] = int8.quantize(source.read(files, leaf, piece), axes)
     return int8.Int8(whole, scale)
 
 

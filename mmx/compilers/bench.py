@@ -31,6 +31,7 @@ from tqdm.auto import tqdm
 from mmx import chips, config
 from mmx.compilers import hlo, ptx, schedule
 from mmx.config import ConfigError
+from mmx.kernels import LIGHTNING_IMPLS
 from mmx.kernels.attention import softmax_attention
 from mmx.kernels.lightning import api, decode, lightning_attention
 from mmx.layers.common import Context
@@ -270,7 +271,7 @@ def _times(lengths):
     dtype = jnp.float32 if here == "cpu" else jnp.bfloat16
     log_decay_H = -jnp.exp2(-8 * jnp.arange(1, H + 1) / H)
     shape_BHTD = jax.ShapeDtypeStruct((1, H, lengths[0], D), dtype)
-    impls = [impl for impl in api.NAMES if not api.refusal(impl, shape_BHTD, shape_BHTD, None)]
+    impls = [impl for impl in LIGHTNING_IMPLS if not api.refusal(impl, shape_BHTD, shape_BHTD, None)]
     library = {"tpu": "splash", "gpu": "cudnn"}.get(here, "xla")
     forms = {("lightning", impl): lambda *qkv, impl=impl: lightning_attention(*qkv, log_decay_H, impl=impl)[0]
              for impl in impls} | {("softmax", library): SOFTMAX[library]}

@@ -1,17 +1,17 @@
-"""The experts' SwiGLU over tokens sorted by expert (model.md section 5).
+"""The experts' SwiGLU over tokens sorted by expert (docs/model.md section 5).
 
     y_m = sum_j weight_mj  W2_e ( SiLU(W1_e x_m) * W3_e x_m ),   e = expert_mj
 
-Every kept assignment gets a row; rows are sorted by expert and each expert's rows start on a block boundary, so that a
-block of rows meets one expert's weights. Both directions of the sort are gathers, since a token knows its rows and a
-row its token. Letters beyond `dims`: J choices of a token, I rows.
+Each token m is assigned to J experts. Every assignment that is kept (not dropped) gets a row. Rows are sorted by expert, and
+the rows of each expert start on a block boundary, so that all rows of a block use the weights of one expert. Sorting and its
+inverse are both gathers: the plan lists the rows of each token and the token of each row.
 
-    "blocks"  a loop over the blocks in use that reads one expert's weights at a time, with its own backward pass that
-              keeps the two products before the gate: work follows the tokens kept, not the buffer (for CPU, where
-              ragged_dot is five times slower)
-    "ragged"  lax.ragged_dot over the sorted rows, differentiated by JAX (for TPU); rows are weighted before W2, so that no
-              gradient needs W2's product
-    "gpu"     the same over `grouped_gpu`'s products, for XLA's ragged_dot does E times the work on GPUs
+    "blocks"  A loop over the blocks in use, which reads the weights of one expert at a time. Its own backward pass keeps the
+              two products before the gate. The work is proportional to the kept tokens, not to the size of the buffer.
+              For CPU, where ragged_dot is five times slower.
+    "ragged"  lax.ragged_dot over the sorted rows, differentiated by JAX. Rows are multiplied by their routing weights before
+              W2, so that no gradient needs the result of W2. For TPU.
+    "gpu"     The same with the products of `grouped_gpu`, because XLA's ragged_dot does E times the work on GPUs.
 """
 import functools
 from typing import NamedTuple
@@ -20,19 +20,28 @@ import jax
 import jax.numpy as jnp
 
 from mmx.kernels import grouped_gpu, platform
+from mmx.kernels.dtypes import wide_dtype
 
 IMPLS = ("blocks", "ragged", "gpu")
 
 
 class Plan(NamedTuple):
-    """Who computes what. A dropped assignment's row and an empty row's token point past the end."""
-    row_MJ: jax.Array
-    token_I: jax.Array
-    blocks_E: jax.Array             # blocks of rows an expert has
+    """The order of the sorted rows."""
+    row_MJ: jax.Array               # row of each assignment; past the last row for a dropped assignment
+    token_I: jax.Array              # token of each row; past the last token for an empty row
+    blocks_E: jax.Array             # number of blocks of each expert
 
 
 def plan(expert_MJ, rank_MJ, keep_MJ, count_E, block: int) -> Plan:
-    """Rows for the kept assignments: `rank` counts them within their expert, `count` is how many an expert has."""
+    """Assigns rows to the kept assignments.
+
+    Args:
+      expert_MJ: the experts that each token is assigned to.
+      rank_MJ: position of each kept assignment among all kept assignments to its expert, from 0.
+      keep_MJ: whether the assignment is kept.
+      count_E: number of kept assignments of each expert.
+      block: rows of a block.
+    """
     M, J = expert_MJ.shape
     rows = -(-M * J // block) * block + len(count_E) * block
     blocks_E = -(-count_E // block)
@@ -44,25 +53,37 @@ def plan(expert_MJ, rank_MJ, keep_MJ, count_E, block: int) -> Plan:
 
 
 def expert_ffn(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan: Plan, *, block: int, impl: str | None = None):
-    """y_MD, the weighted sum of each token's experts; zero for a token whose assignments were all dropped."""
+    """Returns y_MD, the weighted sum of the outputs of each token's experts; zero if all its assignments were dropped.
+
+    Args:
+      x_MD: tokens.
+      weight_MJ: routing weights.
+      w1_EDF, w3_EDF, w2_EFD: gate, up and down projections of the experts.
+      plan: the result of `plan` for the same `block`.
+      block: rows of a block.
+      impl: "blocks", "ragged" or "gpu". None: chosen by platform, dtypes and shapes.
+    Raises:
+      NotImplementedError: the named implementation does not exist, or cannot run here or on these arrays.
+    """
     refusal = grouped_gpu.refusal(x_MD, w1_EDF, block)
     impl = impl or {"cpu": "blocks", "gpu": "ragged" if refusal else "gpu"}.get(platform.name(), "ragged")
     if impl not in IMPLS:
-        raise NotImplementedError(f"impl={impl!r}: expert_ffn has {', '.join(IMPLS)}")
+        raise NotImplementedError(f"impl={impl!r} does not exist; expert_ffn has {', '.join(IMPLS)}")
     if impl == "gpu" and refusal:
         raise NotImplementedError(f"impl='gpu': {refusal}")
     if impl == "blocks":
         return _blocks(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, block)
     dot = functools.partial(jax.lax.ragged_dot, group_sizes=plan.blocks_E * block)
     if impl == "gpu":
-        dot = lambda x_IA, w_EAB: grouped_gpu.dot(x_IA, w_EAB, plan.blocks_E, block)
-    return _by_rows(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, dot)
+        dot = lambda x_IA, w_EAO: grouped_gpu.dot(x_IA, w_EAO, plan.blocks_E, block)
+    return _sorted_rows(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, dot)
 
 
-def expert_ffn_few(x_MD, weight_MJ, expert_MJ, w1_EDF, w3_EDF, w2_EFD):
-    """The same for a handful of tokens, one assignment at a time, unrolled: each reads its expert's weights once.
+def expert_ffn_unrolled(x_MD, weight_MJ, expert_MJ, w1_EDF, w3_EDF, w2_EFD):
+    """Computes the same as `expert_ffn` for a few tokens, in an unrolled loop over assignments.
 
-    (Products and sums, not dots: XLA's CPU dot would copy an expert's weights out of the stack first.)
+    Each assignment reads the weights of its expert once. Its products multiply a vector by a matrix: for a product of two
+    matrices, XLA on CPU would first copy the expert's weights out of the stack.
     """
     def matvec(x_D, w_EDF, e):
         return x_D @ w_EDF[e]
@@ -76,18 +97,18 @@ def expert_ffn_few(x_MD, weight_MJ, expert_MJ, w1_EDF, w3_EDF, w2_EFD):
 
 
 def take(x_MD, index):
-    """Rows by index, zeros where it points past the end."""
+    """Returns rows by index; zeros for an index past the last row."""
     return x_MD.at[index].get(mode="fill", fill_value=0)
 
 
-def _by_rows(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, dot):
-    x_ID, weight_I1 = take(x_MD, plan.token_I), _by_row(weight_MJ, plan)[:, None]
+def _sorted_rows(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, dot):
+    x_ID, weight_I1 = take(x_MD, plan.token_I), _weight_of_rows(weight_MJ, plan)[:, None]
     h_IF = jax.nn.silu(dot(x_ID, w1_EDF)) * dot(x_ID, w3_EDF)
     y_ID = dot((weight_I1 * h_IF).astype(h_IF.dtype), w2_EFD)
     return take(y_ID, plan.row_MJ).sum(1)
 
 
-def _by_row(weight_MJ, plan):
+def _weight_of_rows(weight_MJ, plan):
     empty_I = jnp.zeros(len(plan.token_I), weight_MJ.dtype)
     return empty_I.at[plan.row_MJ].set(weight_MJ, mode="drop", unique_indices=True)
 
@@ -102,12 +123,12 @@ def _blocks_forward(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, block):
 
     def body(n, carry):
         y_ID, up_IF, gate_IF = carry
-        e, x_QD = plan_expert[n], take(x_MD, _block(plan.token_I, n, block))
+        e, x_QD = expert_of_block[n], take(x_MD, _block(plan.token_I, n, block))
         gate_QF, up_QF = x_QD @ w1_EDF[e], x_QD @ w3_EDF[e]
         y_QD = (jax.nn.silu(gate_QF) * up_QF) @ w2_EFD[e]
         return _put(y_ID, y_QD, n), _put(up_IF, up_QF, n), _put(gate_IF, gate_QF, n)
 
-    plan_expert = _expert_of_block(plan, block)
+    expert_of_block = _expert_of_block(plan, block)
     empty = tuple(_zeros((rows, width), x_MD.dtype, plan) for width in (x_MD.shape[1], F, F))
     y_ID, up_IF, gate_IF = jax.lax.fori_loop(0, plan.blocks_E.sum(), body, empty)
     y_MD = jnp.einsum("MJ,MJD->MD", weight_MJ.astype(y_ID.dtype), take(y_ID, plan.row_MJ))
@@ -116,12 +137,12 @@ def _blocks_forward(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, block):
 
 def _blocks_backward(block, residuals, dy_MD):
     x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, up_IF, gate_IF = residuals
-    plan_expert, rows = _expert_of_block(plan, block), len(plan.token_I)
-    weight_I = _by_row(weight_MJ, plan)
+    expert_of_block, rows = _expert_of_block(plan, block), len(plan.token_I)
+    weight_I = _weight_of_rows(weight_MJ, plan)
 
     def body(n, carry):
         dx_ID, dweight_I, dw1_EDF, dw3_EDF, dw2_EFD = carry
-        e, token_Q = plan_expert[n], _block(plan.token_I, n, block)
+        e, token_Q = expert_of_block[n], _block(plan.token_I, n, block)
         x_QD, dy_QD = take(x_MD, token_Q), take(dy_MD, token_Q)
         gate_QF, up_QF, weight_Q1 = (_block(a, n, block) for a in (gate_IF, up_IF, weight_I[:, None]))
         sigmoid_QF = jax.nn.sigmoid(gate_QF)
@@ -138,7 +159,7 @@ def _blocks_backward(block, residuals, dy_MD):
         dw2_EFD = dw2_EFD.at[e].add(_outer(weight_Q1 * h_QF, dy_QD))
         return _put(dx_ID, dx_QD, n), _put(dweight_I, dweight_Q, n), dw1_EDF, dw3_EDF, dw2_EFD
 
-    sums = [_zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32), plan) for w in (w1_EDF, w3_EDF, w2_EFD)]
+    sums = [_zeros(w.shape, wide_dtype(w.dtype), plan) for w in (w1_EDF, w3_EDF, w2_EFD)]
     start = (_zeros((rows, x_MD.shape[1]), x_MD.dtype, plan), _zeros(rows, weight_I.dtype, plan), *sums)
     dx_ID, dweight_I, *dw = jax.lax.fori_loop(0, plan.blocks_E.sum(), body, start)
     dx_MD = take(dx_ID, plan.row_MJ).sum(1)
@@ -149,7 +170,7 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def _outer(x_QD, y_QF):
-    return jnp.einsum("QD,QF->DF", x_QD, y_QF, preferred_element_type=jnp.promote_types(x_QD.dtype, jnp.float32))
+    return jnp.einsum("QD,QF->DF", x_QD, y_QF, preferred_element_type=wide_dtype(x_QD.dtype))
 
 
 def _expert_of_block(plan, block):
@@ -165,7 +186,9 @@ def _put(x, block_value, n):
     return jax.lax.dynamic_update_slice_in_dim(x, block_value, n * len(block_value), 0)
 
 
-
 def _zeros(shape, dtype, plan):
-    """Zeros that, inside shard_map, vary over the mesh as the plan does: a loop's start has the type of its results."""
+    """Zeros that, inside shard_map, vary over the same mesh axes as the plan.
+
+    The initial values of a loop must have the same type as its results.
+    """
     return jnp.full(shape, plan.blocks_E[0] * 0, dtype)

@@ -1,10 +1,11 @@
-"""Products of rows with their expert's matrix on NVIDIA GPUs (Pallas-Triton); rows are sorted as `grouped.plan` has them.
+"""Products of rows with the matrix of their expert on NVIDIA GPUs (Pallas-Triton). Rows are sorted as `grouped.plan` describes.
 
     y_i = x_i W_e        dx_i = dy_i W_e^T        dW_e = sum_i x_i^T dy_i,   i the rows of expert e
 
-XLA has no such product for GPUs: its `ragged_dot` multiplies every row by all E matrices, zeros for those not its own, E times
-the work. Here a program takes a block of rows, all of one expert, and COLUMNS columns of its matrix; or, for dW, a tile of
-one expert's, summed over its blocks. Sums are float32, products of float32 operands IEEE float32.
+XLA does not have such a product for GPUs: its `ragged_dot` multiplies every row by all E matrices, with zeros for the rows of
+other experts, which is E times the work. Here, for y and dx, a program takes one block of rows, all of one expert, and some
+columns of the expert's matrix. For dW, a program takes one tile of one expert's matrix and sums over the expert's blocks.
+Sums are float32. Products of float32 operands are IEEE float32.
 """
 import functools
 from typing import NamedTuple
@@ -14,126 +15,124 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from mmx.kernels import platform
+from mmx.kernels import platform, products
 
-LEAST = 16              # rows of a block, and what divides a matrix's sides: Triton's products are no smaller
+GRANULE = 16            # blocks and both sides of a matrix are multiples of it: Triton's products are not smaller
 
 
 class Tile(NamedTuple):
-    columns: int        # of a tile, or what divides the side
-    depth: int          # summed at a time
+    columns: int        # largest number of columns of a tile
+    depth: int          # largest number of terms that one product sums
     warps: int
-    stages: int
+    stages: int         # of the software pipeline
 
 
-# Without spills on H100 and A100; bfloat16's is the fastest of those tried on an H100 on 2026-11-27.
+# These do not spill on H100 and A100. The tile for bfloat16 is the fastest of those timed on an H100 on 2026-11-27.
 TILES = {"bfloat16": Tile(128, 64, 8, 3), "float32": Tile(32, 16, 8, 1)}
 
 
-def refusal(x_IA, w_EAB, block: int) -> str:
-    """Why the kernels do not take these arrays; empty where they do."""
-    A, B = w_EAB.shape[1:]
-    if A % LEAST or B % LEAST or block % LEAST:
-        return f"matrices of {A} x {B}, blocks of {block} rows: the GPU's kernel takes multiples of {LEAST}"
-    if x_IA.dtype.name not in TILES or w_EAB.dtype != x_IA.dtype:
-        return f"rows are {x_IA.dtype}, matrices {w_EAB.dtype}: the GPU's kernel takes bfloat16 or float32 for both"
+def refusal(x_IA, w_EAO, block: int) -> str:
+    """Returns why the kernels cannot run here or on these arrays; empty if they can."""
+    A, O = w_EAO.shape[1:]
+    if A % GRANULE or O % GRANULE or block % GRANULE:
+        return f"matrices of {A} x {O}, blocks of {block} rows: the GPU kernel supports multiples of {GRANULE}"
+    if x_IA.dtype.name not in TILES or w_EAO.dtype != x_IA.dtype:
+        return f"rows are {x_IA.dtype}, matrices {w_EAO.dtype}: the GPU kernel supports bfloat16 or float32 for both"
     return platform.refusal("gpu", x_IA)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def dot(x_IA, w_EAB, blocks_E, block: int, interpret=False):
-    """y_IB. An expert has `blocks_E` blocks of `block` rows, experts one behind the other; behind all of them y is zero."""
-    return _rows(x_IA, w_EAB, blocks_E, block, False, interpret)
+def dot(x_IA, w_EAO, blocks_E, block: int, interpret=False):
+    """Returns y_IO, the product of each row with the matrix of its expert.
+
+    Expert e owns `blocks_E[e]` consecutive blocks of `block` rows, in the order of the experts. Rows after the last of these
+    blocks give zero.
+    """
+    return _rows(x_IA, w_EAO, blocks_E, block, False, interpret)
 
 
-def _forward(x_IA, w_EAB, blocks_E, block, interpret):
-    return _rows(x_IA, w_EAB, blocks_E, block, False, interpret), (x_IA, w_EAB, blocks_E)
+def _forward(x_IA, w_EAO, blocks_E, block, interpret):
+    return _rows(x_IA, w_EAO, blocks_E, block, False, interpret), (x_IA, w_EAO, blocks_E)
 
 
-def _backward(block, interpret, residuals, dy_IB):
-    x_IA, w_EAB, blocks_E = residuals
-    return (_rows(dy_IB, w_EAB, blocks_E, block, True, interpret),
-            _matrices(x_IA, dy_IB, blocks_E, block, w_EAB.dtype, interpret), None)
+def _backward(block, interpret, residuals, dy_IO):
+    x_IA, w_EAO, blocks_E = residuals
+    return (_rows(dy_IO, w_EAO, blocks_E, block, True, interpret),
+            _matrices(x_IA, dy_IO, blocks_E, block, w_EAO.dtype, interpret), None)
 
 
 dot.defvjp(_forward, _backward)
 
 
-def _rows(x_IA, w_EAB, blocks_E, block, transposed, interpret):
-    """x W_e or, `transposed`, x W_e^T."""
+def _rows(x_IA, w_EAO, blocks_E, block, transposed, interpret):
+    """Returns x W_e for each row or, if `transposed`, x W_e^T; w is then w_EOA."""
     I, A = x_IA.shape
-    B = w_EAB.shape[1 if transposed else 2]
+    O = w_EAO.shape[1 if transposed else 2]
     tile = TILES[x_IA.dtype.name]
-    columns, depth = _divisor(B, tile.columns), _divisor(A, tile.depth)
+    columns, depth = _divisor(O, tile.columns), _divisor(A, tile.depth)
 
     def kernel(ends_ref, x_ref, w_ref, y_ref):
-        n, at = pl.program_id(1), pl.ds(pl.program_id(0) * columns, columns)
+        n, output_columns = pl.program_id(1), pl.ds(pl.program_id(0) * columns, columns)
         ends_E = plgpu.load(ends_ref, mask=jnp.arange(ends_ref.shape[0], dtype=jnp.int32) < E, other=0)
         expert = jnp.sum((ends_E <= n) & (jnp.arange(ends_ref.shape[0], dtype=jnp.int32) < E), dtype=jnp.int32)
 
         @pl.when(expert < E)
         def _():
-            def step(i, y_QB):
-                along = pl.ds(i * depth, depth)
-                w = plgpu.load(w_ref.at[(expert, at, along) if transposed else (expert, along, at)])
-                return y_QB + _dot(plgpu.load(x_ref.at[:, along]), w, 1, 1 if transposed else 0)
-            y_QB = jax.lax.fori_loop(0, A // depth, step, jnp.zeros(y_ref.shape, jnp.float32))
-            y_ref[...] = y_QB.astype(y_ref.dtype)
+            def step(i, y_QO):
+                terms = pl.ds(i * depth, depth)
+                w = plgpu.load(w_ref.at[(expert, output_columns, terms) if transposed else (expert, terms, output_columns)])
+                return y_QO + products.dot(plgpu.load(x_ref.at[:, terms]), w, 1, 1 if transposed else 0)
+            y_QO = jax.lax.fori_loop(0, A // depth, step, jnp.zeros(y_ref.shape, jnp.float32))
+            y_ref[...] = y_QO.astype(y_ref.dtype)
 
         @pl.when(expert >= E)
         def _():
             y_ref[...] = jnp.zeros_like(y_ref)
-    E = w_EAB.shape[0]
-    whole = lambda shape: pl.BlockSpec(shape, lambda b, n: (0,) * len(shape))
+    E = w_EAO.shape[0]
+    whole = lambda shape: pl.BlockSpec(shape, lambda c, n: (0,) * len(shape))
     return pl.pallas_call(
-        kernel, grid=(B // columns, I // block),
-        in_specs=[whole((pl.next_power_of_2(E),)), pl.BlockSpec((block, A), lambda b, n: (n, 0)), whole(w_EAB.shape)],
-        out_specs=pl.BlockSpec((block, columns), lambda b, n: (n, b)), out_shape=_like(x_IA, (I, B), x_IA.dtype),
-        compiler_params=_params(x_IA), interpret=interpret, name="grouped_rows")(jnp.cumsum(blocks_E), x_IA, w_EAB)
+        kernel, grid=(O // columns, I // block),
+        in_specs=[whole((pl.next_power_of_2(E),)), pl.BlockSpec((block, A), lambda c, n: (n, 0)), whole(w_EAO.shape)],
+        out_specs=pl.BlockSpec((block, columns), lambda c, n: (n, c)), out_shape=_shape_like(x_IA, (I, O), x_IA.dtype),
+        compiler_params=_compiler_params(x_IA), interpret=interpret, name="grouped_rows")(jnp.cumsum(blocks_E), x_IA, w_EAO)
 
 
-def _matrices(x_IA, dy_IB, blocks_E, block, dtype, interpret):
-    """dW_EAB."""
+def _matrices(x_IA, dy_IO, blocks_E, block, dtype, interpret):
+    """Returns dW_EAO."""
     I, A = x_IA.shape
-    B, E = dy_IB.shape[1], len(blocks_E)
+    O, E = dy_IO.shape[1], len(blocks_E)
     tile = TILES[x_IA.dtype.name]
-    across, columns, depth = _divisor(A, tile.columns), _divisor(B, tile.columns), _divisor(block, tile.depth)
+    tile_A, tile_O, depth = _divisor(A, tile.columns), _divisor(O, tile.columns), _divisor(block, tile.depth)
 
     def kernel(ends_ref, blocks_ref, x_ref, dy_ref, dw_ref):
         last = ends_ref[...] * (block // depth)
 
-        def step(n, dw_AB):
+        def step(n, dw_AO):
             rows = pl.ds(n * depth, depth)
-            return dw_AB + _dot(plgpu.load(x_ref.at[rows, :]), plgpu.load(dy_ref.at[rows, :]), 0, 0)
+            return dw_AO + products.dot(plgpu.load(x_ref.at[rows, :]), plgpu.load(dy_ref.at[rows, :]), 0, 0)
         first = last - blocks_ref[...] * (block // depth)
-        dw_AB = jax.lax.fori_loop(first, last, step, jnp.zeros(dw_ref.shape, jnp.float32))
-        dw_ref[...] = dw_AB.astype(dw_ref.dtype)
-    number = pl.BlockSpec((None,), lambda a, b, e: (e,))
+        dw_AO = jax.lax.fori_loop(first, last, step, jnp.zeros(dw_ref.shape, jnp.float32))
+        dw_ref[...] = dw_AO.astype(dw_ref.dtype)
+    scalar = pl.BlockSpec((None,), lambda a, o, e: (e,))
     return pl.pallas_call(
-        kernel, grid=(A // across, B // columns, E),
-        in_specs=[number, number, pl.BlockSpec((I, across), lambda a, b, e: (0, a)),
-                  pl.BlockSpec((I, columns), lambda a, b, e: (0, b))],
-        out_specs=pl.BlockSpec((None, across, columns), lambda a, b, e: (e, a, b)), out_shape=_like(x_IA, (E, A, B), dtype),
-        compiler_params=_params(x_IA), interpret=interpret,
-        name="grouped_matrices")(jnp.cumsum(blocks_E), blocks_E, x_IA, dy_IB)
+        kernel, grid=(A // tile_A, O // tile_O, E),
+        in_specs=[scalar, scalar, pl.BlockSpec((I, tile_A), lambda a, o, e: (0, a)),
+                  pl.BlockSpec((I, tile_O), lambda a, o, e: (0, o))],
+        out_specs=pl.BlockSpec((None, tile_A, tile_O), lambda a, o, e: (e, a, o)),
+        out_shape=_shape_like(x_IA, (E, A, O), dtype), compiler_params=_compiler_params(x_IA), interpret=interpret,
+        name="grouped_matrices")(jnp.cumsum(blocks_E), blocks_E, x_IA, dy_IO)
 
 
-def _divisor(side, most):
-    """The largest power of two that divides `side`, `most` at most."""
-    return min(most, side & -side)
+def _divisor(side, largest):
+    """Returns the largest power of two up to `largest` that divides `side`."""
+    return min(largest, side & -side)
 
 
-def _like(x, shape, dtype):
-    """Inside shard_map, what varies over the mesh as x does."""
+def _shape_like(x, shape, dtype):
+    """Returns the shape and dtype of an output that, inside shard_map, varies over the same mesh axes as x."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
-def _params(x):
+def _compiler_params(x):
     tile = TILES[x.dtype.name]
     return plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
-
-
-def _dot(x, y, x_axis, y_axis):
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision=precision,
-                               preferred_element_type=jnp.float32)

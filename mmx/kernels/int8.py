@@ -1,7 +1,7 @@
-"""Weights as int8 with a scale for each output channel: half of bfloat16's bytes, made while a checkpoint is loaded.
+"""Weights as int8 with one scale for each output channel: half the bytes of bfloat16.
 
-Mixers' and experts' matrices are kept so; the embedding, the head, routers, norms and all of vision, a hundredth of the whole,
-stay as they are.
+Weights are quantized while a checkpoint is loaded. The matrices of mixers and experts are quantized. The embedding, the head,
+routers, norms and the vision tower keep their dtype; together they are about 1 % of the parameters.
 """
 from typing import NamedTuple
 
@@ -10,30 +10,31 @@ import numpy as np
 
 
 class Int8(NamedTuple):
-    """w = whole * scale. `scale` has the axes of `whole`, of extent 1 where a product with w sums."""
-    whole: jax.Array
+    """A quantized matrix, values * scale. `scale` has the axes of `values`, with extent 1 for contracted axes."""
+    values: jax.Array
     scale: jax.Array
 
 
-def summed(name: str) -> tuple[int, ...]:
-    """The axes, counted from the last, over which a product with this matrix sums; none for what is kept as it is.
+def contracted_axes(name: str) -> tuple[int, ...]:
+    """Returns the axes, counted from the last, over which a product with this matrix sums.
 
-    Names end in their axes: what gives D sums over all others but E, the rest sums over D.
+    The letters at the end of a parameter's name are its axes. A matrix that ends in D (the model dim) sums over all other
+    axes except E (experts); any other matrix sums over D. The result is empty for parameters that are not quantized.
     """
     kind, _, letters = name.rpartition("_")
     if len(letters) < 2 or kind in ("embed", "head", "router", "norm"):
         return ()
-    over = letters[:-1].replace("E", "") if letters.endswith("D") else "D"
-    return tuple(letters.index(letter) - len(letters) for letter in over)
+    contracted = letters[:-1].replace("E", "") if letters.endswith("D") else "D"
+    return tuple(letters.index(letter) - len(letters) for letter in contracted)
 
 
-def quantised(w: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """(whole, scale) of a matrix or a slice of it that has all of these axes."""
+def quantize(w: np.ndarray, axes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Quantizes a matrix, or a slice of it that is complete along the contracted `axes`. Returns (values, scale)."""
     w = np.asarray(w, np.float32)
     scale = np.maximum(np.abs(w).max(axis=axes, keepdims=True), 1e-30) / np.float32(127)
     return np.rint(w / scale).astype(np.int8), scale
 
 
-def floats(w, dtype):
-    """A parameter in the computation's dtype."""
-    return w.whole.astype(dtype) * w.scale.astype(dtype) if isinstance(w, Int8) else w.astype(dtype)
+def dequantize(w, dtype):
+    """Returns a parameter, quantized or not, in `dtype`."""
+    return w.values.astype(dtype) * w.scale.astype(dtype) if isinstance(w, Int8) else w.astype(dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mmx import config
 from mmx.dims import axes_of
-from mmx.kernels.int8 import floats
+from mmx.kernels.int8 import dequantize
 
 
 class Context(NamedTuple):
@@ -74,7 +74,7 @@ def param(module: nn.Module, name: str, fan_in: str = "", fan_out: str = "", sca
     std = fan_in_size ** -0.5 if c.init == "fan_in" else (2 / (fan_in_size + fan_out_size)) ** 0.5
     if c.init == "deepnorm" and scaled:
         std *= (8 * c.layers) ** -0.25
-    return floats(module.param(name, nn.initializers.normal(std), shape), c.dtype)
+    return dequantize(module.param(name, nn.initializers.normal(std), shape), c.dtype)
 
 
 def cache_entry(c: config.Model, name: str, dtype) -> jax.ShapeDtypeStruct:

@@ -127,7 +127,7 @@ def most(capacity: float, assignments: int, E: int) -> int:
 def _on_the_spot(x_MD, weight_MJ, expert_MJ, keep_MJ, *weights):
     (M, J), E = expert_MJ.shape, len(weights[0])
     if M * J <= FEW:
-        return grouped.expert_ffn_few(x_MD, weight_MJ * keep_MJ, expert_MJ, *weights)
+        return grouped.expert_ffn_unrolled(x_MD, weight_MJ * keep_MJ, expert_MJ, *weights)
     if E == J == 1:     # dense: nothing to sort
         h_MF = jax.nn.silu(x_MD @ weights[0][0]) * (x_MD @ weights[1][0])
         return ((weight_MJ * keep_MJ).astype(h_MF.dtype) * h_MF) @ weights[2][0]

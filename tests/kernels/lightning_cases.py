@@ -1,7 +1,7 @@
-"""The table of cases of lightning attention, and what the recurrence makes of them in float64.
+"""Test cases of lightning attention, with the results of the recurrence in float64.
 
-In float64 since the float32 recurrence is itself off by up to 8e-6 at 300 tokens: exp(-4e-8) is 1 - 6e-8 in float32 and the
-error grows with every token.
+The float32 recurrence has errors of up to 8e-6 at 300 tokens: exp(-4e-8) is 1 - 6e-8 in float32, and the error grows with every
+token.
 """
 import functools
 
@@ -17,21 +17,24 @@ SLOPES = (1.0, 1e-2, 4e-8, 0.0)
 
 
 def documents(T):
-    """Segments of seven rows: every way in which documents and padding meet chunks and spans."""
+    """Returns the segments of seven rows, which cover the ways that documents and padding can lie in chunks and spans."""
     t = np.arange(T)
-    rows = [1 + t // 16,                                                            # on chunk edges
-            1 + t // 256,                                                           # on span edges
-            1 + np.searchsorted(np.cumsum(t + 1), t, side="right"),                 # 1, 2, 3, ... tokens
-            np.where(t < T // 3, 0, 1 + t // 100),                                  # padding at the left
-            np.where(t >= T - T // 3, 0, 1),                                        # at the right
-            (1 + t // 23) * (t % 5 != 2),                                           # inside documents and between
-            np.zeros(T)]                                                            # nothing else
+    rows = [1 + t // 16,                                                            # documents begin on chunk edges
+            1 + t // 256,                                                           # documents begin on span edges
+            1 + np.searchsorted(np.cumsum(t + 1), t, side="right"),                 # documents of 1, 2, 3, ... tokens
+            np.where(t < T // 3, 0, 1 + t // 100),                                  # padding on the left
+            np.where(t >= T - T // 3, 0, 1),                                        # padding on the right
+            (1 + t // 23) * (t % 5 != 2),                                           # padding inside documents and between them
+            np.zeros(T)]                                                            # only padding
     return jnp.asarray(np.stack(rows), jnp.int32)
 
 
 @functools.cache
 def case(T, K, V, dtype, segmented, slopes=SLOPES, B=2):
-    """(q, k, v, state), (do, dstate), log_decay_H, segments_BT, and the recurrence's six answers. Row 0 starts from zeros."""
+    """Returns (q, k, v, state), (do, dstate), log_decay_H, segments_BT, and the six expected results in the order of NAMES.
+
+    Row 0 starts from a state of zeros.
+    """
     B, H = 7 if segmented else B, len(slopes)
     keys = jax.random.split(jax.random.key(T * K + V), 6)
     shapes = [(B, H, T, K), (B, H, T, K), (B, H, T, V), (B, H, K, V), (B, H, T, V), (B, H, K, V)]
@@ -40,9 +43,9 @@ def case(T, K, V, dtype, segmented, slopes=SLOPES, B=2):
     args, cotangents, log_decay_H = (q, k, v, state.at[0].set(0)), (do, dstate), -jnp.asarray(slopes, jnp.float32)
     segments_BT = documents(T) if segmented else None
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (args, cotangents, log_decay_H))
-        one = np.ones((B, T), np.int32)
-        want = jax.tree.map(np.asarray, _recurrence(*wide, np.asarray(segments_BT) if segmented else one))
+        float64 = jax.tree.map(lambda x: np.asarray(x, np.float64), (args, cotangents, log_decay_H))
+        one_document = np.ones((B, T), np.int32)
+        want = jax.tree.map(np.asarray, _recurrence(*float64, np.asarray(segments_BT) if segmented else one_document))
     return args, cotangents, log_decay_H, segments_BT, want
 
 
@@ -53,7 +56,7 @@ def _recurrence(args, cotangents, log_decay_H, segments_BT):
 
 
 def errors(got, want):
-    """Of each answer, the relative errors by row and head."""
+    """Returns the relative errors of each result by row and head."""
     return {name: np.linalg.norm(np.asarray(x, np.float64) - y, axis=(2, 3)) / np.maximum(np.linalg.norm(y, axis=(2, 3)), 1e-30)
             for name, x, y in zip(NAMES, got, want)}
 

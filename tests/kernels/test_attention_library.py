@@ -1,4 +1,4 @@
-"""Library kernels behind our contract: interpreted against the full score matrix, and through the real compilers."""
+"""Tests the wrapped library kernels: interpreted, against the full score matrix; and with the compilers of TPUs and GPUs."""
 import functools
 import types
 
@@ -14,50 +14,51 @@ from mmx.kernels import platform
 from mmx.kernels.attention import api, reference, softmax_attention
 
 
-def o_alone(attention):
+def with_zero_lse(attention):
+    """Returns a function that returns zeros as lse, so that only o is compared."""
     return lambda *args: (attention(*args), jnp.zeros(args[0].shape[:3]))
 
 
 @pytest.mark.parametrize("impl, K, kind, return_lse, dtype", [
     ("tpu", 128, None, False, "float32"), ("tpu", 128, "holes", True, "float32"),
     ("gpu", 16, "many", False, "bfloat16"), ("gpu", 16, "holes", True, "float32")])
-def test_against_the_full_matrix(monkeypatch, impl, K, kind, return_lse, dtype):
+def test_equals_the_full_matrix(monkeypatch, impl, K, kind, return_lse, dtype):
     args, do = inputs(4, 2, 256, B=2, K=K, V=K, dtype=dtype)
     segments_BT = segments(kind, 2, 256)
-    kernel = api.IMPLS[impl]
+    kernel = api.MODULES[impl]
     monkeypatch.setattr(platform, "name", lambda: impl)
-    monkeypatch.setitem(api.IMPLS, impl, types.SimpleNamespace(
+    monkeypatch.setitem(api.MODULES, impl, types.SimpleNamespace(
         refusal=lambda *args: "", attention=functools.partial(kernel.attention, interpret=True)))
-    ours = functools.partial(softmax_attention, segments_BT=segments_BT, impl=impl, return_lse=return_lse)
+    kernel_attention = functools.partial(softmax_attention, segments_BT=segments_BT, impl=impl, return_lse=return_lse)
     full = reference.attention_lse
-    if not return_lse:      # the libraries' own backward passes
-        ours, full = o_alone(ours), o_alone(reference.attention)
-    got = [np.asarray(x, np.float64) for x in values_and_gradients(ours, (), args, do)]
+    if not return_lse:      # tests the libraries' own backward passes
+        kernel_attention, full = with_zero_lse(kernel_attention), with_zero_lse(reference.attention)
+    got = [np.asarray(x, np.float64) for x in values_and_gradients(kernel_attention, (), args, do)]
     args, do = jax.tree.map(lambda x: x.astype(np.float32), (args, do))
     assert_close(got, values_and_gradients(full, (), args, do, segments_BT, segments_BT), dtype)
 
 
-def test_refusals_say_why(monkeypatch):
+def test_refusals_give_the_reason(monkeypatch):
     (q, k, v), _ = inputs(2, 1, 128, K=128, V=128, B=1)
     seg = np.ones((1, 128), np.int32)
 
-    def said(impl, *args, **kwargs):
+    def message(impl, *args, **kwargs):
         with pytest.raises(NotImplementedError) as caught:
             softmax_attention(*args, impl=impl, **kwargs)
         return str(caught.value)
-    assert said("tpu", q, k, v) == "impl='tpu': this computation is for cpu; give impl='xla' or None"
+    assert message("tpu", q, k, v) == "impl='tpu': this computation is for cpu; use impl='xla' or None"
     for impl in ("tpu", "gpu"):
         monkeypatch.setattr(platform, "name", lambda: impl)
-        assert "T=100, K=128, V=128" in said(impl, *(x[:, :, :100] for x in (q, k, v)))
-        assert "of a cache" in said(impl, q, k, v, start_B=jnp.zeros(1, jnp.int32))
-        assert "of other segments" in said(impl, q, k, v, segments_BT=seg, segments_BS=2 * seg)
+        assert "T=100, K=128, V=128" in message(impl, *(x[:, :, :100] for x in (q, k, v)))
+        assert "of a cache" in message(impl, q, k, v, start_B=jnp.zeros(1, jnp.int32))
+        assert "of other segments" in message(impl, q, k, v, segments_BT=seg, segments_BS=2 * seg)
         with jax.enable_x64(True):
-            assert "jax_enable_x64 is on" in said(impl, q, k, v)
-    assert "q_BHTK is float32: flash attention takes bfloat16" in said("gpu", q, k, v)
+            assert "jax_enable_x64 is on" in message(impl, q, k, v)
+    assert "q_BHTK is float32: flash attention supports bfloat16" in message("gpu", q, k, v)
 
 
 @pytest.mark.skipif(bool(schedule.missing()), reason=schedule.missing())
-def test_splash_is_picked_and_compiles_for_v5p(monkeypatch):
+def test_splash_is_chosen_and_compiles_for_v5p(monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     device = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
@@ -75,7 +76,7 @@ def test_splash_is_picked_and_compiles_for_v5p(monkeypatch):
 
 @pytest.mark.skipif(bool(ptx.missing()), reason=ptx.missing())
 @pytest.mark.parametrize("chip, K", [("h100", 128), ("a100", 128), ("a100", 64)])
-def test_flash_is_picked_and_compiles(chip, K):
+def test_flash_is_chosen_and_compiles(chip, K):
     array = jax.ShapeDtypeStruct
     q, k, segments_BT = array((1, 16, 1024, K), jnp.bfloat16), array((1, 2, 1024, K), jnp.bfloat16), array((1, 1024), jnp.int32)
 
@@ -83,7 +84,7 @@ def test_flash_is_picked_and_compiles(chip, K):
         o, pull = jax.vjp(lambda *args: softmax_attention(*args, segments_BT=s), q, k, v)
         return o, pull(do)
     kernels = ptx.resources(run, q, k, k, segments_BT, q, chip=chip)
-    slow = [fault for fault in ptx.faults(kernels, chip) if not (chip == "h100" and "mha_backward spills" in fault)]
-    assert not slow         # on an H100 those that spill are faster than those that do not
+    unexpected = [fault for fault in ptx.faults(kernels, chip) if not (chip == "h100" and "mha_backward spills" in fault)]
+    assert not unexpected       # on an H100 the backward kernel that spills is faster than those that do not
     for name in ("mha_forward", "mha_backward"):
         assert kernels[name].tensor and kernels[name].ctas >= 108

@@ -1,4 +1,4 @@
-"""The experts' SwiGLU over sorted tokens against all experts of all tokens: values and every gradient."""
+"""Compares the experts' SwiGLU over sorted tokens with all experts applied to all tokens: values and every gradient."""
 import functools
 
 import jax
@@ -9,18 +9,18 @@ import pytest
 from mmx.kernels import grouped
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
-QUICK = {"xla_backend_optimization_level": 0}      # compiling is most of the time here
+QUICK = {"xla_backend_optimization_level": 0}      # most of the time of these tests is compilation
 NAMES = ("y_MD", "dx_MD", "dweight_MJ", "dw1_EDF", "dw3_EDF", "dw2_EFD")
 M, J, E, D, F = 37, 2, 5, 6, 7
 
 
 def routing(kind, M=M):
-    """Each token's experts, all different, and which of these assignments are kept."""
+    """Returns the experts of each token, all different, and which of these assignments are kept."""
     rng = np.random.default_rng(len(kind))
     score_ME = rng.random((M, E))
-    if kind == "empty":             # two experts get nothing, the first and one in the middle
+    if kind == "empty":             # two experts get no tokens: the first and one in the middle
         score_ME[:, [0, 2]] -= 1
-    elif kind == "one":             # one expert takes every token, as first or as second choice
+    elif kind == "one":             # one expert gets every token, as first or second choice
         score_ME[:, 3] += rng.integers(0, 2, M)
         score_ME[:, 3] = np.maximum(score_ME[:, 3], np.sort(score_ME, axis=1)[:, -2])
     expert_MJ = np.argsort(-score_ME, axis=1)[:, :J]
@@ -29,7 +29,7 @@ def routing(kind, M=M):
 
 
 def ranks(expert_MJ, keep_MJ):
-    """Kept assignments counted within their expert, token by token, and how many each expert has."""
+    """Returns the position of each kept assignment within its expert, and the number of kept assignments of each expert."""
     rank_MJ, count_E = np.zeros_like(expert_MJ), np.zeros(E, int)
     for m, j in np.argwhere(keep_MJ):
         rank_MJ[m, j] = count_E[expert_MJ[m, j]]
@@ -54,8 +54,8 @@ def sorted_experts(*args, block, impl):
     return grouped.expert_ffn(*args, grouped.plan(expert_MJ, rank_MJ, keep_MJ, count_E, block), block=block, impl=impl)
 
 
-def few(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, expert_MJ, keep_MJ):
-    return grouped.expert_ffn_few(x_MD, weight_MJ * keep_MJ, expert_MJ, w1_EDF, w3_EDF, w2_EFD)
+def unrolled(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, expert_MJ, keep_MJ):
+    return grouped.expert_ffn_unrolled(x_MD, weight_MJ * keep_MJ, expert_MJ, w1_EDF, w3_EDF, w2_EFD)
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
@@ -65,8 +65,8 @@ def value_and_gradients(function, args, dy_MD, *route):
 
 
 def oracle(args, dy_MD, *route):
-    wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-    return value_and_gradients(all_experts, wide(args), wide(dy_MD), *route)
+    to_float32 = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+    return value_and_gradients(all_experts, to_float32(args), to_float32(dy_MD), *route)
 
 
 def assert_close(got, want, dtype):
@@ -99,14 +99,14 @@ def test_bfloat16(impl):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_few_tokens(dtype):
+def test_unrolled_for_few_tokens(dtype):
     args, dy_MD = inputs(dtype, M=4)
     route = routing("drops", M=4)
-    assert_close(value_and_gradients(few, args, dy_MD, *route), oracle(args, dy_MD, *route), dtype)
+    assert_close(value_and_gradients(unrolled, args, dy_MD, *route), oracle(args, dy_MD, *route), dtype)
 
 
 @pytest.mark.parametrize("kind", ["drops", "empty", "one"])
-def test_plan_gives_a_block_to_one_expert(kind):
+def test_rows_of_a_block_belong_to_one_expert(kind):
     expert_MJ, keep_MJ = routing(kind)
     rank_MJ, count_E = ranks(expert_MJ, keep_MJ)
     plan = jax.tree.map(np.asarray, grouped.plan(expert_MJ, rank_MJ, keep_MJ, count_E, 4))
@@ -118,7 +118,7 @@ def test_plan_gives_a_block_to_one_expert(kind):
     assert np.sum(plan.token_I < M) == keep_MJ.sum()
 
 
-def test_unknown_impl_says_what_there_is():
+def test_error_of_unknown_impl_lists_the_implementations():
     args, _ = inputs("float32")
-    with pytest.raises(NotImplementedError, match="impl='cuda': expert_ffn has blocks, ragged"):
+    with pytest.raises(NotImplementedError, match="impl='cuda' does not exist; expert_ffn has blocks, ragged"):
         grouped.expert_ffn(*args, None, block=8, impl="cuda")

@@ -1,4 +1,4 @@
-"""The GPU's products of rows with their expert's matrix: interpreted against all experts of all tokens, and compiled."""
+"""Tests the GPU products of rows with the matrix of their expert: interpreted, and compiled for described GPUs."""
 import functools
 
 import jax
@@ -25,7 +25,7 @@ def test_against_all_experts(monkeypatch, kind, dtype):
     assert_close(got, oracle(args, dy_MD, expert_MJ, keep_MJ), dtype)
 
 
-def test_refusals_say_why(monkeypatch):
+def test_refusals_give_the_reason(monkeypatch):
     x, w = jnp.zeros((64, 48)), jnp.zeros((2, 48, 32))
     assert "is for cpu" in grouped_gpu.refusal(x, w, 16)
     monkeypatch.setattr(platform, "name", lambda: "gpu")
@@ -46,5 +46,5 @@ def test_resources(chip, dtype):
     kernels = ptx.resources(run, array((4096, 1024), dtype), array((8, 1024, 2048), dtype), array((8,), jnp.int32),
                             array((4096, 2048), dtype), chip=chip)
     assert not ptx.faults(kernels, chip)
-    ours = [kernel for name, kernel in kernels.items() if name.startswith("grouped")]
-    assert len(ours) == 3 and all(kernel.ctas >= 132 and (kernel.tensor or dtype == "float32") for kernel in ours)
+    kernels = [kernel for name, kernel in kernels.items() if name.startswith("grouped")]
+    assert len(kernels) == 3 and all(kernel.ctas >= 132 and (kernel.tensor or dtype == "float32") for kernel in kernels)

@@ -1,4 +1,4 @@
-"""The decode step: every form against one token of the recurrence in the layer's maths, idle rows, the compilers."""
+"""Tests the decode step: every implementation against one step of the recurrence, idle rows, and compiled kernels."""
 import functools
 import importlib.util
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from mmx.model import Model, empty_cache
 
 TOLERANCE = {"float32": 3e-6, "bfloat16": 6e-3}
 EPS = 1e-6
-QUICK = {"xla_backend_optimization_level": 0}      # compiling is most of the time here
+QUICK = {"xla_backend_optimization_level": 0}      # most of the time of these tests is compilation
 H, K, V = 4, 16, 32
 LOG_DECAY_H = -np.asarray([1.0, 1e-2, 4e-8, 0.0], np.float32)
 LIVE = {"first": "10000", "last": "00001", "middle": "01011", "ends": "10001", "gap": "01100", "none": "00000",
@@ -30,7 +30,7 @@ LIVE = {"first": "10000", "last": "00001", "middle": "01011", "ends": "10001", "
 
 
 def inputs(B, dtype):
-    """q, k, v, gate, norm; state. In numpy: nothing to compile."""
+    """Returns (q, k, v, gate, norm) and the state, as numpy arrays so that nothing is compiled."""
     rng = np.random.default_rng(B)
     shapes = (B, H, K), (B, H, K), (B, H, V), (B, H, V), (H, V)
     return [rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype)) for shape in shapes], \
@@ -44,17 +44,17 @@ def run(arrays, state_BHKV, live_B=None, impl="xla", interpret=True):
 
 @jax.jit
 def layer(arrays, state_BHKV):
-    """The layer's maths around the recurrence, in float32."""
+    """Computes the step in float32 from its parts: SiLU, the recurrence, norm and gate."""
     q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV = (x.astype(jnp.float32) for x in arrays)
     B = len(q_BHK)
     tokens = (jax.nn.silu(x)[:, :, None] for x in (q_BHK, k_BHK, v_BHV))
     o_BHTV, state_BHKV = reference.lightning_attention(*tokens, LOG_DECAY_H, jnp.ones((B, 1), jnp.int32), state_BHKV)
-    o_BX = rms_norm(o_BHTV.reshape(B, H * V), norm_HV.reshape(H * V), EPS)
-    return jax.nn.sigmoid(gate_BHV) * o_BX.reshape(B, H, V), state_BHKV
+    o_normed = rms_norm(o_BHTV.reshape(B, H * V), norm_HV.reshape(H * V), EPS)
+    return jax.nn.sigmoid(gate_BHV) * o_normed.reshape(B, H, V), state_BHKV
 
 
 def assert_close(got, want, dtype="float32"):
-    """y as its dtype can have it, the state in float32 whatever that is."""
+    """Compares y with the tolerance of its dtype, and the state with the tolerance of float32."""
     assert got[0].dtype == dtype
     for name, x, y, tolerance in zip(("y", "state"), got, want, (TOLERANCE[dtype], TOLERANCE["float32"])):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
@@ -65,7 +65,7 @@ def assert_close(got, want, dtype="float32"):
 @pytest.mark.parametrize("impl", decoding.IMPLS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("B", [1, 5])
-def test_against_the_recurrence(B, dtype, impl):
+def test_equals_the_recurrence(B, dtype, impl):
     arrays, state_BHKV = inputs(B, dtype)
     got = run(arrays, state_BHKV, impl=impl)
     assert_close(got, layer(arrays, state_BHKV), dtype)
@@ -75,7 +75,7 @@ def test_against_the_recurrence(B, dtype, impl):
 @pytest.mark.parametrize("impl", decoding.IMPLS)
 @pytest.mark.parametrize("live", LIVE.values(), ids=LIVE)
 def test_idle_rows_keep_their_state_and_give_zero(live, impl):
-    """And what they are given, be it no number, reaches no other row."""
+    """NaN in the inputs of idle rows does not reach other rows."""
     live_B = np.array([c == "1" for c in live])
     arrays, state_BHKV = inputs(len(live), "float32")
     want = layer(arrays, state_BHKV)
@@ -89,10 +89,10 @@ def test_idle_rows_keep_their_state_and_give_zero(live, impl):
 
 
 def test_idle_rows_move_no_state_on_tpu():
-    """The blocks that the pipeline copies, those unlike the step's before, are the live rows' (one where a core has none)."""
+    """The pipeline copies a block when its index changes: only blocks of live rows, or one block if a core has no live row."""
     cores, rows, parts = 2, 4, 3
     patterns = (np.arange(1 << cores * rows)[:, None] >> np.arange(cores * rows)) % 2 > 0
-    places = np.asarray(jax.jit(jax.vmap(functools.partial(decoding._places, cores=cores, parts=parts)))(patterns))
+    places = np.asarray(jax.jit(jax.vmap(functools.partial(decoding._first_blocks, cores=cores, parts=parts)))(patterns))
     for live_B, place_B in zip(patterns, places):
         steps = (place_B[:, None] + live_B[:, None] * np.arange(parts)).reshape(cores, rows * parts)
         for core, live in zip(steps, live_B.reshape(cores, rows)):
@@ -114,7 +114,7 @@ def test_no_races_and_nothing_uninitialized(live):
 
 @pytest.fixture(scope="module")
 def prefilled():
-    """A model's hidden states of whole rows; and a function from a step's cache to the next, over tokens one at a time."""
+    """Returns a model's apply function, tokens, the cache after four of them, and the hidden states of the whole rows."""
     c = config.Model(vocab=16, dim=16, layers=1, pattern="L", heads=2, head_dim=16, experts=1, top_k=1, expert_dim=16, chunk=4)
     tokens_BT = np.random.default_rng(0).integers(0, c.vocab, (3, 7)).astype(np.int32)
     params = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(x.size).standard_normal(x.shape, np.float32)),
@@ -127,7 +127,7 @@ def prefilled():
 
 @pytest.mark.parametrize("impl", decoding.IMPLS)
 def test_prefill_and_decode_equal_forward(impl, prefilled, monkeypatch):
-    """Through each form, in a model, with a row that waits."""
+    """Each implementation in a model; some rows are idle in some steps."""
     apply, tokens_BT, cache, whole_BTD = prefilled
     monkeypatch.setattr(decoding, "decode", lambda *args, **how: decode(*args, **how | {"impl": impl, "interpret": True}))
     step = jax.jit(lambda token_BT, live_BT, cache: apply(token_BT, live_BT, cache=cache)[:2], compiler_options=QUICK)
@@ -140,46 +140,46 @@ def test_prefill_and_decode_equal_forward(impl, prefilled, monkeypatch):
         assert cache["length_B"].tolist() == at_B.tolist()
 
 
-def test_bad_arguments_say_what_would_work():
+def test_errors_say_what_would_work():
     arrays, state_BHKV = inputs(2, "float32")
     step = functools.partial(decode, eps=EPS)
     with pytest.raises(ValueError, match="gate_BHV has V=16"):
         step(*arrays[:3], arrays[3][..., :16], arrays[4], LOG_DECAY_H, state_BHKV)
     with pytest.raises(ValueError, match="v_BHV is bfloat16"):
         step(*arrays[:2], arrays[2].astype(jnp.bfloat16), *arrays[3:], LOG_DECAY_H, state_BHKV)
-    with pytest.raises(ValueError, match="state_BHKV is bfloat16.*needs float32"):
+    with pytest.raises(ValueError, match="state_BHKV is bfloat16.*must be float32"):
         step(*arrays, LOG_DECAY_H, state_BHKV.astype(jnp.bfloat16))
     with pytest.raises(ValueError, match="must not be positive"):
         step(*arrays, -LOG_DECAY_H, state_BHKV)
-    with pytest.raises(ValueError, match="live_B is int32; it needs bool"):
+    with pytest.raises(ValueError, match="live_B is int32; it must be bool"):
         step(*arrays, LOG_DECAY_H, state_BHKV, np.ones(2, np.int32))
     with pytest.raises(NotImplementedError, match="impl='cuda'"):
         step(*arrays, LOG_DECAY_H, state_BHKV, impl="cuda")
     for impl in "tpu", "gpu":
-        with pytest.raises(NotImplementedError, match=f"impl='{impl}': this computation is for cpu; give impl='xla' or None"):
+        with pytest.raises(NotImplementedError, match=f"impl='{impl}': this computation is for cpu; use impl='xla' or None"):
             step(*arrays, LOG_DECAY_H, state_BHKV, impl=impl)
     with pytest.raises(NotImplementedError, match="K=12"):
         short = [x[..., :12] for x in arrays[:2]]
         step(*short, *arrays[2:], LOG_DECAY_H, state_BHKV[:, :, :12], impl="gpu", interpret=True)
     for dtype in ("float16", "int32"):
-        with pytest.raises(ValueError, match=f"q_BHK is {dtype}; it needs float32"):
+        with pytest.raises(ValueError, match=f"q_BHK is {dtype}; it must be float32"):
             step(*(x.astype(dtype) for x in arrays), LOG_DECAY_H, state_BHKV)
     for impl in "tpu", "gpu":
-        with pytest.raises(NotImplementedError, match=f"impl='{impl}': the decode step's kernels have no gradients"):
+        with pytest.raises(NotImplementedError, match=f"impl='{impl}': the kernels of the decode step have no gradients"):
             jax.eval_shape(jax.grad(lambda q: run([q, *arrays[1:]], state_BHKV, impl=impl)[0].sum()), arrays[0])
 
 
-@pytest.mark.parametrize("kind, serves", [("7.5", False), ("8.0", True), ("12.1", True), ("gfx90a", False)])
-def test_which_gpu_serves(kind, serves, monkeypatch):
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu", compute_capability=kind)])
-    assert platform.old_gpu() == ("" if serves else f"this GPU has compute capability {kind}, the kernels need NVIDIA's 8.0 "
-                                                    "(A100) or newer")
+@pytest.mark.parametrize("capability, supported", [("7.5", False), ("8.0", True), ("12.1", True), ("gfx90a", False)])
+def test_which_gpus_are_supported(capability, supported, monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu", compute_capability=capability)])
+    assert platform.gpu_refusal() == ("" if supported else f"this GPU has compute capability {capability}; the kernels need an "
+                                                       "NVIDIA GPU with 8.0 (A100) or newer")
 
 
-def test_an_old_gpu_is_told_of_and_decodes_by_xla(monkeypatch):
+def test_unsupported_gpu_gives_a_warning_and_uses_xla(monkeypatch):
     arrays, state_BHKV = inputs(1, "float32")
     monkeypatch.setattr(platform, "name", lambda: "gpu")
-    monkeypatch.setattr(platform, "old_gpu", lambda: "this GPU is old")
+    monkeypatch.setattr(platform, "gpu_refusal", lambda: "this GPU is old")
     with pytest.warns(UserWarning, match="the decode step runs as plain XLA: this GPU is old"):
         jax.eval_shape(functools.partial(decode, eps=EPS), *arrays, LOG_DECAY_H, state_BHKV)
 
@@ -194,7 +194,7 @@ def structs(B, H, K, V, dtype, sharding=None):
 @pytest.mark.parametrize("chip", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bytes_on_tpu(chip, dtype, monkeypatch):
-    """One kernel that takes the arguments and gives the results, the state in its place, is all there is."""
+    """The program consists of one kernel, updates the state in place, and moves hardly more than the states."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     device = topologies.get_topology_desc(platform="tpu", topology_name=chip).devices[0]

@@ -1,4 +1,4 @@
-"""The GPU kernels of lightning attention, Pallas' and Triton's, through the compilers of GPUs that need not be here."""
+"""Compiles the GPU kernels of lightning attention, in Pallas and in Triton, for GPUs that need not be present."""
 import importlib
 import importlib.util
 import re
@@ -22,38 +22,38 @@ TRITON = pytest.param("triton", marks=pytest.mark.skipif(bool(NO_TRITON), reason
 
 
 @pytest.mark.parametrize("impl", ["gpu", TRITON])
-def test_what_the_kernels_do_not_take_is_refused(impl):
+def test_unsupported_arrays_are_refused(impl):
     module = importlib.import_module(f"mmx.kernels.lightning.{impl}")
 
-    def said(K=16, V=16, dtype="float32", chunk=None, interpret=True):
+    def message(K=16, V=16, dtype="float32", chunk=None, interpret=True):
         q, v, state = (jnp.zeros((1, 4, *shape), dtype) for shape in ((8, K), (8, V), (K, V)))
         with pytest.raises(NotImplementedError) as caught:
             module.forward(q, q, v, -jnp.ones(4), None, state, chunk, interpret=interpret)
         return str(caught.value)
-    assert "K=12" in said(K=12)
-    assert "q is float16" in said(dtype="float16")
-    assert "chunk=48" in said(chunk=48)
-    assert said(128, 128, "bfloat16", 128, interpret=False) == (
-        "chunk=128: with bfloat16 heads of 128 on h100 the GPU kernels take a chunk of 16, 32, 64 tokens, or None, which picks")
+    assert "K=12" in message(K=12)
+    assert "q is float16" in message(dtype="float16")
+    assert "chunk=48" in message(chunk=48)
+    assert message(128, 128, "bfloat16", 128, interpret=False) == (
+        "chunk=128: with bfloat16 heads of 128 on h100 the GPU kernels support chunks of 16, 32, 64 tokens, or None")
     if impl == "triton":
-        assert "V=256 in float32: the Triton kernels take up to 128, impl='gpu' up to 256" in said(V=256)
+        assert "V=256 in float32: the Triton kernels support up to 128, impl='gpu' up to 256" in message(V=256)
 
 
-def test_a_kernel_that_is_picked_takes_the_nearest_chunk(monkeypatch):
-    took = []
+def test_a_chosen_kernel_uses_the_nearest_chunk(monkeypatch):
+    chunks = []
     monkeypatch.setattr(platform, "name", lambda: "gpu")
-    monkeypatch.setitem(api.IMPLS, "gpu", types.SimpleNamespace(
-        refusal=gpu.refusal, forward=lambda *args: (took.append(args[-1]), (args[2], args[5]))[1]))
+    monkeypatch.setitem(api.MODULES, "gpu", types.SimpleNamespace(
+        refusal=gpu.refusal, forward=lambda *args: (chunks.append(args[-1]), (args[2], args[5]))[1]))
     for dtype in ("bfloat16", "float32"):
         x = jnp.zeros((1, 1, 4, 64), dtype)
         for chunk in (128, 48, 5, None):
             api.lightning_attention(x, x, x, -jnp.ones(1), chunk=chunk)
-    assert took == [64, 32, 16, None, 16, 16, 16, None]
+    assert chunks == [64, 32, 16, None, 16, 16, 16, None]
 
 
 @pytest.fixture
 def compiled(tmp_path, monkeypatch):
-    """A function that compiles a forward and a backward pass and returns their kernels, and the CTAs of each launch."""
+    """Returns a function that compiles a forward and a backward pass and returns their kernels, and the CTAs of each launch."""
     def compile_for(impl, chip, H, T, K, V, dtype, segmented, gradients=True):
         module, launched = importlib.import_module(f"mmx.kernels.lightning.{impl}"), []
         if impl == "triton":
@@ -73,8 +73,9 @@ def compiled(tmp_path, monkeypatch):
             out = module.forward(q, k, v, log_decay_H, segments, state, None)
             return out, gradients and module.backward(q, k, v, log_decay_H, segments, state, do, dstate, None)
         kernels = ptx.resources(run, q, q, v, v, struct((H,), jnp.float32), segments, state, state, chip=chip)
-        own = {name: kernel for name, kernel in kernels.items() if name.startswith(("contribution", "output", "carry"))}
-        return own | ptx.dumped(tmp_path, chip), launched + [kernel.ctas for kernel in own.values()]
+        passes = "contribution", "output", "carry"
+        kernels = {name: kernel for name, kernel in kernels.items() if name.startswith(passes)}
+        return kernels | ptx.dumped(tmp_path, chip), launched + [kernel.ctas for kernel in kernels.values()]
     return compile_for
 
 
@@ -84,18 +85,18 @@ def compiled(tmp_path, monkeypatch):
     ("h100", 32, 1022, 128, 128, "bfloat16"), ("a100", 32, 1022, 128, 128, "bfloat16"),
     ("h100", 16, 8190, 256, 256, "bfloat16"), ("a100", 16, 8190, 64, 128, "float32")])
 def test_resources(compiled, impl, chip, H, T, K, V, dtype):
-    """The hardest case of each tile: documents, and a ragged T."""
+    """The hardest case of each tile: documents, and a T that is not a multiple of the chunk."""
     kernels, ctas = compiled(impl, chip, H, T, K, V, dtype, segmented=True)
     assert not ptx.faults(kernels, chip)
-    assert gpu.CORES[chip] == ptx.limit(chip, "core_count") and min(ctas) >= gpu.CORES[chip]
-    # Passes 1 and 2 either way in time, pass 3 for o, dq, dk and dv; the compiler shares the states between the passes.
+    assert platform.GPUS[chip].cores == ptx.limit(chip, "core_count") and min(ctas) >= platform.GPUS[chip].cores
+    # Passes 1 and 2 forward and reverse in time, and pass 3 for o, dq, dk and dv. The forward and backward passes share states.
     assert len(kernels) == 8
     for name, kernel in kernels.items():
         assert dtype == "float32" or "carry" in name or kernel.tensor, f"{name} uses no tensor cores"
 
 
 @needs_compiler
-def test_the_check_sees_a_spill(compiled, monkeypatch):
+def test_faults_report_a_spill(compiled, monkeypatch):
     monkeypatch.setitem(gpu.TILES["a100"], ("bfloat16", 128), gpu.Tile(64, 64, 4, 3))
     faults = ptx.faults(compiled("gpu", "a100", 16, 8190, 128, 128, "bfloat16", True, gradients=False)[0], "a100")
     assert re.fullmatch(SPILLS, "\n".join(faults))
@@ -105,16 +106,16 @@ def test_the_check_sees_a_spill(compiled, monkeypatch):
 @pytest.mark.skipif(bool(NO_TRITON), reason=NO_TRITON)
 @pytest.mark.parametrize("chip, tile, fault", [
     ("a100", gpu.Tile(32, 64, 4, 2), SPILLS), ("h100", gpu.Tile(64, 64, 4, 8), OVERSIZE)], ids=["spill", "oversize"])
-def test_the_check_sees_what_triton_does_not(compiled, monkeypatch, chip, tile, fault):
+def test_faults_report_what_triton_does_not(compiled, monkeypatch, chip, tile, fault):
     from mmx.kernels.lightning import triton
     monkeypatch.setitem(triton.TILES[chip], ("bfloat16", 128), tile)
     kernels, _ = compiled("triton", chip, 16, 8190, 128, 128, "bfloat16", chip == "a100", gradients=False)
     faults = ptx.faults(kernels, chip)
-    assert any(re.fullmatch(fault, said) for said in faults), faults
+    assert any(re.fullmatch(fault, text) for text in faults), faults
 
 
 def products(shape):
-    """A kernel that sums eight products of tiles of a shape, three pairs of them in flight."""
+    """Returns a kernel that sums eight products of tiles of a shape, with three pairs of tiles in flight, and its arguments."""
     def kernel(x_ref, y_ref, o_ref):
         def step(i, total):
             x, y = x_ref[i], y_ref[i]
@@ -143,7 +144,7 @@ def test_an_illegal_tile_is_refused():
 
 
 @needs_compiler
-def test_tf32_is_seen():
+def test_faults_report_tf32():
     x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
     call = pl.pallas_call(lambda x_ref, o_ref: o_ref.__setitem__(..., jnp.dot(x_ref[...], x_ref[...])), out_shape=x,
                           compiler_params=plgpu.CompilerParams(num_warps=4), name="rounded")

@@ -1,4 +1,4 @@
-"""A model's loss and gradients through each kernel, interpreted, against those through XLA."""
+"""Compares a model's loss and gradients with each lightning kernel, interpreted, with the loss and gradients with XLA."""
 import dataclasses
 import functools
 import types
@@ -20,7 +20,7 @@ T = 40
 
 
 @functools.cache
-def through_xla():
+def params_and_xla_results():
     params = jax.jit(Model(C).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     return params, loss_and_grads(params, "xla")
 
@@ -35,8 +35,8 @@ def loss_and_grads(params, impl):
 
 
 def compare(impl, kernel, monkeypatch):
-    """One step's loss and gradients with `kernel`, a module, as if on its platform, and by XLA."""
-    params, (want, want_grads) = through_xla()
+    """Compares loss and gradients with `kernel`, a module, on its platform, with those with XLA."""
+    params, (want, want_grads) = params_and_xla_results()
     calls = []
 
     def interpreted(function):
@@ -45,8 +45,8 @@ def compare(impl, kernel, monkeypatch):
             return function(*args, interpret=True)
         return call
     monkeypatch.setattr(platform, "name", lambda: "gpu" if impl == "triton" else impl)
-    monkeypatch.setattr(grouped_gpu, "refusal", lambda *_: "the experts' products have tests of their own")
-    monkeypatch.setitem(api.IMPLS, impl, types.SimpleNamespace(
+    monkeypatch.setattr(grouped_gpu, "refusal", lambda *_: "the experts' products are tested elsewhere")
+    monkeypatch.setitem(api.MODULES, impl, types.SimpleNamespace(
         refusal=kernel.refusal, forward=interpreted(kernel.forward), backward=interpreted(kernel.backward)))
     got, grads = loss_and_grads(params, impl)
     assert {kernel.forward, kernel.backward} <= set(calls)
@@ -57,5 +57,5 @@ def compare(impl, kernel, monkeypatch):
 
 
 @pytest.mark.parametrize("impl", ["tpu", "gpu"])
-def test_loss_and_gradients_are_those_of_xla(impl, monkeypatch):
-    compare(impl, api.IMPLS[impl], monkeypatch)
+def test_loss_and_gradients_equal_xla(impl, monkeypatch):
+    compare(impl, api.MODULES[impl], monkeypatch)

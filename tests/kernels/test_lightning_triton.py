@@ -1,4 +1,4 @@
-"""The Triton kernels of lightning attention where they can run here: in Triton's interpreter; and where they cannot."""
+"""Runs the Triton kernels of lightning attention in Triton's interpreter, and tests the error without jax-triton."""
 import importlib.util
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What only a GPU can say: the GPU's kernels, not interpreted, against the oracles of their other tests.
+"""Runs the GPU kernels on a GPU, not interpreted, and compares them with the oracles of their other tests.
 
     JAX_PLATFORMS=cuda,cpu python -m pytest tests/kernels/test_on_gpu.py
 """
@@ -12,7 +12,7 @@ from lightning_cases import assert_close, case
 from test_attention import assert_close as assert_attention_close
 from test_attention import inputs, segments
 from test_attention import values_and_gradients as attention_gradients
-from test_attention_library import o_alone
+from test_attention_library import with_zero_lse
 from test_lightning import values_and_gradients
 from test_lightning_decode import assert_close as assert_step_close
 from test_lightning_decode import inputs as step_inputs
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu"
 
 @pytest.fixture(autouse=True)
 def ieee():
-    """Float32 products in full, not as tf32."""
+    """Computes float32 products with full precision, not as tf32."""
     with jax.default_matmul_precision("highest"):
         yield
 
@@ -43,8 +43,8 @@ def test_lightning(impl, T, K, V, dtype, segmented, chunk):
     if impl == "triton":
         pytest.importorskip("jax_triton")
         if (K, dtype) == (256, "float32"):
-            pytest.skip("refused: it spills")
-    with jax.default_device(jax.devices("cpu")[0]):      # every token's state in float64: more than a GPU should give
+            pytest.skip("not supported: it spills")
+    with jax.default_device(jax.devices("cpu")[0]):      # keeps the state of every token in float64, too much for a GPU
         *problem, want = case(T, K, V, dtype, segmented)
     problem = jax.device_put(problem, jax.devices("gpu")[0])
     assert_close(values_and_gradients(*problem, impl, chunk), want, dtype)
@@ -67,24 +67,24 @@ def test_decode(live, dtype):
 def test_flash(K, kind, return_lse):
     args, do = inputs(4, 2, 512, B=2, K=K, V=K, dtype="bfloat16")
     segments_BT = segments(kind, 2, 512)
-    ours = functools.partial(softmax_attention, segments_BT=segments_BT, impl="gpu", return_lse=return_lse)
+    kernel_attention = functools.partial(softmax_attention, segments_BT=segments_BT, impl="gpu", return_lse=return_lse)
     full = reference.attention_lse
     if not return_lse:
-        ours, full = o_alone(ours), o_alone(reference.attention)
-    got = [np.asarray(x, np.float64) for x in attention_gradients(ours, (), args, do)]
+        kernel_attention, full = with_zero_lse(kernel_attention), with_zero_lse(reference.attention)
+    got = [np.asarray(x, np.float64) for x in attention_gradients(kernel_attention, (), args, do)]
     args, do = jax.tree.map(lambda x: x.astype(np.float32), (args, do))
     assert_attention_close(got, attention_gradients(full, (), args, do, segments_BT, segments_BT), "bfloat16")
 
 
 @pytest.mark.parametrize("impl", ["gpu", "ragged"])
 def test_experts(impl):
-    """Beside the CPU's form: values and gradients."""
+    """Compares values and gradients with the implementation for CPU."""
     M, J, D, F, E, block = 200, 2, 64, 96, 8, 32
     rng = np.random.default_rng(0)
     expert_MJ = jnp.asarray(rng.integers(0, E, (M, J)))
-    one_AE = jax.nn.one_hot(expert_MJ.ravel(), E, dtype=jnp.int32)
-    rank_MJ = (jnp.cumsum(one_AE, 0) * one_AE).sum(1).reshape(M, J) - 1
-    plan = grouped.plan(expert_MJ, rank_MJ, jnp.asarray(rng.random((M, J)) < 0.9), one_AE.sum(0), block)
+    one_hot = jax.nn.one_hot(expert_MJ.ravel(), E, dtype=jnp.int32)
+    rank_MJ = (jnp.cumsum(one_hot, 0) * one_hot).sum(1).reshape(M, J) - 1
+    plan = grouped.plan(expert_MJ, rank_MJ, jnp.asarray(rng.random((M, J)) < 0.9), one_hot.sum(0), block)
     x = [jnp.asarray(rng.standard_normal(s, np.float32) / 8) for s in ((M, D), (M, J), (E, D, F), (E, D, F), (E, F, D))]
     def run(impl):
         squares = lambda *x: (grouped.expert_ffn(*x, plan, block=block, impl=impl) ** 2).sum()
@@ -93,8 +93,8 @@ def test_experts(impl):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
 
 
-def test_model_is_the_cpus():
-    """Loss and every gradient of a packed batch in float32, by the kernels that are picked here and by XLA on the CPU."""
+def test_model_equals_the_model_on_cpu():
+    """Loss and every gradient of a packed batch in float32, with the kernels chosen on the GPU and with XLA on the CPU."""
     model, B, T = Model(config.Model(dim=64, layers=4, pattern="LLLS", heads=4, kv_heads=2, head_dim=32, rotary_dim=16,
                                      experts=4, expert_dim=64, vocab=257)), 2, 256
     rng = np.random.default_rng(0)
@@ -103,13 +103,13 @@ def test_model_is_the_cpus():
              "segments": segments_BT, "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
              "weights": np.ones((B, T), np.float32)}
 
-    def there(platform):
+    def loss_and_grads(platform):
         device = jax.devices(platform)[0]
         with jax.default_device(device):
-            params = jax.device_put(params_, device)
+            params = jax.device_put(initial, device)
             return jax.device_get(jax.jit(jax.value_and_grad(lambda p: loss(model, p, batch, 128)[0]))(params))
-    params_ = jax.device_get(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
-    (here, grads), (want, wanted) = there("gpu"), there("cpu")
-    assert abs(here - want) < 1e-5 * want
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(wanted)):
+    initial = jax.device_get(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    (gpu_loss, gpu_grads), (cpu_loss, cpu_grads) = loss_and_grads("gpu"), loss_and_grads("cpu")
+    assert abs(gpu_loss - cpu_loss) < 1e-5 * cpu_loss
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gpu_grads), jax.tree.leaves(cpu_grads)):
         assert np.linalg.norm(a - b) <= 2e-4 * max(np.linalg.norm(b), 1e-6), jax.tree_util.keystr(path)

@@ -1,4 +1,4 @@
-"""Softmax attention's one contract, whatever computes it."""
+"""Softmax attention: the public function, its checks, and the choice of an implementation."""
 import functools
 
 import jax
@@ -6,38 +6,45 @@ import jax.numpy as jnp
 
 from mmx.dims import check
 from mmx.kernels import platform
-from mmx.kernels.arguments import as_int32, check_floats
 from mmx.kernels.attention import gpu, tpu, xla
+from mmx.kernels.dtypes import as_int32, check_floats
 
-IMPLS = {"xla": xla, "tpu": tpu, "gpu": gpu}
-FEW = 128           # tokens: fewer fill no block of a kernel
+MODULES = {"xla": xla, "tpu": tpu, "gpu": gpu}
+KERNEL_MIN_TOKENS = 128         # shorter sequences do not fill one block of a TPU or GPU kernel
 
 
 def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=None, start_B=None, window=0,
                       scales=None, return_lse=False, impl=None):
-    """Causal attention with grouped KV heads (model.md section 4): KV head g serves query heads g R .. (g + 1) R - 1.
+    """Computes causal softmax attention with grouped KV heads (docs/model.md section 4).
 
-    o_t = sum_s p_ts v_s with p_t the softmax over the keys s that t sees of q_t . k_s / sqrt(K). Query t of row b
-    stands at start_b + t on the key axis, sees itself and what is before it, and of that its own segment alone.
+    o_t = sum_s p_ts v_s, where p_t is the softmax of q_t . k_s / sqrt(K) over the keys s that query t sees. Each KV head
+    serves H / G consecutive query heads. Query t of row b has position start_b + t on the key axis. It sees the keys of its
+    segment up to and including this position.
 
     Args:
       q_BHTK, k_BGSK, v_BGSV: queries, keys, values, float32 or bfloat16 (float64 under x64); any T, S >= 1.
-      segments_BT: the queries' documents, ints; 0 is padding, whose output is zero. None: all in one document.
-      segments_BS: the keys' documents; 0 is seen by nothing. None: with a start, all keys are valid; without, keys and
-        queries are the same tokens, and so are their segments.
-      start_B: the key index of each row's first query, for a chunk or one token against a cache of capacity S, whose
-        keys past the last query are never seen; keys before the first may lie elsewhere (then a start counts from the
-        first key here, and is negative where all keys come after). None: 0.
-      window: how many keys a query sees at most, itself the last of them, as they stand on the key axis; 0: all.
-      scales: (k_scale_BGS, v_scale_BGS), by which int8 keys and values are multiplied; no gradients then. None: floats.
+      segments_BT: the document of each query, an integer. 0 is padding, whose output is zero. None: one document, no padding.
+      segments_BS: the document of each key. No query sees keys of segment 0. None, without start_B: the keys are the tokens of
+        the queries and have the same segments. None, with start_B: all keys are valid.
+      start_B: position of each row's first query on the key axis. Used for one token or a chunk with a cache of S keys, of
+        which those after the last query are not seen. If the arrays contain only a part of the key axis, positions count
+        from the first key given; a start is negative if the keys come after the queries. None: 0.
+      window: largest number of keys that a query sees: those at its own position and directly before it. 0: no limit.
+      scales: (k_scale_BGS, v_scale_BGS), which multiply int8 keys and values; there are no gradients then. None: keys and
+        values are floating-point.
       return_lse: whether to return lse_BHT too.
-      impl: "xla"; "tpu", splash attention, and "gpu", flash attention, for whole sequences; None picks by platform, dtype
-        and shape. A named one runs or raises NotImplementedError with the reason.
+      impl: "xla"; "tpu" (splash attention) or "gpu" (flash attention), for whole sequences only. None: chosen by platform,
+        dtype and shape.
 
     Returns:
-      o_BHTV in q's dtype; zero for a query that sees nothing. With return_lse, (o_BHTV, lse_BHT): the log of the sum of
-      exp(q_t . k_s / sqrt(K)) over the keys that t sees, float32 (float64 for float64 inputs), -inf where it sees none.
-      It has gradients, and joins results over parts of the keys: o = sum_i exp(lse_i - lse) o_i, lse = logsumexp_i lse_i.
+      o_BHTV in q's dtype; zero for a query that sees no key. If return_lse, (o_BHTV, lse_BHT), where lse is the log of the
+      sum of exp(q_t . k_s / sqrt(K)) over the keys that t sees: float32 (float64 for float64 inputs), -inf without visible
+      keys. lse has gradients. It combines results o_i, lse_i over disjoint parts of the keys: o = sum_i exp(lse_i - lse) o_i,
+      lse = logsumexp_i lse_i.
+
+    Raises:
+      ValueError: shapes or dtypes do not match.
+      NotImplementedError: the named implementation does not exist, or cannot run here or on these arrays.
     """
     check(q_BHTK, "BHTK", "q_BHTK")
     B, H, T, K = q_BHTK.shape
@@ -45,22 +52,22 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
     G, S = k_BGSK.shape[1:3]
     check(v_BGSV, "BGSV", "v_BGSV", B=B, G=G, S=S)
     if H % G:
-        raise ValueError(f"k_BGSK has G={G} heads, which does not divide the H={H} of q_BHTK")
+        raise ValueError(f"q_BHTK has H={H} heads, which must be a multiple of the G={G} heads of k_BGSK")
     if start_B is not None:
         check(start_B, "B", "start_B", B=B)
         start_B = as_int32(start_B, "start_B")
     if segments_BT is not None:
         check(segments_BT, "BT", "segments_BT", B=B, T=T)
-        same = segments_BS is segments_BT
+        same_segments = segments_BS is segments_BT
         segments_BT = as_int32(segments_BT, "segments_BT")
-        segments_BS = segments_BT if same else segments_BS
+        segments_BS = segments_BT if same_segments else segments_BS
         if segments_BS is None and start_B is None:
             segments_BS = segments_BT
         elif segments_BS is None:
             segments_BT, segments_BS = jnp.minimum(segments_BT, 1), jnp.ones_like(segments_BT, shape=(B, S))
     if segments_BS is not None:
         if segments_BT is None:
-            raise ValueError("segments_BS needs segments_BT: a query sees the keys of its own segment")
+            raise ValueError("segments_BS was given without segments_BT; give both")
         check(segments_BS, "BS", "segments_BS", B=B, S=S)
         segments_BS = segments_BT if segments_BS is segments_BT else as_int32(segments_BS, "segments_BS")
     arrays = q_BHTK, k_BGSK, v_BGSV
@@ -70,11 +77,12 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
             check(x, "BGS", name, B=B, G=G, S=S)
     else:
         check_floats(q_BHTK=q_BHTK, k_BGSK=k_BGSK, v_BGSV=v_BGSV)
-    own = start_B is None and T == S and segments_BS is segments_BT and not scales and not window
-    if impl or (own and T >= FEW):
-        impl = platform.choose("softmax attention", impl, tuple(IMPLS), lambda impl: _refusal(impl, *arrays, own), q_BHTK)
+    whole_sequence = start_B is None and T == S and segments_BS is segments_BT and not scales and not window
+    if impl or (whole_sequence and T >= KERNEL_MIN_TOKENS):
+        refusal = lambda impl: _refusal(impl, *arrays, whole_sequence)
+        impl = platform.choose("softmax attention", impl, tuple(MODULES), refusal, q_BHTK)
     else:
-        impl = "xla"        # a cache, keys of others, few tokens: nothing to tell of, no kernel here takes them
+        impl = "xla"        # No kernel supports this case, so no warning is issued.
     if scales:
         o_BHTV, lse_BHT = xla.forward(*arrays, segments_BT, segments_BS, start_B, *xla.block_sizes(T, S), window, scales)[0]
     elif impl == "xla":
@@ -84,21 +92,21 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
     return (o_BHTV, lse_BHT) if return_lse else o_BHTV
 
 
-def _refusal(impl, q_BHTK, k_BGSK, v_BGSV, own) -> str:
-    """Why the implementation cannot run here, or on these arrays; empty where it can. `own`: keys are the queries' tokens."""
+def _refusal(impl, q_BHTK, k_BGSK, v_BGSV, whole_sequence) -> str:
+    """Returns why the implementation cannot run here or on these arrays; empty if it can."""
     if impl == "xla":
         return ""
     if reason := platform.refusal(impl, q_BHTK):
         return reason
-    if not own:
-        return (f"T={q_BHTK.shape[2]} queries against S={k_BGSK.shape[2]} keys of a cache, of other segments or in a window; "
-                "the kernels take whole sequences")
-    return IMPLS[impl].refusal(q_BHTK, k_BGSK, v_BGSV)
+    if not whole_sequence:
+        return (f"T={q_BHTK.shape[2]} queries with S={k_BGSK.shape[2]} keys of a cache, of other segments or in a window; "
+                "the kernels support whole sequences only")
+    return MODULES[impl].refusal(q_BHTK, k_BGSK, v_BGSV)
 
 
 def _kernel(q_BHTK, k_BGSK, v_BGSV, segments_BT, impl, with_lse=False):
-    """A library's kernel, and padding that sees nothing."""
-    o_BHTV, lse_BHT = IMPLS[impl].attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, with_lse)
+    """Runs a library's kernel, and masks the results of padding, which the libraries treat as a document."""
+    o_BHTV, lse_BHT = MODULES[impl].attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, with_lse)
     if segments_BT is not None:
         real_B1T = (segments_BT > 0)[:, None]
         o_BHTV = jnp.where(real_B1T[..., None], o_BHTV, 0)
@@ -108,7 +116,7 @@ def _kernel(q_BHTK, k_BGSK, v_BGSV, segments_BT, impl, with_lse=False):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _kernel_with_lse(q_BHTK, k_BGSK, v_BGSV, segments_BT, impl):
-    """The libraries' own gradients know nothing of lse: here they are XLA's, from the kernel's results."""
+    """Runs a library's kernel with lse. The libraries do not differentiate lse, so XLA's backward pass is used."""
     return _kernel(q_BHTK, k_BGSK, v_BGSV, segments_BT, impl, with_lse=True)
 
 

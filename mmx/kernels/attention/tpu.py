@@ -1,6 +1,7 @@
-"""Softmax attention on TPU: JAX's splash attention, forward and backward, causal blocks above the diagonal skipped.
+"""Softmax attention on TPU: JAX's splash attention, forward and backward.
 
-A thin wrapper: it has grouped KV heads and segments; the scale is ours.
+This is a thin wrapper. The library supports grouped KV heads and segments, and skips blocks above the diagonal. It does not
+scale the scores; the wrapper scales the queries.
 """
 import jax
 import jax.numpy as jnp
@@ -8,19 +9,23 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 LANES = 128
-BLOCKS = 512, 256, 128      # tokens, of queries and of keys: the largest that divides T (512: the library's advice on v5p)
+# Tokens of a block of queries or keys: the largest that divides T is used. The library recommends 512 on v5p.
+BLOCKS = 512, 256, 128
 
 
 def refusal(q_BHTK, k_BGSK, v_BGSV) -> str:
-    """Why splash attention does not take these arrays; empty where it does."""
+    """Returns why splash attention does not support these arrays; empty if it does."""
     T, K, V = q_BHTK.shape[2], q_BHTK.shape[3], v_BGSV.shape[3]
     if T % LANES or K % LANES or V % LANES:
-        return f"T={T}, K={K}, V={V}: splash attention takes multiples of {LANES}"
-    return "" if q_BHTK.dtype.name in ("bfloat16", "float32") else f"q_BHTK is {q_BHTK.dtype}; give bfloat16 or float32"
+        return f"T={T}, K={K}, V={V}: splash attention supports multiples of {LANES}"
+    return "" if q_BHTK.dtype.name in ("bfloat16", "float32") else f"q_BHTK is {q_BHTK.dtype}; it must be bfloat16 or float32"
 
 
 def attention(q_BHTK, k_BGSK, v_BGSV, segments_BT, with_lse=False, interpret=False):
-    """o_BHTV and, where asked for, lse_BHT, through which no gradient goes; padding is a document like others."""
+    """Returns o_BHTV and, if `with_lse`, lse_BHT (without gradients), otherwise None.
+
+    Padding is treated as a document: segment 0 attends to itself.
+    """
     _, H, T, K = q_BHTK.shape
     block = next(b for b in BLOCKS if T % b == 0)
     sizes = splash.BlockSizes(**{f"block_{name}": block for name in (

@@ -1,32 +1,35 @@
-"""One decode step of a lightning layer for a batch, between its projections: one pass over the states.
+"""One decode step of a lightning layer for a batch, between its projections, in one pass over the states.
 
-For a row, every head h (model.md section 3):
+For each row and head h (docs/model.md section 3):
 
     q, k, v = SiLU(q), SiLU(k), SiLU(v)        S <- exp(g_h) S + k^T v        o_h = q S
     y = sigmoid(gate) * norm * o / sqrt(mean of o^2 over all heads + eps)
 
-All is float32 from the inputs to y, which alone is rounded. `layers/lightning.py` calls this for one token behind a cache, and
-its `silu` and `norm_and_gate` around attention over more of them (which rounds q, k, v and o in between).
+All values from the inputs to y are float32; only y is rounded to the inputs' dtype. `layers/lightning.py` calls `decode` for a
+single token with a cache. For longer inputs it calls `silu` and `norm_and_gate` before and after attention, and q, k, v and o
+are rounded between them.
 
-FLOPs a row and head: 5 K V, far below any roof. Bytes: 8 K V for the state, read and written once, and z (2 K + 3 V) for
-q, k, v, gate and y of z bytes an element: 1.01 times the state's at K = V = 128 in bf16. So an implementation must read S
-once, use it twice, and write it where it was: the kernels alias it, and a caller that donates the state to its jit pays no
-copy. XLA's form does so as well, in one large fusion among small ones (static estimates on v5p, 64 rows of 64 heads: 125 us,
-here 145, memory 194): what the kernels add is that a row that is not live (an idle slot) moves nothing of its own but
-zeros of y, where XLA moves every state.
+FLOPs per row and head: 5 K V, far too few to matter. Bytes: 8 K V to read and write the state once, and (2 K + 3 V) elements
+of q, k, v, gate and y. With K = V = 128 and bf16 the total is 1.01 times the bytes of the state. So an implementation must read
+S once, use it twice, and write it in place. The kernels alias the state, and a caller that donates the state to its jit avoids
+a copy. XLA's implementation also does this, in one large fusion among small ones. Static estimates on v5p for 64 rows of 64
+heads: 125 us for XLA and 145 us for the kernel, while HBM needs 194 us for the states. The advantage of the kernels is that
+rows that are not live (idle slots) move no data except the zeros of y, whereas XLA moves every state.
 
-TPU. Grid (cores, rows of a core, parts of the heads), in order but for the cores. A step holds the state of its part's heads
-in VMEM, in and out, twice (the pipeline); o of the row stays in VMEM until the last part, which norms and gates it. k and q
-are transposed once a part, so that a head's are columns; S is then one pass of the vector unit from block to block. The
-matrix unit has no use: a product of one row with S would load all of S as weights. The pipeline copies a block in or out
-when its index changes. So a dead row names the block that is there: the last one of the live row before it in its core, or
-before any, the first one of the live row to come, whose fetch merely begins early. In a core without live rows that block
-is nobody's, and goes back as it came. (Where V is not whole lanes of 128, a state takes more of HBM, and XLA may lay it out
-anew around the kernel: a copy.)
+TPU. The grid is (cores, rows of a core, parts of the heads); a core executes its steps in order. A step keeps the states of
+the heads of its part in VMEM, input and output, each twice for the pipeline. o of the row stays in VMEM until the last
+part, which normalizes and gates it. k and q are transposed once per part, so that k and q of one head are columns; the
+vector unit then makes one pass over S. The matrix unit is of no use: a product of one row with S would load all of S as
+weights. The pipeline copies a block in or out only when the block index changes. So the index map of a row that is not live
+repeats the block already in VMEM: the last block of the previous live row of the core. Before the first live row, it names
+the first block of that row, which is then only fetched early. In a core without live rows, one block is read and written
+back unchanged. (If V is not a multiple of 128 lanes, a state takes more HBM, and XLA may copy it to another layout around
+the kernel.)
 
-GPU. A program takes one row, one head and `VALUES` columns of S, in registers; dead ones end at once. A row's heads are then
-in many programs, as they must be to fill a GPU at a small batch, so norm and gate are a second kernel of a program a row; o on
-its way there, in float32, moves 8 V more bytes a row and head.
+GPU. A program takes one row, one head and `VALUES` columns of S, which stay in registers; programs of rows that are not live
+end at once. The heads of a row belong to many programs, which is necessary to fill a GPU with a small batch. So a second
+kernel, with one program per row, normalizes and gates. o is written and read again in float32 between the two, 8 V more bytes
+per row and head.
 """
 import functools
 
@@ -38,38 +41,41 @@ from jax.experimental.pallas import triton as plgpu
 
 from mmx.dims import check
 from mmx.kernels import platform
-from mmx.kernels.arguments import check_floats
+from mmx.kernels.dtypes import check_floats, wide_dtype, widen
 from mmx.kernels.lightning.api import check_log_decay
 
-IMPLS = "xla", "tpu", "gpu"
-# Heads of a TPU step at most. Chosen 2026-11-23 by static schedule estimates of the TPU compiler (libtpu 0.0.42.1; cycles
-# without memory stalls; never run on a TPU), 64 rows, 64 heads, K = V = 128, bf16: 145, 327 and 227 us on v5p,
-# v5e and v6e, where the states take 194, 655 and 327 us of HBM; with 16 heads 185-218, 412-488 and 291-339.
-HEADS = 32
-INTERPRETED = 2, 2              # cores and heads, so that small tests take several steps
-# Columns of a GPU program and its warps, warps of the one that norms. Timed on an H100, 2026-11-27, 64 rows, 64 heads,
-# K = V = 128, bf16: 214 us (2.51 TB/s of states); 32 columns, which few rows take to fill it, 227, 16 333, XLA's form 213.
+# Largest number of heads of a TPU step. Chosen on 2026-11-23 by static schedule estimates of the TPU compiler (libtpu 0.0.42.1;
+# cycles without memory stalls; never run on a TPU) for 64 rows, 64 heads, K = V = 128, bf16: 145, 327 and 227 us on v5p, v5e
+# and v6e, where HBM needs 194, 655 and 327 us for the states. With 16 heads: 185-218, 412-488 and 291-339 us.
+MAX_HEADS = 32
+INTERPRETED_CORES, INTERPRETED_HEADS = 2, 2         # so that small tests take several steps
+# GPU: columns of a program (the first that fills the GPU), warps of it, and warps of a program of the second kernel. Timed on
+# an H100 on 2026-11-27 for 64 rows, 64 heads, K = V = 128, bf16. 64 columns: 214 us (2.51 TB/s of states). 32 columns, used
+# where few rows would not fill the GPU: 227 us. 16 columns: 333 us. XLA: 213 us.
 VALUES, WARPS, NORM_WARPS = (64, 32), 4, 16
-LANES, MIB, CORES = 128, 1 << 20, 132         # of an H100
+LANES, MIB = 128, 1 << 20
 
 
 def decode(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B=None, *, eps, impl=None,
            interpret=False):
-    """One token a row: SiLU, the state's step and read-out, RMSNorm over all heads, sigmoid gate.
+    """Decodes one token per row: SiLU, update and read-out of the state, RMSNorm over all heads, sigmoid gate.
 
     Args:
       q_BHK, k_BHK, v_BHV, gate_BHV: raw projections of the token, of one dtype; any B.
-      norm_HV: the norm's scale.
-      log_decay_H: minus the slope, never positive.
-      state_BHKV: float32 (float64 for float64 inputs). Donate it to the jit around this, and it is updated in place.
-      live_B: bools; a row that is not live keeps its state bit for bit and gives zero, whatever its inputs. None: all.
-      eps: the norm's.
-      impl: "xla", "tpu", "gpu" (which run or raise NotImplementedError), or None, which picks by platform, dtype and shape.
-        XLA's form alone has gradients.
-      interpret: runs a named kernel anywhere, slowly.
+      norm_HV: scale of the norm.
+      log_decay_H: minus the slope, in nats per token; never positive.
+      state_BHKV: float32 (float64 for float64 inputs). It is updated in place if the caller donates it to the surrounding jit.
+      live_B: bools. A row that is not live keeps its state bit for bit and gives zero, whatever its inputs. None: all are live.
+      eps: epsilon of the norm.
+      impl: "xla", "tpu" or "gpu". None: chosen by platform, dtype and shape. Only "xla" has gradients.
+      interpret: whether to run a named kernel in Pallas' interpreter, which works anywhere but slowly.
 
     Returns:
-      y_BHV in the inputs' dtype, which only the output projection is left to follow, and state_BHKV.
+      y_BHV in the inputs' dtype, the input of the output projection, and the new state_BHKV.
+
+    Raises:
+      ValueError: shapes, dtypes or values do not match this description.
+      NotImplementedError: the named implementation does not exist, or cannot run here or on these arrays.
     """
     check(q_BHK, "BHK", "q_BHK")
     B, H, K = q_BHK.shape
@@ -83,22 +89,22 @@ def decode(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live
     check_floats(q_BHK=q_BHK, norm_HV=norm_HV)
     for name, x in (("k_BHK", k_BHK), ("v_BHV", v_BHV), ("gate_BHV", gate_BHV)):
         if x.dtype != q_BHK.dtype:
-            raise ValueError(f"{name} is {x.dtype} and q_BHK {q_BHK.dtype}; all four projections need one dtype")
-    wide = jnp.promote_types(q_BHK.dtype, jnp.float32)
-    if state_BHKV.dtype != wide:
-        raise ValueError(f"state_BHKV is {state_BHKV.dtype}; beside {q_BHK.dtype} it needs {wide}, to be updated in place")
+            raise ValueError(f"{name} is {x.dtype} and q_BHK {q_BHK.dtype}; all four projections must have one dtype")
+    state_dtype = wide_dtype(q_BHK.dtype)
+    if state_BHKV.dtype != state_dtype:
+        raise ValueError(f"state_BHKV is {state_BHKV.dtype}; with {q_BHK.dtype} inputs it must be {state_dtype}")
     live_B = jnp.ones(B, bool) if live_B is None else live_B
     check(live_B, "B", "live_B", B=B)
     if live_B.dtype != bool:
-        raise ValueError(f"live_B is {live_B.dtype}; it needs bool")
+        raise ValueError(f"live_B is {live_B.dtype}; it must be bool")
 
     def refusal(impl):
         if impl == "xla":
             return ""
-        return (not interpret and platform.refusal(impl, state_BHKV)) or _unfit(impl, q_BHK.dtype, K, V, interpret)
+        return (not interpret and platform.refusal(impl, state_BHKV)) or _kernel_refusal(impl, q_BHK.dtype, K, V, interpret)
 
     impl = platform.choose("the decode step", impl, IMPLS, refusal, state_BHKV)
-    args = q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, jnp.asarray(log_decay_H, wide), state_BHKV, live_B
+    args = q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, jnp.asarray(log_decay_H, state_dtype), state_BHKV, live_B
     return _xla(*args, eps) if impl == "xla" else _kernel(*args, eps, impl, interpret)
 
 
@@ -108,42 +114,38 @@ def _kernel(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, liv
 
 
 @_kernel.defjvp
-def _refuse(eps, impl, *_):
-    raise NotImplementedError(f"impl={impl!r}: the decode step's kernels have no gradients; impl='xla' has")
+def _refuse_gradient(eps, impl, *_):
+    raise NotImplementedError(f"impl={impl!r}: the kernels of the decode step have no gradients; use impl='xla'")
 
 
-def _unfit(impl, dtype, K, V, interpret):
-    """Why a kernel does not take these inputs; empty where it does."""
+def _kernel_refusal(impl, dtype, K, V, interpret):
+    """Returns why a kernel does not support these inputs; empty if it does."""
     if dtype not in (jnp.bfloat16, jnp.float32):
-        return f"the inputs are {dtype}, the kernel takes bfloat16 and float32"
+        return f"the inputs are {dtype}; the kernel supports bfloat16 and float32"
     if impl == "gpu":
         for letter, size in (("K", K), ("V", V)):
             if size not in (16, 32, 64, 128, 256):
-                return f"{letter}={size}, the kernel takes head dims 16, 32, 64, 128 and 256"
+                return f"{letter}={size}; the kernel supports head dims 16, 32, 64, 128 and 256"
     elif not _tpu_heads(1, 1, K, V, interpret)[1]:
-        return f"K={K}, V={V}: the state of one head does not fit VMEM twice in and twice out"
+        return f"K={K}, V={V}: VMEM is too small for the state of one head, which the pipeline keeps four times"
     return ""
 
 
-def _wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def silu(x):
-    """x sigmoid(x), float32 at least."""
-    wide = _wide(x)
+    """Returns x sigmoid(x) in float32 (float64 for float64)."""
+    wide = widen(x)
     return wide * jax.nn.sigmoid(wide)
 
 
 def norm_and_gate(o, gate, norm, eps, axes, count):
-    """sigmoid(gate) * norm * o / rms(o), the mean square over `axes`, which hold `count` values; in the gate's dtype."""
-    wide = _wide(o)
+    """Returns sigmoid(gate) * norm * o / rms(o) in the gate's dtype. The mean square is over `axes`, with `count` values."""
+    wide = widen(o)
     rms = jax.lax.rsqrt(jnp.sum(wide ** 2, axis=axes, keepdims=True) / count + eps)
-    return (jax.nn.sigmoid(_wide(gate)) * (_wide(norm) * (wide * rms))).astype(gate.dtype)
+    return (jax.nn.sigmoid(widen(gate)) * (widen(norm) * (wide * rms))).astype(gate.dtype)
 
 
 def _xla(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B, eps):
-    """The twin: every row's state moves, live or not."""
+    """The XLA implementation. It reads and writes the state of every row, live or not."""
     q_BHK, k_BHK, v_BHV = map(silu, (q_BHK, k_BHK, v_BHV))
     decay_H11 = jnp.exp(log_decay_H)[:, None, None]
     new_BHKV = decay_H11 * state_BHKV + k_BHK[..., None] * v_BHV[:, :, None]
@@ -158,22 +160,22 @@ def _tpu(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B
     cores, heads, vmem = _tpu_heads(B, H, K, V, interpret)
     parts, rows = H // heads, pl.cdiv(B, cores)
     live_B = jnp.pad(live_B, (0, cores * rows - B))
-    place_B = _places(live_B, cores, parts)
-    scalars = live_B.astype(jnp.int32), place_B, log_decay_H
+    first_block_B = _first_blocks(live_B, cores, parts)
+    scalars = live_B.astype(jnp.int32), first_block_B, log_decay_H
 
-    def place(core, row, part, live_B, place_B):
+    def block_index(core, row, part, live_B, first_block_B):
         b = core * rows + row
-        return place_B[b] + live_B[b] * part
+        return first_block_B[b] + live_B[b] * part
 
-    def of_part(*shape):
-        return pl.BlockSpec((1, heads, *shape), lambda c, r, p, live_B, place_B, _: (
-            place(c, r, p, live_B, place_B), 0, *(0 for _ in shape)))
+    def part_spec(*shape):
+        return pl.BlockSpec((1, heads, *shape), lambda c, r, p, live_B, first_block_B, _: (
+            block_index(c, r, p, live_B, first_block_B), 0, *(0 for _ in shape)))
 
     row_shape = 1, parts, heads, V
-    gates = pl.BlockSpec(row_shape, lambda c, r, p, live_B, place_B, _: (
-        place(c, r, p, live_B, place_B) // parts, 0, 0, 0))
-    ys = pl.BlockSpec(row_shape, lambda c, r, p, *_: (jnp.minimum(c * rows + r, B - 1), 0, 0, 0))
-    norms = pl.BlockSpec(row_shape, lambda *_: (0, 0, 0, 0))
+    gate_spec = pl.BlockSpec(row_shape, lambda c, r, p, live_B, first_block_B, _: (
+        block_index(c, r, p, live_B, first_block_B) // parts, 0, 0, 0))
+    y_spec = pl.BlockSpec(row_shape, lambda c, r, p, *_: (jnp.minimum(c * rows + r, B - 1), 0, 0, 0))
+    norm_spec = pl.BlockSpec(row_shape, lambda *_: (0, 0, 0, 0))
     by_part = lambda x: x.reshape(B * parts, heads, *x.shape[2:])
     by_row = lambda x: x.reshape(-1, parts, heads, V)
     arrays = by_part(q_BHK), by_part(k_BHK), by_part(v_BHV), by_row(gate_BHV), by_row(norm_HV), by_part(state_BHKV)
@@ -181,8 +183,8 @@ def _tpu(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B
         functools.partial(_tpu_kernel, B=B, rows=rows, eps=eps),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars), grid=(cores, rows, parts),
-            in_specs=[of_part(K), of_part(K), of_part(V), gates, norms, of_part(K, V)],
-            out_specs=[ys, of_part(K, V)],
+            in_specs=[part_spec(K), part_spec(K), part_spec(V), gate_spec, norm_spec, part_spec(K, V)],
+            out_specs=[y_spec, part_spec(K, V)],
             scratch_shapes=[pltpu.VMEM(row_shape, jnp.float32)]),
         out_shape=[jax.ShapeDtypeStruct((B, *row_shape[1:]), v_BHV.dtype),
                    jax.ShapeDtypeStruct(arrays[-1].shape, jnp.float32)],
@@ -196,30 +198,35 @@ def _tpu(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B
 
 
 def _tpu_heads(B, H, K, V, interpret):
-    """Cores, heads a step (0: not even one fits), and the VMEM that the kernel may take."""
-    (cores, most), vmem = INTERPRETED if interpret else (1, HEADS), 16 * MIB
-    if not interpret and pltpu.is_tpu_device():
+    """Returns the number of cores, the heads of a step (0 if not even one fits), and the bytes of VMEM the kernel may use."""
+    cores, max_heads, vmem = 1, MAX_HEADS, 16 * MIB
+    if interpret:
+        cores, max_heads = INTERPRETED_CORES, INTERPRETED_HEADS
+    elif pltpu.is_tpu_device():
         chip = pltpu.get_tpu_info()
         cores, vmem = chip.num_cores, chip.vmem_capacity_bytes
-    a_head = 4 * 4 * pl.cdiv(K, 8) * 8 * pl.cdiv(V, LANES) * LANES
-    most = min(most, vmem * 3 // 4 // a_head)
-    cores = pl.cdiv(B, pl.cdiv(B, cores))       # each has a row
-    return cores, max((d for d in range(1, most + 1) if H % d == 0), default=0), vmem
+    bytes_per_head = 4 * 4 * pl.cdiv(K, 8) * 8 * pl.cdiv(V, LANES) * LANES
+    max_heads = min(max_heads, vmem * 3 // 4 // bytes_per_head)
+    cores = pl.cdiv(B, pl.cdiv(B, cores))       # every core has a row
+    return cores, max((d for d in range(1, max_heads + 1) if H % d == 0), default=0), vmem
 
 
-def _places(live_B, cores, parts):
-    """The block of each row's first part, or of all its parts where it is dead; `live_B` is cut evenly among cores."""
-    def of_core(live_B, first):
+def _first_blocks(live_B, cores, parts):
+    """Returns the block index of the first part of each live row, and the index of all parts of each other row.
+
+    The rows are divided evenly among the cores. The module's docstring explains which block a row that is not live repeats.
+    """
+    def of_core(live_B, first_row):
         row_B = jnp.arange(len(live_B), dtype=jnp.int32)
-        last_B = jax.lax.cummax(jnp.where(live_B, row_B, -1))
-        there_B = jnp.where(last_B < 0, jnp.argmax(live_B).astype(jnp.int32) * parts, last_B * parts + parts - 1)
-        return first * parts + jnp.where(live_B, row_B * parts, there_B)
+        last_live_B = jax.lax.cummax(jnp.where(live_B, row_B, -1))
+        repeated_B = jnp.where(last_live_B < 0, jnp.argmax(live_B).astype(jnp.int32) * parts, last_live_B * parts + parts - 1)
+        return first_row * parts + jnp.where(live_B, row_B * parts, repeated_B)
     rows = len(live_B) // cores
-    firsts = jnp.arange(cores, dtype=jnp.int32) * rows
-    return jax.vmap(of_core)(live_B.reshape(cores, rows), firsts).reshape(-1)
+    first_rows = jnp.arange(cores, dtype=jnp.int32) * rows
+    return jax.vmap(of_core)(live_B.reshape(cores, rows), first_rows).reshape(-1)
 
 
-def _tpu_kernel(live_ref, place_ref, log_decay_ref, q_ref, k_ref, v_ref, gate_ref, norm_ref, state_ref, y_ref, new_ref,
+def _tpu_kernel(live_ref, first_block_ref, log_decay_ref, q_ref, k_ref, v_ref, gate_ref, norm_ref, state_ref, y_ref, new_ref,
                 o_ref, *, B, rows, eps):
     core, row, part, parts = *map(pl.program_id, range(3)), pl.num_programs(2)
     b = core * rows + row
@@ -239,7 +246,7 @@ def _tpu_kernel(live_ref, place_ref, log_decay_ref, q_ref, k_ref, v_ref, gate_re
     def _():
         y_ref[...] = norm_and_gate(o_ref[...], gate_ref[...], norm_ref[...], eps, (1, 2, 3), parts * heads * V)
 
-    # The last core's rows may go past the batch.
+    # The last core may have more rows than the batch.
     @pl.when(~live & (part == 0) & (b < B))
     def _():
         y_ref[...] = jnp.zeros_like(y_ref)
@@ -251,32 +258,32 @@ def _tpu_kernel(live_ref, place_ref, log_decay_ref, q_ref, k_ref, v_ref, gate_re
 
 def _gpu(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B, eps, interpret):
     B, H, K, V = state_BHKV.shape
-    values = min(V, next((v for v in VALUES if B * H * V // v >= 2 * CORES), VALUES[-1]))
+    values = min(V, next((v for v in VALUES if B * H * V // v >= 2 * platform.GPUS["h100"].cores), VALUES[-1]))
     tiles = V // values
-    place = lambda shape, index: pl.BlockSpec(shape, lambda x: index(x // (H * tiles), x // tiles % H, x % tiles))
-    keys = place((None, None, K), lambda b, h, tile: (b, h, 0))
-    columns = place((None, None, values), lambda b, h, tile: (b, h, tile))
-    states = place((None, None, K, values), lambda b, h, tile: (b, h, 0, tile))
+    block_spec = lambda shape, index: pl.BlockSpec(shape, lambda i: index(i // (H * tiles), i // tiles % H, i % tiles))
+    keys = block_spec((None, None, K), lambda b, h, tile: (b, h, 0))
+    columns = block_spec((None, None, values), lambda b, h, tile: (b, h, tile))
+    states = block_spec((None, None, K, values), lambda b, h, tile: (b, h, 0, tile))
     live_B = live_B.astype(jnp.int32)
     o_BHV, state_BHKV = pl.pallas_call(
         _gpu_kernel, grid=(B * H * tiles,),
-        in_specs=[place((None,), lambda b, h, tile: (b,)), place((None,), lambda b, h, tile: (h,)), keys, keys, columns,
-                  states],
+        in_specs=[block_spec((None,), lambda b, h, tile: (b,)), block_spec((None,), lambda b, h, tile: (h,)),
+                  keys, keys, columns, states],
         out_specs=(columns, states),
         out_shape=(jax.ShapeDtypeStruct(v_BHV.shape, jnp.float32), jax.ShapeDtypeStruct(state_BHKV.shape, jnp.float32)),
         input_output_aliases={5: 1}, interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         name="lightning_decode")(live_B, log_decay_H, q_BHK, k_BHK, v_BHV, state_BHKV)
-    X = H * V
-    P = pl.next_power_of_2(X)
-    row = pl.BlockSpec((None, P), lambda b: (b, 0))
-    y_BX = pl.pallas_call(
-        functools.partial(_gpu_norm_kernel, eps=eps, count=X), grid=(B,),
-        in_specs=[pl.BlockSpec((None,), lambda b: (b,)), row, row, pl.BlockSpec((P,), lambda b: (0,))], out_specs=row,
-        out_shape=jax.ShapeDtypeStruct((B, X), v_BHV.dtype), interpret=interpret,
+    width = H * V
+    padded = pl.next_power_of_2(width)
+    row = pl.BlockSpec((None, padded), lambda b: (b, 0))
+    y = pl.pallas_call(
+        functools.partial(_gpu_norm_kernel, eps=eps, width=width), grid=(B,),
+        in_specs=[pl.BlockSpec((None,), lambda b: (b,)), row, row, pl.BlockSpec((padded,), lambda b: (0,))], out_specs=row,
+        out_shape=jax.ShapeDtypeStruct((B, width), v_BHV.dtype), interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=NORM_WARPS, num_stages=1),
-        name="lightning_decode_norm")(live_B, o_BHV.reshape(B, X), gate_BHV.reshape(B, X), norm_HV.reshape(X))
-    return y_BX.reshape(B, H, V), state_BHKV
+        name="lightning_decode_norm")(live_B, o_BHV.reshape(B, width), gate_BHV.reshape(B, width), norm_HV.reshape(width))
+    return y.reshape(B, H, V), state_BHKV
 
 
 def _gpu_kernel(live_ref, log_decay_ref, q_ref, k_ref, v_ref, state_ref, o_ref, new_ref):
@@ -288,12 +295,14 @@ def _gpu_kernel(live_ref, log_decay_ref, q_ref, k_ref, v_ref, state_ref, o_ref, 
         o_ref[...] = jnp.sum(q_K[:, None] * state_KV, axis=0)
 
 
-def _gpu_norm_kernel(live_ref, o_ref, gate_ref, norm_ref, y_ref, *, eps, count):
-    there_P = jnp.arange(o_ref.shape[0], dtype=jnp.int32) < count
-    live_P = there_P & (live_ref[...] > 0)
-    o_P, gate_P, norm_P = (plgpu.load(ref, mask=live_P, other=0) for ref in (o_ref, gate_ref, norm_ref))
-    y_P = norm_and_gate(o_P, gate_P, norm_P, eps, 0, count)
-    plgpu.store(y_ref, jnp.where(live_P, y_P, 0), mask=there_P)
+def _gpu_norm_kernel(live_ref, o_ref, gate_ref, norm_ref, y_ref, *, eps, width):
+    """Normalizes and gates one row of `width` = H V values, which is padded to a power of two."""
+    valid = jnp.arange(o_ref.shape[0], dtype=jnp.int32) < width
+    live = valid & (live_ref[...] > 0)
+    o, gate, norm = (plgpu.load(ref, mask=live, other=0) for ref in (o_ref, gate_ref, norm_ref))
+    y = norm_and_gate(o, gate, norm, eps, 0, width)
+    plgpu.store(y_ref, jnp.where(live, y, 0), mask=valid)
 
 
 KERNELS = {"tpu": _tpu, "gpu": _gpu}
+IMPLS = "xla", *KERNELS

@@ -1,30 +1,34 @@
-"""Lightning attention on NVIDIA GPUs, two passes over spans of the sequence (Pallas-Triton), forward and backward.
+"""Lightning attention on NVIDIA GPUs, in three passes over spans of the sequence (Pallas-Triton), forward and backward.
 
-The state runs through the whole sequence, so one program a head would leave most of a GPU idle. A span is a stretch of
-256 to 1,024 tokens; n counts spans, r_n is the decay over one, S_n the state before it (model.md section 3):
+The state depends on all tokens before it, so with one program per head most of a GPU would be idle. The sequence is therefore
+cut into N spans of 256 to 1,024 tokens, which are processed in parallel. Let S_n be the state before span n, r_n the decay
+over the span, and U_n what the span adds to the state (docs/model.md section 3):
 
-    1. U_n = sum_j b_j k_j^T v_j           every span by itself, from a state of zero
-    2. S_{n+1} = r_n S_n + U_n             over spans: the given state enters here, documents cut here
-    3. o_i = a_i q_i S + sum_{j <= i} D_ij (q_i . k_j) v_j,  S <- r S + sum_j b_j k_j^T v_j       chunk by chunk from S_n
+    pass 1: U_n = sum_j b_j k_j^T v_j      for each span independently
+    pass 2: S_{n+1} = r_n S_n + U_n        over the spans, from the initial state; r_n is 0 if the document changes
+    pass 3: o_i = a_i q_i S + sum_{j <= i} D_ij (q_i . k_j) v_j,  S <- r S + sum_j b_j k_j^T v_j
+                                           for each span independently, chunk by chunk from S = S_n
 
-a, b, r and D are those of `xla.py`, of a chunk in 3 and of a span in 1; no exponent is positive. The gradients are the
-same three steps under other names, so there is one kernel for 1 and one for 3:
+a, b, r and D are the decays defined in `xla.py`, measured over a span in pass 1 and over a chunk in pass 3. No exponent is
+positive. The gradients have the same form, so the kernels of passes 1 and 3 compute them too. With attention(q, k, v):
 
     dq = attention(do, v, k)               with S^T
-    dv = attention(k, q, do)               in reverse time (a and b swap, D is transposed, U_n = sum_i a_i q_i^T do_i) with dS
-    dk = attention(v, do, q)               in reverse time with dS^T
+    dv = attention(k, q, do)               in reverse time, with dS
+    dk = attention(v, do, q)               in reverse time, with dS^T
 
-A program of 3 belongs to one head, one span and `values` columns of the state. The state (K x values) and the decays of
-a chunk's pairs are float32 in registers; tiles of q, k, v pass through shared memory; the scores, and copies of the state
-and of b v, are rounded to the inputs' dtype where they enter a product. Sums are float32; products of float32 inputs are
-IEEE float32. Step 2 is a kernel of one multiply-add an element: XLA fuses the same recurrence so that every S_n re-reads
-all U before it, N^2 / 2 states in place of 2 N.
+In reverse time a and b are exchanged, D is transposed, and U_n = sum_i a_i q_i^T do_i.
 
-FLOPs a token and head, Q tokens a chunk: 2 K V in 1; in 3 4 K V + 2 Q V, and 2 Q K for the scores in each of the V / values
-programs. HBM bytes a token and head, z bytes an element, L tokens a span; programs of one span's columns run side by side,
-so that what they share comes from L2 but once:
-    forward    z (3 K + 3 V) + 16 K V / L,   of which  z (2 K + 2 V)  is compulsory:  1.75 x at K = V = 128, L = 1,024, bf16
-    backward   z (8 K + 8 V) + 36 K V / L,   of which  z (4 K + 3 V)  is compulsory:  2.61 x
+A program of pass 3 processes one head, one span and `values` columns of the state. The state (K x values) and the decays of
+the pairs of a chunk are float32 in registers. Tiles of q, k and v pass through shared memory. The scores, and copies of the
+state and of b v, are rounded to the inputs' dtype where they enter a product. Sums are float32; products of float32 inputs
+are IEEE float32. Pass 2 is a kernel of one multiplication and addition per element. XLA would fuse the same recurrence so
+that every S_n reads all U before it: N^2 / 2 states instead of 2 N.
+
+FLOPs per token and head with Q tokens in a chunk: 2 K V in pass 1. In pass 3 4 K V + 2 Q V, and 2 Q K for the scores in each
+of the V / values programs. HBM bytes per token and head, for elements of z bytes and spans of T / N tokens (the programs for
+the columns of one span run side by side, so that they read q and k from HBM once and then from the L2 cache):
+    forward    z (3 K + 3 V) + 16 K V N / T    z (2 K + 2 V) must be moved: 1.75 x at K = V = 128, T / N = 1,024, bf16
+    backward   z (8 K + 8 V) + 36 K V N / T    z (4 K + 3 V) must be moved: 2.61 x
 """
 import functools
 from collections.abc import Callable
@@ -36,42 +40,44 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from mmx.kernels import platform
-from mmx.kernels.lightning import documents
+from mmx.kernels.lightning.documents import real_bounds, state_documents
+from mmx.kernels.products import dot
 
 
 class Tile(NamedTuple):
-    chunk: int      # tokens a program takes at a time
-    values: int     # columns of the state that a program of pass 3 keeps
+    """Sizes of a program of passes 1 and 3."""
+    chunk: int      # tokens of a chunk
+    values: int     # columns of the state
     warps: int
-    stages: int     # of the loop over chunks
+    stages: int     # of the software pipeline over chunks
 
 
-# By the larger head dim. Chosen on 2026-11-23 among a few that compile without a spill in the hardest case, segments and a
-# ragged T. Of 41 timed on an H100 on 2026-11-27 (bfloat16, 128, 8,192 tokens) its own takes 0.424 ms, the fastest 0.411; with
-# gradients 1.271 and 1.270. A100's were never timed.
+# By dtype and the larger head dim (at most). Chosen on 2026-11-23 among a few that compile without a spill in the hardest case:
+# segments and a T that is not a multiple of the chunk. 41 tiles were timed on an H100 on 2026-11-27 (bfloat16, head dims of
+# 128, 8,192 tokens): the tile below takes 0.424 ms, the fastest 0.411 ms; with gradients 1.271 and 1.270 ms. The tiles for
+# A100 were never timed.
 TILES = {
     "h100": {("bfloat16", 128): Tile(64, 64, 4, 2), ("bfloat16", 256): Tile(64, 64, 8, 2),
              ("float32", 256): Tile(16, 16, 8, 1)},
     "a100": {("bfloat16", 128): Tile(32, 64, 4, 3), ("bfloat16", 256): Tile(32, 64, 8, 2),
              ("float32", 256): Tile(16, 16, 8, 1)},
 }
-PIECE = 64      # keys a product takes: whole rows of 128 or 256 spill
-CORES = {"h100": 132, "a100": 108}
-SPANS = 1024, 512, 256
-CHUNKS = 16, 32, 64, 128
+KEY_SLICE = 64      # key dims of one product: whole keys of 128 or 256 dims spill
+SPANS = 1024, 512, 256          # tokens
+CHUNKS = 16, 32, 64, 128        # tokens
 
 
 class Plan(NamedTuple):
-    """What is static: it makes the two kernels."""
+    """Static sizes that a kernel is specialized for."""
     T: int
     span: int
     tile: Tile
     interpret: bool
-    chip: str       # a key of TILES
+    chip: str       # a key of TILES and platform.GPUS
 
 
 class Kernels(NamedTuple):
-    """Passes 1 and 3, and what they take: this file's, or another compiler's."""
+    """Functions that run passes 1 and 3, of this file or of `triton.py`, and the arrays and tiles that they support."""
     contributions: Callable
     outputs: Callable
     refusal: Callable
@@ -79,7 +85,7 @@ class Kernels(NamedTuple):
 
 
 def forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk, interpret=False, kernels=None):
-    """See `api.lightning_attention`; `segments_BT` may be None, `state_BHKV` is given."""
+    """Returns o_BHTV and the last state; see `api.lightning_attention`. `segments_BT` may be None, `state_BHKV` may not."""
     contribute, carry, attend = _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, kernels)
     state_NBHKV, state_BHKV = carry(contribute(k_BHTK, v_BHTV, reverse=False), state_BHKV, reverse=False)
     return attend(q_BHTK, k_BHTK, v_BHTV, state_NBHKV, reverse=False, transposed=False), state_BHKV
@@ -87,7 +93,7 @@ def forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk,
 
 def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BHTV, dstate_BHKV, chunk, interpret=False,
              kernels=None):
-    """The gradients of q, k, v and the initial state, from the inputs of `forward` alone."""
+    """Returns the gradients of q, k, v and the initial state, given the gradients of the results of `forward`."""
     contribute, carry, attend = _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, kernels)
     do_BHTV = do_BHTV.astype(v_BHTV.dtype)
     state_NBHKV, _ = carry(contribute(k_BHTK, v_BHTV, reverse=False), state_BHKV, reverse=False)
@@ -99,255 +105,259 @@ def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BH
 
 
 def refusal(q_BHTK, v_BHTV, chunk, interpret=False, tiles=None) -> str:
-    """Why the kernels do not take these arrays; empty where they do."""
+    """Returns why the kernels do not support these arrays; empty if they do."""
     tiles = tiles or TILES
     K, V = q_BHTK.shape[3], v_BHTV.shape[3]
     dtypes = q_BHTK.dtype.name, v_BHTV.dtype.name
     for letter, size in (("K", K), ("V", V)):
         if size not in (16, 32, 64, 128, 256):
-            return f"{letter}={size}: the GPU kernels take head dims 16, 32, 64, 128 and 256; impl='xla' takes any"
+            return f"{letter}={size}: the GPU kernels support head dims 16, 32, 64, 128 and 256; impl='xla' supports any"
     if dtypes not in (("bfloat16",) * 2, ("float32",) * 2):
-        return f"q is {dtypes[0]} and v {dtypes[1]}: the GPU kernels take bfloat16 or float32 for both"
-    most = CHUNKS[-1] if interpret else _tile(q_BHTK, v_BHTV, tiles).chunk
-    if chunk is not None and (chunk not in CHUNKS or chunk > most):
-        return (f"chunk={chunk}: with {dtypes[0]} heads of {max(K, V)} on {platform.gpu()} the GPU kernels take a chunk of "
-                f"{', '.join(str(c) for c in CHUNKS if c <= most)} tokens, or None, which picks")
+        return f"q is {dtypes[0]} and v {dtypes[1]}: the GPU kernels support bfloat16 or float32 for both"
+    largest = CHUNKS[-1] if interpret else _tile(q_BHTK, v_BHTV, tiles).chunk
+    if chunk is not None and (chunk not in CHUNKS or chunk > largest):
+        return (f"chunk={chunk}: with {dtypes[0]} heads of {max(K, V)} on {platform.gpu_model()} the GPU kernels support "
+                f"chunks of {', '.join(str(c) for c in CHUNKS if c <= largest)} tokens, or None")
     return ""
 
 
 def nearest_chunk(q_BHTK, v_BHTV, chunk):
-    """The largest chunk that the kernels take, of those up to `chunk`, else the least; None stays None."""
-    most = chunk and min(chunk, _tile(q_BHTK, v_BHTV, TILES).chunk)
-    return chunk and max((c for c in CHUNKS if c <= most), default=CHUNKS[0])
+    """Returns the largest supported chunk up to `chunk`, or the smallest one if all are larger. None stays None."""
+    if chunk is None:
+        return None
+    limit = min(chunk, _tile(q_BHTK, v_BHTV, TILES).chunk)
+    return max((c for c in CHUNKS if c <= limit), default=CHUNKS[0])
 
 
 def _tile(q_BHTK, v_BHTV, tiles):
-    """What the table has for these arrays on the chip. Its chunk is the largest that neither spills nor lacks shared memory."""
+    """Returns the tile for these arrays on this GPU. Larger chunks would spill or need too much shared memory."""
     width = max(q_BHTK.shape[3], v_BHTV.shape[3])
-    return next(t for (name, most), t in tiles[platform.gpu()].items() if name == q_BHTK.dtype.name and width <= most)
+    return next(tile for (name, max_width), tile in tiles[platform.gpu_model()].items()
+                if name == q_BHTK.dtype.name and width <= max_width)
 
 
 def _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, kernels):
-    """The three passes, for these shapes, decays and documents."""
+    """Returns the three passes as functions, for these shapes, decays and documents."""
     kernels = kernels or Kernels(_contributions, _outputs, refusal, TILES)
     if reason := kernels.refusal(q_BHTK, v_BHTV, chunk, interpret):
         raise NotImplementedError(reason)
     plan = _plan(q_BHTK, v_BHTV, chunk, interpret, kernels.tiles)
-    marks = _marks(segments_BT, plan)
-    return (functools.partial(step, log_decay_H=log_decay_H, marks=marks, plan=plan)
+    documents = _documents(segments_BT, plan)
+    return (functools.partial(step, log_decay_H=log_decay_H, documents=documents, plan=plan)
             for step in (kernels.contributions, _carry, kernels.outputs))
 
 
 def _plan(q_BHTK, v_BHTV, chunk, interpret, tiles):
     B, H, T, K = q_BHTK.shape
-    V, chip = v_BHTV.shape[3], platform.gpu()
+    V, chip = v_BHTV.shape[3], platform.gpu_model()
     tile = _tile(q_BHTK, v_BHTV, tiles)
     tile = tile._replace(chunk=chunk or tile.chunk)
     programs = lambda span: B * H * pl.cdiv(T, span) * max(1, min(K, V) // tile.values)
-    span = next((s for s in SPANS if programs(s) >= CORES[chip]), SPANS[-1])
+    span = next((s for s in SPANS if programs(s) >= platform.GPUS[chip].cores), SPANS[-1])
     return Plan(T, span, tile, interpret, chip)
 
 
-class Marks(NamedTuple):
-    """What the kernels know of documents: absent where there are no segments."""
+class Documents(NamedTuple):
+    """Where documents begin and end. The kernels get None instead if there are no segments."""
     segments_BT: jax.Array
-    bounds_B2: jax.Array        # the first real token, and one past the last: time stands still outside
-    documents_BN: jax.Array     # the state's document before every chunk, and after the last
+    bounds_B2: jax.Array                # first real token, and one past the last: the state decays only between them
+    state_documents_BC: jax.Array       # document of the state before every chunk, and after the last
 
 
-def _marks(segments_BT, plan):
+def _documents(segments_BT, plan):
     if segments_BT is None:
         return None
-    spans_BT = jnp.pad(segments_BT, ((0, 0), (0, -plan.T % plan.span)))     # the last span's chunks all have a place
-    return Marks(segments_BT, documents.bounds(segments_BT), documents.between(spans_BT, plan.tile.chunk))
+    padded_BT = jnp.pad(segments_BT, ((0, 0), (0, -plan.T % plan.span)))        # every chunk of the last span needs an entry
+    return Documents(segments_BT, real_bounds(segments_BT), state_documents(padded_BT, plan.tile.chunk))
 
 
-def _carry(own_NBHKV, start_BHKV, log_decay_H, marks, plan, reverse):
-    """Pass 2: the states before every span (after it in reverse time), and the one at the end."""
-    edges_N = jnp.arange(len(own_NBHKV) + 1, dtype=jnp.int32) * plan.span
-    if marks is None:
-        time_NB, same_NB = jnp.diff(jnp.minimum(edges_N, plan.T))[:, None], True
+def _carry(added_NBHKV, start_BHKV, log_decay_H, documents, plan, reverse):
+    """Pass 2: returns the state before every span (after it in reverse time), and the state at the end."""
+    edges = jnp.arange(len(added_NBHKV) + 1, dtype=jnp.int32) * plan.span        # first token of every span, and the end
+    if documents is None:
+        time_NB, same_NB = jnp.diff(jnp.minimum(edges, plan.T))[:, None], True
     else:
-        documents_NB = marks.documents_BN[:, ::plan.span // plan.tile.chunk].T
-        time_NB = jnp.diff(jnp.clip(edges_N[:, None], *marks.bounds_B2.T), axis=0)
-        same_NB = documents_NB[:-1] == documents_NB[1:]
+        span_documents = documents.state_documents_BC[:, ::plan.span // plan.tile.chunk].T
+        time_NB = jnp.diff(jnp.clip(edges[:, None], *documents.bounds_B2.T), axis=0)
+        same_NB = span_documents[:-1] == span_documents[1:]
     r_NBH = jnp.where(jnp.asarray(same_NB)[..., None], jnp.exp(log_decay_H * time_NB[..., None]), 0)
 
-    r_NBH = jnp.broadcast_to(r_NBH, own_NBHKV.shape[:3])
-    _, B, H, K, V = own_NBHKV.shape
+    r_NBH = jnp.broadcast_to(r_NBH, added_NBHKV.shape[:3])
+    _, B, H, K, V = added_NBHKV.shape
     rows = max(1, min(K, 256 // V))
     tiles = K // rows
-    place, _ = _specs(H, tiles, plan)
-    states = place((len(edges_N) - 1, None, None, rows, V), lambda b, h, n, tile: (0, b, h, tile, 0))
-    state = place((None, None, rows, V), lambda b, h, n, tile: (b, h, tile, 0))
+    block_spec, _ = _specs(H, tiles, plan)
+    states = block_spec((len(edges) - 1, None, None, rows, V), lambda b, h, n, tile: (0, b, h, tile, 0))
+    state = block_spec((None, None, rows, V), lambda b, h, n, tile: (b, h, tile, 0))
     return pl.pallas_call(
         functools.partial(_carry_kernel, reverse=reverse), grid=(B * H * tiles, 1),
-        in_specs=[place((len(edges_N) - 1, None, None), lambda b, h, n, tile: (0, b, h)), states, state],
-        out_specs=(states, state), out_shape=(own_NBHKV, start_BHKV), interpret=plan.interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1), name="carry")(r_NBH, own_NBHKV, start_BHKV)
+        in_specs=[block_spec((len(edges) - 1, None, None), lambda b, h, n, tile: (0, b, h)), states, state],
+        out_specs=(states, state), out_shape=(added_NBHKV, start_BHKV), interpret=plan.interpret,
+        compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1), name="carry")(r_NBH, added_NBHKV, start_BHKV)
 
 
-def _contributions(k_BHTK, v_BHTV, log_decay_H, marks, plan, reverse):
-    """Pass 1: U_n, in float32."""
+def _contributions(k_BHTK, v_BHTV, log_decay_H, documents, plan, reverse):
+    """Pass 1: returns U_n of every span, in float32."""
     B, H, _, K = k_BHTK.shape
     V = v_BHTV.shape[3]
     values = min(V, plan.tile.values)
     N = pl.cdiv(plan.T, plan.span)
-    place, tokens = _specs(H, V // values, plan)
+    block_spec, token_spec = _specs(H, V // values, plan)
     return _launch(
-        _contribution_kernel, plan, marks, place, (B * H * (V // values), N), (log_decay_H, k_BHTK, v_BHTV),
-        (tokens(K), tokens(values, tiled=True)),
-        place((None, None, None, K, values), lambda b, h, n, tile: (n, b, h, 0, tile)),
+        _contribution_kernel, plan, documents, block_spec, (B * H * (V // values), N), (log_decay_H, k_BHTK, v_BHTV),
+        (token_spec(K), token_spec(values, tiled=True)),
+        block_spec((None, None, None, K, values), lambda b, h, n, tile: (n, b, h, 0, tile)),
         jax.ShapeDtypeStruct((N, B, H, K, V), jnp.float32), reverse=reverse)
 
 
-def _outputs(q_BHTK, k_BHTK, v_BHTV, state_NBHKV, log_decay_H, marks, plan, reverse, transposed):
-    """Pass 3; `transposed` says that the state comes as V x K."""
+def _outputs(q_BHTK, k_BHTK, v_BHTV, state_NBHKV, log_decay_H, documents, plan, reverse, transposed):
+    """Pass 3: returns o_BHTV. If `transposed`, the states are given as V x K."""
     B, H, _, K = q_BHTK.shape
     V = v_BHTV.shape[3]
     values = min(V, plan.tile.values)
-    place, tokens = _specs(H, V // values, plan)
+    block_spec, token_spec = _specs(H, V // values, plan)
     if transposed:
-        state = place((None, None, None, values, K), lambda b, h, n, tile: (n, b, h, tile, 0))
+        state = block_spec((None, None, None, values, K), lambda b, h, n, tile: (n, b, h, tile, 0))
     else:
-        state = place((None, None, None, K, values), lambda b, h, n, tile: (n, b, h, 0, tile))
+        state = block_spec((None, None, None, K, values), lambda b, h, n, tile: (n, b, h, 0, tile))
     return _launch(
-        _output_kernel, plan, marks, place, (B * H * (V // values), len(state_NBHKV)),
-        (log_decay_H, state_NBHKV, q_BHTK, k_BHTK, v_BHTV), (state, tokens(K), tokens(K), tokens(values, tiled=True)),
-        tokens(values, tiled=True), jax.ShapeDtypeStruct(v_BHTV.shape, v_BHTV.dtype), reverse=reverse,
+        _output_kernel, plan, documents, block_spec, (B * H * (V // values), len(state_NBHKV)),
+        (log_decay_H, state_NBHKV, q_BHTK, k_BHTK, v_BHTV),
+        (state, token_spec(K), token_spec(K), token_spec(values, tiled=True)),
+        token_spec(values, tiled=True), jax.ShapeDtypeStruct(v_BHTV.shape, v_BHTV.dtype), reverse=reverse,
         transposed=transposed)
 
 
 def _specs(H, tiles, plan):
-    """Two makers of block specs, for any place and for a span's tokens. Columns run fastest, so that they share L2."""
-    def place(shape, index):
-        return pl.BlockSpec(shape, lambda x, n: index(x // (H * tiles), x // tiles % H, n, x % tiles))
+    """Returns two functions that make block specs: for any array by (b, h, n, tile), and for the tokens of a span.
 
-    def tokens(width, tiled=False):
-        return place((None, None, plan.span, width), lambda b, h, n, tile: (b, h, n, tile if tiled else 0))
-    return place, tokens
+    The first axis of the grid contains rows, heads and tiles of columns. Tiles run fastest, so that they share the L2 cache.
+    """
+    def block_spec(shape, index):
+        return pl.BlockSpec(shape, lambda i, n: index(i // (H * tiles), i // tiles % H, n, i % tiles))
+
+    def token_spec(width, tiled=False):
+        return block_spec((None, None, plan.span, width), lambda b, h, n, tile: (b, h, n, tile if tiled else 0))
+    return block_spec, token_spec
 
 
-def _launch(kernel, plan, marks, place, grid, arrays, specs, out_spec, out_shape, **static):
-    mark_specs = () if marks is None else (
-        place((None, plan.span), lambda b, h, n, tile: (b, n)),
-        place((None, 2), lambda b, h, n, tile: (b, 0)),
-        place((None, marks.documents_BN.shape[1]), lambda b, h, n, tile: (b, 0)))
+def _launch(kernel, plan, documents, block_spec, grid, arrays, specs, out_spec, out_shape, **static):
+    """Runs a kernel of pass 1 or 3 on the arrays and, if there are segments, the arrays of `documents`."""
+    document_specs = () if documents is None else (
+        block_spec((None, plan.span), lambda b, h, n, tile: (b, n)),
+        block_spec((None, 2), lambda b, h, n, tile: (b, 0)),
+        block_spec((None, documents.state_documents_BC.shape[1]), lambda b, h, n, tile: (b, 0)))
     return pl.pallas_call(
         functools.partial(kernel, plan=plan, **static),
-        grid=grid, in_specs=[place((None,), lambda b, h, n, tile: (h,)), *specs, *mark_specs], out_specs=out_spec,
+        grid=grid, in_specs=[block_spec((None,), lambda b, h, n, tile: (h,)), *specs, *document_specs], out_specs=out_spec,
         out_shape=out_shape, interpret=plan.interpret,
         compiler_params=plgpu.CompilerParams(num_warps=plan.tile.warps, num_stages=plan.tile.stages),
-        name=kernel.__name__.strip("_"))(*arrays, *(marks or ()))
+        name=kernel.__name__.strip("_"))(*arrays, *(documents or ()))
 
 
-def _carry_kernel(r_ref, own_ref, start_ref, states_ref, end_ref, *, reverse):
+def _carry_kernel(r_ref, added_ref, start_ref, states_ref, end_ref, *, reverse):
+    """Computes the states of one head before all spans, for some of their rows."""
     N = states_ref.shape[0]
 
     def step(i, state_KV):
         n = N - 1 - i if reverse else i
         states_ref[n] = state_KV
-        return r_ref[n] * state_KV + own_ref[n]
+        return r_ref[n] * state_KV + added_ref[n]
     end_ref[...] = jax.lax.fori_loop(0, N, step, start_ref[...])
 
 
 def _contribution_kernel(log_decay_ref, k_ref, v_ref, *refs, plan, reverse):
-    *mark_refs, own_ref = refs
-    span = pl.program_id(1) * plan.span
-    decays = _decays(log_decay_ref[...], mark_refs, plan, span)
+    """Computes U_n of one head, one span and one tile of columns."""
+    *document_refs, added_ref = refs
+    span_start = pl.program_id(1) * plan.span
+    decays = _decays(log_decay_ref[...], document_refs, plan, span_start)
 
-    def step(c, own_KV):
-        a_Q, b_Q, _ = decays(c, span, span + plan.span)
-        v_QV = _load(v_ref, c, plan, span)
-        v_QV = (v_QV * (a_Q if reverse else b_Q)[:, None]).astype(v_QV.dtype)
-        return own_KV + _dot(_load(k_ref, c, plan, span), v_QV, 0, 0)
-    own_ref[...] = jax.lax.fori_loop(0, _chunks(plan, span), step, jnp.zeros(own_ref.shape, jnp.float32))
+    def step(c, added_KV):
+        a_P, b_P, _ = decays(c, span_start, span_start + plan.span)
+        v_PV = _load(v_ref, c, plan, span_start)
+        v_PV = (v_PV * (a_P if reverse else b_P)[:, None]).astype(v_PV.dtype)
+        return added_KV + dot(_load(k_ref, c, plan, span_start), v_PV, 0, 0)
+    added_ref[...] = jax.lax.fori_loop(0, _chunks_in_span(plan, span_start), step, jnp.zeros(added_ref.shape, jnp.float32))
 
 
 def _output_kernel(log_decay_ref, state_ref, q_ref, k_ref, v_ref, *refs, plan, reverse, transposed):
-    *mark_refs, o_ref = refs
-    span = pl.program_id(1) * plan.span
-    chunk, chunks = plan.tile.chunk, _chunks(plan, span)
+    """Computes the outputs of one head, one span and one tile of columns."""
+    *document_refs, o_ref = refs
+    span_start = pl.program_id(1) * plan.span
+    chunk, chunks = plan.tile.chunk, _chunks_in_span(plan, span_start)
     log_decay = log_decay_ref[...]
-    decays = _decays(log_decay, mark_refs, plan, span)
-    distance_QQ = jnp.arange(chunk, dtype=jnp.int32)[:, None] - jnp.arange(chunk, dtype=jnp.int32)[None, :]
-    distance_QQ = -distance_QQ if reverse else distance_QQ
-    decay_QQ = jnp.where(distance_QQ >= 0, jnp.exp(log_decay * jnp.maximum(distance_QQ, 0).astype(jnp.float32)), 0.0)
+    decays = _decays(log_decay, document_refs, plan, span_start)
+    distance_QP = jnp.arange(chunk, dtype=jnp.int32)[:, None] - jnp.arange(chunk, dtype=jnp.int32)[None, :]
+    distance_QP = -distance_QP if reverse else distance_QP
+    decay_QP = jnp.where(distance_QP >= 0, jnp.exp(log_decay * jnp.maximum(distance_QP, 0).astype(jnp.float32)), 0.0)
 
-    width = min(PIECE, q_ref.shape[1])
-    pieces = [pl.ds(at, width) for at in range(0, q_ref.shape[1], width)]
+    width = min(KEY_SLICE, q_ref.shape[1])
+    key_slices = [pl.ds(start, width) for start in range(0, q_ref.shape[1], width)]
 
     def step(i, states_KV):
         c = chunks - 1 - i if reverse else i
-        start = span + c * chunk
-        a_Q, b_Q, r = decays(c, start, start + chunk)
-        a_Q, b_Q = (b_Q, a_Q) if reverse else (a_Q, b_Q)
-        v_QV = _load(v_ref, c, plan, span)
-        w_QV = (v_QV * b_Q[:, None]).astype(v_QV.dtype)
-        scores_QQ, o_QV, after_KV = 0.0, 0.0, []
-        for piece, state_KV in zip(pieces, states_KV):
-            q_QK, k_QK = (_load(ref, c, plan, span, piece) for ref in (q_ref, k_ref))
-            scores_QQ += _dot(q_QK, k_QK, 1, 1)
-            o_QV += _dot(q_QK, state_KV.astype(q_QK.dtype), 1, 0)
-            after_KV.append(r * state_KV + _dot(k_QK, w_QV, 0, 0))
-        scores_QQ *= decay_QQ
-        if mark_refs:
-            segments_Q = _load(mark_refs[0], c, plan, span)
-            same_QQ = (segments_Q[:, None] == segments_Q[None, :]) & (segments_Q > 0)[None, :]
-            scores_QQ = jnp.where(same_QQ, scores_QQ, 0.0)
-        o_QV = a_Q[:, None] * o_QV + _dot(scores_QQ.astype(v_QV.dtype), v_QV, 1, 0)
-        at, mask = _rows(o_ref, c, plan, span)
-        plgpu.store(at, o_QV.astype(o_ref.dtype), mask=mask)
-        return tuple(after_KV)
-    states_KV = [state_ref[:, piece].T if transposed else state_ref[piece, :] for piece in pieces]
+        chunk_start = span_start + c * chunk
+        a_Q, b_P, r = decays(c, chunk_start, chunk_start + chunk)
+        a_Q, b_P = (b_P, a_Q) if reverse else (a_Q, b_P)
+        v_PV = _load(v_ref, c, plan, span_start)
+        decayed_v_PV = (v_PV * b_P[:, None]).astype(v_PV.dtype)
+        scores_QP, o_QV, next_states_KV = 0.0, 0.0, []
+        for key_slice, state_KV in zip(key_slices, states_KV):
+            q_QK, k_PK = (_load(ref, c, plan, span_start, key_slice) for ref in (q_ref, k_ref))
+            scores_QP += dot(q_QK, k_PK, 1, 1)
+            o_QV += dot(q_QK, state_KV.astype(q_QK.dtype), 1, 0)
+            next_states_KV.append(r * state_KV + dot(k_PK, decayed_v_PV, 0, 0))
+        scores_QP *= decay_QP
+        if document_refs:
+            segments_Q = _load(document_refs[0], c, plan, span_start)
+            same_QP = (segments_Q[:, None] == segments_Q[None, :]) & (segments_Q > 0)[None, :]
+            scores_QP = jnp.where(same_QP, scores_QP, 0.0)
+        o_QV = a_Q[:, None] * o_QV + dot(scores_QP.astype(v_PV.dtype), v_PV, 1, 0)
+        rows, mask = _chunk_rows(o_ref, c, plan, span_start)
+        plgpu.store(rows, o_QV.astype(o_ref.dtype), mask=mask)
+        return tuple(next_states_KV)
+    states_KV = [state_ref[:, key_slice].T if transposed else state_ref[key_slice, :] for key_slice in key_slices]
     jax.lax.fori_loop(0, chunks, step, tuple(states_KV))
 
 
-def _decays(log_decay, mark_refs, plan, span):
-    """A function to a and b of chunk c, and r, all measured from token `first` up to `last`."""
+def _decays(log_decay, document_refs, plan, span_start):
+    """Returns a function that gives a, b of the tokens of chunk c, and r, all measured from token `first` to token `last`."""
     chunk = plan.tile.chunk
-    begin, end = (mark_refs[1][0], mark_refs[1][1]) if mark_refs else (0, plan.T)
+    begin, end = (document_refs[1][0], document_refs[1][1]) if document_refs else (0, plan.T)
     time = lambda tokens: jnp.clip(tokens, begin, end)
     decay = lambda elapsed: jnp.exp(log_decay * elapsed.astype(jnp.float32))
 
     def decays(c, first, last):
-        time_Q = time(span + c * chunk + 1 + jnp.arange(chunk, dtype=jnp.int32))
+        time_Q = time(span_start + c * chunk + 1 + jnp.arange(chunk, dtype=jnp.int32))
         a_Q, b_Q, r = decay(time_Q - time(first)), decay(time(last) - time_Q), decay(time(last) - time(first))
-        if not mark_refs:
+        if not document_refs:
             return a_Q, b_Q, r
-        segments_ref, _, documents_ref = mark_refs
-        segments_Q = _load(segments_ref, c, plan, span)
+        segments_ref, _, documents_ref = document_refs
+        segments_Q = _load(segments_ref, c, plan, span_start)
         before, after = documents_ref[first // chunk], documents_ref[last // chunk]
         return (jnp.where(segments_Q == before, a_Q, 0.0), jnp.where(segments_Q == after, b_Q, 0.0),
                 jnp.where(before == after, r, 0.0))
     return decays
 
 
-def _chunks(plan, span):
-    """Chunks that hold tokens in the span from token `span`."""
+def _chunks_in_span(plan, span_start):
+    """Returns how many chunks of the span contain tokens. `span_start` is the span's first token."""
     if plan.T % plan.span == 0:
         return plan.span // plan.tile.chunk
-    return pl.cdiv(jnp.minimum(plan.span, plan.T - span), plan.tile.chunk)
+    return pl.cdiv(jnp.minimum(plan.span, plan.T - span_start), plan.tile.chunk)
 
 
-def _rows(ref, c, plan, span, columns=...):
-    """Chunk c of a span's tokens, and which of them there are (None: all)."""
+def _chunk_rows(ref, c, plan, span_start, columns=...):
+    """Returns a reference to chunk c of the span, and a mask that is False after the last token (None: all True)."""
     chunk = plan.tile.chunk
     rows = ref.at[pl.ds(c * chunk, chunk), columns]
     if plan.T % chunk == 0:
         return rows, None
-    there_Q = span + c * chunk + jnp.arange(chunk, dtype=jnp.int32) < plan.T
-    return rows, jnp.broadcast_to(there_Q.reshape(-1, *(1,) * (len(rows.shape) - 1)), rows.shape)
+    valid_Q = span_start + c * chunk + jnp.arange(chunk, dtype=jnp.int32) < plan.T
+    return rows, jnp.broadcast_to(valid_Q.reshape(-1, *(1,) * (len(rows.shape) - 1)), rows.shape)
 
 
-def _load(ref, c, plan, span, columns=...):
-    """Chunk c of a span's tokens, zeros after the last token."""
-    rows, mask = _rows(ref, c, plan, span, columns)
+def _load(ref, c, plan, span_start, columns=...):
+    """Loads chunk c of the span, with zeros after the last token."""
+    rows, mask = _chunk_rows(ref, c, plan, span_start, columns)
     return plgpu.load(rows, mask=mask, other=None if mask is None else 0)
-
-
-def _dot(x, y, x_axis, y_axis):
-    """A product that sums the given axes in float32; float32 operands keep their full precision."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision=precision,
-                               preferred_element_type=jnp.float32)

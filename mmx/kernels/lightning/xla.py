@@ -1,16 +1,19 @@
 """Lightning attention in chunks, as plain XLA: differentiable, memory linear in T, any T, segments, states in and out.
 
-Within a chunk of Q tokens let c_i count the time up to and with token i, c the chunk's time, g = log_decay, S the state
-before it. (A token takes one unit of time; padding before the first and after the last real token takes none.)
+Let g = log_decay and S the state before a chunk of Q tokens. Each token from the first to the last real one of a row takes
+one unit of time; padding outside takes none. c_i is the time from the start of the chunk up to and including token i, and c
+is the time of the whole chunk:
 
-    o_i = a_i q_i S + sum_{j <= i} D_ij (q_i . k_j) v_j        a_i  = exp(g c_i)        where i's document goes on from S
-    S'  = r S + sum_j b_j k_j^T v_j                            b_j  = exp(g (c - c_j))  where j's document goes on after
-                                                               D_ij = exp(g (i - j))    where i and j share a document
-                                                               r    = exp(g c)          where S itself goes on after
+    o_i = a_i q_i S + sum_{j <= i} D_ij (q_i . k_j) v_j        a_i  = exp(g c_i)        or 0
+    S'  = r S + sum_j b_j k_j^T v_j                            b_j  = exp(g (c - c_j))  or 0
+                                                               D_ij = exp(g (i - j))    or 0
+                                                               r    = exp(g c)          or 0
 
-No exponent is positive. Products over a chunk's pairs cost 4 Q K per token and head, those with the state 4 K V.
-The backward pass keeps only the inputs: it recomputes the chunks' states, then walks the chunks in reverse with
-dS = r dS' + sum_i a_i q_i^T do_i. States, decays and sums are float32 (model.md section 3).
+The factors are 0 across documents: a_i unless token i belongs to the document of S, b_j unless token j belongs to the
+document of S', D_ij unless i and j belong to the same document, r unless S and S' do. No exponent is positive. Products of
+the pairs in a chunk cost 4 Q K FLOPs per token and head, products with the state 4 K V. The backward pass keeps only the
+inputs. It recomputes the states of the chunks, then visits the chunks in reverse with dS = r dS' + sum_i a_i q_i^T do_i.
+States, decays and sums are float32 (docs/model.md section 3).
 """
 from typing import NamedTuple
 
@@ -18,11 +21,12 @@ import jax
 import jax.numpy as jnp
 
 from mmx.kernels import platform
-from mmx.kernels.lightning import documents
+from mmx.kernels.lightning.documents import real_bounds, state_documents
+from mmx.kernels.products import einsum
 
 
 class Chunks(NamedTuple):
-    """What the chunks know of time and documents; the batch extent is 1 where there are no segments."""
+    """Decays and documents of all chunks. The batch extent is 1 without segments."""
     a_NBHQ: jax.Array
     b_NBHQ: jax.Array
     r_NBH: jax.Array
@@ -30,9 +34,9 @@ class Chunks(NamedTuple):
 
 
 def forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk):
-    """o_BHTV and the last state; see `api.lightning_attention`. `segments_BT` may be None, `state_BHKV` is given."""
+    """Returns o_BHTV and the last state; see `api.lightning_attention`. `segments_BT` may be None, `state_BHKV` may not."""
     T = q_BHTK.shape[2]
-    chunk = _chunk(chunk, T)
+    chunk = _chunk_size(chunk, T)
     chunks = _chunks(log_decay_H, segments_BT, T, chunk)
     pair_decay = _pair_decay(log_decay_H, chunk, segments_BT is not None)
     q_BHTK, k_BHTK, v_BHTV = (_pad(x, chunk) for x in (q_BHTK, k_BHTK, v_BHTV))
@@ -41,9 +45,9 @@ def forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk)
         state_BHKV, o_BHTV = carry
         q_BHQK, k_BHQK, v_BHQV = (_take(x, n, chunk) for x in (q_BHTK, k_BHTK, v_BHTV))
         c = jax.tree.map(lambda x: x[n], chunks)
-        scores_BHQQ = _dot("BHQK,BHPK->BHQP", q_BHQK, k_BHQK) * pair_decay(c)
-        o_BHQV = _dot("BHQP,BHPV->BHQV", scores_BHQQ.astype(v_BHQV.dtype), v_BHQV)
-        o_BHQV += _dot("BHQK,BHKV->BHQV", q_BHQK * c.a_NBHQ[..., None], state_BHKV)
+        scores_BHQP = einsum("BHQK,BHPK->BHQP", q_BHQK, k_BHQK) * pair_decay(c)
+        o_BHQV = einsum("BHQP,BHPV->BHQV", scores_BHQP.astype(v_BHQV.dtype), v_BHQV)
+        o_BHQV += einsum("BHQK,BHKV->BHQV", q_BHQK * c.a_NBHQ[..., None], state_BHKV)
         return _advance(state_BHKV, k_BHQK, v_BHQV, c), _put(o_BHTV, o_BHQV, n)
 
     start = state_BHKV, zeros_like(v_BHTV)
@@ -52,9 +56,9 @@ def forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk)
 
 
 def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BHTV, dstate_BHKV, chunk):
-    """Gradients of q, k, v and the given state, from those of `forward`'s results."""
+    """Returns the gradients of q, k, v and the initial state, given the gradients of the results of `forward`."""
     T = q_BHTK.shape[2]
-    chunk = _chunk(chunk, T)
+    chunk = _chunk_size(chunk, T)
     chunks = _chunks(log_decay_H, segments_BT, T, chunk)
     N = len(chunks.r_NBH)
     pair_decay = _pair_decay(log_decay_H, chunk, segments_BT is not None)
@@ -71,13 +75,13 @@ def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BH
         n = N - 1 - i
         q_BHQK, k_BHQK, v_BHQV, do_BHQV = (_take(x, n, chunk) for x in (q_BHTK, k_BHTK, v_BHTV, do_BHTV))
         c, state_BHKV = jax.tree.map(lambda x: x[n], (chunks, state_NBHKV))
-        a_BHQ1, b_BHQ1, decay_BHQQ = c.a_NBHQ[..., None], c.b_NBHQ[..., None], pair_decay(c)
-        scores_BHQQ = (_dot("BHQK,BHPK->BHQP", q_BHQK, k_BHQK) * decay_BHQQ).astype(do_BHQV.dtype)
-        dscores_BHQQ = (_dot("BHQV,BHPV->BHQP", do_BHQV, v_BHQV) * decay_BHQQ).astype(k_BHQK.dtype)
-        dq_BHQK = _dot("BHQP,BHPK->BHQK", dscores_BHQQ, k_BHQK) + _dot("BHQV,BHKV->BHQK", do_BHQV * a_BHQ1, state_BHKV)
-        dk_BHQK = _dot("BHQP,BHQK->BHPK", dscores_BHQQ, q_BHQK) + _dot("BHQV,BHKV->BHQK", v_BHQV * b_BHQ1, dstate_BHKV)
-        dv_BHQV = _dot("BHQP,BHQV->BHPV", scores_BHQQ, do_BHQV) + _dot("BHQK,BHKV->BHQV", k_BHQK * b_BHQ1, dstate_BHKV)
-        dstate_BHKV = c.r_NBH[..., None, None] * dstate_BHKV + _dot("BHQK,BHQV->BHKV", q_BHQK * a_BHQ1, do_BHQV)
+        a_BHQ1, b_BHQ1, decay_BHQP = c.a_NBHQ[..., None], c.b_NBHQ[..., None], pair_decay(c)
+        scores_BHQP = (einsum("BHQK,BHPK->BHQP", q_BHQK, k_BHQK) * decay_BHQP).astype(do_BHQV.dtype)
+        dscores_BHQP = (einsum("BHQV,BHPV->BHQP", do_BHQV, v_BHQV) * decay_BHQP).astype(k_BHQK.dtype)
+        dq_BHQK = einsum("BHQP,BHPK->BHQK", dscores_BHQP, k_BHQK) + einsum("BHQV,BHKV->BHQK", do_BHQV * a_BHQ1, state_BHKV)
+        dk_BHQK = einsum("BHQP,BHQK->BHPK", dscores_BHQP, q_BHQK) + einsum("BHQV,BHKV->BHQK", v_BHQV * b_BHQ1, dstate_BHKV)
+        dv_BHQV = einsum("BHQP,BHQV->BHPV", scores_BHQP, do_BHQV) + einsum("BHQK,BHKV->BHQV", k_BHQK * b_BHQ1, dstate_BHKV)
+        dstate_BHKV = c.r_NBH[..., None, None] * dstate_BHKV + einsum("BHQK,BHQV->BHKV", q_BHQK * a_BHQ1, do_BHQV)
         return dstate_BHKV, _put(dq_BHTK, dq_BHQK, n), _put(dk_BHTK, dk_BHQK, n), _put(dv_BHTV, dv_BHQV, n)
 
     start = dstate_BHKV, *map(zeros_like, (q_BHTK, k_BHTK, v_BHTV))
@@ -86,25 +90,21 @@ def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BH
 
 
 def zeros_like(x):
-    """Zeros over the devices that x is over: jnp.zeros_like forgets them in a jit that has a mesh by its arguments alone."""
+    """Returns zeros that are distributed over devices as x is.
+
+    jnp.zeros_like loses the sharding of x in a jit whose mesh is known only from its arguments.
+    """
     return jnp.where(False, jax.lax.stop_gradient(x), 0)
 
 
-def _chunk(chunk, T):
-    # 64 is best on CPU, 128-256 on accelerators (128 divides the matrix unit's tiles).
+def _chunk_size(chunk, T):
+    # 64 is fastest on CPU, 128 to 256 on accelerators (multiples of the matrix unit's tiles of 128).
     return min(chunk or (64 if platform.name() == "cpu" else 128), T)
 
 
-def _dot(spec, x, y):
-    """Einsum that accumulates in float32 at least; float32 operands keep their full precision on every device."""
-    dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
-    precision = jax.lax.Precision.DEFAULT if jnp.bfloat16 in (x.dtype, y.dtype) else jax.lax.Precision.HIGHEST
-    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=dtype)
-
-
 def _advance(state_BHKV, k_BHQK, v_BHQV, c):
-    """The state after a chunk."""
-    return c.r_NBH[..., None, None] * state_BHKV + _dot("BHQK,BHQV->BHKV", k_BHQK * c.b_NBHQ[..., None], v_BHQV)
+    """Returns the state after a chunk."""
+    return c.r_NBH[..., None, None] * state_BHKV + einsum("BHQK,BHQV->BHKV", k_BHQK * c.b_NBHQ[..., None], v_BHQV)
 
 
 def _pad(x_BHTK, chunk):
@@ -120,16 +120,17 @@ def _put(x_BHTK, x_BHQK, n):
 
 
 def _chunks(log_decay_H, segments_BT, T, chunk):
-    bounds_B2 = jnp.array([[0, T]]) if segments_BT is None else documents.bounds(segments_BT)
+    """Returns the decays and documents of all chunks."""
+    bounds_B2 = jnp.array([[0, T]]) if segments_BT is None else real_bounds(segments_BT)
     segments_BT = jnp.ones((1, T), jnp.int32) if segments_BT is None else segments_BT
-    documents_NB = documents.between(segments_BT, chunk).T
-    before_NB, after_NB = documents_NB[:-1], documents_NB[1:]
+    documents_CB = state_documents(segments_BT, chunk).T
+    before_NB, after_NB = documents_CB[:-1], documents_CB[1:]
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, -T % chunk)))
     segments_NBQ = jnp.moveaxis(segments_BT.reshape(len(segments_BT), -1, chunk), 1, 0)
 
-    place_NB1 = jnp.arange(len(segments_NBQ))[:, None, None] * chunk
+    first_NB1 = jnp.arange(len(segments_NBQ))[:, None, None] * chunk
     begin_B1, end_B1 = jnp.split(bounds_B2, 2, axis=1)
-    start_NB1, time_NBQ = (jnp.clip(place_NB1 + offset, begin_B1, end_B1) for offset in (0, jnp.arange(1, chunk + 1)))
+    start_NB1, time_NBQ = (jnp.clip(first_NB1 + offset, begin_B1, end_B1) for offset in (0, jnp.arange(1, chunk + 1)))
     time_NBQ = (time_NBQ - start_NB1).astype(log_decay_H.dtype)
     total_NB1 = time_NBQ[:, :, -1:]
 
@@ -143,11 +144,11 @@ def _chunks(log_decay_H, segments_BT, T, chunk):
 
 
 def _pair_decay(log_decay_H, chunk, segmented):
-    """A function from one chunk to its D_BHQQ: a constant, cut by documents where there are segments."""
-    distance_QQ = jnp.arange(chunk)[:, None] - jnp.arange(chunk)
-    d_HQQ = jnp.where(distance_QQ >= 0, jnp.exp(log_decay_H[:, None, None] * jnp.maximum(distance_QQ, 0)), 0)
+    """Returns a function that gives D of one chunk: the same for all chunks, but 0 across documents if `segmented`."""
+    distance_QP = jnp.arange(chunk)[:, None] - jnp.arange(chunk)
+    decay_HQP = jnp.where(distance_QP >= 0, jnp.exp(log_decay_H[:, None, None] * jnp.maximum(distance_QP, 0)), 0)
 
-    def cut(c):
-        same_BQQ = (c.segments_NBQ[:, :, None] == c.segments_NBQ[:, None, :]) & (c.segments_NBQ > 0)[:, None, :]
-        return jnp.where(same_BQQ[:, None], d_HQQ, 0)
-    return cut if segmented else lambda c: d_HQQ
+    def within_documents(c):
+        same_BQP = (c.segments_NBQ[:, :, None] == c.segments_NBQ[:, None, :]) & (c.segments_NBQ > 0)[:, None, :]
+        return jnp.where(same_BQP[:, None], decay_HQP, 0)
+    return within_documents if segmented else lambda c: decay_HQP
