@@ -190,7 +190,7 @@ def test_a_mesh_changes_no_token(monkeypatch):
         with np.load(folder / "oracle.npz") as want:
             check_mix(loaded, want, 4)
             asked = engine.Request(want["prompt"][0], 32)
-        kept = sharding.cache(empty_cache(loaded.config, 4, 256), jax.sharding.get_mesh())
+        kept = sharding.cache_shardings(empty_cache(loaded.config, 4, 256), jax.sharding.get_mesh())
         batch = engine.Batch(loaded, 4)
         batch.enter(0, engine._Row(0, asked, None, loaded.config, behind=False))
         list(batch.decode())

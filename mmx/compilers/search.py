@@ -142,7 +142,7 @@ def _work(e, sizes, mode) -> Work:
     if e.train.batch % rows or T % time:        # all tokens are everywhere
         rows, time, axes = 1, 1, ()
     else:
-        axes = sum(sharding.cuts(mesh), ())
+        axes = sum(sharding.token_axes(mesh), ())
     B, M, J, ep, etp = e.train.batch // rows, e.train.batch * T // rows // time, c.top_k, sizes["ep"], sizes["etp"]
     here, cuts, travels = c.experts // ep, [0, M], axes and ep * etp > 1
     if travels:
@@ -178,18 +178,18 @@ def _weights(c):
 
 
 def _weight(part, letters, times, shape, mesh, axes) -> Weight:
-    spec = sharding.weight(letters, shape, mesh)
+    spec = sharding.weight_spec(letters, shape, mesh)
     kept = here = math.prod(NamedSharding(mesh, spec).shard_shape(shape))
     steps = []
-    for _, axis in sharding.gathered(letters, spec):
+    for _, axis in sharding.fsdp_axes(letters, spec):
         steps.append((axis, here * (mesh.shape[axis] - 1)))
         here *= mesh.shape[axis]
-    return Weight(part, times, kept, steps, sharding.summed(spec, axes))
+    return Weight(part, times, kept, steps, sharding.gradient_sum_axes(spec, axes))
 
 
 def _cache(c, e, mesh) -> int:
     cache = jax.eval_shape(functools.partial(empty_cache, c, e.train.batch, e.train.length))
-    cuts = sharding.cache(cache, mesh)
+    cuts = sharding.cache_shardings(cache, mesh)
     return sum(math.prod(cut.shard_shape(x.shape)) * x.dtype.itemsize
                for x, cut in zip(jax.tree.leaves(cache), jax.tree.leaves(cuts)))
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx import config
-from mmx.parallel.sharding import constrain_tiles, everywhere
+from mmx.parallel.sharding import constrain_tiles, replicate
 
 
 def param(module: nn.Module, name: str, fan_in: str = ""):
@@ -28,7 +28,7 @@ def param(module: nn.Module, name: str, fan_in: str = ""):
     shape, width = (tuple(size[axis] for axis in axes) for axes in (name.rpartition("_")[2], fan_in))
     plain = nn.initializers.ones if name.startswith("norm") else nn.initializers.zeros
     made = module.param(name, nn.initializers.normal(math.prod(width) ** -0.5) if fan_in else plain, shape)
-    return everywhere(made.astype(c.dtype))
+    return replicate(made.astype(c.dtype))
 
 
 def layer_norm(module: nn.Module, x_IPJ, name: str = ""):

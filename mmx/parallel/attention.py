@@ -36,7 +36,7 @@ def softmax(q_BHTK, k_BGTK, v_BGTV, *, segments_BT, window=0):
     cut over etp."""
     if not _split(q_BHTK):
         return softmax_attention(q_BHTK, k_BGTK, v_BGTV, segments_BT=segments_BT, segments_BS=segments_BT, window=window)
-    G, etp = k_BGTK.shape[1], sharding.mesh().shape["etp"]
+    G, etp = k_BGTK.shape[1], sharding.active_mesh().shape["etp"]
     k_BGTK, v_BGTV = (jnp.repeat(x, math.lcm(G, etp) // G, axis=1) for x in (k_BGTK, v_BGTV))
     function = _ring if _cut() else functools.partial(softmax_attention, window=window)
 
@@ -52,7 +52,7 @@ def behind(q_BHTK, k_BGTK, v_BGTV, cache, start_B, window=0):
     behind the last layer). What is padding stands on the right of a row, where no real token sees it.
     """
     keys, scales = (cache["k_BGSK"], cache["v_BGSV"]), tuple(cache[name] for name in cache if "scale" in name)
-    (G, S), mesh = cache["k_BGSK"].shape[1:3], sharding.mesh()
+    (G, S), mesh = cache["k_BGSK"].shape[1:3], sharding.active_mesh()
     args = (q_BHTK, k_BGTK, v_BGTV, start_B, *keys, *scales)
     if mesh is None or G % mesh.shape["etp"] or S % mesh.shape["seq"]:
         before = _before(q_BHTK, start_B, *keys, scales, window)
@@ -114,15 +114,16 @@ def _ring(q_BHTK, k_BGTK, v_BGTV, *, segments_BT):
 
 def _split(q_BHTK):
     B, _, T, _ = q_BHTK.shape
-    return sharding.splits(B, T)
+    return sharding.tokens_are_sharded(B, T)
 
 
 def _cut() -> bool:
-    return sharding.mesh().shape["seq"] > 1
+    return sharding.active_mesh().shape["seq"] > 1
 
 
 def _sharded(local, letters, args, like):
     """`local` of the arrays (or None) cut by the table; its results are cut as the arguments of the numbers `like`."""
-    specs = tuple(P() if x is None else sharding.act(axes, x.shape, sharding.mesh()) for axes, x in zip(letters, args))
+    mesh = sharding.active_mesh()
+    specs = tuple(P() if x is None else sharding.activation_spec(axes, x.shape, mesh) for axes, x in zip(letters, args))
     # what a kernel makes is not tracked: no array is alike on devices that differ
     return jax.shard_map(local, in_specs=specs, out_specs=tuple(specs[n] for n in like), check_vma=False)(*args)

@@ -57,15 +57,15 @@ def moe(x_BTD, live_BT, router_DE, w1_EDF, w3_EDF, w2_EFD, *, top_k: int, capaci
     `parallel.sharding`, experts' matrices as they are kept; rows or time that do not split are computed everywhere, each
     device its experts' part.
     """
-    mesh, weights = sharding.mesh(), (w1_EDF, w3_EDF, w2_EFD)
+    mesh, weights = sharding.active_mesh(), (w1_EDF, w3_EDF, w2_EFD)
     local = functools.partial(_local, top_k=top_k, capacity=capacity, transport=transport, token_groups=token_groups,
                               ragged=ragged)
     if mesh is None:
         return local(x_BTD, live_BT, router_DE, *weights, rows=(), time=(), expert=(), kept=())
-    (rows, time), expert = sharding.cuts(mesh), sharding.present(mesh, EXPERT)
-    kept = tuple(sharding.weight(letters, w.shape, mesh) for letters, w in zip(MATRICES, weights))
-    if not sharding.splits(*live_BT.shape):     # no FSDP axis holds other tokens: the matrices are gathered outside
-        rows, time, kept = (), (), tuple(map(sharding.by_letters, MATRICES, kept))
+    (rows, time), expert = sharding.token_axes(mesh), sharding.nontrivial(mesh, EXPERT)
+    kept = tuple(sharding.weight_spec(letters, w.shape, mesh) for letters, w in zip(MATRICES, weights))
+    if not sharding.tokens_are_sharded(*live_BT.shape):     # no FSDP axis holds other tokens: the matrices are gathered outside
+        rows, time, kept = (), (), tuple(map(sharding.without_fsdp, MATRICES, kept))
     tokens = P(rows, time)
     sharded = jax.shard_map(functools.partial(local, rows=rows, time=time, expert=expert, kept=kept),
                             in_specs=(tokens, tokens, P(), *kept), out_specs=(tokens, tokens, P()))
@@ -326,7 +326,7 @@ def _rank(kind_A, keep_A, kinds):
 
 def _whole(weights, kept, axes):
     """The device's experts with all of D, which vary over all `axes` as its tokens do."""
-    return [sharding.unsharded(w, letters, spec, axes)
+    return [sharding.gather_weight(w, letters, spec, axes)
             for w, letters, spec in zip(weights, MATRICES, kept)] if axes else weights
 
 

@@ -15,18 +15,18 @@ from mmx.parallel import sharding
 def heads(x_BTD, **weights):
     """[x W for each of `weights`], each named by its axes (`q_DHK`), as [B, H, T, K]."""
     letters, weights = [name.rpartition("_")[2] for name in weights], list(weights.values())
-    if not sharding.splits(*x_BTD.shape[:2]):
+    if not sharding.tokens_are_sharded(*x_BTD.shape[:2]):
         return [_heads(x_BTD, w) for w in weights]
-    mesh = sharding.mesh()
-    rows, time = sharding.cuts(mesh)
-    kept = [sharding.weight(axes, w.shape, mesh) for axes, w in zip(letters, weights)]
+    mesh = sharding.active_mesh()
+    rows, time = sharding.token_axes(mesh)
+    kept = [sharding.weight_spec(axes, w.shape, mesh) for axes, w in zip(letters, weights)]
 
     def local(x_BTD, *weights):
         x_BSD = x_BTD
-        if any(map(sharding.tensor, kept)):     # 'B T/(seq etp) D -> B T/seq D'
+        if any(map(sharding.is_tensor_sharded, kept)):     # 'B T/(seq etp) D -> B T/seq D'
             with jax.named_scope("whole_time"):
                 x_BSD = jax.lax.all_gather(x_BTD, "etp", axis=1, tiled=True)
-        return [_heads(x_BSD if sharding.tensor(spec) else x_BTD, sharding.unsharded(w, axes, spec, rows + time))
+        return [_heads(x_BSD if sharding.is_tensor_sharded(spec) else x_BTD, sharding.gather_weight(w, axes, spec, rows + time))
                 for w, axes, spec in zip(weights, letters, kept)]
     out = [_cut(spec, rows, time) for spec in kept]
     return jax.shard_map(local, in_specs=(P(rows, time), *kept), out_specs=out)(x_BTD, *weights)
@@ -35,14 +35,14 @@ def heads(x_BTD, **weights):
 def join(x_BHTV, w_HVD):
     """All heads' outputs through W: y_BTD."""
     B, _, T, _ = x_BHTV.shape
-    if not sharding.splits(B, T):
+    if not sharding.tokens_are_sharded(B, T):
         return _join(x_BHTV, w_HVD)
-    mesh = sharding.mesh()
-    (rows, time), kept = sharding.cuts(mesh), sharding.weight("HVD", w_HVD.shape, mesh)
+    mesh = sharding.active_mesh()
+    (rows, time), kept = sharding.token_axes(mesh), sharding.weight_spec("HVD", w_HVD.shape, mesh)
 
     def local(x_BHTV, w_HVD):
-        y_BTD = _join(x_BHTV, sharding.unsharded(w_HVD, "HVD", kept, rows + time))
-        if not sharding.tensor(kept):
+        y_BTD = _join(x_BHTV, sharding.gather_weight(w_HVD, "HVD", kept, rows + time))
+        if not sharding.is_tensor_sharded(kept):
             return y_BTD
         with jax.named_scope("part_time"):      # 'B T/seq D -> B T/(seq etp) D', summed
             return jax.lax.psum_scatter(y_BTD, "etp", scatter_dimension=1, tiled=True)
@@ -51,7 +51,9 @@ def join(x_BHTV, w_HVD):
 
 def _cut(kept, rows, time):
     """How [B, H, T, K] of a weight is cut: heads that the tensor axis does not divide stay whole, and time stays cut."""
-    return P(rows, "etp", tuple(axis for axis in time if axis != "etp")) if sharding.tensor(kept) else P(rows, None, time)
+    if not sharding.is_tensor_sharded(kept):
+        return P(rows, None, time)
+    return P(rows, "etp", tuple(axis for axis in time if axis != "etp"))
 
 
 def _heads(x_BTD, w_DHK):

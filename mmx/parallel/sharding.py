@@ -20,7 +20,7 @@ ACTS = {"B": ROWS, "T": TIME, "S": ("seq",), "H": TENSOR, "G": TENSOR,      # S:
         "I": ROWS + TIME}       # tiles: those of a block of rows are dealt to the devices that have its time
 
 
-def mesh() -> Mesh | None:
+def active_mesh() -> Mesh | None:
     """The mesh that work is split over; None for one device."""
     here = jax.sharding.get_abstract_mesh()
     return None if here.empty or here.size == 1 else here
@@ -30,28 +30,28 @@ def size(mesh, axes) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def present(mesh, axes) -> tuple[str, ...]:
+def nontrivial(mesh, axes) -> tuple[str, ...]:
     """Those of more than one device."""
     return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
-def tensor(kept: P) -> bool:
+def is_tensor_sharded(kept: P) -> bool:
     """Whether a weight is cut over the tensor axis."""
     return any("etp" in names for names in _axes(kept))
 
 
-def cuts(mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def token_axes(mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The axes that rows and time are cut over."""
-    return present(mesh, ROWS), present(mesh, TIME)
+    return nontrivial(mesh, ROWS), nontrivial(mesh, TIME)
 
 
-def splits(B: int, T: int) -> bool:
+def tokens_are_sharded(B: int, T: int) -> bool:
     """Whether rows and time are cut over the mesh: all of it or none (a sample's one row is computed everywhere)."""
-    here = mesh()
+    here = active_mesh()
     return here is not None and B % size(here, ROWS) == 0 and T % size(here, TIME) == 0
 
 
-def weight(letters: str, shape, mesh) -> P:
+def weight_spec(letters: str, shape, mesh) -> P:
     """How a weight is kept: `letters` name its last axes, and what stands before them (the scanned layers) stays whole."""
     extents = shape[len(shape) - len(letters):]
     axes = [names if extent % size(mesh, names) == 0 else ()
@@ -63,33 +63,35 @@ def weight(letters: str, shape, mesh) -> P:
     return _fitting([()] * (len(shape) - len(letters)) + axes, shape, mesh)
 
 
-def act(letters: str, shape, mesh) -> P:
+def activation_spec(letters: str, shape, mesh) -> P:
     """How an activation is cut."""
     return _fitting([ACTS.get(letter, ()) for letter in letters], shape, mesh)
 
 
 def constrain(x, letters: str):
     """An activation [B, T or S, ...] cut by the table, where rows and time are cut."""
-    return jax.lax.with_sharding_constraint(x, act(letters, x.shape, mesh())) if splits(*x.shape[:2]) else x
+    if not tokens_are_sharded(*x.shape[:2]):
+        return x
+    return jax.lax.with_sharding_constraint(x, activation_spec(letters, x.shape, active_mesh()))
 
 
 def constrain_tiles(x_IPJ):
     """Tiles, or what became of them, cut by the table, where they split over the mesh."""
-    here = mesh()
-    return x_IPJ if here is None else jax.lax.with_sharding_constraint(x_IPJ, act("IPJ", x_IPJ.shape, here))
+    here = active_mesh()
+    return x_IPJ if here is None else jax.lax.with_sharding_constraint(x_IPJ, activation_spec("IPJ", x_IPJ.shape, here))
 
 
-def everywhere(w):
+def replicate(w):
     """A weight whole on every device."""
-    return w if mesh() is None else jax.lax.with_sharding_constraint(w, P())
+    return w if active_mesh() is None else jax.lax.with_sharding_constraint(w, P())
 
 
-def by_letters(letters: str, kept: P) -> P:
+def without_fsdp(letters: str, kept: P) -> P:
     """A weight that FSDP's axes do not cut."""
     return P(*(tuple(axis for axis in names if axis in WEIGHTS.get(letter, ())) for letter, names in zip(letters, _axes(kept))))
 
 
-def unsharded(w, letters: str, kept: P, axes):
+def gather_weight(w, letters: str, kept: P, axes):
     """Inside `shard_map`, for tokens that differ over all of `axes`: a weight cut by its letters alone, whole over FSDP's
     axes. Its gradient is reduce-scattered over those that it was cut over, and summed over the rest of `axes`.
 
@@ -98,20 +100,20 @@ def unsharded(w, letters: str, kept: P, axes):
     """
     shape = list(w.shape)
     # before it is gathered, so that gradients are summed over the rest of `axes` in parts as small as they are kept in
-    w = jax.lax.pcast(w, summed(kept, axes), to="varying")
-    for at, axis in gathered(letters, kept):        # 'D/(edp ep) -> D/edp -> D': (X - 1) / X of it received
+    w = jax.lax.pcast(w, gradient_sum_axes(kept, axes), to="varying")
+    for at, axis in fsdp_axes(letters, kept):        # 'D/(edp ep) -> D/edp -> D': (X - 1) / X of it received
         shape[at] *= jax.lax.axis_size(axis)
         w = jax.lax.all_gather(w, axis, axis=at).reshape(shape)
     return w
 
 
-def gathered(letters: str, kept: P) -> list[tuple[int, str]]:
-    """FSDP's cuts of a weight, each an array's axis and a mesh axis, in the order in which `unsharded` gathers them."""
+def fsdp_axes(letters: str, kept: P) -> list[tuple[int, str]]:
+    """FSDP's cuts of a weight, each an array's axis and a mesh axis, in the order in which `gather_weight` gathers them."""
     return [(at, axis) for at, names in reversed([*enumerate(_axes(kept))]) for axis in reversed(names)
             if axis not in WEIGHTS.get(letters[at], ())]
 
 
-def summed(kept: P, axes) -> tuple[str, ...]:
+def gradient_sum_axes(kept: P, axes) -> tuple[str, ...]:
     """Those of the tokens' `axes` that do not cut a weight: over them its gradient is summed."""
     return tuple(axis for axis in axes if not any(axis in names for names in _axes(kept)))
 
@@ -121,38 +123,38 @@ def letters_of(path) -> str:
     return getattr(path[-1], "key", "").rpartition("_")[2]
 
 
-def tree(abstract, mesh: Mesh):
+def param_shardings(abstract, mesh: Mesh):
     """The shardings of parameters, or of an optimizer's state over them: a leaf's name ends in its letters."""
     def leaf(path, x):
         letters = letters_of(path)
-        return NamedSharding(mesh, weight(letters, x.shape, mesh) if letters else P())
+        return NamedSharding(mesh, weight_spec(letters, x.shape, mesh) if letters else P())
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
-def cache(abstract, mesh: Mesh):
+def cache_shardings(abstract, mesh: Mesh):
     """The shardings of a cache: a leaf's name ends in its letters, and the scanned layers stand before them."""
     def leaf(path, x):
         letters = letters_of(path)
-        return NamedSharding(mesh, act("L" * (x.ndim - len(letters)) + letters, x.shape, mesh))
+        return NamedSharding(mesh, activation_spec("L" * (x.ndim - len(letters)) + letters, x.shape, mesh))
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
-def placement(letters: str, shape) -> NamedSharding | None:
+def weight_sharding(letters: str, shape) -> NamedSharding | None:
     """Where a weight is kept on the mesh in use (jax.set_mesh); None, the default, without one."""
     here = jax.sharding.get_mesh()
-    return None if here.empty else NamedSharding(here, weight(letters, shape, here))
+    return None if here.empty else NamedSharding(here, weight_spec(letters, shape, here))
 
 
-def whole(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch(mesh: Mesh, leading: int = 0) -> NamedSharding:
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Of the batch's arrays [B, T], behind `leading` whole axes."""
     return NamedSharding(mesh, P(*[None] * leading, ROWS, TIME))
 
 
-def tiles(mesh: Mesh, leading: int = 0) -> NamedSharding:
+def tile_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Of what a batch has block by block of its rows, behind `leading` whole axes: its tiles."""
     return NamedSharding(mesh, P(*[None] * leading, ROWS))
 
@@ -166,7 +168,7 @@ def _fitting(axes, shape, mesh) -> P:
     """P of these mesh axes: those of one device are left out, and all where they do not divide an array's axis."""
     parts = []
     for extent, names in zip(shape, axes):
-        names = present(mesh, names)
+        names = nontrivial(mesh, names)
         if extent % size(mesh, names):
             names = ()
         parts.append(names if len(names) > 1 else names[0] if names else None)

@@ -13,10 +13,10 @@ def show(x_BTD, places_BT, newline_D, patches_NMD):
     each of the devices has made that share its time.
     """
     N, M = patches_NMD.shape[:2]
-    mesh = sharding.mesh()
-    if not sharding.splits(*places_BT.shape) or N != sharding.size(mesh, sharding.ROWS):
+    mesh = sharding.active_mesh()
+    if not sharding.tokens_are_sharded(*places_BT.shape) or N != sharding.size(mesh, sharding.ROWS):
         return _shown(x_BTD, places_BT, newline_D, patches_NMD)
-    rows, time = sharding.cuts(mesh)
+    rows, time = sharding.token_axes(mesh)
     shared = time if M % sharding.size(mesh, time) == 0 else ()
 
     def local(x_BTD, places_BT, newline_D, patches_NMD):

@@ -13,14 +13,14 @@ from mmx.parallel import sharding
 
 def embed(embed_WD, tokens_BT, dtype):
     """x_BTD of token ids."""
-    if not sharding.splits(*tokens_BT.shape):
+    if not sharding.tokens_are_sharded(*tokens_BT.shape):
         return embed_WD[tokens_BT].astype(dtype)
-    mesh = sharding.mesh()
-    (rows, time), kept = sharding.cuts(mesh), sharding.weight("WD", embed_WD.shape, mesh)
+    mesh = sharding.active_mesh()
+    (rows, time), kept = sharding.token_axes(mesh), sharding.weight_spec("WD", embed_WD.shape, mesh)
 
     def local(embed_WD, tokens_BT):
-        embed_WD = sharding.unsharded(embed_WD.astype(dtype), "WD", kept, rows + time)
-        if not sharding.tensor(kept):
+        embed_WD = sharding.gather_weight(embed_WD.astype(dtype), "WD", kept, rows + time)
+        if not sharding.is_tensor_sharded(kept):
             return embed_WD[tokens_BT]
         with jax.named_scope("embed"):      # 'B T/etp -> B T' ids, then 'B T D -> B T/etp D'
             tokens_BT = jax.lax.all_gather(tokens_BT, "etp", axis=1, tiled=True)
@@ -32,14 +32,14 @@ def embed(embed_WD, tokens_BT, dtype):
 
 def cross_entropy(x_BTD, head_WD, targets_BT, weights_BT, chunk: int):
     """nats_B: each row's summed nats of its targets, weighted. Only [chunk, W] of logits exist at a time, both ways."""
-    if not sharding.splits(*targets_BT.shape):
+    if not sharding.tokens_are_sharded(*targets_BT.shape):
         return _nats(x_BTD, head_WD.astype(x_BTD.dtype), targets_BT, weights_BT, chunk, None)
-    mesh = sharding.mesh()
-    (rows, time), kept = sharding.cuts(mesh), sharding.weight("WD", head_WD.shape, mesh)
+    mesh = sharding.active_mesh()
+    (rows, time), kept = sharding.token_axes(mesh), sharding.weight_spec("WD", head_WD.shape, mesh)
 
     def local(x_BTD, head_WD, targets_BT, weights_BT):
-        head_WD = sharding.unsharded(head_WD.astype(x_BTD.dtype), "WD", kept, rows + time)
-        nats_B = _nats(x_BTD, head_WD, targets_BT, weights_BT, chunk // mesh.size, sharding.tensor(kept) and "etp")
+        head_WD = sharding.gather_weight(head_WD.astype(x_BTD.dtype), "WD", kept, rows + time)
+        nats_B = _nats(x_BTD, head_WD, targets_BT, weights_BT, chunk // mesh.size, sharding.is_tensor_sharded(kept) and "etp")
         return jax.lax.psum(nats_B, time) if time else nats_B
     tokens = P(rows, time)
     sharded = jax.shard_map(local, in_specs=(tokens, kept, tokens, tokens), out_specs=P(rows))

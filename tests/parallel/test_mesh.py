@@ -47,9 +47,9 @@ def steps(count, mesh=None, **changes):
     step = functools.partial(train.train_step, model=model, optimizer=optimizer, loss_chunk=TRAIN.loss_chunk)
     params, opt, rows = *start(), batch()
     if mesh:
-        kept = sharding.tree((params, opt), mesh)
-        (params, opt), rows = jax.device_put((params, opt), kept), jax.device_put(rows, sharding.batch(mesh, 1))
-        step = jax.jit(step, out_shardings=(*kept, sharding.whole(mesh)))
+        kept = sharding.param_shardings((params, opt), mesh)
+        (params, opt), rows = jax.device_put((params, opt), kept), jax.device_put(rows, sharding.batch_sharding(mesh, 1))
+        step = jax.jit(step, out_shardings=(*kept, sharding.replicated(mesh)))
     else:
         step = jax.jit(step)
     told = []
@@ -81,8 +81,8 @@ def read_and_go_on(lengths, mesh=None):
     read, go_on = (functools.partial(f, model) for f in (engine.prefill, engine.decode_step))
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         if mesh:
-            params = jax.device_put(params, sharding.tree(params, mesh))
-            kept = sharding.cache(cache, mesh)
+            params = jax.device_put(params, sharding.param_shardings(params, mesh))
+            kept = sharding.cache_shardings(cache, mesh)
             cache = jax.device_put(cache, kept)
             read, go_on = jax.jit(read, out_shardings=kept), jax.jit(go_on, out_shardings=(None, kept))
         else:
