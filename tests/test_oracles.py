@@ -183,7 +183,7 @@ def test_a_mesh_changes_no_token(monkeypatch):
     """Parameters and cache are cut over eight devices: rows, time, experts and heads."""
     monkeypatch.setattr(engine, "LEVELS", (16,))
     folder = ORACLES / "a_7to1_hf"
-    with mesh.serving(convert.open_source(folder / "ckpt").model, "ep=2,etp=2,seq=2"):
+    with mesh.inference_mesh(convert.open_source(folder / "ckpt").model, "ep=2,etp=2,seq=2"):
         loaded = convert.load(folder / "ckpt")
         parts = [len({str(s.index) for s in w.addressable_shards}) for w in jax.tree.leaves(loaded.params)]
         assert max(parts) == 8 and np.mean(parts) > 4, parts

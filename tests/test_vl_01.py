@@ -19,7 +19,7 @@ TOKENS = {"align": 80e9, "full": 420e9, "long": 44.8e9}
 def test_every_pod_and_stage(pod, stage):
     e = experiments.read(f"{FILE}:{pod},{stage}", [])
     t, sizes, released = e.train, vars(e.mesh), experiments.read(TEXT, []).model
-    assert math.prod(sizes.values()) == CHIPS[pod] and meshes.misfit(e, sizes) is None
+    assert math.prod(sizes.values()) == CHIPS[pod] and meshes.mesh_error(e, sizes) is None
     assert e.model.vision.params == pytest.approx(303e6, rel=2e-3)
     if stage in TOKENS:
         (_, count), = t.ramp

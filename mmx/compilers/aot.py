@@ -39,9 +39,9 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 def run(e: Experiment, topology: str, mesh: str | None = None, mode: str = "train", slices: int = 1) -> dict:
     """Compiles, and returns what `show` prints. Raises ConfigError for what no pod or mesh can be."""
-    e = e if mesh is None else dataclasses.replace(e, mesh=meshes.named(mesh))
+    e = e if mesh is None else dataclasses.replace(e, mesh=meshes.parse(mesh))
     chip, devices = pod(topology, slices)
-    mesh = meshes.described(e, devices)
+    mesh = meshes.for_topology(e, devices)
     memory, peak, *_ = CHIPS[chip]
     platform = "cuda" if chip == "h100" else "tpu"
     tokens = span(e, mode)

@@ -70,11 +70,11 @@ def candidates(e: Experiment, devices: int, slices: int) -> list[dict[str, int]]
         return [(first, *rest) for first in range(1, n + 1) if n % first == 0 for rest in splits(n // first, axes - 1)]
     axes = dataclasses.asdict(e.mesh)
     all_sizes = [dict(zip(axes, (slices, *sizes))) for sizes in splits(devices // slices, len(axes) - 1)]
-    found = [sizes for sizes in all_sizes if not meshes.misfit(e, sizes)]
+    found = [sizes for sizes in all_sizes if not meshes.mesh_error(e, sizes)]
     if not found:
         likely = min(all_sizes, key=lambda sizes: sizes["ep"] * sizes["etp"] * sizes["seq"])
         raise ConfigError(f"no mesh of {slices} x {devices // slices} devices splits the experiment, say {name(likely)}: "
-                          + meshes.misfit(e, likely))
+                          + meshes.mesh_error(e, likely))
     return found
 
 

@@ -13,7 +13,7 @@ from mmx.config import ConfigError, Experiment
 from mmx.parallel import sharding
 
 
-def named(text: str) -> config.Mesh:
+def parse(text: str) -> config.Mesh:
     """Axes by AXIS=SIZE with commas; those not named are 1."""
     sizes = dict.fromkeys((f.name for f in dataclasses.fields(config.Mesh)), 1)
     for part in text.split(","):
@@ -26,9 +26,9 @@ def named(text: str) -> config.Mesh:
     return found
 
 
-def serving(c: config.Model, text: str):
-    """A context of the mesh of `named` axes for inference, where rows and time that do not split are computed everywhere."""
-    return jax.set_mesh(make(Experiment(c.anywhere(), train=None, mesh=named(text))))
+def inference_mesh(c: config.Model, text: str):
+    """A context of the mesh of `parse` axes for inference, where rows and time that do not split are computed everywhere."""
+    return jax.set_mesh(make(Experiment(c.anywhere(), train=None, mesh=parse(text))))
 
 
 def make(e: Experiment, processes: int = 1) -> Mesh:
@@ -42,7 +42,7 @@ def make(e: Experiment, processes: int = 1) -> Mesh:
     _check(e, sizes | {free: 1} if free else sizes)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     counts = range(cores // named, 1, -1) if processes == 1 else range(1, processes + 1)
-    fitting = next((n for n in counts if free and n * named % processes == 0 and not misfit(e, sizes | {free: n})), 1)
+    fitting = next((n for n in counts if free and n * named % processes == 0 and not mesh_error(e, sizes | {free: n})), 1)
     try:
         jax.config.update("jax_num_cpu_devices", max(fitting * named // processes, 1))
     except RuntimeError:        # the devices are in use already: take them as they are
@@ -56,7 +56,7 @@ def make(e: Experiment, processes: int = 1) -> Mesh:
             raise ConfigError(f"{told}: the other axes' product {named} does not divide the {len(devices)} devices here")
         sizes[free] = most
         if idle:        # some may, where they were made for another experiment
-            sizes[free] = next((n for n in range(most, 1, -1) if not misfit(e, sizes | {free: n})), 1)
+            sizes[free] = next((n for n in range(most, 1, -1) if not mesh_error(e, sizes | {free: n})), 1)
     _check(e, sizes)
     world = math.prod(sizes.values())
     if world > len(devices):
@@ -68,7 +68,7 @@ def make(e: Experiment, processes: int = 1) -> Mesh:
     return _placed(devices[:world], sizes)
 
 
-def reader(mesh: Mesh) -> tuple[int, int]:
+def data_host(mesh: Mesh) -> tuple[int, int]:
     """(host, hosts): which of how many equal blocks of a batch's rows this process reads.
 
     Processes that hold parts of the same rows read the same block.
@@ -85,7 +85,7 @@ def reader(mesh: Mesh) -> tuple[int, int]:
     return blocks.index(tuple(rows[jax.process_index()])), len(blocks)
 
 
-def described(e: Experiment, devices) -> Mesh:
+def for_topology(e: Experiment, devices) -> Mesh:
     """The experiment's mesh over all devices of a pod that is not here; -1 takes what the other axes leave."""
     sizes, _, named, told = _axes(e)
     sizes = {axis: n if n != -1 else len(devices) // named for axis, n in sizes.items()}
@@ -110,11 +110,11 @@ def _placed(devices, sizes) -> Mesh:
 
 
 def _check(e, sizes):
-    if reason := misfit(e, sizes):
+    if reason := mesh_error(e, sizes):
         raise ConfigError(reason)
 
 
-def misfit(e: Experiment, sizes) -> str | None:
+def mesh_error(e: Experiment, sizes) -> str | None:
     """What of the experiment does not split over the mesh axes."""
     if "W" in e.model.pattern and sizes["seq"] > 1:
         return f"model.pattern={e.model.pattern!r} has windows, W, which mesh.seq={sizes['seq']} would cut"

@@ -99,7 +99,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
             raise ConfigError(f"train.sample_prompt={t.sample_prompt!r:.200}: {error}") from None
     mesh = meshes.make(experiment, processes)
     _check_same(experiment)
-    host, hosts = meshes.reader(mesh)
+    host, hosts = meshes.data_host(mesh)
     stream = pipeline.stream(experiment.data, t, host=host, hosts=hosts, vision=experiment.model.vision,
                              blocks=sharding.size(mesh, sharding.ROWS), share=sharding.size(mesh, sharding.TIME))
     held_out = pipeline.validation(experiment.data)

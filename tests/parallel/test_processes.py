@@ -253,10 +253,10 @@ def test_who_reads_which_rows(sizes, local, process, want, monkeypatch):
     devices = np.array([SimpleNamespace(process_index=n // local) for n in range(np.prod(sizes))]).reshape(sizes)
     mesh = SimpleNamespace(devices=devices, shape=dict(zip(("slice", "edp", "ep", "etp", "seq"), sizes)))
     if want:
-        assert meshes.reader(mesh) == want
+        assert meshes.data_host(mesh) == want
     else:
         with pytest.raises(ConfigError, match="^a process's 4 devices are neither a multiple nor a part of .* = 3: "):
-            meshes.reader(mesh)
+            meshes.data_host(mesh)
 
 
 def test_the_others_say_who_was_killed(four):
