@@ -19,7 +19,7 @@ from mmx.parallel import vocabulary
 from mmx.parallel.cache import put
 from mmx.parallel.expert import ARRIVED
 from mmx.parallel.sharding import constrain
-from mmx.parallel.vision import show
+from mmx.parallel.vision import insert_patches
 
 MIXERS = {"L": Lightning, "S": Softmax, "W": lambda c, name=None: Softmax(c, c.window, name=name)}
 
@@ -90,7 +90,7 @@ class Model(nn.Module):
         embed_WD = self.param("embed_WD", nn.initializers.normal(c.embed_std), (c.vocab, c.dim))
         x_BTD = vocabulary.embed(embed_WD, tokens_BT, c.dtype)
         if places_BT is not None:
-            x_BTD = show(x_BTD, places_BT, *seen)
+            x_BTD = insert_patches(x_BTD, places_BT, *seen)
         x_BTD = constrain(x_BTD, "BTD")
         log_decay_LPH = jnp.array(c.log_decay, jnp.promote_types(c.dtype, jnp.float32)).reshape(
             c.groups, len(c.pattern), c.heads)

@@ -45,7 +45,7 @@ def softmax(q_BHTK, k_BGTK, v_BGTV, *, segments_BT, window=0):
     return _sharded(local, ("BHSK", "BGSK", "BGSV", "BS"), (q_BHTK, k_BGTK, v_BGTV, segments_BT), (0,))[0]
 
 
-def behind(q_BHTK, k_BGTK, v_BGTV, cache, start_B, window=0):
+def softmax_with_cache(q_BHTK, k_BGTK, v_BGTV, cache, start_B, window=0):
     """o_BHTV of T new tokens: softmax attention to row b's first start_b places of a cache, and to one another.
 
     The cache is only read: to put the new ones in where others still read would copy it (`parallel.cache.put` does it

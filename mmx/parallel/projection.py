@@ -12,7 +12,7 @@ from mmx.kernels import platform
 from mmx.parallel import sharding
 
 
-def heads(x_BTD, **weights):
+def to_heads(x_BTD, **weights):
     """[x W for each of `weights`], each named by its axes (`q_DHK`), as [B, H, T, K]."""
     letters, weights = [name.rpartition("_")[2] for name in weights], list(weights.values())
     if not sharding.tokens_are_sharded(*x_BTD.shape[:2]):
@@ -32,7 +32,7 @@ def heads(x_BTD, **weights):
     return jax.shard_map(local, in_specs=(P(rows, time), *kept), out_specs=out)(x_BTD, *weights)
 
 
-def join(x_BHTV, w_HVD):
+def from_heads(x_BHTV, w_HVD):
     """All heads' outputs through W: y_BTD."""
     B, _, T, _ = x_BHTV.shape
     if not sharding.tokens_are_sharded(B, T):
