@@ -17,7 +17,7 @@ from mmx.layers.softmax import Softmax
 from mmx.layers.vision import Vision
 from mmx.parallel import vocabulary
 from mmx.parallel.cache import put
-from mmx.parallel.expert import ARRIVED
+from mmx.parallel.exchange import ARRIVED
 from mmx.parallel.sharding import constrain
 from mmx.parallel.vision import insert_patches
 
@@ -79,7 +79,7 @@ class Model(nn.Module):
 
         Returns:
           x_BTD, the cache with these tokens in (or None), and a dict of statistics, [layers, ...] each: load_E, prob_E,
-          z, dropped, overflow (`parallel.expert.Stats`), with `trace` hidden_BTD and router_logits_BTE.
+          z, dropped, overflow (`parallel.routing.Stats`), with `trace` hidden_BTD and router_logits_BTE.
         """
         c = self.config
         T = tokens_BT.shape[1]

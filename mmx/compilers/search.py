@@ -33,7 +33,7 @@ from mmx.chips import CHIPS
 from mmx.compilers import aot
 from mmx.config import ConfigError, Experiment
 from mmx.model import Model
-from mmx.parallel import expert, lightning, sharding
+from mmx.parallel import exchange, expert, lightning, routing, sharding
 from mmx.parallel import mesh as meshes
 from mmx.parallel.cache import empty_cache
 
@@ -148,9 +148,10 @@ def _work(e, sizes, mode) -> Work:
     if travels:
         cuts = [M * n // c.token_groups for n in range(c.token_groups + 1)]
     groups = [b - a for a, b in itertools.pairwise(cuts) if b > a]
-    limit = expert.most(c.capacity, M * rows * time * J, c.experts)
+    limit = routing.expert_capacity(c.capacity, M * rows * time * J, c.experts)
     buffers = 1 if c.ragged else ep
-    sent_N = [buffers * expert.room_for(m, J, here, limit, ep, c.transport, c.ragged) if travels else m * J for m in groups]
+    slots = functools.partial(exchange.buffer_slots, peers=ep, transport=c.transport, ragged=c.ragged)
+    sent_N = [buffers * slots(m, J, here, limit) if travels else m * J for m in groups]
     rows_N = []
     for m, sent in zip(groups, sent_N):
         X = etp if travels else 1

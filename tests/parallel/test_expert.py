@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from mmx.parallel import expert
+from mmx.parallel.routing import Routing, Stats, balance_loss
 
 M, D, E, F = 40, 6, 4, 6
 QUICK = {"xla_backend_optimization_level": 0}      # compiling is most of the time here
@@ -44,8 +45,8 @@ def step(function, args, cotangents, given_M, **how):
 def moe(x_MD, router_DE, w1_EDF, w3_EDF, w2_EFD, live_M, *, top_k, capacity, **how):
     """As [B, T] of up to eight rows: the queue's order, row by row, is that of M."""
     B = math.gcd(len(x_MD), 8)
-    y_BTD, logits_BTE, stats = expert.moe(x_MD.reshape(B, -1, D), live_M.reshape(B, -1), router_DE, w1_EDF, w3_EDF, w2_EFD,
-                                          top_k=top_k, capacity=capacity, **how)
+    y_BTD, logits_BTE, stats = expert.moe(x_MD.reshape(B, -1, D), live_M.reshape(B, -1), router_DE, (w1_EDF, w3_EDF, w2_EFD),
+                                          Routing(top_k, capacity, **how))
     return y_BTD.reshape(-1, D), logits_BTE.reshape(-1, E), stats
 
 
@@ -64,7 +65,7 @@ def token_by_token(x_MD, router_DE, w1_EDF, w3_EDF, w2_EFD, given, *, top_k):
     chosen_MJE = jax.nn.one_hot(expert_MJ, E) * live_M[:, None, None]
     z_M = jax.nn.logsumexp(logits_ME, axis=1) ** 2
     prob_E = jnp.sum(jax.nn.softmax(logits_ME) * live_M[:, None], 0) / real
-    return y_MD, logits_ME, expert.Stats(chosen_MJE.sum((0, 1)) / (real * top_k), prob_E, jnp.sum(z_M * live_M) / real,
+    return y_MD, logits_ME, Stats(chosen_MJE.sum((0, 1)) / (real * top_k), prob_E, jnp.sum(z_M * live_M) / real,
                                          1 - keep_MJ.sum() / (real * top_k), 0.0)
 
 
@@ -223,7 +224,7 @@ def test_balance_loss(form, balanced):
     even_E, one_E = jnp.full(E, 1 / E), jnp.eye(E)[2]
     f_E, p_E = jnp.array([0.5, 0.25, 0.25, 0]), jnp.array([0.4, 0.3, 0.2, 0.1])
     for load_E, prob_E, over in ((even_E, even_E, 1), (one_E, one_E, E), (f_E, p_E, E * 0.325)):
-        np.testing.assert_allclose(expert.balance_loss(load_E, prob_E, 2, form), balanced * over, rtol=1e-6)
-    df_E, dp_E = jax.grad(expert.balance_loss, (0, 1))(f_E, p_E, 2, form)
+        np.testing.assert_allclose(balance_loss(load_E, prob_E, 2, form), balanced * over, rtol=1e-6)
+    df_E, dp_E = jax.grad(balance_loss, (0, 1))(f_E, p_E, 2, form)
     assert (df_E == 0).all()
     np.testing.assert_allclose(dp_E, balanced * E * f_E, rtol=1e-6)
