@@ -10,7 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 from mmx.compilers import hlo
 from mmx.kernels.lightning import reference
 from mmx.parallel import ring
-from mmx.parallel.lightning import bytes_per_device, lightning_attention
+from mmx.parallel.lightning import Kernel, bytes_per_device, lightning_attention
 
 B, H, T, K, V = 6, 3, 64, 4, 6
 LOG_DECAY_H = -np.array([0.3, 4e-8, 0], np.float32)
@@ -52,13 +52,13 @@ def oracle(packed):
         return [np.asarray(x) for x in jax.jit(step, static_argnums=0)(run, args, cotangents, segments)]
 
 
-def sharded(seq, edp=1, check_vma=True, **how):
+def sharded(seq, edp=1, check_vma=True):
     """`lightning_attention` of whole arrays, its rows cut over edp and its time over seq devices."""
     mesh = jax.make_mesh((edp, seq), ("edp", "seq"), axis_types=(AxisType.Auto,) * 2)
     tokens, state, rows = PartitionSpec("edp", None, "seq"), PartitionSpec("edp"), PartitionSpec("edp", "seq")
 
     def local(q, k, v, state, segments):
-        return lightning_attention(q, k, v, LOG_DECAY_H, axis="seq", segments_BT=segments, state_BHKV=state, **how)
+        return lightning_attention(q, k, v, LOG_DECAY_H, axis="seq", segments_BT=segments, state_BHKV=state)
     return jax.shard_map(local, mesh=mesh, in_specs=(tokens, tokens, tokens, state, rows), out_specs=(tokens, state),
                          check_vma=check_vma)
 
@@ -96,10 +96,10 @@ def test_exchanges(seq, kinds):
 
 def test_states_are_less_than_tokens():
     """A layer of MiniMax-Text-01, a million tokens on 8 devices, bfloat16: GB that a device receives, forward."""
-    tokens = dict(B=1, T=2 ** 17, axis_size=8, itemsize=2)
+    tokens = dict(tokens=2 ** 17, axis_size=8, itemsize=2)
     moved = {"LASP+": bytes_per_device(1, 64, 128, 128, 8, last=False),
-             "ring attention, 8 KV heads": ring.bytes_per_device(G=8, K=128, V=128, **tokens),
-             "gathering k and v of 64 heads": ring.bytes_per_device(G=64, K=128, V=128, **tokens)}
+             "ring attention, 8 KV heads": ring.bytes_per_device(width=8 * 2 * 128, **tokens),
+             "gathering k and v of 64 heads": ring.bytes_per_device(width=64 * 2 * 128, **tokens)}
     print({name: size / 1e9 for name, size in moved.items()})
     assert list(moved.values()) == [2 ** 24, 7 * 2 ** 29, 7 * 2 ** 32]
 
@@ -114,9 +114,10 @@ def test_a_million_tokens():
     place = np.arange(T)
     mesh = jax.make_mesh((8,), ("seq",), axis_types=(AxisType.Auto,))
     tokens, rows, whole = PartitionSpec(None, None, "seq"), PartitionSpec(None, "seq"), PartitionSpec()
+    attention = functools.partial(lightning_attention, axis="seq", kernel=Kernel(chunk=256))
     run = jax.jit(jax.shard_map(
-        lambda q, k, v, segments: lightning_attention(q, k, v, g[None], axis="seq", segments_BT=segments, chunk=256),
-        mesh=mesh, in_specs=(tokens, tokens, tokens, rows), out_specs=(tokens, whole)))
+        lambda q, k, v, segments: attention(q, k, v, g[None], segments_BT=segments), mesh=mesh,
+        in_specs=(tokens, tokens, tokens, rows), out_specs=(tokens, whole)))
     o, state = map(np.asarray, run(q, k, v, 1 + (place >= cut)[None]))
 
     for t in (0, T // 8 - 1, T // 8, cut - 1, cut, 7 * T // 8, T - 1):

@@ -100,7 +100,7 @@ def test_work(monkeypatch, balanced, packed, squares):
 def test_bytes_and_memory():
     """The exchanges are as large as `bytes_per_device` says, and nothing of a step is kept: memory is a few local arrays."""
     seq, T = 8, 8192
-    mine = dict(B=1, G=1, T=T // seq, K=64, V=64, axis_size=seq, documents=True)
+    mine = dict(tokens=T // seq, width=64 + 64, axis_size=seq, documents=True)
     array = jax.ShapeDtypeStruct((1, 1, T, 64), jnp.float32)
     compiled = step.lower(sharded(seq), *[array] * 4, jax.ShapeDtypeStruct((1, T), jnp.int32)).compile()
     found = hlo.analyse(compiled.as_text(), {"seq": seq}).collectives
@@ -133,7 +133,7 @@ def test_order():
         np.testing.assert_array_equal(there[0], ring.zigzag(6 * seq, seq))
         back = jax.jit(jax.shard_map(lambda x: ring.from_zigzag(x, "seq", time=1), **rows))(there)
         np.testing.assert_array_equal(back, place)
-    with pytest.raises(ValueError, match="T=10 does not split into 2 x 2 blocks"):
+    with pytest.raises(ValueError, match="T=10 must be divisible by the number of blocks, 2 x 2"):
         ring.zigzag(10, 2)
     q = np.zeros((1, 1, 3, 4))
     with pytest.raises(ValueError, match="balanced=True needs an even number"):
