@@ -126,7 +126,7 @@ def _sequence_is_sharded() -> bool:
 
 
 def _sharded(local, letters, args, like):
-    """Calls `local` in shard_map. Args (or None) are sharded by their `letters`, results as the arguments with indices `like`."""
+    """Calls `local` in shard_map: args (or None) are sharded by their letters, results as the args with the indices `like`."""
     mesh = sharding.active_mesh()
     specs = tuple(P() if x is None else sharding.activation_spec(axes, x.shape, mesh) for axes, x in zip(letters, args))
     # check_vma=False, since kernels do not say over which axes their results vary

@@ -43,6 +43,9 @@ class Kernel(NamedTuple):
     chunk: int | None = None
 
 
+DEFAULT_KERNEL = Kernel()
+
+
 class Boundary(NamedTuple):
     """Positions on the time axis and the documents there: [d, B] for all devices, [B] for one. B is 1 without documents."""
     position: jax.Array
@@ -52,7 +55,7 @@ class Boundary(NamedTuple):
         return Boundary(self.position[device], self.document[device])
 
 
-def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, axis, segments_BT=None, state_BHKV=None, kernel=Kernel()):
+def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, axis, segments_BT=None, state_BHKV=None, kernel=DEFAULT_KERNEL):
     """`kernels.lightning.lightning_attention` of a sequence sharded over the mesh axis `axis`, inside `jax.shard_map`.
 
     Args:

@@ -150,16 +150,16 @@ def test_ragged_exchange_equals_one_device(ragged_on_cpu):
 
 
 @pytest.mark.parametrize("mesh, model, message", [
-    ({"edp": 3}, {}, "^train.batch=8 does not split over mesh.edp=3 devices$"),
-    ({"edp": 2, "ep": 8}, {}, "^train.batch=8 does not split over mesh.edp=2 x mesh.ep=8 devices$"),
-    ({"slice": 3}, {}, "^train.batch=8 does not split over mesh.slice=3 devices$"),
-    ({"seq": 3}, {}, "^train.length=32 does not split over mesh.seq=3 devices$"),
-    ({"etp": 4}, {"heads": 6}, "^model.heads=6 does not split over mesh.etp=4 devices$"),
-    ({"etp": 8}, {"expert_dim": 12}, "^model.expert_dim=12 does not split over mesh.etp=8 devices$"),
+    ({"edp": 3}, {}, "^train.batch=8 must be divisible by mesh.edp=3$"),
+    ({"edp": 2, "ep": 8}, {}, "^train.batch=8 must be divisible by mesh.edp=2 x mesh.ep=8$"),
+    ({"slice": 3}, {}, "^train.batch=8 must be divisible by mesh.slice=3$"),
+    ({"seq": 3}, {}, "^train.length=32 must be divisible by mesh.seq=3$"),
+    ({"etp": 4}, {"heads": 6}, "^model.heads=6 must be divisible by mesh.etp=4$"),
+    ({"etp": 8}, {"expert_dim": 12}, "^model.expert_dim=12 must be divisible by mesh.etp=8$"),
     ({"ep": 2}, {"ragged": True}, "^model.ragged=True needs TPUs or GPUs: CPUs have no ragged all-to-all"),
-    ({"ep": 4}, {"experts": 6}, "^model.experts=6 does not split over mesh.ep=4 devices$"),
-    ({"edp": 8, "ep": 1, "etp": 2}, {}, "^mesh.edp=8, mesh.etp=2 needs 16 devices, but 8 devices are here; -1 on one"),
-    ({"seq": 16}, {}, "^mesh.edp=-1, mesh.seq=16: the other axes' product 16 does not divide the 8 devices here$")])
+    ({"ep": 4}, {"experts": 6}, "^model.experts=6 must be divisible by mesh.ep=4$"),
+    ({"edp": 8, "ep": 1, "etp": 2}, {}, "^mesh.edp=8, mesh.etp=2 needs 16 devices, but there are 8. Set one axis to -1"),
+    ({"seq": 16}, {}, "^mesh.edp=-1, mesh.seq=16: the product of the other axes, 16, must divide the number of devices, 8$")])
 def test_meshes_that_cannot_be(mesh, model, message):
     experiment = config.Experiment(dataclasses.replace(C, **model), TRAIN, mesh=config.Mesh(**mesh))
     with pytest.raises(config.ConfigError, match=message):
