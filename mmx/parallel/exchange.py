@@ -1,19 +1,20 @@
 """Exchange of tokens over the expert axes of the mesh: tokens travel to their experts, and outputs travel back.
 
-By default a device has a buffer of C slots for each peer, the devices of its ep group. Tokens travel so:
+By default a device has a buffer of C slots for each of its peers, the devices of its ep group. The layout of tokens changes so:
 
     [p, C, D] --all-to-all over ep--> --all-gather over etp--> [b, C, D], SwiGLU of E/ep experts with F/etp hidden units
     [p, C, D] <--all-to-all over ep-- <--reduce-scatter over etp--
 
-A ragged all-to-all (TPU and GPU) needs no padding between peers. Each device packs its assignments by peer and expert:
+A ragged all-to-all (TPU and GPU) sends no empty slots. Each device packs its assignments by peer and expert:
 
     [a, D] --ragged all-to-all over ep--> [C, D] --all-gather over etp--> [b, C, D] and the same way back
 
 In both cases assignments are sorted by expert, and all devices know the counts. The counts alone therefore determine which
 expert each received slot belongs to.
 
-Router weights are sent ahead of the tokens, and the experts' devices multiply by them. So the sender needs no expert outputs
-to compute gradients, and a backward pass that recomputes the layer does not send the outputs back again.
+Router weights are sent ahead of the tokens, and the experts' devices multiply by them. The gradients of router weights are then
+computed on the experts' devices too. So no gradient needs the outputs on the tokens' devices, and a backward pass that
+recomputes the layer does not send the outputs back again.
 
 Upper-case letters are those of `mmx.dims`, with local extents; E counts the experts of all devices. Lower-case letters:
 
@@ -38,7 +39,7 @@ from mmx.parallel.routing import Choices, Routing, earlier_and_total, queue_orde
 ARRIVED = "arrived"         # name for jax.checkpoint policies: tokens and weights that arrived at their experts' devices
 
 
-class Ragged(NamedTuple):
+class RaggedRoute(NamedTuple):
     """A ragged all-to-all over ep, and its reverse: the last four arguments of jax.lax.ragged_all_to_all."""
     slots: int                  # of the buffer that receives
     dispatch: tuple
@@ -53,14 +54,14 @@ class Group(NamedTuple):
     sent: jax.Array             # how many assignments this device sends
     weight_bC: jax.Array        # the router weight of each received slot
     sent_bse: jax.Array         # how many assignments each received buffer has from each source for each local expert
-    ragged: Ragged | None       # None: slots
+    route: RaggedRoute | None   # None: not a ragged exchange
 
 
 def make_groups(choices: Choices, axes, experts: int, capacity: int, routing: Routing) -> list[Group]:
     """Assigns slots to the assignments, group by group, and sends counts and router weights ahead of the tokens.
 
     Args:
-      choices: those of this device's tokens.
+      choices: the choices of this device's tokens.
       axes: the expert axes of the mesh that have more than one device, a part of ("etp", "ep").
       experts: experts of one device.
       capacity: assignments that one expert accepts from the whole batch.
@@ -89,7 +90,7 @@ def dispatch(x_MD, group: Group, axes):
     tokens that are sent to it over ep, at most C D numbers, then (etp - 1) C D over etp. `combine` moves the same back.
     """
     with jax.named_scope("dispatch"):
-        x_bCD = _send(grouped.take(x_MD, group.token_pC), axes, group.ragged)
+        x_bCD = _send(grouped.take(x_MD, group.token_pC), axes, group.route)
         return x_bCD.reshape(-1, x_MD.shape[1])
 
 
@@ -120,8 +121,8 @@ def combine(y_rD, group: Group, axes):
     with jax.named_scope("combine"):
         y_tpCD = y_rD.reshape(-1, peers, group.weight_bC.shape[1], D)
         y_pCD = jax.lax.psum_scatter(y_tpCD, "etp") if "etp" in axes else y_tpCD[0]     # 't p C D -> p C D', summed
-        if group.ragged:
-            y_pCD = _ragged_all_to_all(y_pCD[0], group.token_pC.size, group.ragged.combine)
+        if group.route:
+            y_pCD = _ragged_all_to_all(y_pCD[0], group.token_pC.size, group.route.combine)
         elif "ep" in axes:
             y_pCD = jax.lax.all_to_all(y_pCD, "ep", 0, 0, tiled=True)
     return grouped.take(y_pCD.reshape(-1, D), group.slot_Mj).sum(1)
@@ -140,7 +141,7 @@ def buffer_slots(M, top_k, experts, capacity, peers, transport, ragged=False) ->
 def _assign_slots(choices: Choices, E: int, peers: int, size: int):
     """Returns slot_Mj, token_pC (see `Group`) and sent_E, the number of assignments sent to each expert.
 
-    If more assignments choose a peer than its buffer has slots, first choices come before second choices. Within a buffer
+    `size`: slots for each peer. If more assignments choose a peer, first choices come before second choices. Within a buffer,
     assignments are sorted by expert.
     """
     M, top_k = choices.expert_Mj.shape
@@ -158,10 +159,10 @@ def _assign_slots(choices: Choices, E: int, peers: int, size: int):
 
 
 def _assign_ragged_slots(choices: Choices, E: int, peers: int, size: int):
-    """The same for a ragged exchange, where a device sends from one buffer, sorted by expert and so by peer.
+    """The same for a ragged exchange: a device sends from one buffer, which is sorted by expert and therefore by peer.
 
-    If more assignments choose a peer than its receiving buffer has slots, earlier devices come first, and within a device
-    first choices come before second choices.
+    `size`: slots that a device has for what all its peers send. If more assignments choose a device, those of earlier devices
+    come first, and within a device first choices come before second choices.
     """
     (M, top_k), experts = choices.expert_Mj.shape, E // peers
     if size < peers * M * min(top_k, experts):
@@ -172,7 +173,7 @@ def _assign_ragged_slots(choices: Choices, E: int, peers: int, size: int):
     return _assign_slots(choices, E, 1, M * top_k)
 
 
-def _ragged_route(sent_dE, slots: int, peers: int) -> Ragged:
+def _ragged_route(sent_dE, slots: int, peers: int) -> RaggedRoute:
     """The ragged exchange for the numbers of assignments that each device sends to each expert."""
     index, etp = jax.lax.axis_index("ep"), len(sent_dE) // peers
     etp_index = jax.lax.axis_index("etp") if etp > 1 else 0
@@ -180,7 +181,7 @@ def _ragged_route(sent_dE, slots: int, peers: int) -> Ragged:
     sent_pp = sent_pE.reshape(peers, peers, -1).sum(2)          # from, to
     # the offset of each pair's assignments in the sender's and in the receiver's buffer
     send_pp, receive_pp = (jnp.cumsum(sent_pp, axis) - sent_pp for axis in (1, 0))
-    return Ragged(slots, (send_pp[index], sent_pp[index], receive_pp[index], sent_pp[:, index]),
+    return RaggedRoute(slots, (send_pp[index], sent_pp[index], receive_pp[index], sent_pp[:, index]),
                   (receive_pp[:, index], sent_pp[:, index], send_pp[:, index], sent_pp[index]))
 
 
@@ -207,7 +208,7 @@ def _send_weights(weight_pC: list, axes, routes, ragged) -> list:
         return jnp.split(_send(jnp.concatenate(weight_pC, 1), axes), ends[:-1], axis=1)
 
 
-def _send(x_pC, axes, route: Ragged | None = None):
+def _send(x_pC, axes, route: RaggedRoute | None = None):
     """Sends slots to the experts' devices; returns the received buffers [b, C, ...]. Further axes stay as they are."""
     if route:
         x_pC = checkpoint_name(_ragged_all_to_all(x_pC[0], route.slots, route.dispatch)[None], ARRIVED)
@@ -218,7 +219,9 @@ def _send(x_pC, axes, route: Ragged | None = None):
     return jax.lax.all_gather(x_pC, "etp").reshape(-1, *x_pC.shape[1:])     # 'p C -> t p C': (etp - 1) p C slots
 
 
-def _ragged_all_to_all(x_aD, slots: int, route):
-    # `route[0][0] * 0` and not 0: shard_map then knows that the result differs between devices as the offsets do
-    empty = jnp.full((slots, *x_aD.shape[1:]), route[0][0] * 0, x_aD.dtype)
-    return jax.lax.ragged_all_to_all(x_aD, empty, *route, axis_name="ep")
+def _ragged_all_to_all(x_aD, slots: int, offsets_and_sizes):
+    """Returns the received slots; those that nobody sends are 0."""
+    # The zero is computed from an offset: shard_map then knows that the result differs between devices as the offsets do.
+    zero = offsets_and_sizes[0][0] * 0
+    empty = jnp.full((slots, *x_aD.shape[1:]), zero, x_aD.dtype)
+    return jax.lax.ragged_all_to_all(x_aD, empty, *offsets_and_sizes, axis_name="ep")
