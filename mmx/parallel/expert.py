@@ -22,8 +22,8 @@ from mmx.kernels import grouped
 from mmx.parallel import exchange, sharding
 from mmx.parallel.routing import Choices, Routing, choose, expert_capacity, queue_order, queue_positions, rank, statistics
 
-EXPERT_AXES = ("etp", "ep")             # the mesh axes that shard the experts' weights
-WEIGHTS = ("EDF", "EDF", "EFD")         # axes of the experts' weights w1, w3, w2
+EXPERT_AXES = ("etp", "ep")             # mesh axes that shard the experts' weights
+WEIGHT_AXES = ("EDF", "EDF", "EFD")         # axes of the experts' weights w1, w3, w2
 FEW = 8                                 # up to so many assignments (decoding) are computed one by one
 
 
@@ -66,9 +66,10 @@ def moe(x_BTD, live_BT, router_DE, weights, routing: Routing):
     if mesh is None:
         return local(x_BTD, live_BT, router_DE, *weights, axes=Axes(), specs=())
     axes = Axes(*sharding.token_axes(mesh), sharding.nontrivial(mesh, EXPERT_AXES))
-    specs = tuple(sharding.weight_spec(letters, w.shape, mesh) for letters, w in zip(WEIGHTS, weights))
-    if not sharding.tokens_are_sharded(*live_BT.shape):     # all devices have the same tokens: FSDP's parts are gathered by jit
-        axes, specs = Axes(experts=axes.experts), tuple(map(sharding.without_fsdp, WEIGHTS, specs))
+    specs = tuple(sharding.weight_spec(letters, w.shape, mesh) for letters, w in zip(WEIGHT_AXES, weights))
+    if not sharding.tokens_are_sharded(*live_BT.shape):
+        # every device has all tokens, and XLA gathers FSDP's shards of the weights before shard_map
+        axes, specs = Axes(experts=axes.experts), tuple(map(sharding.without_fsdp, WEIGHT_AXES, specs))
     tokens = P(axes.rows, axes.time)
     sharded = jax.shard_map(functools.partial(local, axes=axes, specs=specs), in_specs=(tokens, tokens, P(), *specs),
                             out_specs=(tokens, tokens, P()))
@@ -146,7 +147,7 @@ def _compute_sorted(x_MD, choices: Choices, rank_Mj, count_E, weights, block: in
 
 def _gathered(weights, specs, axes):
     """This device's experts' weights with all of D, for tokens that differ over the mesh axes `axes`."""
-    return [sharding.gather_weight(*args, axes) for args in zip(weights, WEIGHTS, specs)] if axes else weights
+    return [sharding.gather_weight(*args, axes) for args in zip(weights, WEIGHT_AXES, specs)] if axes else weights
 
 
 def block_size(assignments: int, experts: int) -> int:

@@ -1,9 +1,9 @@
 """Which mesh axes shard which array axes: one table for weights and one for activations, by letter (paper section 3.1).
 
-Weights are stored sharded over the tensor axis (etp) and the expert axis (ep) by their letters. They are also sharded over the
-axes of other tokens (FSDP): each of these axes shards the first array axis that it divides. Weights are gathered where they are
-used, and their gradients are reduce-scattered. Slices, which a slow network connects, all store the same weights and sum their
-gradients.
+Weights are stored sharded over the tensor axis (etp) and the expert axis (ep) by their letters. They are also sharded over
+the mesh axes whose devices have different tokens (FSDP): each of these axes shards the first array axis that it divides.
+Weights are gathered where they are used, and their gradients are reduce-scattered. Slices, which a slow network connects, all
+store the same weights and sum their gradients.
 
 Activations between layers are sharded by rows over the data axes and by time over the sequence axis (seq) and the tensor axis
 (Megatron's sequence parallelism). Inside layers, heads, experts' hidden units and the vocabulary are sharded over the tensor
@@ -18,8 +18,11 @@ from jax.sharding import PartitionSpec as P
 ROWS, TIME, TENSOR = ("slice", "edp", "ep"), ("seq", "etp"), ("etp",)
 FSDP = "edp", "ep", "seq"
 WEIGHTS = {"E": ("ep",), "F": TENSOR, "H": TENSOR, "G": TENSOR, "W": TENSOR}
-ACTS = {"B": ROWS, "T": TIME, "S": ("seq",), "H": TENSOR, "G": TENSOR,      # S: time, gathered over the tensor axis
-        "I": ROWS + TIME}       # the tiles of a block of rows are distributed over the devices that share the block's time
+ACTIVATIONS = {
+    "B": ROWS, "T": TIME, "H": TENSOR, "G": TENSOR,
+    "S": ("seq",),          # time, if gathered over the tensor axis
+    "I": ROWS + TIME,       # the tiles of a block of rows are distributed over the devices that share the block's time
+}
 
 
 def active_mesh() -> Mesh | None:
@@ -69,7 +72,7 @@ def weight_spec(letters: str, shape, mesh) -> P:
 
 def activation_spec(letters: str, shape, mesh) -> P:
     """Returns the PartitionSpec of an activation."""
-    return _spec([ACTS.get(letter, ()) for letter in letters], shape, mesh)
+    return _spec([ACTIVATIONS.get(letter, ()) for letter in letters], shape, mesh)
 
 
 def constrain(x, letters: str):
