@@ -23,7 +23,7 @@ from mmx.parallel import exchange, sharding
 from mmx.parallel.routing import Choices, Routing, choose, expert_capacity, queue_order, queue_positions, rank, statistics
 
 EXPERT_AXES = ("etp", "ep")             # mesh axes that shard the experts' weights
-WEIGHT_AXES = ("EDF", "EDF", "EFD")         # axes of the experts' weights w1, w3, w2
+WEIGHT_AXES = ("EDF", "EDF", "EFD")    # axes of the experts' weights w1, w3, w2
 FEW = 8                                 # up to so many assignments (decoding) are computed one by one
 
 
