@@ -25,7 +25,7 @@ import mmx
 from mmx.data import packing, pipeline, tokens
 from mmx.launch import experiments, hugepages
 from mmx.model import Model
-from mmx.parallel import expert
+from mmx.parallel import routing
 from mmx.training import train
 
 EXPERIMENT = str(Path(__file__).parents[1] / "experiments" / "tiny.py")
@@ -86,8 +86,9 @@ def by_shard(expert_LBTJ, *, shards, capacity, E):
     L, B, T, J = expert_LBTJ.shape
     expert_NBTJ = expert_LBTJ.reshape(L * shards, B // shards, T, J)
     live_BT = jnp.ones(expert_NBTJ.shape[1:3], bool)
-    place_NBTJ, _ = jax.vmap(lambda expert_BTJ: expert.places(expert_BTJ, live_BT, E))(expert_NBTJ)
-    return jnp.mean(place_NBTJ >= expert.most(capacity, B // shards * T * J, E), axis=(1, 2, 3)).reshape(L, shards).mean(1)
+    place_NBTJ, _ = jax.vmap(lambda expert_BTJ: routing.queue_positions(expert_BTJ, live_BT, E))(expert_NBTJ)
+    limit = routing.expert_capacity(capacity, B // shards * T * J, E)
+    return jnp.mean(place_NBTJ >= limit, axis=(1, 2, 3)).reshape(L, shards).mean(1)
 
 
 def show(dropped, batches):

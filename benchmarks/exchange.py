@@ -27,7 +27,7 @@ def main():
                   title=f"MB received a device and layer, forward, {X} devices")
     for length in config.parse_lengths(args.lengths):
         states = lightning.bytes_per_device(1, H, K, K, X, last=False)
-        around = ring.bytes_per_device(1, G, length // X, K, K, X, ITEM)
+        around = ring.bytes_per_device(length // X, 2 * G * K, X, ITEM)
         gathered = (X - 1) * H * length // X * 2 * K * ITEM
         table.add_row(f"{length:,}", *(f"{size / 1e6:,.1f}" for size in (states, around, gathered)))
     Console().print(table)

@@ -21,9 +21,9 @@ from mmx.layers.moe import MoE
 from mmx.layers.vision import Vision
 from mmx.parallel import vocabulary
 from mmx.parallel.cache import placed, put
-from mmx.parallel.expert import ARRIVED
+from mmx.parallel.exchange import ARRIVED
 from mmx.parallel.sharding import constrain
-from mmx.parallel.vision import show
+from mmx.parallel.vision import insert_patches
 
 
 class Layer(nn.Module):
@@ -84,7 +84,7 @@ class Model(nn.Module):
 
         Returns:
           x_BTD, the cache with these tokens (or None), and a dict of statistics, each [layers, ...]: load_E, prob_E, z,
-          dropped, overflow (`parallel.expert.Stats`), with `trace` also hidden_BTD and router_logits_BTE.
+          dropped, overflow (`parallel.routing.Stats`), with `trace` also hidden_BTD and router_logits_BTE.
         """
         c = self.config
         T = tokens_BT.shape[1]
@@ -95,7 +95,7 @@ class Model(nn.Module):
         embed_WD = self.param("embed_WD", nn.initializers.normal(c.embed_std), (c.vocab, c.dim))
         x_BTD = vocabulary.embed(embed_WD, tokens_BT, c.dtype)
         if places_BT is not None:
-            x_BTD = show(x_BTD, places_BT, *seen)
+            x_BTD = insert_patches(x_BTD, places_BT, *seen)
         x_BTD = constrain(x_BTD, "BTD")
 
         # No broadcast output: flax's check of such outputs would trace the body again, and it takes a shard_map for one.

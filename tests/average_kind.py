@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from mmx import config
 from mmx.layers.common import Context, Kind, cache_entry, param
-from mmx.parallel.projection import heads, join
+from mmx.parallel.projection import from_heads, to_heads
 
 DECAY = 0.9
 
@@ -16,7 +16,7 @@ class Average(nn.Module):
     @nn.compact
     def __call__(self, u_BTD, context: Context, cache, constants):
         """Returns y_BTD and the cache {"mean_BHV"} after the last token (None without one)."""
-        v_BHTV, = heads(u_BTD, v_DHV=param(self, "v_DHV", "D", "HV"))
+        v_BHTV, = to_heads(u_BTD, v_DHV=param(self, "v_DHV", "D", "HV"))
         B, H, T, V = v_BHTV.shape
         segments_BT = jnp.ones((B, T), jnp.int32) if context.segments_BT is None else context.segments_BT
         mean_BHV = cache["mean_BHV"] if cache else jnp.zeros((B, H, V), v_BHTV.dtype)
@@ -31,7 +31,7 @@ class Average(nn.Module):
 
         start = mean_BHV, jnp.ones(B, segments_BT.dtype)        # the state belongs to document 1
         (mean_BHV, _), o_TBHV = jax.lax.scan(step, start, (jnp.einsum("BHTV->TBHV", v_BHTV), segments_BT.T))
-        y_BTD = join(jnp.einsum("TBHV->BHTV", o_TBHV), param(self, "out_HVD", "HV", "D"))
+        y_BTD = from_heads(jnp.einsum("TBHV->BHTV", o_TBHV), param(self, "out_HVD", "HV", "D"))
         return y_BTD, cache and {"mean_BHV": mean_BHV}
 
 

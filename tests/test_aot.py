@@ -246,8 +246,8 @@ def test_a_compiler_that_runs_out_of_memory(said):
     ("v9:2x2", "edp=4", "'v9:2x2' is no CHIP:SHAPE such as v5p:8x8x8"),
     ("v5p:2xx", "edp=4", "is no CHIP:SHAPE"),
     pytest.param("v5p:2x2x2x2", "edp=16", "the compiler knows no such pod", marks=needs_compiler),
-    pytest.param("v5p:2x2x1", "edp=3", "mesh.edp=3 does not multiply to the 4 devices of the pod", marks=needs_compiler),
-    ("v5p:2x2x1", "edp=2,tp=2", "'tp=2' is no AXIS=SIZE; axes are slice, edp, ep, etp, seq"),
+    pytest.param("v5p:2x2x1", "edp=3", "mesh.edp=3 must multiply to the 4 devices of the pod", marks=needs_compiler),
+    ("v5p:2x2x1", "edp=2,tp=2", "'tp=2' is not of the form AXIS=SIZE; axes are slice, edp, ep, etp, seq"),
     ("v5p:2x2x1", "edp=-1,ep=-1", "at most one is -1"),
 ])
 def test_what_cannot_be_is_one_line(experiment, capfd, topology, mesh, message):

@@ -309,10 +309,10 @@ def test_public_names(place):
     (["convert", "to-hf", "--checkpoint", "nowhere", "--out", "there"], "nowhere is no directory"),
     (["convert", "verify", "--checkpoint", ORACLE, "--against", "nowhere"], "nowhere is no directory"),
     (["convert", "verify", "--checkpoint", ORACLE, "--against", ORACLE, "--torch", "--weights-dtype", "int8"], "leave --torch"),
-    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--mesh", "etp=2"], "model.heads=5 does not split over mesh.etp=2"),
-    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--mesh", "tp=2"], "'tp=2' is no AXIS=SIZE; axes are slice, edp"),
-    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--mesh", "ep=16"], "experts=8 does not split over mesh.ep=16"),
-    (["eval", "--checkpoint", ORACLE, "--mesh", "edp=16"], "mesh.edp=16 needs 16 devices, but 8 devices are here"),
+    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--mesh", "etp=2"], "model.heads=5 must be divisible by mesh.etp=2"),
+    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--mesh", "tp=2"], "'tp=2' is not of the form AXIS=SIZE; axes are"),
+    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--mesh", "ep=16"], "experts=8 must be divisible by mesh.ep=16"),
+    (["eval", "--checkpoint", ORACLE, "--mesh", "edp=16"], "mesh.edp=16 needs 16 devices, but there are 8"),
 ])
 def test_mistakes(arguments, message, tmp_path, monkeypatch, mmx_fails):
     monkeypatch.chdir(tmp_path)
@@ -337,9 +337,9 @@ def test_mistakes_in_an_experiment_are_told_with_their_line(body, message, tmp_p
     (["--config.data.sources=('nowhere.txt',)"], "no file or folder 'nowhere.txt'"),
     (["--config.data.tokenizer=nowhere.json"], "nowhere.json"),
     (["--config.model.vocab=100"], "set model.vocab=264 or more"),
-    (["--config.mesh.edp=3"], "does not split"),
+    (["--config.mesh.edp=3"], "must be divisible"),
     (["--config.model.dtype=float64"], "needs JAX_ENABLE_X64=1"),
-    (["--config.mesh.seq=3"], "does not split over mesh.seq=3"),
+    (["--config.mesh.seq=3"], "must be divisible by mesh.seq=3"),
     (["--config.model.impl=gpu"], "model.impl='gpu': this computation is for cpu; use impl='xla' or None (model.impl empty)"),
 ])
 def test_train_leaves_nothing_behind_a_mistake(more, message, place, mmx_fails):

@@ -181,7 +181,7 @@ def test_a_checkpoint_of_another_machine_runs_here(tmp_path, monkeypatch):
     (tmp_path / "run" / "config.json").write_text(json.dumps(told))
     here = convert.load(tmp_path / "run").config
     assert [getattr(here, name) for name in config.IMPLEMENTATION_KEYS] == ["", 0, False, False, 1, False]
-    with meshes.serving(convert.find_model(tmp_path / "run"), "etp=2"):
+    with meshes.inference_mesh(convert.find_model(tmp_path / "run"), "etp=2"):
         pass
     monkeypatch.setattr(checkpoint, "check", None)
     assert convert.find_model(tmp_path / "run").impl == "gpu" and convert.find_model(tmp_path / "hf").dim == here.dim

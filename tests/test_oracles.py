@@ -182,14 +182,14 @@ def test_a_mesh_changes_no_token(monkeypatch):
     """Parameters and cache are cut over eight devices: rows, time, experts and heads."""
     monkeypatch.setattr(engine, "LEVELS", (16,))
     folder = ORACLES / "a_7to1_hf"
-    with mesh.serving(convert.open_source(folder / "ckpt").model, "ep=2,etp=2,seq=2"):
+    with mesh.inference_mesh(convert.open_source(folder / "ckpt").model, "ep=2,etp=2,seq=2"):
         loaded = convert.load(folder / "ckpt")
         parts = [len({str(s.index) for s in w.addressable_shards}) for w in jax.tree.leaves(loaded.params)]
         assert max(parts) == 8 and np.mean(parts) > 4, parts
         with np.load(folder / "oracle.npz") as want:
             check_mix(loaded, want, 4)
             asked = engine.Request(want["prompt"][0], 32)
-        kept = sharding.cache(empty_cache(loaded.config, 4, 256), jax.sharding.get_mesh())
+        kept = sharding.cache_shardings(empty_cache(loaded.config, 4, 256), jax.sharding.get_mesh())
         batch = engine.Batch(loaded, 4)
         batch.enter(0, engine._Row(0, asked, None, loaded.config, behind=False))
         list(batch.decode())

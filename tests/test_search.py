@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_a_row_too(monkeypatch, tmp_path, capsys):
     (["--best", "0"], "--best 0 compiles nothing: it must be at least 1"),
     (["--slices", "0"], "--slices 0 is no number of slices: it must be at least 1"),
     pytest.param(["--config.train.batch=3", "--config.train.length=11"],
-                 "no mesh of 1 x 4 devices splits the experiment, say edp=4: train.batch=3 does not split over mesh.edp=4",
+                 "no mesh of 1 x 4 devices splits the experiment, say edp=4: train.batch=3 must be divisible by mesh.edp=4",
                  marks=needs_compiler)])
 def test_what_cannot_be_is_one_line(experiment, capfd, more, message):
     assert cli.main(["aot", "--config", experiment, "--topology", "v5p:2x2x1", "--search", *more]) == 2

@@ -26,7 +26,7 @@ TOY = {"model.vocab": 264, "model.dim": 16, "model.layers": 2, "model.pattern": 
 def test_every_pod_and_stage(pod, stage):
     e = experiments.read(f"{FILE}:{pod},{stage}", [])
     t, sizes = e.train, vars(e.mesh)
-    assert math.prod(sizes.values()) == CHIPS[pod] and meshes.misfit(e, sizes) is None
+    assert math.prod(sizes.values()) == CHIPS[pod] and meshes.mesh_error(e, sizes) is None
     length, base, tokens = STAGES[stage]
     assert (t.length, e.model.rope_theta) == (length, base)
     ends = [count * t.batch * length for _, count in t.ramp]

@@ -110,11 +110,11 @@ def one_step(folder, mesh=None, **changes):
     params, opt = start()
     step = functools.partial(train.train_step, model=model, optimizer=optimizer, loss_chunk=TRAIN.loss_chunk, contrastive=0.5)
     if mesh:
-        kept = sharding.tree((params, opt), mesh)
+        kept = sharding.param_shardings((params, opt), mesh)
         params, opt = jax.device_put((params, opt), kept)
-        batch = {name: jax.device_put(x, (sharding.tiles if name in ("pixels", "ends") else sharding.batch)(mesh, 1))
-                 for name, x in batch.items()}
-        step = jax.jit(step, out_shardings=(*kept, sharding.whole(mesh)))
+        tokens, tiles = sharding.batch_sharding(mesh, 1), sharding.tile_sharding(mesh, 1)
+        batch = {name: jax.device_put(x, tiles if name in ("pixels", "ends") else tokens) for name, x in batch.items()}
+        step = jax.jit(step, out_shardings=(*kept, sharding.replicated(mesh)))
     _, opt, told = jax.device_get(jax.jit(step)(params, opt, batch, np.float64(1e-2)))
     return told, opt[1].mu      # after one step the gradient's tenth
 
@@ -205,7 +205,7 @@ def test_a_text_model_learns_to_see(whole, tmp_path):
     (tmp_path / "hf" / "config.json").write_text(json.dumps(written))
     make = functools.partial(train.init, Model(C), optim.adamw(TRAIN), 0)
     abstract, _ = jax.eval_shape(make)
-    kept = sharding.tree(abstract, meshes.make(config.Experiment(C, TRAIN, mesh=config.Mesh(1))))
+    kept = sharding.param_shardings(abstract, meshes.make(config.Experiment(C, TRAIN, mesh=config.Mesh(1))))
     made = train._started(make, jax.tree.map(train._placed, abstract, kept), convert.open_start(tmp_path / "hf", C),
                           convert.open_vision(whole, C))
     vision, seen, new = made.pop("vision"), convert.load(whole).params["vision"], start()[0]["vision"]

@@ -24,7 +24,7 @@ TOKENS = {"align": 80e9, "full": 420e9, "long": 44.8e9}
 def test_every_pod_and_stage(pod, stage):
     e = experiments.read(f"{FILE}:{pod},{stage}", [])
     t, sizes, released = e.train, vars(e.mesh), experiments.read(TEXT, []).model
-    assert math.prod(sizes.values()) == CHIPS[pod] and meshes.misfit(e, sizes) is None
+    assert math.prod(sizes.values()) == CHIPS[pod] and meshes.mesh_error(e, sizes) is None
     vit = [x.size for path, x in jax.tree_util.tree_leaves_with_path(abstract_params(e.model)["vision"])
            if not set(axes_of(path[-1].key)) & set("DO")]
     assert sum(vit) == pytest.approx(303e6, rel=2e-3)

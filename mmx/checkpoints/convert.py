@@ -360,7 +360,7 @@ def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Load
             else:
                 w = source.read_leaf(files, leaf).astype(kind or source.dtype(leaf), copy=False)
             letters = name.rpartition("_")[2]
-            params[leaf.path] = jax.tree.map(lambda x: jax.device_put(x, sharding.placement(letters, x.shape)), w)
+            params[leaf.path] = jax.tree.map(lambda x: jax.device_put(x, sharding.weight_sharding(letters, x.shape)), w)
     half = params[("embed_WD",)].dtype == jnp.bfloat16
     compute = "bfloat16" if half else source.model.dtype if dtype is None else "float32"
     model = dataclasses.replace(source.model.portable(), capacity=0.0, transport=0.0, dtype=compute)

@@ -396,7 +396,7 @@ def _on_mesh(run):
         from mmx.checkpoints import convert
         from mmx.parallel import mesh
 
-        with mesh.serving(convert.find_model(args.checkpoint), args.mesh):
+        with mesh.inference_mesh(convert.find_model(args.checkpoint), args.mesh):
             return run(args)
     return meshed
 

@@ -39,9 +39,9 @@ UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
 
 def run(e: Experiment, topology: str, mesh: str | None = None, mode: str = "train", slices: int = 1) -> dict:
     """Compiles, and returns what `show` prints. Raises ConfigError for what no pod or mesh can be."""
-    e = e if mesh is None else dataclasses.replace(e, mesh=meshes.named(mesh))
+    e = e if mesh is None else dataclasses.replace(e, mesh=meshes.parse(mesh))
     chip, devices = pod(topology, slices)
-    mesh = meshes.described(e, devices)
+    mesh = meshes.for_topology(e, devices)
     memory, peak, *_ = CHIPS[chip]
     platform = "cuda" if chip == "h100" else "tpu"
     tokens = span(e, mode)
@@ -137,14 +137,14 @@ def pod(topology, slices):
 
 
 def _train(e, mesh):
-    t, v, model, optimizer, whole = e.train, e.model.vision, Model(e.model), optim.adamw(e.train), sharding.whole(mesh)
+    t, v, model, optimizer, whole = e.train, e.model.vision, Model(e.model), optim.adamw(e.train), sharding.replicated(mesh)
     abstract = jax.eval_shape(functools.partial(init, model, optimizer, t.seed, t.freeze))
-    kept, rows = sharding.tree(abstract, mesh), sharding.batch(mesh, leading=1)
+    kept, rows = sharding.param_shardings(abstract, mesh), sharding.batch_sharding(mesh, leading=1)
     batch = {name: _array((1, t.batch, t.length), kind, rows) for name, kind in (
         ("tokens", jnp.int32), ("targets", jnp.int32), ("segments", jnp.int32), ("positions", jnp.int32),
         ("weights", jnp.float32))}
     if v.layers:
-        blocks, tiles = sharding.tiles(mesh, leading=1), (1, *_tiles(e, mesh))
+        blocks, tiles = sharding.tile_sharding(mesh, leading=1), (1, *_tiles(e, mesh))
         batch |= {"places": batch["tokens"], "pixels": _array((*tiles, v.tile, v.tile, 3), jnp.float32, blocks),
                   "ends": _array(tiles, jnp.int32, blocks)}
     step = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, loss_chunk=t.loss_chunk, freeze=t.freeze,
@@ -163,7 +163,7 @@ def _tiles(e, mesh) -> tuple[int, int]:
 def _prefill(e, mesh):
     """A chunk of the prompts against the cache of all of them, as `inference.generate` reads them: each is the same program."""
     model, params, cache = _inference(e, mesh)
-    tokens_BT = _array((e.train.batch, span(e, "prefill")), jnp.int32, sharding.batch(mesh))
+    tokens_BT = _array((e.train.batch, span(e, "prefill")), jnp.int32, sharding.batch_sharding(mesh))
     kept = jax.tree.map(lambda x: x.sharding, cache)
     step = jax.jit(functools.partial(engine.prefill, model), donate_argnums=3, out_shardings=kept)
     return step, (params, tokens_BT, tokens_BT, cache)
@@ -173,7 +173,7 @@ def _decode(e, mesh):
     """One token a row, the likeliest, behind train.length - 1."""
     model, params, cache = _inference(e, mesh)
     kept = jax.tree.map(lambda x: x.sharding, cache)
-    token_B = _array((e.train.batch,), jnp.int32, sharding.whole(mesh))
+    token_B = _array((e.train.batch,), jnp.int32, sharding.replicated(mesh))
     step = jax.jit(functools.partial(engine.decode_step, model), donate_argnums=2, out_shardings=(None, kept))
     return step, (params, token_B, cache)
 
@@ -183,9 +183,9 @@ def _inference(e, mesh):
     c = undropped(e)
     model = Model(c)
     params = abstract_params(c)
-    params = jax.tree.map(lambda x, s: _array(x.shape, c.dtype, s), params, sharding.tree(params, mesh))
+    params = jax.tree.map(lambda x, s: _array(x.shape, c.dtype, s), params, sharding.param_shardings(params, mesh))
     cache = jax.eval_shape(lambda: empty_cache(c, e.train.batch, e.train.length))
-    return model, params, jax.tree.map(_placed, cache, sharding.cache(cache, mesh))
+    return model, params, jax.tree.map(_placed, cache, sharding.cache_shardings(cache, mesh))
 
 
 def undropped(e):

@@ -36,7 +36,7 @@ from mmx.kernels.attention import softmax_attention
 from mmx.kernels.lightning import api, decode, lightning_attention
 from mmx.layers.common import Context
 from mmx.layers.lightning import Lightning
-from mmx.parallel.projection import heads, join
+from mmx.parallel.projection import from_heads, to_heads
 
 H, D, DIM, ROWS, EPS = 64, 128, 6144, 64, 1e-6
 STATES = 2 * ROWS * H * D * D * 4       # bytes of decode's states, read and written once
@@ -130,10 +130,10 @@ def layer(form, T, documents=0):
     apart = jax.lax.optimization_barrier
 
     def passes(p, u_BTD, log_decay_H):
-        q, k, v, gate = map(apart, heads(u_BTD, **{name: p[name] for name in ("q_DHK", "k_DHK", "v_DHV", "gate_DHV")}))
+        q, k, v, gate = map(apart, to_heads(u_BTD, **{name: p[name] for name in ("q_DHK", "k_DHK", "v_DHV", "gate_DHV")}))
         o_BHTV, _ = lightning_attention(*(apart(decode.silu(x).astype(x.dtype)) for x in (q, k, v)), log_decay_H)
         y_BHTV = decode.norm_and_gate(apart(o_BHTV), gate, p["norm_HV"][:, None], EPS, (1, 3), H * D)
-        return join(apart(y_BHTV), p["out_HVD"])
+        return from_heads(apart(y_BHTV), p["out_HVD"])
 
     def fused(p, u_BTD, log_decay_H):
         return mixer.apply({"params": p}, u_BTD, context, None, log_decay_H)[0]

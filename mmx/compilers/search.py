@@ -36,7 +36,7 @@ from mmx.config import ConfigError, Experiment
 from mmx.dims import axes_of
 from mmx.layers.kinds import kind_of
 from mmx.model import abstract_params, empty_cache
-from mmx.parallel import expert, lightning, sharding
+from mmx.parallel import exchange, expert, lightning, routing, sharding
 from mmx.parallel import mesh as meshes
 
 ROWS = 20       # of the table
@@ -72,11 +72,11 @@ def candidates(e: Experiment, devices: int, slices: int) -> list[dict[str, int]]
         return [(first, *rest) for first in range(1, n + 1) if n % first == 0 for rest in splits(n // first, axes - 1)]
     axes = dataclasses.asdict(e.mesh)
     all_sizes = [dict(zip(axes, (slices, *sizes))) for sizes in splits(devices // slices, len(axes) - 1)]
-    found = [sizes for sizes in all_sizes if not meshes.misfit(e, sizes)]
+    found = [sizes for sizes in all_sizes if not meshes.mesh_error(e, sizes)]
     if not found:
         likely = min(all_sizes, key=lambda sizes: sizes["ep"] * sizes["etp"] * sizes["seq"])
         raise ConfigError(f"no mesh of {slices} x {devices // slices} devices splits the experiment, say {name(likely)}: "
-                          + meshes.misfit(e, likely))
+                          + meshes.mesh_error(e, likely))
     return found
 
 
@@ -144,15 +144,16 @@ def _work(e, sizes, mode) -> Work:
     if e.train.batch % rows or T % time:        # all tokens are everywhere
         rows, time, axes = 1, 1, ()
     else:
-        axes = sum(sharding.cuts(mesh), ())
+        axes = sum(sharding.token_axes(mesh), ())
     B, M, J, ep, etp = e.train.batch // rows, e.train.batch * T // rows // time, c.top_k, sizes["ep"], sizes["etp"]
     here, cuts, travels = c.experts // ep, [0, M], axes and ep * etp > 1
     if travels:
         cuts = [M * n // c.token_groups for n in range(c.token_groups + 1)]
     groups = [b - a for a, b in itertools.pairwise(cuts) if b > a]
-    limit = expert.most(c.capacity, M * rows * time * J, c.experts)
+    limit = routing.expert_capacity(c.capacity, M * rows * time * J, c.experts)
     buffers = 1 if c.ragged else ep
-    sent_N = [buffers * expert.room_for(m, J, here, limit, ep, c.transport, c.ragged) if travels else m * J for m in groups]
+    slots = functools.partial(exchange.buffer_slots, peers=ep, transport=c.transport, ragged=c.ragged)
+    sent_N = [buffers * slots(m, J, here, limit) if travels else m * J for m in groups]
     rows_N = []
     for m, sent in zip(groups, sent_N):
         X = etp if travels else 1
@@ -179,18 +180,18 @@ def _weights(c):
 
 
 def _weight(part, letters, times, shape, mesh, axes) -> Weight:
-    spec = sharding.weight(letters, shape, mesh)
+    spec = sharding.weight_spec(letters, shape, mesh)
     kept = here = math.prod(NamedSharding(mesh, spec).shard_shape(shape))
     steps = []
-    for _, axis in sharding.gathered(letters, spec):
+    for _, axis in sharding.fsdp_axes(letters, spec):
         steps.append((axis, here * (mesh.shape[axis] - 1)))
         here *= mesh.shape[axis]
-    return Weight(part, times, kept, steps, sharding.summed(spec, axes))
+    return Weight(part, times, kept, steps, sharding.gradient_sum_axes(spec, axes))
 
 
 def _cache(c, e, mesh) -> int:
     cache = jax.eval_shape(functools.partial(empty_cache, c, e.train.batch, e.train.length))
-    cuts = sharding.cache(cache, mesh)
+    cuts = sharding.cache_shardings(cache, mesh)
     return sum(math.prod(cut.shard_shape(x.shape)) * x.dtype.itemsize
                for x, cut in zip(jax.tree.leaves(cache), jax.tree.leaves(cuts)))
 

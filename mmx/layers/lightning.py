@@ -14,7 +14,7 @@ from mmx import config
 from mmx.kernels.lightning import decode
 from mmx.layers.common import Context, Kind, Layout, Released, cache_entry, param
 from mmx.parallel import attention
-from mmx.parallel.projection import heads, join
+from mmx.parallel.projection import from_heads, to_heads
 
 
 class Lightning(nn.Module):
@@ -27,8 +27,8 @@ class Lightning(nn.Module):
         # A seed's initial values depend on the order in which parameters are created.
         q_DHK, k_DHK = param(self, "q_DHK", "D", "HK"), param(self, "k_DHK", "D", "HK")
         v_DHV, norm_HV = param(self, "v_DHV", "D", "HV", True), param(self, "norm_HV")
-        q_BHTK, k_BHTK, v_BHTV, gate_BHTV = heads(u_BTD, q_DHK=q_DHK, k_DHK=k_DHK, v_DHV=v_DHV,
-                                                  gate_DHV=param(self, "gate_DHV", "D", "HV"))
+        q_BHTK, k_BHTK, v_BHTV, gate_BHTV = to_heads(u_BTD, q_DHK=q_DHK, k_DHK=k_DHK, v_DHV=v_DHV,
+                                                     gate_DHV=param(self, "gate_DHV", "D", "HV"))
         state_BHKV = cache and cache["state_BHKV"]
         if cache and u_BTD.shape[1] == 1:
             live_B = None if context.segments_BT is None else context.segments_BT[:, 0] > 0
@@ -42,7 +42,7 @@ class Lightning(nn.Module):
                 q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT=context.segments_BT, state_BHKV=state_BHKV,
                 impl=c.impl or None, chunk=c.chunk or None)
             y_BHTV = decode.norm_and_gate(o_BHTV, gate_BHTV, norm_HV[:, None], c.head_norm_eps, (1, 3), norm_HV.size)
-        return join(y_BHTV, param(self, "out_HVD", "HV", "D", True)), cache and {"state_BHKV": state_BHKV}
+        return from_heads(y_BHTV, param(self, "out_HVD", "HV", "D", True)), cache and {"state_BHKV": state_BHKV}
 
 
 def alibi_slopes(heads: int) -> list[float]:

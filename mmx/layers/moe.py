@@ -1,10 +1,11 @@
-"""The mixture-of-experts layer: parameters, and a call of `parallel.expert`."""
+"""The mixture-of-experts layer: its parameters, and a call of `parallel.expert`."""
 import flax.linen as nn
 import jax.numpy as jnp
 
 from mmx import config
 from mmx.layers.common import Context, param
 from mmx.parallel import expert
+from mmx.parallel.routing import Routing
 
 
 class MoE(nn.Module):
@@ -12,10 +13,11 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(self, u_BTD, context: Context):
-        """Returns y_BTD, router logits_BTE and `expert.Stats`."""
+        """Returns y_BTD, router logits_BTE and `routing.Stats`."""
         c = self.config
         live_BT = jnp.ones(u_BTD.shape[:2], bool) if context.segments_BT is None else context.segments_BT > 0
-        return expert.moe(
-            u_BTD, live_BT, param(self, "router_DE", "D", "E"), param(self, "w1_EDF", "D", "F", True),
-            param(self, "w3_EDF", "D", "F", True), param(self, "w2_EFD", "F", "D", True), top_k=c.top_k,
-            capacity=c.capacity, transport=c.transport, token_groups=c.token_groups, ragged=c.ragged)
+        router_DE = param(self, "router_DE", "D", "E")
+        weights = (param(self, "w1_EDF", "D", "F", True), param(self, "w3_EDF", "D", "F", True),
+                   param(self, "w2_EFD", "F", "D", True))
+        return expert.moe(u_BTD, live_BT, router_DE, weights,
+                          Routing(c.top_k, c.capacity, c.transport, c.token_groups, c.ragged))

@@ -10,7 +10,7 @@ from mmx.kernels.rope import rope
 from mmx.layers.common import Context, Kind, Layout, Released, cache_entry, param
 from mmx.parallel import attention
 from mmx.parallel.cache import stored
-from mmx.parallel.projection import heads, join
+from mmx.parallel.projection import from_heads, to_heads
 
 
 class Softmax(nn.Module):
@@ -21,16 +21,16 @@ class Softmax(nn.Module):
     def __call__(self, u_BTD, context: Context, cache, constants):
         """Returns y_BTD and the cache's entries for these tokens, {"k_BGSK", "v_BGSV", ...} (None without a cache)."""
         c = self.config
-        q_BHTK, k_BGTK, v_BGTV = heads(u_BTD, q_DHK=param(self, "q_DHK", "D", "HK"), k_DGK=param(self, "k_DGK", "D", "GK"),
-                                       v_DGV=param(self, "v_DGV", "D", "GV", True))
+        q_BHTK, k_BGTK, v_BGTV = to_heads(u_BTD, q_DHK=param(self, "q_DHK", "D", "HK"), k_DGK=param(self, "k_DGK", "D", "GK"),
+                                          v_DGV=param(self, "v_DGV", "D", "GV", True))
         q_BHTK, k_BGTK = (rope(x, context.positions_BT, rotary_dim=c.rotary_dim, theta=c.rope_theta)
                           for x in (q_BHTK, k_BGTK))
         if cache is None:
             o_BHTV, new = attention.softmax(q_BHTK, k_BGTK, v_BGTV, segments_BT=context.segments_BT, window=self.window), None
         else:
-            o_BHTV = attention.behind(q_BHTK, k_BGTK, v_BGTV, cache, context.start_B, self.window)
+            o_BHTV = attention.softmax_with_cache(q_BHTK, k_BGTK, v_BGTV, cache, context.start_B, self.window)
             new = stored(k_BGTK, v_BGTV, cache)
-        return join(o_BHTV, param(self, "out_HVD", "HV", "D", True)), new
+        return from_heads(o_BHTV, param(self, "out_HVD", "HV", "D", True)), new
 
 
 def windowed(c: config.Model, name: str | None = None) -> Softmax:

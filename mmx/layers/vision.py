@@ -1,11 +1,16 @@
-"""MiniMax-VL-01's image side: a ViT of each tile (CLIP ViT-L/14-336's geometry) and a projector (model.md section 8).
+"""MiniMax-VL-01's vision encoder: a ViT of each tile (as CLIP ViT-L/14-336) and a projector (docs/model.md section 8).
 
-    x = LayerNorm([class, patches W] + positions)                       a place for each patch, one more for the class token
-    x = x + Attention(LayerNorm(x));  x = x + W_down GELU(W_up LayerNorm(x))        biases everywhere, GELU by erf
-    W_out GELU(W_in x) of every patch's place                           the class token is left out, no norm at the end
+    x = LayerNorm([class, patches W] + positions)       one position embedding for the class token and for each patch
+    x = x + Attention(LayerNorm(x))                     biases everywhere
+    x = x + W_down GELU(W_up LayerNorm(x))              GELU by erf
+    y = W_out GELU(W_in x)                              of the patches, without the class token; no norm at the end
 
-A text's tokens take their places from the patches, and from the row that ends a row of them (`data.images`' places). On a mesh
-tiles are cut over all its axes, each device's own (`parallel.sharding`), and a layer's weights are gathered as it runs.
+The decoder's image tokens are then replaced by these y, and by a learned newline vector after each line of patches
+(`parallel.vision.insert_patches`). On a mesh, tiles are sharded over all axes (`parallel.sharding`), and each layer's weights
+are gathered when it runs.
+
+Axes: I tiles, P positions of a tile (the class token first, then its patches), J the ViT's width, A its heads, K their dim, U
+its hidden units, O the projector's hidden units, D the decoder's width, Y and X pixels down and across, Z colours.
 """
 import functools
 import math
@@ -15,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx import config
-from mmx.parallel.sharding import constrain_tiles, everywhere
+from mmx.parallel.sharding import constrain_tiles, replicate
 
 
 def extents(c: config.Model) -> dict[str, int]:
@@ -26,23 +31,24 @@ def extents(c: config.Model) -> dict[str, int]:
 
 
 def param(module: nn.Module, name: str, fan_in: str = ""):
-    """The parameter `name`, whose last part spells its axes, in the computation's dtype.
+    """Creates the parameter `name`, which ends in its axes; returns it in the computation's dtype, gathered on every device.
 
-    Initially normal with variance 1/fan_in; without a fan the norms' scales are ones, the rest zeros.
+    The initial values are normal with variance 1/fan_in. Without `fan_in` they are ones for the scale of a norm, else zeros.
     """
     c = module.config
     size = extents(c)
     shape, width = (tuple(size[axis] for axis in axes) for axes in (name.rpartition("_")[2], fan_in))
     plain = nn.initializers.ones if name.startswith("norm") else nn.initializers.zeros
     made = module.param(name, nn.initializers.normal(math.prod(width) ** -0.5) if fan_in else plain, shape)
-    return everywhere(made.astype(c.dtype))
+    return replicate(made.astype(c.dtype))
 
 
 def layer_norm(module: nn.Module, x_IPJ, name: str = ""):
-    """(x - mean) / deviation in float32, cast back, then scaled and shifted by the module's parameters."""
+    """Returns (x - mean) / deviation, computed in float32 and cast back, scaled and shifted by the module's parameters."""
     wide_IPJ = x_IPJ.astype(jnp.promote_types(x_IPJ.dtype, jnp.float32))
-    off_IPJ = wide_IPJ - jnp.mean(wide_IPJ, axis=-1, keepdims=True)
-    u_IPJ = off_IPJ * jax.lax.rsqrt(jnp.mean(off_IPJ ** 2, axis=-1, keepdims=True) + module.config.vision.norm_eps)
+    centred_IPJ = wide_IPJ - jnp.mean(wide_IPJ, axis=-1, keepdims=True)
+    variance_IP1 = jnp.mean(centred_IPJ ** 2, axis=-1, keepdims=True)
+    u_IPJ = centred_IPJ * jax.lax.rsqrt(variance_IP1 + module.config.vision.norm_eps)
     return u_IPJ.astype(x_IPJ.dtype) * param(module, f"norm{name}_J") + param(module, f"shift{name}_J")
 
 
@@ -67,12 +73,15 @@ class Vision(nn.Module):
 
     @nn.compact
     def __call__(self, pixels_NIYXZ):
-        """newline_D, the row that ends a row of patches, and patches_NMD of each block's tiles: tile by tile, row by row."""
+        """Returns newline_D and patches_NMD: the M patches of each block's tiles, tile by tile and line by line.
+
+        `pixels_NIYXZ` contains the tiles of N equal blocks of a batch's rows.
+        """
         c, own = self.config, functools.partial(param, self)
         v, blocks, tiles = c.vision, len(pixels_NIYXZ), math.prod(pixels_NIYXZ.shape[:2])
-        cut = pixels_NIYXZ.astype(c.dtype).reshape(tiles, v.side, v.patch, v.side, v.patch, 3)
-        # R rows, C columns of patches
-        patches_IPJ = jnp.einsum("IRYCXZ,YXZJ->IRCJ", cut, own("patch_YXZJ", "YXZ")).reshape(tiles, v.side ** 2, v.dim)
+        # r lines and c columns of patches
+        split = pixels_NIYXZ.astype(c.dtype).reshape(tiles, v.side, v.patch, v.side, v.patch, 3)
+        patches_IPJ = jnp.einsum("IrYcXZ,YXZJ->IrcJ", split, own("patch_YXZJ", "YXZ")).reshape(tiles, v.side ** 2, v.dim)
         class_IPJ = jnp.broadcast_to(own("class_J", "J"), (tiles, 1, v.dim))
         x_IPJ = layer_norm(self, jnp.concatenate([class_IPJ, constrain_tiles(patches_IPJ)], axis=1) + own("place_PJ", "J"))
         layers = nn.scan(nn.remat(Block) if c.remat else Block, variable_axes={"params": 0}, split_rngs={"params": True},

@@ -17,8 +17,8 @@ PLACES = 256        # a page: rooms of a cache are multiples
 
 def placed(cache):
     """The cache cut as the table says, on a mesh."""
-    here = sharding.mesh()
-    return cache if here is None else jax.lax.with_sharding_constraint(cache, sharding.cache(cache, here))
+    here = sharding.active_mesh()
+    return cache if here is None else jax.lax.with_sharding_constraint(cache, sharding.cache_shardings(cache, here))
 
 
 def kv_dtype(cache) -> str:
@@ -93,10 +93,10 @@ def put(layers, new, start_B, x_BTD):
 
 def _put(letters, cache_LBGSK, new_LBGTK, start_B):
     """Tokens whose places are here, from none to all; a start may lie before or behind the places."""
-    mesh, S = sharding.mesh(), cache_LBGSK.shape[3]
+    mesh, S = sharding.active_mesh(), cache_LBGSK.shape[3]
     if mesh is None or S % mesh.shape["seq"]:
         return _write(cache_LBGSK, new_LBGTK, start_B)
-    specs = [sharding.act("L" + axes, x.shape, mesh) for axes, x in (
+    specs = [sharding.activation_spec("L" + axes, x.shape, mesh) for axes, x in (
         (letters, cache_LBGSK), (letters.replace("S", "N"), new_LBGTK))]
 
     def local(cache_LBGSK, new_LBGTK, start_B):

@@ -1,4 +1,11 @@
-"""Device meshes whose axes mirror the paper's groups (paper section 3.1): world = slice x edp x ep x etp x seq."""
+"""Device meshes with the paper's groups as axes (paper section 3.1): all devices = slice x edp x ep x etp x seq.
+
+    slice   slices, which a slow network connects: rows only
+    edp     expert data parallel: rows; weights and optimizer state are sharded over it too (FSDP)
+    ep      expert parallel: rows and experts
+    etp     expert tensor parallel: heads, experts' hidden units and the vocabulary; between layers, time
+    seq     sequence parallel: time
+"""
 import dataclasses
 import math
 import os
@@ -13,111 +20,113 @@ from mmx.config import ConfigError, Experiment
 from mmx.parallel import sharding
 
 
-def named(text: str) -> config.Mesh:
-    """Axes by AXIS=SIZE with commas; those not named are 1."""
+def parse(text: str) -> config.Mesh:
+    """Returns the mesh of a `--mesh` flag: AXIS=SIZE, joined by commas. Axes that are not named have size 1."""
     sizes = dict.fromkeys((f.name for f in dataclasses.fields(config.Mesh)), 1)
     for part in text.split(","):
         axis, _, size = part.partition("=")
         if axis not in sizes or not re.fullmatch(r"-1|[1-9]\d*", size):
-            raise ConfigError(f"--mesh {text!r}: {part!r} is no AXIS=SIZE; axes are {', '.join(sizes)}")
+            raise ConfigError(f"--mesh {text!r}: {part!r} is not of the form AXIS=SIZE; axes are {', '.join(sizes)}")
         sizes[axis] = int(size)
-    found = config.Mesh(**sizes)
-    found.validate()
-    return found
+    mesh = config.Mesh(**sizes)
+    mesh.validate()
+    return mesh
 
 
-def serving(c: config.Model, text: str):
-    """A context of the mesh of `named` axes for inference, where rows and time that do not split are computed everywhere."""
-    return jax.set_mesh(make(Experiment(c.portable(), train=None, mesh=named(text))))
+def inference_mesh(c: config.Model, text: str):
+    """Returns a context (jax.set_mesh) with the mesh of a `--mesh` flag, for inference: no batch has to divide by it."""
+    return jax.set_mesh(make(Experiment(c.portable(), train=None, mesh=parse(text))))
 
 
 def make(e: Experiment, processes: int = 1) -> Mesh:
-    """The mesh of all processes' devices that the experiment names; -1 takes what the other axes leave.
+    """Returns the experiment's mesh over the devices of all processes. An axis of size -1 gets all remaining devices.
 
-    On CPU devices are simulated: as many as the mesh names, or for -1 as many as there are cores and the model fits.
-    Several processes share them, and -1 makes as few as give each its share: their machines' cores may differ.
+    CPU devices are simulated: as many as the mesh needs. For -1, one process simulates at most one device a core, and only as
+    many as divide the experiment. Several processes simulate the fewest devices that give each process the same number, since
+    their machines may have different numbers of cores.
     """
-    sizes, free, named, told = _axes(e)
-    # the axes are checked before devices are made, so that a mistake costs no start-up; the free one fits by choice
+    sizes, free, fixed, text = _axes(e)
+    # Check the axes before JAX starts its devices, so that a mistake is reported at once. The free axis is chosen to fit.
     _check(e, sizes | {free: 1} if free else sizes)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    counts = range(cores // named, 1, -1) if processes == 1 else range(1, processes + 1)
-    fitting = next((n for n in counts if free and n * named % processes == 0 and not misfit(e, sizes | {free: n})), 1)
+    counts = range(cores // fixed, 1, -1) if processes == 1 else range(1, processes + 1)
+    fitting = next((n for n in counts if free and n * fixed % processes == 0 and not mesh_error(e, sizes | {free: n})), 1)
     try:
-        jax.config.update("jax_num_cpu_devices", max(fitting * named // processes, 1))
-    except RuntimeError:        # the devices are in use already: take them as they are
+        jax.config.update("jax_num_cpu_devices", max(fitting * fixed // processes, 1))
+    except RuntimeError:        # JAX has started its devices already: use them as they are
         pass
     devices = jax.devices()
     if e.model.ragged and devices[0].platform == "cpu":
-        raise ConfigError("model.ragged=True needs TPUs or GPUs: CPUs have no ragged all-to-all; leave it False here")
+        raise ConfigError("model.ragged=True needs TPUs or GPUs: CPUs have no ragged all-to-all. Use model.ragged=False")
     if free:
-        most, idle = len(devices) // named, devices[0].platform == "cpu" and processes == 1
-        if not most or (most * named != len(devices) and not idle):
-            raise ConfigError(f"{told}: the other axes' product {named} does not divide the {len(devices)} devices here")
+        most, may_idle = len(devices) // fixed, devices[0].platform == "cpu" and processes == 1
+        if not most or (most * fixed != len(devices) and not may_idle):
+            raise ConfigError(f"{text}: the product of the other axes, {fixed}, must divide the number of devices, "
+                              f"{len(devices)}")
         sizes[free] = most
-        if idle:        # some may, where they were made for another experiment
-            sizes[free] = next((n for n in range(most, 1, -1) if not misfit(e, sizes | {free: n})), 1)
+        if may_idle:        # more CPU devices than this experiment can use: another experiment in this process started them
+            sizes[free] = next((n for n in range(most, 1, -1) if not mesh_error(e, sizes | {free: n})), 1)
     _check(e, sizes)
     world = math.prod(sizes.values())
     if world > len(devices):
-        raise ConfigError(f"{told or 'the mesh'} needs {world} devices, but {len(devices)} devices are here; -1 on one "
-                          "axis takes what is there")
+        raise ConfigError(f"{text or 'the mesh'} needs {world} devices, but there are {len(devices)}. "
+                          "Set one axis to -1 to use all devices")
     if world < len(devices) and jax.process_count() > 1:
-        raise ConfigError(f"{told or 'the mesh'} needs {world} of the {len(devices)} devices of {jax.process_count()} "
-                          "processes, but each must have its share; -1 on one axis takes all")
-    return _placed(devices[:world], sizes)
+        raise ConfigError(f"{text or 'the mesh'} uses {world} of the {len(devices)} devices of {jax.process_count()} "
+                          "processes, but it must use all of them. Set one axis to -1 to use all devices")
+    return _mesh(devices[:world], sizes)
 
 
-def reader(mesh: Mesh) -> tuple[int, int]:
-    """(host, hosts): which of how many equal blocks of a batch's rows this process reads.
+def data_host(mesh: Mesh) -> tuple[int, int]:
+    """Returns (host, hosts): a batch's rows are divided into `hosts` equal blocks, and this process reads block `host`.
 
-    Processes that hold parts of the same rows read the same block.
+    Processes whose devices share the same rows read the same block.
     """
     devices_BT = mesh.devices.reshape(sharding.size(mesh, sharding.ROWS), -1)
     rows = {}
     for row, devices_T in enumerate(devices_BT):
         for device in devices_T:
             rows.setdefault(device.process_index, {})[row] = None
-    blocks = sorted({tuple(held) for held in rows.values()})
+    blocks = sorted({tuple(block) for block in rows.values()})
     if sum(blocks, ()) != tuple(range(len(devices_BT))) or len({len(block) for block in blocks}) > 1:
-        raise ConfigError(f"a process's {jax.local_device_count()} devices are neither a multiple nor a part of mesh.etp x "
-                          f"mesh.seq = {devices_BT.shape[1]}: processes would share some rows, but not all")
+        raise ConfigError(f"the number of devices of a process, {jax.local_device_count()}, must be a multiple or a divisor of "
+                          f"mesh.etp x mesh.seq = {devices_BT.shape[1]}: otherwise processes share a part of their rows only")
     return blocks.index(tuple(rows[jax.process_index()])), len(blocks)
 
 
-def described(e: Experiment, devices) -> Mesh:
-    """The experiment's mesh over all devices of a pod that is not here; -1 takes what the other axes leave."""
-    sizes, _, named, told = _axes(e)
-    sizes = {axis: n if n != -1 else len(devices) // named for axis, n in sizes.items()}
+def for_topology(e: Experiment, devices) -> Mesh:
+    """Returns the experiment's mesh over all devices of a compile-only topology. An axis of size -1 gets the remaining ones."""
+    sizes, _, fixed, text = _axes(e)
+    sizes = {axis: n if n != -1 else len(devices) // fixed for axis, n in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
-        raise ConfigError(f"{told} does not multiply to the {len(devices)} devices of the pod; -1 on one axis takes "
-                          "what is left")
+        raise ConfigError(f"{text} must multiply to the {len(devices)} devices of the pod. "
+                          "Set one axis to -1 to use all devices")
     _check(e, sizes)
-    return _placed(devices, sizes)
+    return _mesh(devices, sizes)
 
 
 def _axes(e: Experiment) -> tuple[dict, str | None, int, str]:
-    """The axes' sizes, the one that is free (-1), the product of the others, and what is said of them."""
+    """Returns the axes' sizes, the free axis (size -1) if any, the product of the other sizes, and a text for messages."""
     sizes = dataclasses.asdict(e.mesh)
-    named = math.prod(n for n in sizes.values() if n != -1)
-    told = ", ".join(f"mesh.{axis}={n}" for axis, n in sizes.items() if n != 1)
-    return sizes, next((axis for axis, n in sizes.items() if n == -1), None), named, told
+    fixed = math.prod(n for n in sizes.values() if n != -1)
+    text = ", ".join(f"mesh.{axis}={n}" for axis, n in sizes.items() if n != 1)
+    return sizes, next((axis for axis, n in sizes.items() if n == -1), None), fixed, text
 
 
-def _placed(devices, sizes) -> Mesh:
-    """In the devices' order, in which each process reads the next rows; the innermost axes, which talk most, are neighbours."""
+def _mesh(devices, sizes) -> Mesh:
+    """Keeps the order of devices: a process reads consecutive rows; neighbours share the inner axes, which exchange most."""
     return Mesh(np.array(devices).reshape(*sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _check(e, sizes):
-    if reason := misfit(e, sizes):
+    if reason := mesh_error(e, sizes):
         raise ConfigError(reason)
 
 
-def misfit(e: Experiment, sizes) -> str | None:
-    """What of the experiment does not split over the mesh axes."""
+def mesh_error(e: Experiment, sizes) -> str | None:
+    """Returns why a mesh of these sizes cannot shard the experiment; None if it can."""
     if "W" in e.model.pattern and sizes["seq"] > 1:
-        return f"model.pattern={e.model.pattern!r} has windows, W, which mesh.seq={sizes['seq']} would cut"
+        return f"model.pattern={e.model.pattern!r} has window attention (W), which needs mesh.seq=1, not {sizes['seq']}"
     parts = [("model.experts", e.model.experts, ("ep",)), ("model.expert_dim", e.model.expert_dim, ("etp",)),
              ("model.heads", e.model.heads, ("etp",))]
     if e.train:
@@ -125,6 +134,6 @@ def misfit(e: Experiment, sizes) -> str | None:
     for name, extent, axes in parts:
         devices = math.prod(sizes[axis] for axis in axes)
         if extent % devices:
-            over = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
-            return f"{name}={extent} does not split over {over} devices"
+            product = " x ".join(f"mesh.{axis}={sizes[axis]}" for axis in axes if sizes[axis] > 1)
+            return f"{name}={extent} must be divisible by {product}"
     return None

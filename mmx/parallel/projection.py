@@ -1,8 +1,8 @@
-"""The mixers' projections: to heads, which stand before time, and from heads back.
+"""The projections of attention layers, from the model's width to heads and back. Heads come before time in the result.
 
-On a mesh the heads are cut over the tensor axis and time between layers is too (Megatron's sequence parallelism): time is
-gathered before the products to heads, and the sums over all heads are scattered over it behind the products back. Inside
-`shard_map` every letter is a local extent. X: heads times their dims.
+On a mesh, heads are sharded over the tensor axis (etp), and between layers time is sharded over it too (Megatron's sequence
+parallelism). `to_heads` therefore gathers time before the product; `from_heads` scatters the sum over all heads along time
+after the product. Inside `shard_map` every letter is a local extent.
 """
 import jax
 import jax.numpy as jnp
@@ -12,59 +12,61 @@ from mmx.kernels import platform
 from mmx.parallel import sharding
 
 
-def heads(x_BTD, **weights):
-    """[x W for each of `weights`], each named by its axes (`q_DHK`), as [B, H, T, K]."""
+def to_heads(x_BTD, **weights):
+    """Returns x W as [B, H, T, K] for each of `weights`, whose names end in their axes (`q_DHK`)."""
     letters, weights = [name.rpartition("_")[2] for name in weights], list(weights.values())
-    if not sharding.splits(*x_BTD.shape[:2]):
-        return [_heads(x_BTD, w) for w in weights]
-    mesh = sharding.mesh()
-    rows, time = sharding.cuts(mesh)
-    kept = [sharding.weight(axes, w.shape, mesh) for axes, w in zip(letters, weights)]
+    if not sharding.tokens_are_sharded(*x_BTD.shape[:2]):
+        return [_to_heads(x_BTD, w) for w in weights]
+    mesh = sharding.active_mesh()
+    rows, time = sharding.token_axes(mesh)
+    specs = [sharding.weight_spec(axes, w.shape, mesh) for axes, w in zip(letters, weights)]
 
     def local(x_BTD, *weights):
         x_BSD = x_BTD
-        if any(map(sharding.tensor, kept)):     # 'B T/(seq etp) D -> B T/seq D'
-            with jax.named_scope("whole_time"):
+        if any(map(sharding.is_tensor_sharded, specs)):
+            with jax.named_scope("whole_time"):     # 'B T/(seq etp) D -> B T/seq D': (etp - 1) B T D numbers received
                 x_BSD = jax.lax.all_gather(x_BTD, "etp", axis=1, tiled=True)
-        return [_heads(x_BSD if sharding.tensor(spec) else x_BTD, sharding.unsharded(w, axes, spec, rows + time))
-                for w, axes, spec in zip(weights, letters, kept)]
-    out = [_cut(spec, rows, time) for spec in kept]
-    return jax.shard_map(local, in_specs=(P(rows, time), *kept), out_specs=out)(x_BTD, *weights)
+        return [_to_heads(x_BSD if sharding.is_tensor_sharded(spec) else x_BTD,
+                          sharding.gather_weight(w, axes, spec, rows + time)) for w, axes, spec in zip(weights, letters, specs)]
+    out = [_heads_spec(spec, rows, time) for spec in specs]
+    return jax.shard_map(local, in_specs=(P(rows, time), *specs), out_specs=out)(x_BTD, *weights)
 
 
-def join(x_BHTV, w_HVD):
-    """All heads' outputs through W: y_BTD."""
+def from_heads(x_BHTV, w_HVD):
+    """Returns y_BTD, the product of all heads' outputs and W."""
     B, _, T, _ = x_BHTV.shape
-    if not sharding.splits(B, T):
-        return _join(x_BHTV, w_HVD)
-    mesh = sharding.mesh()
-    (rows, time), kept = sharding.cuts(mesh), sharding.weight("HVD", w_HVD.shape, mesh)
+    if not sharding.tokens_are_sharded(B, T):
+        return _from_heads(x_BHTV, w_HVD)
+    mesh = sharding.active_mesh()
+    (rows, time), spec = sharding.token_axes(mesh), sharding.weight_spec("HVD", w_HVD.shape, mesh)
 
     def local(x_BHTV, w_HVD):
-        y_BTD = _join(x_BHTV, sharding.unsharded(w_HVD, "HVD", kept, rows + time))
-        if not sharding.tensor(kept):
+        y_BTD = _from_heads(x_BHTV, sharding.gather_weight(w_HVD, "HVD", spec, rows + time))
+        if not sharding.is_tensor_sharded(spec):
             return y_BTD
-        with jax.named_scope("part_time"):      # 'B T/seq D -> B T/(seq etp) D', summed
+        with jax.named_scope("part_time"):      # 'B T/seq D -> B T/(seq etp) D', summed: (etp - 1) / etp B T D numbers received
             return jax.lax.psum_scatter(y_BTD, "etp", scatter_dimension=1, tiled=True)
-    return jax.shard_map(local, in_specs=(_cut(kept, rows, time), kept), out_specs=P(rows, time))(x_BHTV, w_HVD)
+    return jax.shard_map(local, in_specs=(_heads_spec(spec, rows, time), spec), out_specs=P(rows, time))(x_BHTV, w_HVD)
 
 
-def _cut(kept, rows, time):
-    """How [B, H, T, K] of a weight is cut: heads that the tensor axis does not divide stay whole, and time stays cut."""
-    return P(rows, "etp", tuple(axis for axis in time if axis != "etp")) if sharding.tensor(kept) else P(rows, None, time)
+def _heads_spec(weight_spec, rows, time):
+    """The PartitionSpec of [B, H, T, K]. Heads that the tensor axis does not divide are not sharded, and time stays sharded."""
+    if not sharding.is_tensor_sharded(weight_spec):
+        return P(rows, None, time)
+    return P(rows, "etp", tuple(axis for axis in time if axis != "etp"))
 
 
-def _heads(x_BTD, w_DHK):
-    if platform.name() != "cpu":        # the weights are read as they lie, and what follows joins the product's epilogue
+def _to_heads(x_BTD, w_DHK):
+    if platform.name() != "cpu":        # no transpose of the weights; the next operation is fused into the product
         return jnp.einsum("BTD,DHK->BHTK", x_BTD, w_DHK)
-    D, H, K = w_DHK.shape               # XLA's CPU dot would copy the weights to transpose them
-    x_BTX = jnp.einsum("BTD,DX->BTX", x_BTD, w_DHK.reshape(D, H * K))
-    return jnp.einsum("BTHK->BHTK", x_BTX.reshape(*x_BTX.shape[:2], H, K))
+    (B, T, _), (D, H, K) = x_BTD.shape, w_DHK.shape         # XLA's CPU dot would copy the weights to transpose them
+    x_BTh = jnp.einsum("BTD,Dh->BTh", x_BTD, w_DHK.reshape(D, H * K))                      # h: heads x K
+    return jnp.einsum("BTHK->BHTK", x_BTh.reshape(B, T, H, K))
 
 
-def _join(x_BHTV, w_HVD):
+def _from_heads(x_BHTV, w_HVD):
     if platform.name() != "cpu":
         return jnp.einsum("BHTV,HVD->BTD", x_BHTV, w_HVD)
     B, H, T, V = x_BHTV.shape
-    x_BTX = jnp.einsum("BHTV->BTHV", x_BHTV).reshape(B, T, H * V)
-    return jnp.einsum("BTX,XD->BTD", x_BTX, w_HVD.reshape(H * V, -1))
+    x_BTh = jnp.einsum("BHTV->BTHV", x_BHTV).reshape(B, T, H * V)                          # h: heads x V
+    return jnp.einsum("BTh,hD->BTD", x_BTh, w_HVD.reshape(H * V, -1))

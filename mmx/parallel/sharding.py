@@ -1,11 +1,13 @@
-"""Which mesh axes cut which dimension: two tables by letter, one for weights and one for activations (paper section 3.1).
+"""Which mesh axes shard which array axes: one table for weights and one for activations, by letter (paper section 3.1).
 
-Weights are kept cut over the tensor and the expert axis by their letters, and over the axes of other tokens too (FSDP):
-each of those cuts the first letter that it divides. They are gathered where they are used, and their gradients go back by
-reduce-scatter. Slices, which a slow network joins, all keep the same, and sum their parts of gradients. Activations between
-layers are cut by rows over the data axes and by time over the sequence and the tensor axis (Megatron's sequence parallelism),
-while heads, experts' hidden parts and the vocabulary are cut over the tensor axis. An axis of an array that its mesh axes do
-not divide stays whole.
+Weights are stored sharded over the tensor axis (etp) and the expert axis (ep) by their letters. They are also sharded over
+the mesh axes whose devices have different tokens (FSDP): each of these axes shards the first array axis that it divides.
+Weights are gathered where they are used, and their gradients are reduce-scattered. Slices, which a slow network connects, all
+store the same weights and sum their gradients.
+
+Activations between layers are sharded by rows over the data axes and by time over the sequence axis (seq) and the tensor axis
+(Megatron's sequence parallelism). Inside layers, heads, experts' hidden units and the vocabulary are sharded over the tensor
+axis. An array axis that its mesh axes do not divide is not sharded. Letters are those of `mmx.dims`.
 """
 import math
 
@@ -16,157 +18,165 @@ from jax.sharding import PartitionSpec as P
 ROWS, TIME, TENSOR = ("slice", "edp", "ep"), ("seq", "etp"), ("etp",)
 FSDP = "edp", "ep", "seq"
 WEIGHTS = {"E": ("ep",), "F": TENSOR, "H": TENSOR, "G": TENSOR, "W": TENSOR}
-ACTS = {"B": ROWS, "T": TIME, "S": ("seq",), "H": TENSOR, "G": TENSOR,      # S: time, gathered over the tensor axis
-        "I": ROWS + TIME}       # tiles: those of a block of rows are dealt to the devices that have its time
+ACTIVATIONS = {
+    "B": ROWS, "T": TIME, "H": TENSOR, "G": TENSOR,
+    "S": ("seq",),          # time, if gathered over the tensor axis
+    "I": ROWS + TIME,       # the tiles of a block of rows are distributed over the devices that share the block's time
+}
 
 
-def mesh() -> Mesh | None:
-    """The mesh that work is split over; None for one device."""
-    here = jax.sharding.get_abstract_mesh()
-    return None if here.empty or here.size == 1 else here
+def active_mesh() -> Mesh | None:
+    """Returns the mesh of jax.set_mesh; None without one or with a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
 
 
 def size(mesh, axes) -> int:
+    """Returns the number of devices along the mesh axes together."""
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def present(mesh, axes) -> tuple[str, ...]:
-    """Those of more than one device."""
+def nontrivial(mesh, axes) -> tuple[str, ...]:
+    """Returns the axes that have more than one device."""
     return tuple(axis for axis in axes if mesh.shape[axis] > 1)
 
 
-def tensor(kept: P) -> bool:
-    """Whether a weight is cut over the tensor axis."""
-    return any("etp" in names for names in _axes(kept))
+def is_tensor_sharded(spec: P) -> bool:
+    """Whether a weight is sharded over the tensor axis."""
+    return any("etp" in names for names in _axes(spec))
 
 
-def cuts(mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The axes that rows and time are cut over."""
-    return present(mesh, ROWS), present(mesh, TIME)
+def token_axes(mesh) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the mesh axes that shard rows, and those that shard time."""
+    return nontrivial(mesh, ROWS), nontrivial(mesh, TIME)
 
 
-def splits(B: int, T: int) -> bool:
-    """Whether rows and time are cut over the mesh: all of it or none (a sample's one row is computed everywhere)."""
-    here = mesh()
-    return here is not None and B % size(here, ROWS) == 0 and T % size(here, TIME) == 0
+def tokens_are_sharded(B: int, T: int) -> bool:
+    """Whether the active mesh shards rows and time. If it does not divide both, neither is sharded (decoding one row, say)."""
+    mesh = active_mesh()
+    return mesh is not None and B % size(mesh, ROWS) == 0 and T % size(mesh, TIME) == 0
 
 
-def weight(letters: str, shape, mesh) -> P:
-    """How a weight is kept: `letters` name its last axes, and what stands before them (the scanned layers) stays whole."""
+def weight_spec(letters: str, shape, mesh) -> P:
+    """Returns the PartitionSpec of a stored weight. `letters` name its last axes; axes before them (layers) are not sharded."""
     extents = shape[len(shape) - len(letters):]
     axes = [names if extent % size(mesh, names) == 0 else ()
             for extent, names in zip(extents, (WEIGHTS.get(letter, ()) for letter in letters))]
-    for axis in FSDP if set("DJ") & set(letters[:-1] + letters[1:]) else ():       # a norm's scale is not worth an exchange
+    # FSDP shards matrices only: the scale of a norm is too small to be worth an exchange
+    for axis in FSDP if set("DJ") & set(letters[:-1] + letters[1:]) else ():
         fits = (n for n, extent in enumerate(extents) if extent % size(mesh, (*axes[n], axis)) == 0)
         if not any(axis in names for names in axes) and (n := next(fits, None)) is not None:
             axes[n] = (*axes[n], axis)
-    return _fitting([()] * (len(shape) - len(letters)) + axes, shape, mesh)
+    return _spec([()] * (len(shape) - len(letters)) + axes, shape, mesh)
 
 
-def act(letters: str, shape, mesh) -> P:
-    """How an activation is cut."""
-    return _fitting([ACTS.get(letter, ()) for letter in letters], shape, mesh)
+def activation_spec(letters: str, shape, mesh) -> P:
+    """Returns the PartitionSpec of an activation."""
+    return _spec([ACTIVATIONS.get(letter, ()) for letter in letters], shape, mesh)
 
 
 def constrain(x, letters: str):
-    """An activation [B, T or S, ...] cut by the table, where rows and time are cut."""
-    return jax.lax.with_sharding_constraint(x, act(letters, x.shape, mesh())) if splits(*x.shape[:2]) else x
+    """Constrains an activation [B, T or S, ...] to its sharding, if the active mesh shards rows and time."""
+    if not tokens_are_sharded(*x.shape[:2]):
+        return x
+    return jax.lax.with_sharding_constraint(x, activation_spec(letters, x.shape, active_mesh()))
 
 
 def constrain_tiles(x_IPJ):
-    """Tiles, or what became of them, cut by the table, where they split over the mesh."""
-    here = mesh()
-    return x_IPJ if here is None else jax.lax.with_sharding_constraint(x_IPJ, act("IPJ", x_IPJ.shape, here))
+    """Constrains tiles, or activations of the vision encoder, to their sharding on the active mesh."""
+    mesh = active_mesh()
+    return x_IPJ if mesh is None else jax.lax.with_sharding_constraint(x_IPJ, activation_spec("IPJ", x_IPJ.shape, mesh))
 
 
-def everywhere(w):
-    """A weight whole on every device."""
-    return w if mesh() is None else jax.lax.with_sharding_constraint(w, P())
+def replicate(w):
+    """Gathers a weight on every device of the active mesh."""
+    return w if active_mesh() is None else jax.lax.with_sharding_constraint(w, P())
 
 
-def by_letters(letters: str, kept: P) -> P:
-    """A weight that FSDP's axes do not cut."""
-    return P(*(tuple(axis for axis in names if axis in WEIGHTS.get(letter, ())) for letter, names in zip(letters, _axes(kept))))
+def without_fsdp(letters: str, spec: P) -> P:
+    """Returns a weight's PartitionSpec without the axes that FSDP added."""
+    return P(*(tuple(axis for axis in names if axis in WEIGHTS.get(letter, ())) for letter, names in zip(letters, _axes(spec))))
 
 
-def unsharded(w, letters: str, kept: P, axes):
-    """Inside `shard_map`, for tokens that differ over all of `axes`: a weight cut by its letters alone, whole over FSDP's
-    axes. Its gradient is reduce-scattered over those that it was cut over, and summed over the rest of `axes`.
+def gather_weight(w, letters: str, spec: P, axes):
+    """Gathers a stored weight over FSDP's axes, inside `shard_map`; it stays sharded by its letters.
 
-    One axis after the other, the nearest first: a TPU gathers over all axes at once by a sum, twice the bytes. Parts arrive
-    along an axis of their own, so that none has to fill a tile.
+    `axes` are the mesh axes over which the tokens differ. The weight's gradient is reduce-scattered over the axes that are
+    gathered here, and summed over the rest of `axes`.
     """
     shape = list(w.shape)
-    # before it is gathered, so that gradients are summed over the rest of `axes` in parts as small as they are kept in
-    w = jax.lax.pcast(w, summed(kept, axes), to="varying")
-    for at, axis in gathered(letters, kept):        # 'D/(edp ep) -> D/edp -> D': (X - 1) / X of it received
+    # The pcast comes before the gathers: gradients are then summed over the rest of `axes` after they are scattered.
+    w = jax.lax.pcast(w, gradient_sum_axes(spec, axes), to="varying")
+    # One axis after the other, the nearest devices first: over several axes at once, TPUs gather by a sum of complete arrays,
+    # which is twice the bytes. all_gather without `tiled` gives the parts an axis of their own, so no part needs padding.
+    for at, axis in fsdp_axes(letters, spec):       # 'D/(edp ep) -> D/edp -> D': receives (n - 1) / n of the result
         shape[at] *= jax.lax.axis_size(axis)
         w = jax.lax.all_gather(w, axis, axis=at).reshape(shape)
     return w
 
 
-def gathered(letters: str, kept: P) -> list[tuple[int, str]]:
-    """FSDP's cuts of a weight, each an array's axis and a mesh axis, in the order in which `unsharded` gathers them."""
-    return [(at, axis) for at, names in reversed([*enumerate(_axes(kept))]) for axis in reversed(names)
+def fsdp_axes(letters: str, spec: P) -> list[tuple[int, str]]:
+    """Returns (array axis, mesh axis) of each axis that FSDP added to a weight, in the order in which it is gathered."""
+    return [(at, axis) for at, names in reversed([*enumerate(_axes(spec))]) for axis in reversed(names)
             if axis not in WEIGHTS.get(letters[at], ())]
 
 
-def summed(kept: P, axes) -> tuple[str, ...]:
-    """Those of the tokens' `axes` that do not cut a weight: over them its gradient is summed."""
-    return tuple(axis for axis in axes if not any(axis in names for names in _axes(kept)))
+def gradient_sum_axes(spec: P, axes) -> tuple[str, ...]:
+    """Returns the token axes that do not shard a weight: its gradient is summed over them."""
+    return tuple(axis for axis in axes if not any(axis in names for names in _axes(spec)))
 
 
 def letters_of(path) -> str:
-    """The axes that a leaf's name ends in; none where a path ends in no name."""
+    """Returns the letters that the name of a tree's leaf ends in; "" if the path ends in an index."""
     return getattr(path[-1], "key", "").rpartition("_")[2]
 
 
-def tree(abstract, mesh: Mesh):
-    """The shardings of parameters, or of an optimizer's state over them: a leaf's name ends in its letters."""
+def param_shardings(abstract, mesh: Mesh):
+    """Returns the shardings of parameters, or of an optimizer state with the same leaves. Leaf names end in their letters."""
     def leaf(path, x):
         letters = letters_of(path)
-        return NamedSharding(mesh, weight(letters, x.shape, mesh) if letters else P())
+        return NamedSharding(mesh, weight_spec(letters, x.shape, mesh) if letters else P())
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
-def cache(abstract, mesh: Mesh):
-    """The shardings of a cache: a leaf's name ends in its letters, and the scanned layers stand before them."""
+def cache_shardings(abstract, mesh: Mesh):
+    """Returns the shardings of a cache. Leaf names end in their letters; the axis of the scanned layers comes before these."""
     def leaf(path, x):
         letters = letters_of(path)
-        return NamedSharding(mesh, act("L" * (x.ndim - len(letters)) + letters, x.shape, mesh))
+        return NamedSharding(mesh, activation_spec("L" * (x.ndim - len(letters)) + letters, x.shape, mesh))
     return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
-def placement(letters: str, shape) -> NamedSharding | None:
-    """Where a weight is kept on the mesh in use (jax.set_mesh); None, the default, without one."""
-    here = jax.sharding.get_mesh()
-    return None if here.empty else NamedSharding(here, weight(letters, shape, here))
+def weight_sharding(letters: str, shape) -> NamedSharding | None:
+    """Returns the sharding of a stored weight on the mesh of jax.set_mesh; None, which is the default device, without one."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else NamedSharding(mesh, weight_spec(letters, shape, mesh))
 
 
-def whole(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Of the batch's arrays [B, T], behind `leading` whole axes."""
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Returns the sharding of a batch's arrays [..., B, T], with `leading` axes before B that are not sharded."""
     return NamedSharding(mesh, P(*[None] * leading, ROWS, TIME))
 
 
-def tiles(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Of what a batch has block by block of its rows, behind `leading` whole axes: its tiles."""
+def tile_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Returns the sharding of arrays [..., blocks of rows, ...], such as tiles, with `leading` axes that are not sharded."""
     return NamedSharding(mesh, P(*[None] * leading, ROWS))
 
 
-def _axes(kept: P) -> list[tuple[str, ...]]:
-    """The mesh axes that cut each of an array's."""
-    return [(names,) if isinstance(names, str) else names or () for names in kept]
+def _axes(spec: P) -> list[tuple[str, ...]]:
+    """Returns the mesh axes that shard each array axis."""
+    return [(names,) if isinstance(names, str) else names or () for names in spec]
 
 
-def _fitting(axes, shape, mesh) -> P:
-    """P of these mesh axes: those of one device are left out, and all where they do not divide an array's axis."""
+def _spec(axes, shape, mesh) -> P:
+    """Returns a PartitionSpec of the nontrivial mesh axes; an array axis that they do not divide is not sharded."""
     parts = []
     for extent, names in zip(shape, axes):
-        names = present(mesh, names)
+        names = nontrivial(mesh, names)
         if extent % size(mesh, names):
             names = ()
         parts.append(names if len(names) > 1 else names[0] if names else None)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mmx import config
 from mmx.model import see
-from mmx.parallel.expert import balance_loss
+from mmx.parallel.routing import balance_loss
 from mmx.parallel.vocabulary import cross_entropy
 
 TEMPERATURE = 0.07

@@ -102,7 +102,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
     check_pattern(experiment.model.pattern)
     mesh = meshes.make(experiment, processes)
     _check_same(experiment)
-    host, hosts = meshes.reader(mesh)
+    host, hosts = meshes.data_host(mesh)
     stream = pipeline.stream(experiment.data, t, host=host, hosts=hosts, vision=experiment.model.vision,
                              blocks=sharding.size(mesh, sharding.ROWS), share=sharding.size(mesh, sharding.TIME))
     held_out = pipeline.validation(experiment.data)
@@ -117,7 +117,8 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
     eyes = convert.open_vision(t.init_vision, experiment.model) if t.init_vision and new else None
     model, optimizer = Model(experiment.model), optim.adamw(t)
     undropped = Model(dataclasses.replace(experiment.model, capacity=0.0, transport=0.0))       # inference drops no token
-    whole, rows, tiles = sharding.whole(mesh), sharding.batch(mesh, leading=1), sharding.tiles(mesh, leading=1)
+    whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh, leading=1)
+    tiles = sharding.tile_sharding(mesh, leading=1)
     make = functools.partial(init, model, optimizer, t.seed, t.freeze)
     with jax.set_mesh(mesh):
         try:
@@ -128,7 +129,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
     checkpoints, guard = Checkpoints(workdir, c.every, c.keep, c.verify), Guard(experiment)
     with _held(workdir), jax.set_mesh(mesh), jax.transfer_guard_host_to_device("disallow"), _Stop() as stop:
         check_config(workdir, experiment)
-        kept = sharding.tree(abstract, mesh)
+        kept = sharding.param_shardings(abstract, mesh)
         make, placed = jax.jit(make, out_shardings=kept), jax.tree.map(_placed, abstract, kept)
         begun = {"stream": stream.state(), "seconds": 0.0, "guard": None}
 
@@ -153,7 +154,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
                                            freeze=t.freeze, contrastive=t.contrastive),
                          donate_argnums=(0, 1), out_shardings=(*kept, whole))
         evaluate = make_evaluator(undropped, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
-                                  loss_chunk=t.loss_chunk, sharding=sharding.batch(mesh))
+                                  loss_chunk=t.loss_chunk, sharding=sharding.batch_sharding(mesh))
         first, log = step, Log(workdir, t, step, t.tokens_seen(step), write=jax.process_index() == 0)
         if origin and (found := convert.differ(origin.model, experiment.model)):
             log.say(f"train.init_from={t.init_from!r} was trained as another function: {', '.join(found)}", step)

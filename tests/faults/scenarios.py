@@ -370,7 +370,7 @@ def _layouts(place: Place, rng: random.Random, many: int = 4) -> list:
     e, found = experiments.read(str(place.config), []), {1: [], 2: []}
     for sizes in itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2, 4)):
         mesh, world = dict(zip(("edp", "ep", "etp", "seq"), sizes)), int(np.prod(sizes))
-        if world <= 8 and not meshes.misfit(e, {"slice": 1, **mesh}):
+        if world <= 8 and not meshes.mesh_error(e, {"slice": 1, **mesh}):
             for count in (1, 2):
                 if world % count == 0 and _shares(sizes, count):
                     found[count].append((count, mesh))

@@ -210,7 +210,8 @@ def test_processes_that_slurm_does_not_start(place):
 
 
 @pytest.mark.parametrize("edp, rates, told", [
-    (1, (1, 1), "the mesh needs 1 of the 2 devices of 2 processes, but each must have its share; -1 on one axis takes all"),
+    (1, (1, 1), "the mesh uses 1 of the 2 devices of 2 processes, but it must use all of them. "
+     "Set one axis to -1 to use all devices"),
     (2, (1, 2), "process 1 was given another experiment than process 0: all need the same command, but for --process")])
 def test_what_does_not_fit_is_told_by_all(edp, rates, told, place):
     port = free_port()
@@ -253,10 +254,10 @@ def test_who_reads_which_rows(sizes, local, process, want, monkeypatch):
     devices = np.array([SimpleNamespace(process_index=n // local) for n in range(np.prod(sizes))]).reshape(sizes)
     mesh = SimpleNamespace(devices=devices, shape=dict(zip(("slice", "edp", "ep", "etp", "seq"), sizes)))
     if want:
-        assert meshes.reader(mesh) == want
+        assert meshes.data_host(mesh) == want
     else:
-        with pytest.raises(ConfigError, match="^a process's 4 devices are neither a multiple nor a part of .* = 3: "):
-            meshes.reader(mesh)
+        with pytest.raises(ConfigError, match="^the number of devices of a process, 4, must be a multiple or a .* = 3: "):
+            meshes.data_host(mesh)
 
 
 def test_the_others_say_who_was_killed(four):

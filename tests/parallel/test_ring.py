@@ -1,4 +1,4 @@
-"""Ring attention against the full score matrix, over documents cut anywhere; its work and its exchanges, counted."""
+"""Ring attention against the full score matrix, with documents of many kinds; its products and its exchanges, counted."""
 import functools
 
 import jax
@@ -14,16 +14,16 @@ from mmx.parallel import ring
 B, H, G, T, K, V = 4, 4, 2, 64, 4, 6
 NAMES = ("o", "dq", "dk", "dv")
 TOLERANCE = {"float32": 1e-6, "bfloat16": 6e-3}
-QUICK = {"xla_backend_optimization_level": 0}      # compiling is most of the time here
+QUICK = {"xla_backend_optimization_level": 0}      # most of these tests' time is compilation
 
 
 def documents():
-    """Documents across every edge, on the edges, padding at both ends, whole shards of it inside and between, alone."""
-    place = np.arange(T)
+    """Documents that cross shards, that end at their edges, with padding at both ends or of whole shards; a row of padding."""
+    position = np.arange(T)
     rows = np.zeros((B, T), np.int32)
-    rows[0] = 1 + np.searchsorted(np.cumsum(np.arange(1, 15)), place, side="right")
-    rows[1] = 2 + place // 8
-    rows[2] = (place >= 19) * (1 + (place > 40)) * ((place < 24) | (place >= 40)) * (place < 55)
+    rows[0] = 1 + np.searchsorted(np.cumsum(np.arange(1, 15)), position, side="right")
+    rows[1] = 2 + position // 8
+    rows[2] = (position >= 19) * (1 + (position > 40)) * ((position < 24) | (position >= 40)) * (position < 55)
     return rows
 
 
@@ -40,16 +40,16 @@ def step(attention, q, k, v, do, segments):
 
 
 def sharded(seq, edp=1, check_vma=True, balanced=False):
-    """`softmax_attention` of whole arrays, rows cut over edp and time over seq devices, put in `zigzag` and back."""
+    """Returns `softmax_attention` for arrays that it shards: rows over edp, time over seq, by `zigzag` if balanced."""
     mesh = jax.make_mesh((edp, seq), ("edp", "seq"), axis_types=(AxisType.Auto,) * 2)
     tokens, rows = PartitionSpec("edp", None, "seq"), PartitionSpec("edp", "seq")
     local = lambda q, k, v, segments: ring.softmax_attention(q, k, v, axis="seq", segments_BT=segments, balanced=balanced)
     run = jax.shard_map(local, mesh=mesh, in_specs=(tokens, tokens, tokens, rows), out_specs=tokens, check_vma=check_vma)
     if not balanced:
         return run
-    there, back = ring.zigzag(T, seq), ring.unzigzag(T, seq)
-    return lambda q, k, v, segments: run(q[:, :, there], k[:, :, there], v[:, :, there],
-                                         None if segments is None else segments[:, there])[:, :, back]
+    order, back = ring.zigzag(T, seq), ring.unzigzag(T, seq)
+    return lambda q, k, v, segments: run(q[:, :, order], k[:, :, order], v[:, :, order],
+                                         None if segments is None else segments[:, order])[:, :, back]
 
 
 @functools.cache
@@ -67,28 +67,28 @@ def assert_close(got, want, dtype="float32"):
 @pytest.mark.parametrize("seq, edp, balanced, check_vma, dtype", [
     (1, 1, True, True, "float32"), (2, 2, False, True, "float32"), (2, 1, True, True, "bfloat16"),
     (4, 1, True, False, "float32"), (8, 1, False, True, "float32")])
-def test_against_the_full_matrix(seq, edp, balanced, check_vma, dtype):
+def test_equals_the_full_matrix(seq, edp, balanced, check_vma, dtype):
     got = step(sharded(seq, edp, check_vma, balanced), *inputs(dtype), documents())
     assert_close(got, oracle(packed=True), dtype)
 
 
 @pytest.mark.parametrize("balanced, packed, squares", [
     (False, False, [0.5, 1.5, 2.5, 3.5]), (True, False, [2, 2, 2, 2]), (False, True, [0.5, 0.5, 1.5, 0.5])])
-def test_work(monkeypatch, balanced, packed, squares):
-    """What each of 4 devices works off, forward and backward, in squares of its own tokens; of documents those it meets."""
+def test_number_of_products(monkeypatch, balanced, packed, squares):
+    """Scores that each of 4 devices computes in the forward and in the backward pass, in squares of its number of tokens."""
     pairs = np.zeros((2, 4))
 
     def counted(function, which, shapes):
         def count(*args, **kwargs):
-            t, s, apart = shapes(*args, **kwargs)
-            jax.debug.callback(lambda x: np.add.at(pairs, (which, x), t * s if apart else t * s / 2), jax.lax.axis_index("seq"))
+            t, s, full = shapes(*args, **kwargs)
+            jax.debug.callback(lambda x: np.add.at(pairs, (which, x), t * s if full else t * s / 2), jax.lax.axis_index("seq"))
             return function(*args, **kwargs)
         return count
     forward = lambda q, k, v, start_B=None, **_: (q.shape[2], k.shape[2], start_B is not None)
     backward = lambda queries, keys, window, saved, _: (saved[0].shape[2], saved[1].shape[2], saved[5] is not None)
     monkeypatch.setattr(ring, "attention", counted(ring.attention, 0, forward))
     monkeypatch.setattr(ring.xla, "backward", counted(ring.xla.backward, 1, backward))
-    # the second document goes over an edge, the others end on one
+    # the second document crosses an edge between devices, the others end at one
     segments = np.repeat([[1, 2, 3]], [16, 32, 16], axis=1).repeat(B, 0) if packed else None
     got = jax.block_until_ready(step(sharded(4, balanced=balanced), *inputs(), segments))
     jax.effects_barrier()
@@ -98,22 +98,22 @@ def test_work(monkeypatch, balanced, packed, squares):
 
 
 def test_bytes_and_memory():
-    """The exchanges are as large as `bytes_per_device` says, and nothing of a step is kept: memory is a few local arrays."""
+    """The exchanges have the size of `bytes_per_device`. No step saves anything, so memory is a few local arrays."""
     seq, T = 8, 8192
-    mine = dict(B=1, G=1, T=T // seq, K=64, V=64, axis_size=seq, documents=True)
+    sizes = dict(tokens=T // seq, width=64 + 64, axis_size=seq, documents=True)
     array = jax.ShapeDtypeStruct((1, 1, T, 64), jnp.float32)
     compiled = step.lower(sharded(seq), *[array] * 4, jax.ShapeDtypeStruct((1, T), jnp.int32)).compile()
     found = hlo.analyse(compiled.as_text(), {"seq": seq}).collectives
     assert {c.kind for c in found} == {"collective-permute"}
-    passes = ring.bytes_per_device(**mine), ring.bytes_per_device(**mine, backward=True)
-    want = sum(passes) - passes[0] // (seq - 1)         # in one program both passes share the first step's keys
+    passes = ring.bytes_per_device(**sizes), ring.bytes_per_device(**sizes, backward=True)
+    want = sum(passes) - passes[0] // (seq - 1)         # both passes share the first step's exchange
     assert sum(c.bytes * c.times for c in found) == want
-    assert compiled.memory_analysis().temp_size_in_bytes < 16 * (T // seq) * 64 * 4      # every step's keys: 28 more
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * (T // seq) * 64 * 4      # 28 more if all steps saved keys
 
 
-def test_layers_keep_nothing_of_a_step():
-    """What hangs on the step alone a scan over layers may work off ahead: documents, but no array of the queries' size."""
-    layers, steps = 3, 8 - 2        # the loop's, between the first exchange and the last keys
+def test_scan_over_layers_saves_no_step():
+    """A scan over layers may precompute for all steps what depends on documents, but no array of the queries' size."""
+    layers, steps = 3, 8 - 2        # of the loop: without the first exchange and the last keys
     run = sharded(8, balanced=True)
 
     def loss(q, segments):
@@ -122,18 +122,18 @@ def test_layers_keep_nothing_of_a_step():
     assert f"i32[{steps},{B}," in program and f"f32[{steps},{B}," not in program
 
 
-def test_order():
+def test_zigzag():
     np.testing.assert_array_equal(ring.zigzag(8, 2), [0, 1, 6, 7, 2, 3, 4, 5])
     np.testing.assert_array_equal(ring.unzigzag(8, 2), [0, 1, 4, 5, 6, 7, 2, 3])
     for seq in (1, 3, 8):
-        place = jnp.arange(6 * seq)[None]
+        position = jnp.arange(6 * seq)[None]
         rows = dict(mesh=jax.make_mesh((seq,), ("seq",), axis_types=(AxisType.Auto,)), in_specs=PartitionSpec(None, "seq"),
                     out_specs=PartitionSpec(None, "seq"))
-        there = jax.jit(jax.shard_map(lambda x: ring.to_zigzag(x, "seq", time=1), **rows))(place)
-        np.testing.assert_array_equal(there[0], ring.zigzag(6 * seq, seq))
-        back = jax.jit(jax.shard_map(lambda x: ring.from_zigzag(x, "seq", time=1), **rows))(there)
-        np.testing.assert_array_equal(back, place)
-    with pytest.raises(ValueError, match="T=10 does not split into 2 x 2 blocks"):
+        reordered = jax.jit(jax.shard_map(lambda x: ring.to_zigzag(x, "seq", time=1), **rows))(position)
+        np.testing.assert_array_equal(reordered[0], ring.zigzag(6 * seq, seq))
+        back = jax.jit(jax.shard_map(lambda x: ring.from_zigzag(x, "seq", time=1), **rows))(reordered)
+        np.testing.assert_array_equal(back, position)
+    with pytest.raises(ValueError, match="T=10 must be divisible by the number of blocks, 2 x 2"):
         ring.zigzag(10, 2)
     q = np.zeros((1, 1, 3, 4))
     with pytest.raises(ValueError, match="balanced=True needs an even number"):

@@ -1,0 +1,140 @@
+"""Routing of tokens to experts: who goes where, who is dropped, and statistics of it (docs/model.md section 5).
+
+The router chooses `top_k` experts for each token. A choice of one token is an assignment. Each expert has one queue of
+assignments for the whole batch: all tokens' first choices come before all second choices, and within a choice tokens follow in
+the order of rows and time. Assignments beyond the expert's capacity are dropped. Positions in the queues are counted over all
+devices, so the same assignments are dropped on every mesh (paper section 2.2.3).
+
+Upper-case letters are those of `mmx.dims`, with local extents. Lower-case letters are axes that only routing and exchange have:
+
+    j choices of a token, the first is the best       a assignments in the order of the queues, a = j x M
+"""
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """Settings of a mixture-of-experts layer; `expert.moe` explains them."""
+    top_k: int
+    capacity: float
+    transport: float = 0.0
+    token_groups: int = 1
+    ragged: bool = False
+
+
+class Choices(NamedTuple):
+    """The router's choices for each token."""
+    expert_Mj: jax.Array
+    weight_Mj: jax.Array        # router probabilities, renormalised over the choices
+    keep_Mj: jax.Array          # False where the token is padding or the expert's capacity is exceeded
+
+    def of(self, tokens: slice) -> "Choices":
+        return Choices(*(x[tokens] for x in self))
+
+
+class Stats(NamedTuple):
+    """Statistics of one layer's router over all real tokens of the batch."""
+    load_E: jax.Array           # share of the assignments that chose each expert, before drops; sums to 1
+    prob_E: jax.Array           # mean router probability
+    z: jax.Array                # mean logsumexp(logits)^2
+    dropped: jax.Array          # share of the assignments dropped because the expert's capacity was exceeded
+    overflow: jax.Array         # share of the assignments within capacity that found no slot in an exchange buffer
+
+
+def choose(x_MD, router_DE, top_k: int):
+    """Returns the router's logits_ME and probabilities prob_ME, and each token's experts and their weights [M, j].
+
+    The router computes in float32: a rounding error could change the chosen experts.
+    """
+    wide = jnp.promote_types(x_MD.dtype, jnp.float32)
+    logits_ME = x_MD.astype(wide) @ router_DE.astype(wide)
+    prob_ME = jax.nn.softmax(logits_ME)
+    top_Mj, expert_Mj = jax.lax.top_k(logits_ME, top_k)
+    return logits_ME, prob_ME, expert_Mj, jax.nn.softmax(top_Mj)
+
+
+def expert_capacity(capacity: float, assignments: int, E: int) -> int:
+    """Returns how many assignments one expert accepts: ceil(capacity x assignments / E), or all if `capacity` is 0."""
+    # The product is truncated to a multiple of 1e-6: a rounding error such as 1.1 x 10 = 11.000000000000002 must not add one.
+    return -(-int(capacity * assignments * 1e6) // int(E * 1e6)) if capacity else assignments
+
+
+def queue_positions(expert_BTj, live_BT, E: int, rows=(), time=()):
+    """Returns each assignment's position in its expert's queue [B, T, j], and the number of assignments [j, E].
+
+    Both count over all devices of the mesh axes `rows` and `time`, which shard B and T.
+    """
+    chosen_BTjE = jax.nn.one_hot(expert_BTj, E, dtype=jnp.int32) * live_BT[..., None, None]
+    before_BjE, total_jE = _counts_before(chosen_BTjE.sum(1), rows, time)
+    earlier_jE = jnp.cumsum(total_jE, axis=0) - total_jE        # of all tokens' earlier choices
+    position_BTjE = jnp.cumsum(chosen_BTjE, axis=1) - 1 + (before_BjE + earlier_jE)[:, None]
+    return jnp.take_along_axis(position_BTjE, expert_BTj[..., None], axis=3)[..., 0], total_jE
+
+
+def _counts_before(count_BjE, rows, time):
+    """Returns how many assignments precede each row's local tokens, by choice and expert [B, j, E], and the total [j, E].
+
+    A device receives 4 B j E bytes from each device of `time` and 4 j E bytes from each device of `rows`.
+    """
+    earlier_BjE, row_BjE = earlier_and_total(count_BjE, time)
+    before_jE, total_jE = earlier_and_total(row_BjE.sum(0), rows)
+    return before_jE + jnp.cumsum(row_BjE, axis=0) - row_BjE + earlier_BjE, total_jE
+
+
+def earlier_and_total(count, axes):
+    """Returns the sum of `count` over the devices with a lower index on the mesh axes, and the sum over all devices."""
+    if not axes:
+        return jnp.zeros_like(count), count
+    counts = jax.lax.all_gather(count, axes)        # 'n -> devices n': 4 n bytes from each other device
+    before = jnp.arange(len(counts)) < jax.lax.axis_index(axes)
+    return jnp.tensordot(before.astype(count.dtype), counts, 1), jax.lax.psum(count, axes)
+
+
+def queue_order(x_Mj):
+    """Returns x_a: values of assignments in the order of the queues, all first choices before all second choices."""
+    return x_Mj.T.reshape(-1)
+
+
+def rank(kind_a, keep_a, kinds: int):
+    """Returns each assignment's rank among the kept ones of its kind, and the number of kept ones of each kind."""
+    kept = jax.nn.one_hot(kind_a, kinds, dtype=jnp.int32) * keep_a[:, None]
+    return jnp.take_along_axis(jnp.cumsum(kept, axis=0) - 1, kind_a[:, None], axis=1)[:, 0], kept.sum(0)
+
+
+def statistics(logits_ME, prob_ME, live_M, count_jE, keep_Mj, sent, axes) -> Stats:
+    """Returns the batch's statistics.
+
+    Args:
+      count_jE: assignments of all devices, before drops.
+      keep_Mj: this device's assignments within capacity.
+      sent: how many of those reached their expert.
+      axes: the mesh axes that shard the tokens; 4 (E + 3) bytes are summed over them.
+    """
+    top_k = len(count_jE)
+    count_E = count_jE.sum(0)
+    assigned = jnp.maximum(count_E.sum(), 1)
+    sums = (jnp.sum(prob_ME * live_M[:, None], 0), jnp.sum(live_M * jax.nn.logsumexp(logits_ME, 1) ** 2),
+            jnp.sum(keep_Mj, dtype=jnp.int32), sent)
+    prob_E, z, kept, sent = jax.lax.psum(sums, axes) if axes else sums
+    tokens = assigned / top_k
+    return Stats(count_E / assigned, prob_E / tokens, z / tokens, 1 - kept / assigned, (kept - sent) / assigned)
+
+
+def balance_loss(load_E, prob_E, top_k: int, form: str):
+    """Load-balancing loss of one layer; `load_E` is a constant for the gradient.
+
+    form       loss                          value when balanced
+    "switch"   E sum(load prob)              1
+    "paper"    (1/E) sum(load prob)          1/E^2
+    "hf"       top_k E sum(load prob)        top_k
+
+    For "hf", pass the means of `load_E` and `prob_E` over all layers: its loss treats the layers as one
+    (docs/model.md section 5).
+    """
+    E = len(load_E)
+    scale = {"switch": E, "paper": 1 / E, "hf": E * top_k}[form]
+    return scale * jnp.sum(jax.lax.stop_gradient(load_E) * prob_E)
