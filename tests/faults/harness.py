@@ -81,7 +81,7 @@ class Run:
 
     def __init__(self, arguments, hurt, folder: Path):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mmx.training.train", "mmx.inference.engine"])
+        context.set_forkserver_preload(["mmx.training.run", "mmx.inference.engine"])
         self.said = Path(tempfile.mkstemp(prefix="said-", dir=folder)[1])
         self.process = context.Process(target=_child, args=(arguments, str(self.said), hurt))
         self.process.start()
