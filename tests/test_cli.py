@@ -340,7 +340,8 @@ def test_mistakes_in_an_experiment_are_told_with_their_line(body, message, tmp_p
     (["--config.mesh.edp=3"], "does not split"),
     (["--config.model.dtype=float64"], "needs JAX_ENABLE_X64=1"),
     (["--config.mesh.seq=3"], "does not split over mesh.seq=3"),
-    (["--config.model.impl=gpu"], "model.impl='gpu': this computation is for cpu; give impl='xla' or None (model.impl empty)"),
+    (["--config.model.impl=gpu"],
+     "model.impl='gpu': this computation is for cpu; give impl='xla' or None (model.impl='' means None)"),
 ])
 def test_train_leaves_nothing_behind_a_mistake(more, message, place, mmx_fails):
     assert message in mmx_fails(*train(place, *more, workdir="never"))

@@ -206,8 +206,8 @@ def test_a_text_model_learns_to_see(whole, tmp_path):
     written = hf_config.write_model(text, "released", "float32", convert.BYTE_IDS)
     (tmp_path / "hf" / "config.json").write_text(json.dumps(written))
     e = config.Experiment(C, TRAIN, mesh=config.Mesh(1))
-    sources = training.Sources(convert.open_start(tmp_path / "hf", C), convert.open_vision(whole, C))
-    made = training.initial_params(training.build_program(e, meshes.make(e)), sources)
+    initial = training.InitialCheckpoints(convert.open_start(tmp_path / "hf", C), convert.open_vision(whole, C))
+    made = training.initial_params(training.build_program(e, meshes.make(e)), initial)
     vision, seen, new = made.pop("vision"), convert.load(whole).params["vision"], start()[0]["vision"]
     jax.tree.map(np.testing.assert_array_equal, made, convert.load(tmp_path / "hf").params)
     for name, leaf in vision.items():

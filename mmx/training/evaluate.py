@@ -2,7 +2,7 @@
 
     bits per byte = sum over all targets (end of text included) of -log2 p / bytes of the raw text
 
-Each document is read by itself, from its beginning-of-text token.
+Each document starts a row of its own, with its beginning-of-text token.
 """
 import functools
 import math
@@ -67,7 +67,7 @@ def first_bytes(documents, limit: int):
     chosen, remaining = [], limit or math.inf
     for name, raw in documents:
         size = min(remaining, len(raw))
-        if size < len(raw):     # a character has at most three continuation bytes; what is not UTF-8 is cut at `size`
+        if size < len(raw):     # a character has at most three continuation bytes; other bytes are cut at `size`
             size = next((n for n in range(size, max(size - 4, 0), -1) if raw[n] & 0xC0 != 0x80), size)
         if size:
             chosen.append((name, raw[:size]))

@@ -43,7 +43,7 @@ class Guard:
         return {"skipped": self.skipped, "rollbacks": self.rollbacks}
 
     def restore(self, state: dict | None) -> None:
-        """Continues from a `state`; None: from that of a new run."""
+        """Continues from a `state` of a checkpoint. None starts as in a new run."""
         state = state or {"skipped": 0, "rollbacks": 0, "row": 0, "losses": []}
         self.skipped, self.rollbacks, self.skipped_in_row = state["skipped"], state["rollbacks"], state["row"]
         self.losses = state["losses"].copy()        # the last guard.window losses that were no spike
@@ -79,25 +79,25 @@ class Guard:
                 f"{t.lr}) or a lower gradient clip (train.clip is {t.clip})")
 
     def record_stream(self, step: int, stream) -> None:
-        """Remembers the state of the data stream; its last batch was that of `step`."""
+        """Remembers the state of the data stream after the batch of `step` was read."""
         if self.config.spike:
             self.stream_states = {step - 1: self.stream_states.get(step - 1), step: stream.state()}
 
     def roll_back(self, spike: Spike, stream, restore):
-        """Restores the last checkpoint, with the stream after the data of the spike and of guard.beyond more steps.
+        """Restores the last checkpoint, but leaves the stream after the data of the spike and of guard.beyond more steps.
 
-        `restore` is a function that returns the last checkpoint as a `loop.State`, which is returned.
+        `restore` reads the last checkpoint and returns it as a `loop.State`, which this function returns.
         """
         stream.restore(self.stream_states[spike.step])
         for _ in range(self.config.beyond * self.train.micro_batches(self.train.tokens_seen(spike.step))):
             stream.next()
         state = restore()
         stream.repeat(state.position["stream"])
-        self.restore(state.position.get("guard"))       # resets self.rollbacks to that of the checkpoint
+        self.restore(state.position.get("guard"))       # self.rollbacks too
         self.rollbacks_since_save += 1
         self.rollbacks += self.rollbacks_since_save
         return state
 
     def saved(self) -> None:
-        """Starts counting rollbacks anew: there is a checkpoint later than the last one."""
+        """Resets the count of rollbacks to the same checkpoint: there is a new one."""
         self.rollbacks_since_save = 0

@@ -46,7 +46,7 @@ class Run(NamedTuple):
 
 
 class Clock:
-    """Training time in seconds, that of the processes before a resumed one included."""
+    """The training time of a run in seconds. A resumed run starts with the `seconds` of its checkpoint."""
 
     def __init__(self, seconds: float):
         self.start = time.monotonic() - seconds
@@ -59,7 +59,8 @@ def train_loop(run: Run, state: State, clock: Clock) -> int:
     """Trains until the run is done or a signal stops it, and saves the last step. Returns the number of steps done."""
     t, first = run.experiment.train, state.step
     step, params, opt, _ = state
-    spike = pending = None      # pending: the last step; reported when the next one is dispatched, so that no device waits
+    pending = None      # the last step: its metrics are fetched after the next step is dispatched, so that no device waits
+    spike = None        # the step that rolls the run back
     while True:
         if spike:
             params = opt = metrics = pending = None     # frees memory for the restored arrays

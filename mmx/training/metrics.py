@@ -47,8 +47,8 @@ def build_record(e: config.Experiment, done: StepResult, counts: dict, bytes_per
         record["contrastive_loss"] = float(m["contrastive_loss"])
     if "layer_norms" in m:
         record["layer_norms"] = [float(f"{norm:.4g}") for norm in m["layer_norms"]]
-    if "micro_square" in m:     # compared with grad_norm, the root mean square of the micro-batches' norms shows their noise
-        record["micro_norm"] = math.sqrt(m["micro_square"])
+    if "micro_norm_squared" in m:       # the root mean square over the micro-batches: above grad_norm by their noise
+        record["micro_norm"] = math.sqrt(m["micro_norm_squared"])
     return record
 
 

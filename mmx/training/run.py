@@ -42,24 +42,24 @@ def train(experiment: Experiment, workdir: str | Path, sample=None, processes: i
       signal that stopped the run or 0; "process", the index of this process.
     """
     t, c, workdir = experiment.train, experiment.checkpoint, Path(workdir)
-    # every mistake that can be found before anything is written is raised here
+    # these phases write nothing: an experiment that cannot run leaves the workdir as it is
     tokenizer = check_experiment(experiment, sample)
     mesh = meshes.make(experiment, processes)
     check_same_experiment(experiment)
     program = build_program(experiment, mesh)
     batches = Batches(experiment, mesh)
     evaluation = build_evaluation(experiment, mesh, tokenizer, sample)
-    sources = open_sources(experiment, workdir)
+    initial = open_initial_checkpoints(experiment, workdir)
     checkpoints, guard = Checkpoints(workdir, c.every, c.keep, c.verify), Guard(experiment)
     with lock_workdir(workdir), jax.set_mesh(mesh), jax.transfer_guard_host_to_device("disallow"), StopSignals() as stop:
         check_config(workdir, experiment)
         start = {"stream": batches.stream.state(), "seconds": 0.0, "guard": None}
-        restore = functools.partial(restore_state, checkpoints, program, sources, start)
+        restore = functools.partial(restore_state, checkpoints, program, initial, start)
         state = restore()
         batches.stream.restore(state.position["stream"])
         guard.restore(state.position.get("guard"))
         log = Log(workdir, t, state.step, t.tokens_seen(state.step), write=jax.process_index() == 0)
-        warn_of_differences(experiment, sources, log, state.step)
+        warn_of_differences(experiment, initial, log, state.step)
         run = Run(experiment, batches, program.update, evaluation, checkpoints, restore, guard, log, stop)
         clock = Clock(state.position["seconds"])
         try:
@@ -110,7 +110,7 @@ def build_program(e: Experiment, mesh) -> Program:
         try:
             abstract = abstract_state(model, optimizer, t, mesh)
         except NotImplementedError as error:        # model.impl names a kernel that cannot run on these devices
-            raise ConfigError(f"model.{error} (None: leave model.impl empty)") from None
+            raise ConfigError(f"model.{error} (model.impl='' means None)") from None
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return Program(abstract, jax.jit(functools.partial(init, model, optimizer, t), out_shardings=shardings),
                    jax.jit(lambda params: optimizer.init(optim.split(params, t.freeze)[0]), out_shardings=shardings[1]),
@@ -118,7 +118,7 @@ def build_program(e: Experiment, mesh) -> Program:
 
 
 def build_evaluation(e: Experiment, mesh, tokenizer, sample) -> Evaluation:
-    """The functions that evaluate and sample a run's parameters. As in inference, no token is dropped."""
+    """The functions that evaluate parameters on held-out text and sample from them. They drop no token, as in inference."""
     t, held_out = e.train, pipeline.validation(e.data)
     if t.eval_every and not held_out:
         raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text, and data.sources has only ids or images: set "
@@ -131,22 +131,22 @@ def build_evaluation(e: Experiment, mesh, tokenizer, sample) -> Evaluation:
                       bytes_per_token(tokenizer, first_bytes(held_out, t.eval_bytes and max(t.eval_bytes, 65_536))))
 
 
-class Sources(NamedTuple):
-    """Checkpoints that a new run takes parameters from; None in a resumed run, and where the experiment names none."""
+class InitialCheckpoints(NamedTuple):
+    """The checkpoints from which a new run takes parameters; None where it does not. A resumed run takes none."""
     params: object | None       # train.init_from
     vision: object | None       # train.init_vision
 
 
-def open_sources(e: Experiment, workdir: Path) -> Sources:
-    """Raises ConfigError where a checkpoint does not fit the model."""
+def open_initial_checkpoints(e: Experiment, workdir: Path) -> InitialCheckpoints:
+    """Opens the checkpoints that the experiment names. Raises ConfigError where one does not fit the model."""
     t, new = e.train, not find_step(workdir)
-    return Sources(convert.open_start(t.init_from, e.model) if t.init_from and new else None,
-                   convert.open_vision(t.init_vision, e.model) if t.init_vision and new else None)
+    return InitialCheckpoints(convert.open_start(t.init_from, e.model) if t.init_from and new else None,
+                              convert.open_vision(t.init_vision, e.model) if t.init_vision and new else None)
 
 
-def warn_of_differences(e: Experiment, sources: Sources, log: Log, step: int) -> None:
-    """Logs where parameters come from a model of the same shapes that computes another function of them."""
-    if sources.params and (different := convert.differ(sources.params.model, e.model)):
+def warn_of_differences(e: Experiment, initial: InitialCheckpoints, log: Log, step: int) -> None:
+    """Logs the settings that make the model of train.init_from compute something else with the same parameters."""
+    if initial.params and (different := convert.differ(initial.params.model, e.model)):
         log.message(f"train.init_from={e.train.init_from!r} was trained with other settings: {', '.join(different)}", step)
 
 
@@ -165,22 +165,22 @@ def lock_workdir(workdir: Path):
         yield
 
 
-def restore_state(checkpoints: Checkpoints, program: Program, sources: Sources, start: dict) -> State:
-    """The state of the last checkpoint; without one, a new run's at position `start`, with the parameters of `sources`."""
+def restore_state(checkpoints: Checkpoints, program: Program, initial: InitialCheckpoints, start: dict) -> State:
+    """The last checkpoint. Without one, a new run at position `start`, with new parameters or those of `initial`."""
     restored = checkpoints.restore(*program.abstract)
-    if restored is None and not any(sources):
+    if restored is None and not any(initial):
         return State(0, *program.init(), start)
-    step, params, opt, position = restored or (0, initial_params(program, sources), None, None)
-    if opt is None:     # a new run: of train.init_from, or of a converted checkpoint, which has parameters only
+    step, params, opt, position = restored or (0, initial_params(program, initial), None, None)
+    if opt is None:     # parameters only, from `initial` or a converted checkpoint: a new run
         opt, position = program.init_optimizer(params), start
     return State(step, params, opt, position)
 
 
-def initial_params(program: Program, sources: Sources) -> dict:
-    """The parameters of `sources`. Those that no source has, such as vision where a text model starts, are new."""
+def initial_params(program: Program, initial: InitialCheckpoints) -> dict:
+    """The parameters of the initial checkpoints. Parameters that they lack, such as the vision of a text model, are new."""
     abstract = program.abstract[0]
-    params = convert.start(sources.params, abstract) if sources.params else {}
+    params = convert.start(initial.params, abstract) if initial.params else {}
     if missing := abstract.keys() - params.keys():
         shardings = {name: jax.tree.map(lambda x: x.sharding, abstract[name]) for name in missing}
         params |= jax.jit(lambda: {name: program.init()[0][name] for name in missing}, out_shardings=shardings)()
-    return params | ({"vision": convert.start_vision(sources.vision, params["vision"])} if sources.vision else {})
+    return params | ({"vision": convert.start_vision(initial.vision, params["vision"])} if initial.vision else {})

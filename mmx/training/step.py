@@ -1,4 +1,4 @@
-"""One training step as a pure function: gradients of all micro-batches, added, then one update of the optimizer."""
+"""One training step: a pure function that adds the gradients of all micro-batches and updates the parameters once."""
 import functools
 
 import jax
@@ -52,7 +52,7 @@ def train_step(params, opt, batch, lr, *, model: Model, optimizer, train: config
     def add_micro_batch(total, micro_batch):
         (_, metrics), grads = grad(learned, micro_batch)
         total = jax.tree.map(lambda t, g: t + metrics["targets"] * g, total, grads)
-        return total, metrics | {"micro_square": optax.tree.norm(grads, squared=True)}
+        return total, metrics | {"micro_norm_squared": optax.tree.norm(grads, squared=True)}
 
     if len(batch["tokens"]) == 1:
         (_, metrics), grads = grad(learned, jax.tree.map(lambda x: x[0], batch))
