@@ -31,7 +31,7 @@ class Guard:
     def __init__(self, e: config.Experiment):
         self.config, self.train = e.guard, e.train
         self.rollbacks_since_save = 0
-        self.stream_states = {}     # by step, after its batch was read: the last two
+        self.stream_states = {}     # of the last two steps, after their batches were read
         self.restore(None)
 
     def state(self) -> dict:
@@ -49,7 +49,7 @@ class Guard:
         self.losses = state["losses"].copy()        # the last guard.window losses that were no spike
 
     def check(self, step: int, loss: float, grad_norm: float) -> Spike | None:
-        """Counts a step. Returns a Spike where the run must roll back; raises DivergedError where that cannot help."""
+        """Counts a step. Returns a Spike if the run must roll back; raises DivergedError if the run cannot recover."""
         g = self.config
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
@@ -61,11 +61,9 @@ class Guard:
                 raise DivergedError(f"{reason}{before}{self._advice()}")
             return self._spike(step, reason)
         self.skipped_in_row = 0
-        if not g.spike:
-            return None
-        if len(self.losses) == g.window and loss > (median := statistics.median(self.losses)) + g.spike:
+        if g.spike and len(self.losses) == g.window and loss > (median := statistics.median(self.losses)) + g.spike:
             return self._spike(step, f"step {step} has loss {loss:.3f}, the median of the last {g.window} is {median:.3f}")
-        self.losses = [*self.losses, loss][-g.window:]
+        self.losses = [*self.losses, loss][-g.window:] if g.spike else []
         return None
 
     def _spike(self, step: int, reason: str) -> Spike:
@@ -93,8 +91,8 @@ class Guard:
             stream.next()
         state = restore()
         stream.repeat(state.position["stream"])
-        self.restore(state.position.get("guard"))       # self.rollbacks too
-        self.rollbacks_since_save += 1
+        self.restore(state.position.get("guard"))
+        self.rollbacks_since_save += 1      # those to this checkpoint are not in its own count
         self.rollbacks += self.rollbacks_since_save
         return state
 
