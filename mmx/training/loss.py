@@ -7,7 +7,8 @@ and its caption in a micro-batch, with vectors u_i of the images and v_i of the 
 
 The decoder reads each caption twice: after its image, for the cross-entropy, and alone, for v, its last hidden state
 (`data.pipeline`). u is the mean of the image's projected patches; of an image with several tiles, only the tile that shows all
-of it counts. t is 0.07 and not learned. train.contrastive is the weight; 0.5 gives CoCa's ratio of the two losses.
+of it counts. t is 0.07 and not learned. These choices are ours. train.contrastive is the weight; 0.5 gives the two losses
+CoCa's ratio.
 """
 import jax
 import jax.numpy as jnp
