@@ -26,7 +26,7 @@ from mmx.data import packing, pipeline, tokens
 from mmx.launch import experiments, hugepages
 from mmx.model import Model
 from mmx.parallel import routing
-from mmx.training import train
+from mmx.training import run
 
 EXPERIMENT = str(Path(__file__).parents[1] / "experiments" / "tiny.py")
 CAPACITIES = 1.0, 1.25, 1.5
@@ -44,7 +44,7 @@ def main():
         loaded = mmx.load(args.checkpoint)
     else:
         with tempfile.TemporaryDirectory() as workdir:
-            train.run(experiments.read(EXPERIMENT, [f"--config.train.seconds={args.seconds}"]), workdir)
+            run.train(experiments.read(EXPERIMENT, [f"--config.train.seconds={args.seconds}"]), workdir)
             loaded = mmx.load(workdir)
     batches = held_out(loaded.tokenizer)
     dropped = {c: count(loaded, c, batches) for c in CAPACITIES}

@@ -25,7 +25,7 @@ import mmx
 from mmx import config
 from mmx.launch import hugepages
 from mmx.training import optim
-from mmx.training.train import init, train_step
+from mmx.training.step import init, train_step
 
 STEPS = 64
 MODEL = config.Model(vocab=1024, rotary_dim=32, aux="hf", aux_weight=0.001)
@@ -160,9 +160,9 @@ def ours(folder, tokens_BT):
              "positions": np.broadcast_to(np.arange(TRAIN.length, dtype=np.int32), rows_BT.shape), "weights": weights_BT}
     batch = jax.tree.map(lambda x: jax.device_put(x[None]), batch)
     optimizer = optim.adamw(TRAIN)
-    update = jax.jit(functools.partial(train_step, model=loaded.model, optimizer=optimizer, loss_chunk=TRAIN.loss_chunk),
+    update = jax.jit(functools.partial(train_step, model=loaded.model, optimizer=optimizer, train=TRAIN),
                      donate_argnums=(0, 1))
-    state = [*jax.jit(functools.partial(init, loaded.model, optimizer, TRAIN.seed))()]
+    state = [*jax.jit(functools.partial(init, loaded.model, optimizer, TRAIN))()]
 
     def generate(prompt_BT, count):
         mmx.generate(loaded, prompt_BT, steps=count)

@@ -8,7 +8,8 @@ import pytest
 
 from mmx.data import generated
 from mmx.launch import experiments, sweep
-from mmx.training import metrics, train
+from mmx.training import metrics
+from mmx.training.run import train
 
 FOLDER = Path(__file__).parent.parent / "experiments"
 SMALL = ["--config.train.steps=1", "--config.train.batch=2", "--config.train.length=64", "--config.train.warmup=0",
@@ -34,7 +35,7 @@ def test_a_step(name, arm, small, tmp_path, compiled_once):
     told = []
     for run, seed in enumerate((0, 0, 1)):
         experiment = experiments.read(f"{FOLDER / name}.py:{','.join(filter(None, (arm, str(seed))))}", SMALL + small)
-        train.run(experiment, tmp_path / str(run))
+        train(experiment, tmp_path / str(run))
         [record] = metrics.read(tmp_path / str(run))
         told.append((record["loss"], record["grad_norm"], record["layer_norms"], record.get("micro_norm")))
     assert told[0] == told[1]

@@ -22,7 +22,9 @@ from mmx.checkpoints import convert
 from mmx.inference import engine, prefix
 from mmx.launch import experiments
 from mmx.model import Model
-from mmx.training import metrics, optim, train
+from mmx.training import metrics, optim
+from mmx.training.run import train
+from mmx.training.step import init
 
 FROZEN = Path(__file__).parent / "frozen"
 EXPECTED = json.loads((FROZEN / "expected.json").read_text())
@@ -63,7 +65,7 @@ def test_a_frozen_workdir_loads(workdir):
 
 
 def test_a_frozen_run_resumes_as_the_uninterrupted_one(workdir):
-    done = train.run(config.build(CONFIG), workdir)
+    done = train(config.build(CONFIG), workdir)
     assert (done["step"], done["new"]) == (8, 8 - STOPPED)
     records = metrics.read(workdir)
     assert [record["step"] for record in records] == list(range(1, 9))
@@ -90,7 +92,7 @@ def test_the_frozen_workdir_converts_there_and_back(workdir):
 
 def test_tiny_begins_with_the_same_parameters():
     e = experiments.read(str(FROZEN.parents[1] / "experiments" / "tiny.py"), [])
-    params, _ = jax.jit(lambda: train.init(Model(e.model), optim.adamw(e.train), 0))()
+    params, _ = jax.jit(lambda: init(Model(e.model), optim.adamw(e.train), e.train))()
     leaves = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
     assert {name: [list(x.shape), str(x.dtype)] for name, x in leaves.items()} == EXPECTED["tiny_shapes"]
     for name, x in leaves.items():

@@ -122,7 +122,7 @@ def test_experiments_import_config_only(path):
      ("jax", "flax", "orbax", "grain", "torch", "matplotlib")),
     ("mmx.data.pipeline", ("flax", "transformers")),
     ("mmx.analysis.scaling", ("jax", "flax", "torch", "matplotlib", "pandas")),
-    ("mmx.training.train, mmx.inference.engine, mmx.checkpoints.convert, mmx.evals.compression",
+    ("mmx.training.run, mmx.inference.engine, mmx.checkpoints.convert, mmx.evals.compression",
      ("transformers", "matplotlib", "torch")),
 ])
 def test_heavy_packages_come_when_needed(modules, without):

@@ -1,4 +1,4 @@
-"""The loss: cross-entropy in chunks against the whole, its memory, the routers' losses, what weights of zero leave out."""
+"""The training loss: cross-entropy in chunks, its memory, the router losses, and targets of weight 0."""
 import types
 
 import jax
@@ -21,29 +21,29 @@ def inputs(dtype=jnp.float32):
 
 
 @jax.jit
-def whole(x_BTD, head_WD, targets_BT, weights_BT):
+def reference(x_BTD, head_WD, targets_BT, weights_BT):
     p_BTW = jax.nn.softmax(jnp.einsum("BTD,WD->BTW", x_BTD, head_WD))
     return -jnp.sum(weights_BT * jnp.log(jnp.take_along_axis(p_BTW, targets_BT[..., None], axis=2)[..., 0]), axis=1)
 
 
 @pytest.mark.parametrize("chunk", [1, B, 7, 4 * B, B * T, 1000])
-def test_chunks_equal_the_whole(chunk):
+def test_chunks_equal_the_reference(chunk):
     rows = jnp.arange(1.0, B + 1)
-    graded = [jax.jit(jax.value_and_grad(lambda *a: (f(*a) @ rows, f(*a)), (0, 1, 3), has_aux=True))(*inputs())
-              for f in (lambda *a: loss.cross_entropy(*a, chunk), whole)]
+    results = [jax.jit(jax.value_and_grad(lambda *a: (f(*a) @ rows, f(*a)), (0, 1, 3), has_aux=True))(*inputs())
+              for f in (lambda *a: loss.cross_entropy(*a, chunk), reference)]
     names = "nats", "nats_B", "dx_BTD", "dhead_WD", "dweights_BT"
-    for name, x, y in zip(names, *map(jax.tree.leaves, graded)):
+    for name, x, y in zip(names, *map(jax.tree.leaves, results)):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_bfloat16_hidden_states_make_float32_logits():
+def test_bfloat16_hidden_states_give_float32_logits():
     x_BTD, head_WD, *rest = inputs(jnp.bfloat16)
     rounded = [a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x_BTD, head_WD)]
-    np.testing.assert_allclose(loss.cross_entropy(x_BTD, head_WD, *rest, 8), whole(*rounded, *rest), rtol=1e-5)
+    np.testing.assert_allclose(loss.cross_entropy(x_BTD, head_WD, *rest, 8), reference(*rounded, *rest), rtol=1e-5)
 
 
-def test_logits_are_never_whole():
-    """Temporaries of forward and backward: two chunks' rows, a copy of the head and its gradient, not [B, T, W]."""
+def test_logits_exist_in_chunks_only():
+    """The temporaries of forward and backward are two chunks of logits, a copy of the head and its gradient."""
     B, T, W, D = 2, 512, 8192, 8
     shapes = [jax.ShapeDtypeStruct(s, d) for s, d in (((B, T, D), float), ((W, D), float), ((B, T), int), ((B, T), float))]
 
@@ -62,16 +62,16 @@ STATS = {"load_E": np.array([[0.5, 0.25, 0.25, 0], [0.1, 0.2, 0.3, 0.4]], np.flo
 
 @pytest.mark.parametrize("form", config.AUX_FORMS)
 def test_router_losses(form):
-    """A mean over the layers; Hugging Face's form counts all top_k slots and takes all layers' tokens together."""
+    """Means over the layers. "hf", as in transformers, counts all top_k slots and averages the statistics of the layers."""
     f_LE, p_LE = STATS["load_E"], STATS["prob_E"]
     balance, z = loss.router_losses(STATS, config.Model(experts=4, top_k=2, aux=form))
-    want = {"switch": 4 * np.mean(np.sum(f_LE * p_LE, axis=1)), "paper": np.mean(np.sum(f_LE * p_LE, axis=1)) / 4,
+    expected = {"switch": 4 * np.mean(np.sum(f_LE * p_LE, axis=1)), "paper": np.mean(np.sum(f_LE * p_LE, axis=1)) / 4,
             "hf": 4 * np.sum(2 * f_LE.mean(0) * p_LE.mean(0))}[form]
-    np.testing.assert_allclose((balance, z), (want, 4.0), rtol=1e-6)
+    np.testing.assert_allclose((balance, z), (expected, 4.0), rtol=1e-6)
 
 
 def fixed(x_BTD, **kwargs):
-    """A model that gives these hidden states and STATS."""
+    """A model that always returns these hidden states and STATS."""
     return types.SimpleNamespace(config=config.Model(experts=4, **kwargs), apply=lambda *_: (x_BTD, None, STATS))
 
 
@@ -84,25 +84,25 @@ def test_loss_is_the_mean_over_weights_and_the_router_losses():
     model = fixed(x_BTD, aux_weight=0.3, z_weight=0.01)
     value, metrics = loss.loss(model, {"head_WD": head_WD}, batch_of(targets_BT, weights_BT), 8)
     balance, z = loss.router_losses(STATS, model.config)
-    cross = whole(*inputs()).sum() / weights_BT.sum()
+    cross = reference(*inputs()).sum() / weights_BT.sum()
     np.testing.assert_allclose(value, cross + 0.3 * balance + 0.01 * z, rtol=1e-5)
-    want = {"loss": cross, "aux_loss": balance, "z_loss": z, "targets": weights_BT.sum(), "load_E": STATS["load_E"],
+    expected = {"loss": cross, "aux_loss": balance, "z_loss": z, "targets": weights_BT.sum(), "load_E": STATS["load_E"],
             "dropped": STATS["dropped"], "overflow": STATS["overflow"]}
-    assert metrics.keys() == want.keys()
-    for name in want:
-        np.testing.assert_allclose(metrics[name], want[name], rtol=1e-5, err_msg=name)
+    assert metrics.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, err_msg=name)
 
 
-def test_weights_of_zero_take_no_part():
+def test_targets_of_weight_0_do_not_count():
     x_BTD, head_WD, targets_BT, weights_BT = inputs()
     step = jax.jit(jax.value_and_grad(lambda x_BTD, targets_BT, weights_BT: loss.loss(
         fixed(x_BTD), {"head_WD": head_WD}, batch_of(targets_BT, weights_BT), 8)[0]))
     value, dx_BTD = step(x_BTD, targets_BT, weights_BT)
-    out = weights_BT == 0
-    assert out.any() and (dx_BTD[out] == 0).all() and (dx_BTD[~out] != 0).all()
-    others = step(jnp.where(out[..., None], 9.0, x_BTD), jnp.where(out, 0, targets_BT), weights_BT)
-    np.testing.assert_array_equal(others[0], value)
-    nothing, dx_BTD = step(x_BTD, targets_BT, jnp.zeros((B, T)))
+    ignored = weights_BT == 0
+    assert ignored.any() and (dx_BTD[ignored] == 0).all() and (dx_BTD[~ignored] != 0).all()
+    changed = step(jnp.where(ignored[..., None], 9.0, x_BTD), jnp.where(ignored, 0, targets_BT), weights_BT)
+    np.testing.assert_array_equal(changed[0], value)
+    all_ignored, dx_BTD = step(x_BTD, targets_BT, jnp.zeros((B, T)))
     aux = config.Model().aux_weight * loss.router_losses(STATS, config.Model(experts=4))[0]
-    np.testing.assert_allclose(nothing, aux, rtol=1e-6)
+    np.testing.assert_allclose(all_ignored, aux, rtol=1e-6)
     assert (dx_BTD == 0).all()

@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard and the bar: each step once, also after a restart in the middle."""
+"""metrics.jsonl, TensorBoard and the progress bar have each step once, also after a restart."""
 import errno
 import json
 import time
@@ -12,12 +12,12 @@ from mmx.training import metrics
 
 
 def record(step, **changes):
-    known = dict.fromkeys(metrics.SCALARS[1:], 0.5)
-    return {"step": step, "loss": 2.0 + step, **known, "tokens": 64 * step, "seconds": 1.0} | changes
+    others = dict.fromkeys(metrics.SCALARS[1:], 0.5)
+    return {"step": step, "loss": 2.0 + step, **others, "tokens": 64 * step, "seconds": 1.0} | changes
 
 
-def write(workdir, steps, begin=0, board=True, **options):
-    log = metrics.Log(workdir, Train(steps=100, **options), begin, 0)
+def write(workdir, steps, start=0, board=True, **options):
+    log = metrics.Log(workdir, Train(steps=100, **options), start, 0)
     for step in steps:
         log.step(record(step), np.array([[0.25, 0.75], [0.5, 0.5]]), np.array([0.0, 0.125]), board)
     return log
@@ -35,36 +35,36 @@ def test_each_step_is_a_line(tmp_path):
     assert [json.loads(line) for line in lines] == [record(n) for n in (1, 2, 3)] == metrics.read(tmp_path)
 
 
-def test_a_restart_cuts_what_it_makes_again(tmp_path):
+def test_a_restart_removes_the_steps_that_it_repeats(tmp_path):
     write(tmp_path, (1, 2, 3, 4)).close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
     assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2, 3, 4]
-    write(tmp_path, (3, 4, 5), begin=2).close()
+    write(tmp_path, (3, 4, 5), start=2).close()
     assert [r["step"] for r in metrics.read(tmp_path)] == [1, 2, 3, 4, 5]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
 
 
-def test_nothing_to_read_is_no_record(tmp_path):
+def test_lines_without_a_step_end_reading(tmp_path):
     assert metrics.read(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n{"loss": 1.0}\n')
     assert metrics.read(tmp_path) == [{"step": 7}]
 
 
-def test_the_latest_line_is_read_whatever_stands_before_it(tmp_path):
+def test_the_latest_record_is_read_after_long_lines(tmp_path):
     lines = [json.dumps(record(step, layer_norms=[0.1] * 5000)) for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n{\"step\": 3")
     assert metrics.latest(tmp_path)["step"] == 2
 
 
-def test_flush_reaches_the_file(tmp_path):
+def test_flush_writes_the_file(tmp_path):
     log = write(tmp_path, (1,), tensorboard=False)
     log.flush()
     assert [r["step"] for r in metrics.read(tmp_path)] == [1]
     log.close()
 
 
-def test_tensorboard_holds_every_figure(tmp_path):
+def test_tensorboard_has_all_scalars(tmp_path):
     log = write(tmp_path, (1, 2))
     log.scalar("validation/bits_per_byte", 1.5, 2)
     log.text("sample", "Fellow citizens", 2)
@@ -80,16 +80,16 @@ def test_tensorboard_holds_every_figure(tmp_path):
     assert len(events.Images("expert_load/layers_by_experts")) == 2
 
 
-def test_tensorboard_forgets_what_a_restart_makes_again(tmp_path):
+def test_tensorboard_drops_the_steps_that_a_restart_repeats(tmp_path):
     write(tmp_path, (1, 2, 3, 4)).close()
     first, = (tmp_path / "tensorboard").iterdir()
-    first.rename(first.with_name("events.out.tfevents.0000000001.here"))     # names count seconds
-    write(tmp_path, (3, 4), begin=2).close()
+    first.rename(first.with_name("events.out.tfevents.0000000001.here"))     # file names contain the time in seconds
+    write(tmp_path, (3, 4), start=2).close()
     assert [e.step for e in board(tmp_path).Scalars("train/loss")] == [1, 2, 3, 4]
 
 
-def test_a_disk_that_is_full_stops_no_thread(tmp_path, monkeypatch):
-    """TensorBoard's would end, and the tenth event behind it wait for ever; the file is named."""
+def test_a_full_disk_does_not_block_tensorboard(tmp_path, monkeypatch):
+    """Its thread would end and a later event would wait forever. The error names the file."""
     log = write(tmp_path, ())
     inner = log.board.file_writer.event_writer._ev_writer._py_recordio_writer
 
@@ -103,12 +103,12 @@ def test_a_disk_that_is_full_stops_no_thread(tmp_path, monkeypatch):
         for _ in range(100):
             log.flush()
             time.sleep(0.1)
-    with pytest.raises(OSError, match="tfevents"):      # once more; all is closed
+    with pytest.raises(OSError, match="tfevents"):      # close raises it again, after it closed all files
         log.close()
     assert len(metrics.read(tmp_path)) == 39
 
 
-def test_a_line_that_cannot_be_written_names_the_file(tmp_path, monkeypatch):
+def test_an_error_of_a_write_names_the_file(tmp_path, monkeypatch):
     log = write(tmp_path, (1,), tensorboard=False)
     log.file.close()
     log.file = open("/dev/full", "w")
@@ -119,24 +119,24 @@ def test_a_line_that_cannot_be_written_names_the_file(tmp_path, monkeypatch):
         log.close()
 
 
-def test_tensorboard_is_optional_and_thinned(tmp_path):
+def test_tensorboard_is_optional_and_skips_steps(tmp_path):
     write(tmp_path, (1, 2), tensorboard=False).close()
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-    write(tmp_path, (3,), begin=2, board=False).close()
+    write(tmp_path, (3,), start=2, board=False).close()
     assert board(tmp_path).Tags()["scalars"] == []
 
 
-@pytest.mark.parametrize("seconds,shown", [(0.0, "1/100"), (31.0, "30 s left")])
-def test_the_bar_says_where_the_run_is(tmp_path, capsys, seconds, shown):
+@pytest.mark.parametrize("seconds,progress", [(0.0, "1/100"), (31.0, "30 s left")])
+def test_the_bar_shows_the_progress(tmp_path, capsys, seconds, progress):
     log = write(tmp_path, (1,), seconds=seconds)
     log.bar.update()
     log.bar.refresh()
     log.close()
     error = capsys.readouterr().err
-    assert shown in error and "loss 3.000, 0.500 bits/byte, 0 tokens/s" in error
+    assert progress in error and "loss 3.000, 0.500 bits/byte, 0 tokens/s" in error
 
 
-def test_rate_is_of_the_tokens_since_the_last_call(tmp_path, monkeypatch):
+def test_throughput_covers_the_tokens_since_the_last_call(tmp_path, monkeypatch):
     clock = iter((10.0, 12.0, 16.0))
     monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
     log = metrics.Log(tmp_path, Train(tensorboard=False), 0, 100)
@@ -145,8 +145,8 @@ def test_rate_is_of_the_tokens_since_the_last_call(tmp_path, monkeypatch):
     log.close()
 
 
-def test_a_file_of_any_size_is_gone_on_with(tmp_path, monkeypatch):
-    """Lines stay as they are, those too that no reader would take; what is past the step or behind a damaged line goes."""
+def test_a_restart_keeps_a_file_of_any_size(tmp_path, monkeypatch):
+    """Only lines of later steps and lines after a damaged one are removed; a line that `read` refuses stays."""
     monkeypatch.setattr(metrics, "MOST_BYTES", 10)
     lines = [*map(json.dumps, (record(1), {"step": 2, "note": "by hand"}, record(4), record(3))), '{"st', "{}"]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))

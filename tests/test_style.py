@@ -14,8 +14,8 @@ def functions(path: Path):
     """(name, lines, parameters but for self) of each function in a file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]
-            yield node.name, node.end_lineno - node.lineno + 1, len(names)
+            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            yield node.name, node.end_lineno - node.lineno + 1, len(set(names) - {"self", "cls"})
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

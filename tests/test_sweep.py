@@ -21,7 +21,8 @@ from mmx import cli
 from mmx.config import ConfigError, build
 from mmx.evals import compression
 from mmx.launch import experiments, sweep
-from mmx.training import metrics, train
+from mmx.training import metrics
+from mmx.training import run as training
 
 ROOT = Path(__file__).parent.parent
 FILE = """\
@@ -72,7 +73,7 @@ def trained(monkeypatch):
                   **({"micro_norm": 2.0} if step > steps // 2 else {})} for step in range(1, steps + 1)]
         (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return {"step": steps, "new": steps, "seconds": 2.0, "stopped": 0, "process": 0}
-    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(training, "train", run)
     monkeypatch.setattr(compression, "measure", lambda folder, limit: {"bits_per_byte": 3.0, "nats_per_token": 2.0})
     return calls, acts
 
@@ -118,14 +119,14 @@ def test_a_live_table(place, trained, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", said := Terminal())
-    log, run = tmp_path / "out" / "jobs" / "inline.log", train.run
+    log, run = tmp_path / "out" / "jobs" / "inline.log", training.train
 
     def slow(experiment, folder):
         print("training")
         time.sleep(1.2)     # the table moves once a second
         assert "running" in said.getvalue()
         return run(experiment, folder)
-    monkeypatch.setattr(train, "run", slow)
+    monkeypatch.setattr(training, "train", slow)
     command = [*place('{"train.seed": [0]}'), "--rate", "1e9"]
     assert cli.main(command) == 0 and log.read_text() == "training\n"
     assert cli.main(command) == 0 and trained[0] == {0: 1}
@@ -384,7 +385,7 @@ def measure(folder, limit):
 devices = [types.SimpleNamespace(device_kind="clock")]
 sys.modules["jax"] = types.SimpleNamespace(device_count=lambda: 1, devices=lambda: devices, __version__="none")
 sys.modules["optax"] = types.SimpleNamespace(GradientTransformation=None)
-sys.modules["mmx.training.train"] = types.SimpleNamespace(run=run)
+sys.modules["mmx.training.run"] = types.SimpleNamespace(train=run)
 sys.modules["mmx.evals.compression"] = types.SimpleNamespace(measure=measure)
 """
 

@@ -19,7 +19,10 @@ from mmx.data import images, packing, pipeline
 from mmx.model import Model, abstract_params, see
 from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
-from mmx.training import loss, metrics, optim, train
+from mmx.training import loop, loss, metrics, optim
+from mmx.training import run as training
+from mmx.training.run import train
+from mmx.training.step import init, train_step
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 T, B = 64, 8
@@ -108,7 +111,7 @@ def one_step(folder, mesh=None, **changes):
     batch = pipeline.together([batches.next() for _ in range(2)])
     del batch["tiles"]
     params, opt = start()
-    step = functools.partial(train.train_step, model=model, optimizer=optimizer, loss_chunk=TRAIN.loss_chunk, contrastive=0.5)
+    step = functools.partial(train_step, model=model, optimizer=optimizer, train=TRAIN)
     if mesh:
         kept = sharding.param_shardings((params, opt), mesh)
         params, opt = jax.device_put((params, opt), kept)
@@ -122,7 +125,7 @@ def one_step(folder, mesh=None, **changes):
 @functools.cache
 def start():
     with jax.enable_x64(False):
-        made = jax.jit(functools.partial(train.init, Model(C), optim.adamw(TRAIN), 0))()
+        made = jax.jit(functools.partial(init, Model(C), optim.adamw(TRAIN), TRAIN))()
     return jax.tree.map(lambda x: np.asarray(x, np.float64) if x.ndim else np.asarray(x), made)
 
 
@@ -159,22 +162,22 @@ def experiment(folder, source="captions", **changes):
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "whole"
-    assert train.run(experiment(folder), workdir)["step"] == 8
+    assert train(experiment(folder), workdir)["step"] == 8
     return workdir
 
 
 def test_a_run_learns_and_is_resumed_bit_by_bit(folder, whole, tmp_path, monkeypatch):
-    def report(*args):
-        if args[4] == 5:
+    def interrupt(run, done):
+        if done.step == 5:
             raise KeyboardInterrupt
-        return kept(*args)
+        return report(run, done)
 
-    kept = train._report
-    monkeypatch.setattr(train, "_report", report)
+    report = loop.report
+    monkeypatch.setattr(loop, "report", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train.run(experiment(folder), tmp_path / "run")
+        train(experiment(folder), tmp_path / "run")
     monkeypatch.undo()
-    train.run(experiment(folder), tmp_path / "run")
+    train(experiment(folder), tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, *(convert.load(path).params for path in (tmp_path / "run", whole)))
     one, two = (metrics.read(path) for path in (whole, tmp_path / "run"))
     for r in one + two:
@@ -203,11 +206,9 @@ def test_a_text_model_learns_to_see(whole, tmp_path):
                for leaf in hf_layout.leaves(text) for _, name in leaf.tensors()}, tmp_path / "hf" / "model.safetensors")
     written = hf_config.write_model(text, "released", "float32", convert.BYTE_IDS)
     (tmp_path / "hf" / "config.json").write_text(json.dumps(written))
-    make = functools.partial(train.init, Model(C), optim.adamw(TRAIN), 0)
-    abstract, _ = jax.eval_shape(make)
-    kept = sharding.param_shardings(abstract, meshes.make(config.Experiment(C, TRAIN, mesh=config.Mesh(1))))
-    made = train._started(make, jax.tree.map(train._placed, abstract, kept), convert.open_start(tmp_path / "hf", C),
-                          convert.open_vision(whole, C))
+    e = config.Experiment(C, TRAIN, mesh=config.Mesh(1))
+    initial = training.InitialCheckpoints(convert.open_start(tmp_path / "hf", C), convert.open_vision(whole, C))
+    made = training.initial_params(training.build_program(e, meshes.make(e)), initial)
     vision, seen, new = made.pop("vision"), convert.load(whole).params["vision"], start()[0]["vision"]
     jax.tree.map(np.testing.assert_array_equal, made, convert.load(tmp_path / "hf").params)
     for name, leaf in vision.items():
@@ -286,7 +287,7 @@ def test_flops_of_a_tile():
 
 @pytest.mark.parametrize("change, message", [
     ({"length": 16}, r"a.jsonl:\d+ has \d+ tokens with its images, train.length=16 is less, and it is not cut"),
-    ({"freeze": ("vision.layer",)}, "names 'vision.layer', which is no part of this model; did you mean vision.layers"),
+    ({"freeze": ("vision.layer",)}, "names 'vision.layer', which is not a part of this model; did you mean vision.layers"),
     ({"freeze": ("embed_WD", "groups", "head_WD", "norm_D", "vision")}, "leaves nothing to learn"),
     ({"text": True}, "shows an image, and this model reads text alone: set model.vision.layers"),
     ({"cut": "3.png"}, r"a.jsonl:\d+: image '.*3.png' is damaged"),
@@ -303,7 +304,7 @@ def test_mistakes_are_one_line(folder, tmp_path, change, message):
         e = config.build(config.sections(e) | {"model": {**config.sections(e)["model"], "vision": {}},
                                                "train": {"freeze": ()}})
     with pytest.raises(ConfigError, match=message) as caught:
-        train.run(e, tmp_path / "run")
+        train(e, tmp_path / "run")
     assert "\n" not in str(caught.value)
 
 

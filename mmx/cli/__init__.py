@@ -375,9 +375,9 @@ def _train(args, world=None):
     if world:
         processes.join(world)
     from mmx.inference import engine
-    from mmx.training.train import run
+    from mmx.training import run
 
-    done = run(experiment, args.workdir, sample=engine.sample, processes=(world and world.processes) or 1)
+    done = run.train(experiment, args.workdir, sample=engine.sample, processes=(world and world.processes) or 1)
     if done["process"]:
         return
     if done["stopped"]:

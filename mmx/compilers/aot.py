@@ -26,7 +26,7 @@ from mmx.model import Model, abstract_params, empty_cache
 from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
 from mmx.training import optim
-from mmx.training.train import init, train_step
+from mmx.training.step import abstract_state, jit_train_step
 
 PODS = *schedule.CHIPS, "h100"       # chips whose compiler can be asked
 OPTIONS = {"tpu": {f"xla_tpu_enable_async_{kind}": "true" for kind in ("all_to_all", "ragged_all_to_all")},
@@ -137,9 +137,9 @@ def pod(topology, slices):
 
 
 def _train(e, mesh):
-    t, v, model, optimizer, whole = e.train, e.model.vision, Model(e.model), optim.adamw(e.train), sharding.replicated(mesh)
-    abstract = jax.eval_shape(functools.partial(init, model, optimizer, t.seed, t.freeze))
-    kept, rows = sharding.param_shardings(abstract, mesh), sharding.batch_sharding(mesh, leading=1)
+    t, v, model, optimizer = e.train, e.model.vision, Model(e.model), optim.adamw(e.train)
+    rows = sharding.batch_sharding(mesh, leading=1)
+    state = abstract_state(model, optimizer, t, mesh)
     batch = {name: _array((1, t.batch, t.length), kind, rows) for name, kind in (
         ("tokens", jnp.int32), ("targets", jnp.int32), ("segments", jnp.int32), ("positions", jnp.int32),
         ("weights", jnp.float32))}
@@ -147,10 +147,8 @@ def _train(e, mesh):
         blocks, tiles = sharding.tile_sharding(mesh, leading=1), (1, *_tiles(e, mesh))
         batch |= {"places": batch["tokens"], "pixels": _array((*tiles, v.tile, v.tile, 3), jnp.float32, blocks),
                   "ends": _array(tiles, jnp.int32, blocks)}
-    step = jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, loss_chunk=t.loss_chunk, freeze=t.freeze,
-                                     contrastive=t.contrastive),
-                   donate_argnums=(0, 1), out_shardings=(*kept, whole))
-    return step, (*jax.tree.map(_placed, abstract, kept), batch, _array((), jnp.float32, whole))
+    step = jit_train_step(model, optimizer, t, state)
+    return step, (*state, batch, _array((), jnp.float32, sharding.replicated(mesh)))
 
 
 def _tiles(e, mesh) -> tuple[int, int]:

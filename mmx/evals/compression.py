@@ -18,7 +18,7 @@ from mmx.checkpoints import manager
 from mmx.config import ConfigError
 from mmx.data import pipeline, tokens
 from mmx.training import metrics
-from mmx.training.evaluate import bytes_per_token, head, make_evaluator
+from mmx.training.evaluate import bytes_per_token, first_bytes, make_evaluator
 
 CURVE = "seconds", "tokens", "bits_per_byte"    # what of a run's steps is told and drawn
 
@@ -42,7 +42,7 @@ def measure(path, split: str = "validation", source: str | None = None, weights_
     loaded, found = convert.load(path, weights_dtype=weights_dtype), manager.find_step(path)
     experiment = config.build(manager.read_config(found[0])) if found else config.Experiment()
     data = dataclasses.replace(experiment.data, sources=(source,)) if source else experiment.data
-    documents = head((pipeline.validation if split == "validation" else pipeline.test)(data), limit)
+    documents = first_bytes((pipeline.validation if split == "validation" else pipeline.test)(data), limit)
     if not documents:
         raise ConfigError(f"{', '.join(data.sources)} has no {split} documents: use another --split or --source")
     tokenizer = tokens.of_checkpoint(loaded.tokenizer, loaded.config.vocab)

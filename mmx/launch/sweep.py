@@ -1,6 +1,6 @@
 """Sweeps: a grid of runs, planned, run through submitit, resumed, and told in one table.
 
-A cell of the grid is an experiment with the keys that made it. Its run is `training.train` on DIR/runs/NAME, so that it goes on
+A cell of the grid is an experiment with the keys that made it. Its run is `training.run` on DIR/runs/NAME, so that it goes on
 by its own checkpoints; what it found is DIR/runs/NAME/row.json, which exists whole or not at all. DIR/runs.jsonl is made anew
 from those, and from what it held, after each run: no moment of a kill can lose a row or double one. The process that trains
 holds NAME/lock (by flock): a second one, of a sweep that was killed and started again, leaves the run to it.
@@ -186,10 +186,10 @@ def attempt(cell: Cell, folder: Path) -> tuple[str, str]:
             return HELD, "another process trains it"
         if (folder / "row.json").exists():
             return DONE, ""
-        from mmx.training import train
+        from mmx.training import run
 
         try:
-            done = train.run(cell.experiment, folder)
+            done = run.train(cell.experiment, folder)
         except DivergedError as error:
             found = {"loss": None, "bits_per_byte": None, "diverged": str(error)}
         else:
@@ -205,11 +205,11 @@ def attempt(cell: Cell, folder: Path) -> tuple[str, str]:
 
 def rate(cell: Cell, out: Path) -> tuple[str, float]:
     """The FLOPs a second of a cell's steps, in a run that is thrown away."""
-    from mmx.training import train
+    from mmx.training import run
 
     few = dataclasses.replace(cell.experiment.train, steps=STEPS, eval_every=0, sample_every=0, tensorboard=False)
     with tempfile.TemporaryDirectory(dir=out, prefix="rate-") as folder:
-        train.run(dataclasses.replace(cell.experiment, train=few), folder)
+        run.train(dataclasses.replace(cell.experiment, train=few), folder)
         return DONE, float(np.median([record["flops_per_s"] for record in metrics.read(Path(folder))[2:]]))
 
 

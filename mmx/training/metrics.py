@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl (one object a step), TensorBoard, the progress bar."""
+"""The metrics of a run: metrics.jsonl (one object for each step), TensorBoard and the progress bar."""
 import contextlib
 import functools
 import json
@@ -7,23 +7,57 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from mmx import config
+from mmx.analysis.counts import flops_tile, flops_training
 from mmx.files import atomic, untrusted
 
 SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate",
            "overflow_rate", "skipped", "rollbacks")
-FIGURES = {"step", "seconds", "tokens", *SCALARS}      # numbers, where others may be lists
-MOST_BYTES = 1 << 30        # of metrics.jsonl: 1,000,000 steps
+FIGURES = {"step", "seconds", "tokens", *SCALARS}      # fields that must be numbers; others may be lists of numbers
+MOST_BYTES = 1 << 30        # largest metrics.jsonl that `read` takes: 1,000,000 steps
+
+
+class StepResult(NamedTuple):
+    """A finished step."""
+    step: int           # the first is 1
+    tokens: int         # of the run, this step included
+    tiles: int          # image tiles in the step's batch
+    lr: float
+    seconds: float      # training time of the run when the step was dispatched
+    metrics: dict       # what `step.train_step` returns
+
+
+def build_record(e: config.Experiment, done: StepResult, counts: dict, bytes_per_token: float, tokens_per_s: float) -> dict:
+    """One line of metrics.jsonl. `counts` are the guard's skipped steps and rollbacks."""
+    m, c = done.metrics, e.model
+    tiles_per_token = done.tiles / (done.tokens - e.train.tokens_seen(done.step - 1))
+    flops_per_token = flops_training(c, e.train.length) + 3 * tiles_per_token * flops_tile(c)
+    record = {"step": done.step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / bytes_per_token,
+              "tokens": done.tokens, "lr": done.lr, "grad_norm": float(m["grad_norm"]), "seconds": done.seconds,
+              "aux_loss": float(m["aux_loss"]), "z_loss": float(m["z_loss"]), "drop_rate": float(m["dropped"].mean()),
+              "overflow_rate": float(m["overflow"].mean()), **counts, "tokens_per_s": tokens_per_s,
+              "flops_per_s": tokens_per_s * flops_per_token}
+    if c.vision.layers:
+        record["tiles"] = done.tiles
+    if "contrastive_loss" in m:
+        record["contrastive_loss"] = float(m["contrastive_loss"])
+    if "layer_norms" in m:
+        record["layer_norms"] = [float(f"{norm:.4g}") for norm in m["layer_norms"]]
+    if "micro_norm_squared" in m:       # the root mean square over the micro-batches: above grad_norm by their noise
+        record["micro_norm"] = math.sqrt(m["micro_norm_squared"])
+    return record
 
 
 class Log:
-    """Writes the metrics of a run in WORKDIR; lines past `step`, which a restored run makes again, are cut.
+    """Writes the metrics of a run.
 
-    That of a process which does not `write` tells the time alone. OSError names the file that could not be written.
+    A resumed run repeats the steps after its checkpoint, so opening a log removes the lines after `step`. A process with
+    `write=False` writes nothing and only measures the throughput. An OSError names the file that could not be written.
     """
 
     def __init__(self, workdir: Path, t: config.Train, step: int, tokens: int, write: bool = True):
@@ -36,36 +70,35 @@ class Log:
         self.last = tokens, time.monotonic()
 
     def _open(self, step: int):
-        _cut(self.path, step)
+        _truncate(self.path, step)
         self.file = self.path.open("a")
         if self.tensorboard:
-            # it imports torch where there is one: seconds
-            from tensorboardX import SummaryWriter
+            from tensorboardX import SummaryWriter  # takes seconds: it imports torch where torch is installed
 
             self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1)
-            self.events = _Events(self.board.file_writer.event_writer)
+            self.writer = _SafeWriter(self.board.file_writer.event_writer)
 
-    def go_back(self, step: int, tokens: int):
-        """What is past `step` will be made again."""
+    def rewind(self, step: int, tokens: int):
+        """Removes the steps after `step`: a run that was rolled back repeats them."""
         if self.file:
-            self._shut()
+            self._close_files()
             self._open(step)
         self.bar.n, self.last = step, (tokens, time.monotonic())
 
     def tokens_per_s(self, tokens: int) -> float:
-        """Since the last call, or since the log was opened."""
+        """The throughput since the last call, or since the log was opened."""
         before, self.last = self.last, (tokens, time.monotonic())
         return (tokens - before[0]) / (self.last[1] - before[1])
 
     def step(self, record: dict, load_LE, dropped_L, board: bool):
-        """One step's figures; `board` says whether TensorBoard gets them too."""
+        """Writes a step's record; to TensorBoard, with each layer's expert load and drop rate, only where `board` is true."""
         if not self.file:
             return
         with atomic.named(self.path):
             self.file.write(_line(record))
-        left = f", {max(0, self.seconds - record['seconds']):.0f} s left" if self.seconds else ""
+        remaining = f", {max(0, self.seconds - record['seconds']):.0f} s left" if self.seconds else ""
         self.bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
-                                 f"{record['tokens_per_s']:,.0f} tokens/s{left}", refresh=False)
+                                 f"{record['tokens_per_s']:,.0f} tokens/s{remaining}", refresh=False)
         if self.board and board:
             step = record["step"]
             for name in SCALARS:
@@ -73,86 +106,91 @@ class Log:
             for layer, (load_E, dropped) in enumerate(zip(load_LE, dropped_L)):
                 self.board.add_scalar(f"load_max_over_mean/layer_{layer:02}", load_E.max() * len(load_E), step)
                 self.board.add_scalar(f"drop_rate/layer_{layer:02}", dropped, step)
-            heat_LE = np.clip(load_LE * load_LE.shape[1] / 2, 0, 1)       # mid-grey is balanced
-            self.board.add_image("expert_load/layers_by_experts", heat_LE.repeat(8, 0).repeat(8, 1), step, dataformats="HW")
+            image_LE = np.clip(load_LE * load_LE.shape[1] / 2, 0, 1)      # a balanced load is mid-grey
+            self.board.add_image("expert_load/layers_by_experts", image_LE.repeat(8, 0).repeat(8, 1), step, dataformats="HW")
 
     def scalar(self, name: str, value: float, step: int):
+        """Writes one number to TensorBoard and prints it."""
         if self.file:
             self.bar.write(f"step {step}: {name} {value:.4f}")
         if self.board:
             self.board.add_scalar(name, value, step)
 
-    def say(self, words: str, step: int):
-        """What a guard did, or a start found."""
+    def message(self, text: str, step: int):
+        """Prints a line on stderr and writes it to TensorBoard."""
         if self.file:
-            self.bar.write(words, file=sys.stderr)
-        self.text("guard", words, step)
+            self.bar.write(text, file=sys.stderr)
+        self.text("guard", text, step)
 
     def text(self, name: str, value: str, step: int):
+        """Writes a text to TensorBoard."""
         if self.board:
             self.board.add_text(name, value, step)
 
     def flush(self):
-        """What was written is on disk, metrics.jsonl whole."""
+        """Forces metrics.jsonl to disk; raises the error of a TensorBoard event that could not be written."""
         if self.file:
             with atomic.named(self.path):
                 self.file.flush()
                 os.fsync(self.file.fileno())
         if self.board:
-            self.events.check()
+            self.writer.check()
 
     def close(self):
         try:
             self.bar.close()
-            self._shut()
+            self._close_files()
         finally:
             self.file = self.board = None
 
-    def _shut(self):
-        with contextlib.ExitStack() as all_of_it:
+    def _close_files(self):
+        with contextlib.ExitStack() as stack:       # closes both files though one of them fails
             if self.board:
-                all_of_it.callback(self.board.close)
+                stack.callback(self.board.close)
             if self.file:
-                all_of_it.enter_context(atomic.named(self.path))
-                all_of_it.callback(self.file.close)
+                stack.enter_context(atomic.named(self.path))
+                stack.callback(self.file.close)
                 self.flush()
 
 
-class _Events:
-    """Keeps a full disk from the thread that writes TensorBoard's events: it would end, and the next event wait for ever."""
+class _SafeWriter:
+    """Catches the errors of the thread that writes TensorBoard events, for `check` to raise.
+
+    An error, such as a full disk, would end that thread, and a later event would then wait forever.
+    """
 
     def __init__(self, writer):
-        self.problem, inner = None, writer._ev_writer
+        self.error, inner = None, writer._ev_writer
         for name in ("write_event", "flush", "close"):
-            setattr(inner, name, functools.partial(self._try, name, getattr(inner, name), inner._file_name))
+            setattr(inner, name, functools.partial(self._call, name, getattr(inner, name), inner._file_name))
 
-    def _try(self, name, function, path, *args):
+    def _call(self, name, function, path, *args):
         try:
-            return function(*args) if name == "close" or not self.problem else None
+            return function(*args) if name == "close" or not self.error else None
         except OSError as error:
-            self.problem = OSError(error.errno, error.strerror, path)
+            self.error = OSError(error.errno, error.strerror, path)
 
     def check(self):
-        if self.problem:
-            raise self.problem
+        if self.error:
+            raise self.error
 
 
 def read(workdir: Path, *names: str) -> list[dict]:
-    """The lines of metrics.jsonl (none without one) that have these names, nan for null; none behind a damaged one.
+    """The records of metrics.jsonl that have all of these names, with nan for null; [] where there is no file.
 
-    Raises ConfigError where it is no plain file, or of more than MOST_BYTES.
+    Reading stops at the first damaged line. Raises ConfigError where the file is not regular or has more than MOST_BYTES.
     """
     path, records = workdir / "metrics.jsonl", []
     for line in untrusted.content(path, MOST_BYTES).splitlines() if path.exists() else ():
         try:
-            records.append(_record(line))
+            records.append(_parse(line))
         except ValueError:
             break
     return [record for record in records if all(name in record for name in names)]
 
 
 def latest(workdir: Path) -> dict | None:
-    """The last whole line of metrics.jsonl, of 1 MiB at most; None without one."""
+    """The record of the last complete line of metrics.jsonl (at most 1 MiB of it); None without one."""
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return None
@@ -160,21 +198,17 @@ def latest(workdir: Path) -> dict | None:
         file.seek(max(0, path.stat().st_size - 2**20))
         lines = file.read(2**20).split(b"\n")[:-1]
     try:
-        return _record(lines[-1])
+        return _parse(lines[-1])
     except (IndexError, ValueError):
         return None
 
 
-def _record(line: bytes) -> dict:
-    """A line of metrics.jsonl; raises ValueError unless it has a step, and all in it are numbers or lists of them."""
+def _parse(line: bytes) -> dict:
+    """The record of one line. Raises ValueError unless it has a step, and every value is a number or a list of numbers."""
     record = untrusted.loads(line)
     if not isinstance(record, dict) or type(record.get("step")) is not int:
-        raise ValueError("no step of a run")
-    return {name: (_number if name in FIGURES else _numbers)(value) for name, value in record.items()}
-
-
-def _numbers(value):
-    return _each(value, _number)
+        raise ValueError("the line has no step")
+    return {name: _number(value) if name in FIGURES else _map(value, _number) for name, value in record.items()}
 
 
 def _number(x) -> int | float:
@@ -182,27 +216,27 @@ def _number(x) -> int | float:
         return math.nan
     if type(x) is float or (type(x) is int and abs(x) < 2**63):
         return x
-    raise ValueError("no number")
+    raise ValueError("not a number")
 
 
 def _line(record: dict) -> str:
-    """JSON has no nan and no infinity: null."""
-    return json.dumps({k: _each(v, lambda x: x if math.isfinite(x) else None) for k, v in record.items()}) + "\n"
+    """A record as JSON, which has no nan and no infinity: null replaces them."""
+    return json.dumps({k: _map(v, lambda x: x if math.isfinite(x) else None) for k, v in record.items()}) + "\n"
 
 
-def _each(value, change):
-    return [change(x) for x in value] if isinstance(value, list) else change(value)
+def _map(value, function):
+    return [function(x) for x in value] if isinstance(value, list) else function(value)
 
 
-def _cut(path: Path, step: int):
-    """Keeps the lines of steps up to `step`, before the first that is damaged, as they are: a file of any size."""
+def _truncate(path: Path, step: int):
+    """Removes the lines of steps after `step`, and all lines after the first damaged one; the others keep their bytes."""
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(untrusted.opened(path, sys.maxsize)) if path.exists() else ()
         file = stack.enter_context(atomic.replacing(path, "wb"))
         for line in lines:
             try:
-                kept = untrusted.loads(line)["step"] <= step
+                keep = untrusted.loads(line)["step"] <= step
             except (ValueError, KeyError, TypeError):
                 break
-            if kept:
+            if keep:
                 file.write(line.removesuffix(b"\n") + b"\n")

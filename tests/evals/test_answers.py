@@ -9,7 +9,7 @@ from mmx.checkpoints.convert import load
 from mmx.data import pipeline
 from mmx.evals import answers
 from mmx.model import logits
-from mmx.training import train
+from mmx.training.run import train
 
 SOURCES = tuple(f"mqar:pairs={pairs},length={length},vocab=16,tokens=400,held={held}" for pairs, length, held in
                 ((2, 8, 5), (2, 16, 3)))
@@ -18,7 +18,7 @@ SOURCES = tuple(f"mqar:pairs={pairs},length={length},vocab=16,tokens=400,held={h
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    train.run(config.build({
+    train(config.build({
         "model": {"vocab": 24, "dim": 8, "layers": 2, "pattern": "LS", "heads": 1, "kv_heads": 1, "head_dim": 8,
                   "rotary_dim": 4, "experts": 1, "top_k": 1, "expert_dim": 8, "embed_std": 1.0},
         "train": {"steps": 1, "batch": 2, "length": 18, "tensorboard": False, "warmup": 0, "lr": 0.1},

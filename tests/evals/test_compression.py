@@ -16,8 +16,7 @@ from mmx.data import pipeline, tokens
 from mmx.evals import compression
 from mmx.model import Model, logits
 from mmx.training import metrics
-from mmx.training.evaluate import head as cut_head
-from mmx.training.evaluate import make_evaluator
+from mmx.training.evaluate import first_bytes, make_evaluator
 
 MODEL = Model(config.Model(dim=16, layers=2, pattern="LS", heads=2, kv_heads=1, head_dim=8, rotary_dim=4, experts=4,
                            expert_dim=16, init="fan_in", embed_std=1.0))
@@ -66,12 +65,12 @@ def test_limit_reads_the_first_bytes(params):
 
 def test_head_cuts_where_a_character_begins():
     def head(limit):
-        return cut_head([("a", "aé€😀".encode()), ("b", b"xyz")], limit)
+        return first_bytes([("a", "aé€😀".encode()), ("b", b"xyz")], limit)
     whole = "aé€😀".encode()
     kept = [b"a", b"a", whole[:3], whole[:3], whole[:3], whole[:6], whole[:6], whole[:6], whole[:6], whole]
     assert [head(limit) for limit in range(1, 11)] == [[("a", raw)] for raw in kept]
     assert head(12) == [("a", whole), ("b", b"xy")] and head(13) == head(0) == head(99) == [("a", whole), ("b", b"xyz")]
-    assert cut_head([("c", b"\x80" * 9)], 5) == [("c", b"\x80" * 5)]      # no UTF-8: cut anywhere
+    assert first_bytes([("c", b"\x80" * 9)], 5) == [("c", b"\x80" * 5)]      # no UTF-8: cut anywhere
 
 
 def test_baselines_pack_each_file_alone():

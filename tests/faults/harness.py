@@ -1,6 +1,6 @@
-"""Real training processes to hurt: a small model, its uninterrupted run, and what a run left, to compare.
+"""Starts real training processes for the fault tests, and compares what their runs wrote.
 
-A process is forked from one that has imported mmx, which JAX has not started in: a restart costs half of what it would.
+Processes are forked from one that has imported mmx, but has not initialized JAX. This halves the cost of a restart.
 """
 import contextlib
 import json
@@ -21,7 +21,7 @@ from mmx.data import corpus
 from mmx.launch import hugepages
 
 ROOT = Path(__file__).parents[2]
-ROWS = 64       # of an epoch
+ROWS = 64       # rows in an epoch
 TIMES = {"seconds", "tokens_per_s", "flops_per_s"}
 EXPERIMENT = """\
 from mmx.config import default
@@ -44,46 +44,48 @@ def sweep():
 """
 
 
-class Place:
-    """A folder with an experiment and its text: documents that fill ROWS rows of 32 tokens."""
+class Workspace:
+    """A folder with the config of a small experiment and its text: documents that fill exactly ROWS rows of 32 tokens."""
 
     def __init__(self, folder: Path, steps: int = 60, dtype: str = "float32"):
         self.folder, self.steps, self.x64 = folder, steps, dtype == "float64"
-        rng, room, number = np.random.default_rng(0), ROWS * 32, 0
+        rng, free, number = np.random.default_rng(0), ROWS * 32, 0
         (folder / "text").mkdir(parents=True, exist_ok=True)
-        self.documents = 0      # to train on
-        while room or number < 64:          # some are held out
+        self.documents = 0      # in the training split
+        while free or number < 64:          # some of the 64 are held out
             name, size = f"{number:03}.txt", int(rng.integers(5, 120))
             number += 1
             if corpus.split_of(name) == "train":
-                if not room:
+                if not free:
                     continue
-                size = room if room < 130 else size         # bos and eos included
-                self.documents, room = self.documents + 1, room - size
+                size = free if free < 130 else size         # with bos and eos
+                self.documents, free = self.documents + 1, free - size
             (folder / "text" / name).write_text("".join(rng.choice(list("states of the union"), size - 2)))
         self.config = folder / f"small_{dtype}.py"
         self.config.write_text(EXPERIMENT.format(steps=steps, text=folder / "text", dtype=dtype))
 
     def train(self, workdir, **options) -> list[str]:
+        """The arguments of `mmx train`; options are config keys with __ for a dot."""
         return ["train", "--config", str(self.config), "--workdir", str(self.folder / workdir),
                 *(f"--config.{key.replace('__', '.')}={value}" for key, value in options.items())]
 
-    def start(self, arguments, **hurt) -> "Run":
-        """Runs an mmx command; `hurt` is what `_child` does to it."""
-        return Run(arguments, hurt | {"x64": self.x64}, self.folder)
+    def start(self, arguments, **settings) -> "Run":
+        """Starts an mmx command; `settings` are those of `_child`."""
+        return Run(arguments, settings | {"x64": self.x64}, self.folder)
 
-    def done(self, arguments, within: float = 300, **hurt) -> "Run":
-        return self.start(arguments, **hurt).end(within)
+    def run(self, arguments, timeout: float = 300, **settings) -> "Run":
+        """Runs an mmx command to its end."""
+        return self.start(arguments, **settings).wait(timeout)
 
 
 class Run:
-    """A process: `code` of its end (minus the signal that ended it), `lines` that it said on stderr but for the bar's."""
+    """A process. After `wait`, `code` is its exit code, or minus the signal that ended it."""
 
-    def __init__(self, arguments, hurt, folder: Path):
+    def __init__(self, arguments, settings, folder: Path):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mmx.training.train", "mmx.inference.engine"])
-        self.said = Path(tempfile.mkstemp(prefix="said-", dir=folder)[1])
-        self.process = context.Process(target=_child, args=(arguments, str(self.said), hurt))
+        context.set_forkserver_preload(["mmx.training.run", "mmx.inference.engine"])
+        self.file = Path(tempfile.mkstemp(prefix="output-", dir=folder)[1])
+        self.process = context.Process(target=_child, args=(arguments, str(self.file), settings))
         self.process.start()
 
     @property
@@ -96,55 +98,65 @@ class Run:
     def signal(self, number) -> None:
         os.kill(self.pid, number)
 
-    def end(self, within: float = 300) -> "Run":
-        self.process.join(within)
+    def wait(self, timeout: float = 300) -> "Run":
+        self.process.join(timeout)
         if self.alive():
             self.process.kill()
             self.process.join()
-            raise AssertionError(f"not ended within {within} s: {self.text[-2000:]}")
+            raise AssertionError(f"the process still runs after {timeout} s: {self.output[-2000:]}")
         self.code = self.process.exitcode
         return self
 
     @property
-    def text(self) -> str:
-        return self.said.read_text(errors="replace")
+    def output(self) -> str:
+        """stdout and stderr together."""
+        return self.file.read_text(errors="replace")
 
     @property
     def lines(self) -> list[str]:
-        found = [line for line in self.text.replace("\r", "\n").split("\n") if line.strip() and not line.startswith("train: ")]
-        return [line for line in found if "absl::InitializeLog" not in line and "cudart_stub" not in line]
+        """The lines of the output without the progress bar and what libraries print."""
+        lines = self.output.replace("\r", "\n").split("\n")
+        return [line for line in lines if line.strip() and not line.startswith("train: ") and "absl::InitializeLog" not in line
+                and "cudart_stub" not in line]
 
 
-def _child(arguments, said: str, hurt: dict) -> None:
-    """`x64`; `file_bytes` that a file may have; `clock`: seconds by which time.time leaps to and fro; `record`: a file for
-    the rows that the stream gives, `devices` whom JAX may have."""
+def _child(arguments, output: str, settings: dict) -> None:
+    """Runs an mmx command in this process, with stdout and stderr in the file `output`.
+
+    Settings:
+      x64: float64 is enabled.
+      file_bytes: the largest size of a file.
+      clock: time.time jumps forward and back by this many seconds.
+      record: a file to which the checksums of all rows of the data stream are written.
+    """
     for number in (1, 2):
-        os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), number)
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
     os.chdir(ROOT)
     import jax
 
     from mmx import cli
-    if hurt.get("x64"):
+    if settings.get("x64"):
         jax.config.update("jax_enable_x64", True)
-    if hurt.get("file_bytes"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hurt["file_bytes"], resource.RLIM_INFINITY))
-    if hurt.get("clock"):
-        true = time.time
-        time.time = lambda: true() + hurt["clock"] * (int(true() * 3) % 3 - 1)
-    if hurt.get("record"):
-        _record(Path(hurt["record"]))
+    if settings.get("file_bytes"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (settings["file_bytes"], resource.RLIM_INFINITY))
+    if settings.get("clock"):
+        clock = time.time
+        time.time = lambda: clock() + settings["clock"] * (int(clock() * 3) % 3 - 1)
+    if settings.get("record"):
+        _record(Path(settings["record"]))
     sys.exit(cli.main(arguments))
 
 
 def _record(path: Path) -> None:
+    """Writes a line to `path` for each micro-batch that the stream returns."""
     import zlib
 
     from mmx.data import pipeline
-    given = pipeline.Stream.next
+    original = pipeline.Stream.next
 
     def next_(self):
-        micro, rows = self._micro, given(self)
+        micro, rows = self._micro, original(self)
         bos = int((rows["tokens"] == BOS).sum())
         sums = [zlib.crc32(b"".join(rows[name][row].tobytes() for name in sorted(rows))) for row in range(len(rows["tokens"]))]
         with path.open("a") as file:
@@ -157,21 +169,21 @@ BOS = 256
 
 
 def settings(folder: Path) -> dict[str, str]:
-    """Environment of all processes: programs are compiled once."""
+    """The environment of all processes. They share compiled programs."""
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
-            "PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": hugepages.HUGE}      # as the command has
+            "PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": hugepages.HUGE}      # as the mmx command sets it
 
 
-def told(workdir: Path) -> list[dict]:
-    """metrics.jsonl but for times and rates."""
+def records(workdir: Path) -> list[dict]:
+    """metrics.jsonl without times and rates."""
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES}
             for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def state(workdir: Path) -> dict[str, bytes]:
-    """Parameters, optimizer and data of the last checkpoint, but for the clock."""
+def checkpoint_state(workdir: Path) -> dict[str, bytes]:
+    """Parameters, optimizer and data state of the last checkpoint, without the training time."""
     from mmx.checkpoints import manager
     step = manager.find_step(workdir)[1]
     found = {f"{item}/{'.'.join(path)}": manager.read(array).tobytes()
@@ -180,16 +192,17 @@ def state(workdir: Path) -> dict[str, bytes]:
     return found | {"step": step.name, "data": json.dumps({k: v for k, v in data.items() if k != "seconds"}, sort_keys=True)}
 
 
-def assert_same(workdir: Path, whole: Path) -> None:
-    ours, theirs = state(workdir), state(whole)
-    differ = [name for name in theirs if ours.get(name) != theirs[name]]
-    assert not differ and ours.keys() == theirs.keys(), f"{workdir} differs from {whole} in {differ}"
-    assert told(workdir) == told(whole)
+def assert_same(workdir: Path, reference: Path) -> None:
+    """Two runs ended with the same bits and the same metrics."""
+    found, expected = checkpoint_state(workdir), checkpoint_state(reference)
+    different = [name for name in expected if found.get(name) != expected[name]]
+    assert not different and found.keys() == expected.keys(), f"{workdir} differs from {reference} in {different}"
+    assert records(workdir) == records(reference)
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: float):
-    """A file system of that size at `folder`; None where none can be mounted."""
+    """Mounts a file system of that size at `folder`; yields None where that is not possible."""
     folder.mkdir(parents=True, exist_ok=True)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * 2 ** 20)}", "tmpfs", folder],
                       capture_output=True).returncode:
@@ -201,12 +214,12 @@ def small_disk(folder: Path, megabytes: float):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def fill(folder: Path, leave: int = 0) -> Path:
-    """A file that leaves `leave` bytes of the disk."""
+def fill(folder: Path, free: int = 0) -> Path:
+    """Fills the disk with a file, except for `free` bytes; returns the file."""
     path = folder / "filler"
     with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
-        while (left := shutil.disk_usage(folder).free - leave) > 0:
-            file.write(bytes(min(left, 1 << 20)))
+        while (excess := shutil.disk_usage(folder).free - free) > 0:
+            file.write(bytes(min(excess, 1 << 20)))
     return path
 
 

@@ -1,4 +1,4 @@
-"""`make faults N=100 MEMORY_SECONDS=3600 ONLY=kills,elastic`: the harness for longer than the suite has; prints a table."""
+"""Runs the fault scenarios and prints a table: `make faults N=100 MEMORY_SECONDS=3600 ONLY=kills,elastic`."""
 import argparse
 import os
 import random
@@ -14,12 +14,12 @@ import harness
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--n", type=int, default=100, help="SIGKILLs; a fifth as many elastic restarts (default 100)")
-    parser.add_argument("--memory-seconds", type=float, default=60, help="of training whose memory is watched (default 60)")
-    parser.add_argument("--seconds", type=float, default=1e9, help="after which kills, restarts stop; with --folder they go on")
-    parser.add_argument("--only", help="names with commas (default: all)")
+    parser.add_argument("--n", type=int, default=100, help="SIGKILLs; elastic restarts are a fifth of it (default 100)")
+    parser.add_argument("--memory-seconds", type=float, default=60, help="training time of that scenario (default 60)")
+    parser.add_argument("--seconds", type=float, default=1e9, help="limit for kills and restarts, which --folder continues")
+    parser.add_argument("--only", help="names of scenarios, separated by commas (default: all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", help="where runs are (default: one that is removed)")
+    parser.add_argument("--folder", help="keep the runs in this folder (default: a temporary one)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         folder = Path(args.folder or folder).absolute()
@@ -34,36 +34,39 @@ def run(args, folder: Path) -> int:
     from rich.table import Table
 
     rng, few, kill = random.Random(args.seed), max(1, args.n // 5), s.signal.SIGKILL
-    known = {
+
+    def workspace(name, steps=60, **options):
+        return harness.Workspace(folder / name, steps, **options)
+    scenarios = {
         "kills": ("SIGKILL anywhere in one run", lambda: s.kills(
-            harness.Place(folder / "kills", 20 * args.n), [kill] * args.n, rng, args.seconds)),
+            workspace("kills", 20 * args.n), [kill] * args.n, rng, args.seconds)),
         "signals": ("SIGTERM, SIGSTOP, SIGKILL", lambda: s.kills(
-            harness.Place(folder / "signals", 20 * few), rng.choices((s.signal.SIGTERM, s.signal.SIGSTOP, kill), k=few), rng,
+            workspace("signals", 20 * few), rng.choices((s.signal.SIGTERM, s.signal.SIGSTOP, kill), k=few), rng,
             args.seconds)),
-        "damage": ("bytes of a checkpoint", lambda: s.damage(harness.Place(folder / "files"), max(200, 5 * args.n), rng)),
-        "disk": ("full disk", lambda: s.full_disk(harness.Place(folder / "files"))),
-        "write": ("a write that fails amid a save", lambda: s.short_files(harness.Place(folder / "files"))),
-        "read-only": ("read-only directory", lambda: s.read_only(harness.Place(folder / "files"))),
-        "two": ("two runs on one workdir", lambda: s.two_runs(harness.Place(folder / "files"))),
-        "clock": ("clock that leaps", lambda: s.clock(harness.Place(folder / "files"))),
-        "ranks": ("one of two processes killed", lambda: s.ranks(harness.Place(folder / "files"))),
+        "damage": ("damaged bytes in a checkpoint", lambda: s.damage(workspace("files"), max(200, 5 * args.n), rng)),
+        "disk": ("full disk", lambda: s.full_disk(workspace("files"))),
+        "write": ("a write that fails during a save", lambda: s.short_files(workspace("files"))),
+        "read-only": ("read-only directory", lambda: s.read_only(workspace("files"))),
+        "two": ("two runs on one workdir", lambda: s.two_runs(workspace("files"))),
+        "clock": ("clock that jumps", lambda: s.clock(workspace("files"))),
+        "ranks": ("one of two processes killed", lambda: s.ranks(workspace("files"))),
         "elastic": ("elastic restarts, float64", lambda: s.elastic(
-            harness.Place(folder / "e64", dtype="float64"), few, rng, args.seconds)),
+            workspace("e64", dtype="float64"), few, rng, args.seconds)),
         "elastic32": ("elastic restarts, float32, first loss", lambda: s.elastic(
-            harness.Place(folder / "e32"), few, rng, args.seconds)),
-        "memory": ("memory over time", lambda: s.memory(harness.Place(folder / "files"), args.memory_seconds)),
+            workspace("e32"), few, rng, args.seconds)),
+        "memory": ("memory over time", lambda: s.memory(workspace("files"), args.memory_seconds)),
     }
-    table, failed = Table("what", "held", "seconds", "found"), False
-    for name in args.only.split(",") if args.only else known:
-        what, function = known[name]
-        begun = time.monotonic()
+    table, failed = Table("scenario", "passed", "seconds", "result"), False
+    for name in args.only.split(",") if args.only else scenarios:
+        what, function = scenarios[name]
+        start = time.monotonic()
         try:
-            held, found = "yes", function()
+            passed, result = "yes", function()
         except Exception as error:
             traceback.print_exc()
-            held, found, failed = "NO", " ".join(str(error).split())[:500], True
-        table.add_row(what, held, f"{time.monotonic() - begun:.0f}", found)
-        print(f"{what}: {held}, {found}", file=sys.stderr)
+            passed, result, failed = "NO", " ".join(str(error).split())[:500], True
+        table.add_row(what, passed, f"{time.monotonic() - start:.0f}", result)
+        print(f"{what}: {passed}, {result}", file=sys.stderr)
     Console(width=140).print(table)
     return int(failed)
 

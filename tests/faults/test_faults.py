@@ -1,4 +1,4 @@
-"""The harness, as long as the suite has time for: `make faults` does more of each."""
+"""A short run of some fault scenarios; `make faults` runs all of them for longer."""
 import os
 import random
 import signal
@@ -9,11 +9,11 @@ import scenarios
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     before = dict(os.environ)
     os.environ |= harness.settings(folder)
-    yield harness.Place(folder, steps=60)
+    yield harness.Workspace(folder, steps=60)
     os.environ.clear()
     os.environ |= before
 
@@ -25,20 +25,20 @@ def rng():
     return random.Random(seed)
 
 
-def test_killed_anywhere_a_run_ends_with_the_same_bits(place, rng):
-    """By SIGKILL five times, and by SIGTERM, and after SIGSTOP; the clock of some processes leaps."""
+def test_a_killed_run_ends_with_the_same_bits(workspace, rng):
+    """Five SIGKILLs, a SIGTERM and a SIGSTOP; the clock of some processes jumps."""
     signals = [signal.SIGKILL] * 5 + [signal.SIGTERM, signal.SIGSTOP]
     rng.shuffle(signals)
-    print(scenarios.kills(place, signals, rng))
+    print(scenarios.kills(workspace, signals, rng))
 
 
-def test_no_damage_is_restored(place, rng):
-    print(scenarios.damage(place, 200, rng))
+def test_a_damaged_checkpoint_is_not_restored(workspace, rng):
+    print(scenarios.damage(workspace, 200, rng))
 
 
-def test_a_write_that_fails(place):
-    scenarios.short_files(place)
+def test_a_failed_write_is_reported(workspace):
+    scenarios.short_files(workspace)
 
 
-def test_a_directory_that_cannot_be_written(place):
-    scenarios.read_only(place)
+def test_a_read_only_disk_is_reported(workspace):
+    scenarios.read_only(workspace)

@@ -12,7 +12,8 @@ from mmx.inference import engine
 from mmx.model import Model, empty_cache
 from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
-from mmx.training import optim, train
+from mmx.training import optim
+from mmx.training.step import init, train_step
 
 T, B = 32, 8
 C = config.Model(vocab=40, dim=16, layers=2, pattern="LS", heads=8, kv_heads=2, head_dim=4, rotary_dim=2, experts=8,
@@ -43,7 +44,7 @@ def steps(count, mesh=None, **changes):
     """Returns the metrics of `count` steps, the gradients of the first one, and the parameters. Meshes recompute layers."""
     model = Model(dataclasses.replace(C, remat=True, keep_arrived=True, token_groups=2, **changes) if mesh else C)
     optimizer = optim.adamw(TRAIN)
-    step = functools.partial(train.train_step, model=model, optimizer=optimizer, loss_chunk=TRAIN.loss_chunk)
+    step = functools.partial(train_step, model=model, optimizer=optimizer, train=TRAIN)
     params, opt, rows = *start(), batch()
     if mesh:
         shardings = sharding.param_shardings((params, opt), mesh)
@@ -62,8 +63,8 @@ def steps(count, mesh=None, **changes):
 
 @functools.cache
 def start():
-    state = jax.jit(functools.partial(train.init, Model(C), optim.adamw(TRAIN), 0))()
-    return jax.tree.map(lambda x: np.asarray(x, np.float64) if x.ndim else np.asarray(x), state)
+    made = jax.jit(functools.partial(init, Model(C), optim.adamw(TRAIN), TRAIN))()
+    return jax.tree.map(lambda x: np.asarray(x, np.float64) if x.ndim else np.asarray(x), made)
 
 
 @functools.cache

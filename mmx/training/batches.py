@@ -1,0 +1,38 @@
+"""Batches on the mesh: each process reads its own rows of the stream and places them in global arrays."""
+import jax
+import numpy as np
+
+from mmx.config import Experiment
+from mmx.data import pipeline
+from mmx.parallel import mesh as meshes
+from mmx.parallel import sharding
+
+
+class Batches:
+    """The training data of a run. The state of `stream` is the same in all processes."""
+
+    def __init__(self, e: Experiment, mesh):
+        host, self.hosts = meshes.data_host(mesh)
+        self.stream = pipeline.stream(e.data, e.train, host=host, hosts=self.hosts, vision=e.model.vision,
+                                      blocks=sharding.size(mesh, sharding.ROWS), share=sharding.size(mesh, sharding.TIME))
+        self.rows, self.tiles = sharding.batch_sharding(mesh, leading=1), sharding.tile_sharding(mesh, leading=1)
+        self.replicated = sharding.replicated(mesh)
+
+    def next(self, micro_batches: int) -> tuple[dict, int]:
+        """The batch of a step, arrays [micro-batches, ...] by name, and how many image tiles it has."""
+        batch = pipeline.together([self.stream.next() for _ in range(micro_batches)])
+        tiles = int(batch.pop("tiles", np.int64(0)).sum())
+        arrays = {}
+        for name, x in batch.items():       # this process's part, [micro-batches, rows or blocks / hosts, ...]
+            shape = x.shape[0], x.shape[1] * self.hosts, *x.shape[2:]
+            arrays[name] = _to_devices(self.tiles if name in ("pixels", "ends") else self.rows, x, shape)
+        return arrays, tiles
+
+    def replicate(self, x: float):
+        """A number as a float32 array on every device."""
+        return _to_devices(self.replicated, np.float32(x), ())
+
+
+def _to_devices(sharding, x, shape):
+    with jax.transfer_guard_host_to_device("allow"):        # the loop forbids implicit transfers; this one is intended
+        return jax.make_array_from_process_local_data(sharding, x, shape)

@@ -1,0 +1,144 @@
+"""The training loop: fetch a batch, update, report a step late, save, evaluate, sample, roll back, stop."""
+import signal
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mmx import config
+from mmx.checkpoints.manager import Checkpoints
+from mmx.training import optim
+from mmx.training.batches import Batches
+from mmx.training.guards import Guard, Spike
+from mmx.training.metrics import Log, StepResult, build_record
+from mmx.training.signals import StopSignals
+
+
+class State(NamedTuple):
+    """A run between two steps."""
+    step: int           # steps done
+    params: dict
+    opt: tuple
+    position: dict      # for JSON: "stream" and "guard" are their states, "seconds" the training time
+
+
+class Evaluation(NamedTuple):
+    """What a run computes of its parameters from time to time."""
+    bits_per_byte: Callable     # params -> bits per byte of held-out text
+    sample: Callable | None     # params -> a text
+    bytes_per_token: float      # of the held-out text
+
+
+class Run(NamedTuple):
+    """What the loop works with, besides the state."""
+    experiment: config.Experiment
+    batches: Batches
+    update: Callable            # (params, opt, batch, lr) -> params, opt, metrics
+    evaluation: Evaluation
+    checkpoints: Checkpoints
+    restore: Callable           # () -> the State of the last checkpoint
+    guard: Guard
+    log: Log
+    stop: StopSignals
+
+
+class Clock:
+    """The training time of a run in seconds. A resumed run starts with the `seconds` of its checkpoint."""
+
+    def __init__(self, seconds: float):
+        self.start = time.monotonic() - seconds
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+
+def train_loop(run: Run, state: State, clock: Clock) -> int:
+    """Trains until the run is done or a signal stops it, and saves the last step. Returns the number of steps done."""
+    t, first = run.experiment.train, state.step
+    step, params, opt, _ = state
+    pending = None      # the last step: its metrics are fetched after the next step is dispatched, so that no device waits
+    spike = None        # the step that rolls the run back
+    while True:
+        if spike:
+            params = opt = metrics = pending = None     # frees memory for the restored arrays
+            step, params, opt = roll_back(run, spike)
+            spike = None
+        seconds = clock.seconds()
+        progress = fraction_done(t, step, seconds)
+        if run.checkpoints.preempted(step):
+            run.stop.number = signal.SIGTERM
+        done = progress >= 1 or run.stop.number
+        if pending and (done or step % run.experiment.checkpoint.every == 0):
+            spike, pending = report(run, pending), None
+            if spike:
+                continue
+            save(run, step, params, opt, seconds, force=done)
+        run.checkpoints.check_saved()       # raises the error of a save in the background
+        if done:
+            return step
+        if step == first:
+            run.checkpoints.check_room(params, opt)
+        lr = optim.learning_rate(t, step, progress)
+        batch, tiles = run.batches.next(t.micro_batches(t.tokens_seen(step)))
+        params, opt, metrics = run.update(params, opt, batch, run.batches.replicate(lr))
+        step += 1
+        if pending:
+            spike = report(run, pending)
+        run.guard.record_stream(step, run.batches.stream)
+        pending = StepResult(step, t.tokens_seen(step), tiles, lr, clock.seconds(), metrics)
+        run.log.bar.update()
+        evaluate_and_sample(run, step, params)
+
+
+def fraction_done(t: config.Train, step: int, seconds: float) -> float:
+    """The part of the run that is done, 0 to 1: by the tokens or, with train.seconds, by the clock of process 0."""
+    if not t.seconds:
+        return t.tokens_seen(step) / t.tokens_seen(t.steps)
+    if jax.process_count() > 1:
+        with jax.transfer_guard_host_to_device("allow"):
+            seconds = float(multihost_utils.broadcast_one_to_all(np.float32(seconds)))
+    return seconds / t.seconds
+
+
+def report(run: Run, done: StepResult) -> Spike | None:
+    """Waits for a step's metrics and logs them, or returns the spike that rolls the run back."""
+    done = done._replace(metrics=jax.device_get(done.metrics))
+    loss, grad_norm = float(done.metrics["loss"]), float(done.metrics["grad_norm"])
+    if spike := run.guard.check(done.step, loss, grad_norm):
+        return spike
+    if run.guard.skipped_in_row:
+        run.log.message(f"step {done.step} has loss {loss} and gradient norm {grad_norm}: its update was skipped", done.step)
+    rate = run.log.tokens_per_s(done.tokens)
+    record = build_record(run.experiment, done, run.guard.counts(), run.evaluation.bytes_per_token, rate)
+    board = done.step % run.experiment.train.log_every == 0 and not run.guard.skipped_in_row
+    run.log.step(record, done.metrics["load_E"], done.metrics["dropped"], board)
+    return None
+
+
+def roll_back(run: Run, spike: Spike) -> tuple:
+    """Returns (step, params, opt) of the last checkpoint; the data since then are discarded."""
+    step, params, opt, _ = run.guard.roll_back(spike, run.batches.stream, run.restore)
+    run.log.rewind(step, run.experiment.train.tokens_seen(step))
+    run.log.message(f"{spike.reason}: rolled back to step {step}; the data read since then are discarded", step)
+    return step, params, opt
+
+
+def save(run: Run, step: int, params, opt, seconds: float, force: bool) -> None:
+    """Starts saving a checkpoint where one is due or forced. The metrics up to `step` are on disk first."""
+    run.log.flush()
+    position = {"stream": run.batches.stream.state(), "seconds": seconds, "guard": run.guard.state()}
+    if run.checkpoints.save(step, params, opt, position, force=force):
+        run.guard.saved()
+
+
+def evaluate_and_sample(run: Run, step: int, params) -> None:
+    """Logs the loss on held-out text and a sample, where they are due."""
+    t = run.experiment.train
+    with jax.transfer_guard_host_to_device("allow"):
+        if t.eval_every and step % t.eval_every == 0:
+            run.log.scalar("validation/bits_per_byte", run.evaluation.bits_per_byte(params), step)
+        if run.evaluation.sample and t.sample_every and step % t.sample_every == 0:
+            run.log.text("sample", run.evaluation.sample(params), step)

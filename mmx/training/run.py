@@ -1,0 +1,186 @@
+"""A training run, phase by phase: checks, mesh, program, data, restored state, loop (paper section 4.2)."""
+import contextlib
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mmx.checkpoints import convert
+from mmx.checkpoints.manager import Checkpoints, agreed, check_config, find_step
+from mmx.config import ConfigError, Experiment, to_json
+from mmx.data import images, pipeline, tokens
+from mmx.files import lock
+from mmx.model import Model
+from mmx.parallel import mesh as meshes
+from mmx.parallel import sharding
+from mmx.training import optim
+from mmx.training.batches import Batches
+from mmx.training.evaluate import bytes_per_token, first_bytes, make_evaluator
+from mmx.training.guards import Guard
+from mmx.training.loop import Clock, Evaluation, Run, State, train_loop
+from mmx.training.metrics import Log
+from mmx.training.signals import StopSignals
+from mmx.training.step import abstract_state, init, jit_train_step
+
+
+def train(experiment: Experiment, workdir: str | Path, sample=None, processes: int = 1) -> dict:
+    """Trains to the end, or until SIGTERM or Ctrl-C, from the last checkpoint in WORKDIR on.
+
+    Several processes, joined by jax.distributed, all call it with the same experiment and WORKDIR.
+
+    Args:
+      sample: a function (model, params, tokenizer, prompt) -> text for the samples in TensorBoard.
+      processes: how many processes train together.
+    Returns:
+      A dict: "step", the number of steps done; "new", how many of them this call did; "seconds" of training; "stopped", the
+      signal that stopped the run or 0; "process", the index of this process.
+    """
+    t, c, workdir = experiment.train, experiment.checkpoint, Path(workdir)
+    # these phases write nothing: an experiment that cannot run leaves the workdir as it is
+    tokenizer = check_experiment(experiment, sample)
+    mesh = meshes.make(experiment, processes)
+    check_same_experiment(experiment)
+    program = build_program(experiment, mesh)
+    batches = Batches(experiment, mesh)
+    evaluation = build_evaluation(experiment, mesh, tokenizer, sample)
+    initial = open_initial_checkpoints(experiment, workdir)
+    checkpoints, guard = Checkpoints(workdir, c.every, c.keep, c.verify), Guard(experiment)
+    with lock_workdir(workdir), jax.set_mesh(mesh), jax.transfer_guard_host_to_device("disallow"), StopSignals() as stop:
+        check_config(workdir, experiment)
+        start = {"stream": batches.stream.state(), "seconds": 0.0, "guard": None}
+        restore = functools.partial(restore_state, checkpoints, program, initial, start)
+        state = restore()
+        batches.stream.restore(state.position["stream"])
+        guard.restore(state.position.get("guard"))
+        log = Log(workdir, t, state.step, t.tokens_seen(state.step), write=jax.process_index() == 0)
+        warn_of_differences(experiment, initial, log, state.step)
+        run = Run(experiment, batches, program.update, evaluation, checkpoints, restore, guard, log, stop)
+        clock = Clock(state.position["seconds"])
+        try:
+            step = train_loop(run, state, clock)
+        finally:
+            with contextlib.closing(checkpoints):
+                log.close()
+    return {"step": step, "new": step - state.step, "seconds": clock.seconds(), "stopped": stop.number,
+            "process": jax.process_index()}
+
+
+def check_experiment(e: Experiment, sample):
+    """Returns the tokenizer. Raises ConfigError where it does not fit the model, or a later part of the run would fail."""
+    tokenizer = tokens.tokenizer(e.data.tokenizer)
+    tokens.check_vocab(tokenizer, e.model.vocab)
+    if sample and e.train.sample_every:
+        try:
+            images.encode(e.model.vision, e.train.sample_prompt.encode(), [], tokenizer.encode)
+        except ConfigError as error:
+            raise ConfigError(f"train.sample_prompt={e.train.sample_prompt!r:.200}: {error}") from None
+    if e.model.dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ConfigError("model.dtype='float64' needs JAX_ENABLE_X64=1 in the environment: without it JAX has no float64")
+    return tokenizer
+
+
+def check_same_experiment(e: Experiment) -> None:
+    """Raises ConfigError where the processes have different experiments: they would wait for each other forever."""
+    if jax.process_count() == 1:
+        return
+    sums = multihost_utils.process_allgather(np.uint32(zlib.crc32(to_json(e).encode())))
+    if different := np.flatnonzero(sums != sums[0]).tolist():
+        raise ConfigError(f"process {different[0]} was given another experiment than process 0: run the same command "
+                          "everywhere, with another --process only")
+
+
+class Program(NamedTuple):
+    """The compiled functions of a run."""
+    abstract: tuple         # shapes, dtypes and shardings of (params, opt)
+    init: Callable          # () -> params, opt
+    init_optimizer: Callable        # params -> opt
+    update: Callable        # (params, opt, batch, lr) -> params, opt, metrics
+
+
+def build_program(e: Experiment, mesh) -> Program:
+    """Checks that the model can run and that train.freeze names parts of it. Compilation itself follows at the first calls."""
+    t, model, optimizer = e.train, Model(e.model), optim.adamw(e.train)
+    with jax.set_mesh(mesh):
+        try:
+            abstract = abstract_state(model, optimizer, t, mesh)
+        except NotImplementedError as error:        # model.impl names a kernel that cannot run on these devices
+            raise ConfigError(f"model.{error} (model.impl='' means None)") from None
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return Program(abstract, jax.jit(functools.partial(init, model, optimizer, t), out_shardings=shardings),
+                   jax.jit(lambda params: optimizer.init(optim.split(params, t.freeze)[0]), out_shardings=shardings[1]),
+                   jit_train_step(model, optimizer, t, abstract))
+
+
+def build_evaluation(e: Experiment, mesh, tokenizer, sample) -> Evaluation:
+    """The functions that evaluate parameters on held-out text and sample from them. They drop no token, as in inference."""
+    t, held_out = e.train, pipeline.validation(e.data)
+    if t.eval_every and not held_out:
+        raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text, and data.sources has only ids or images: set "
+                          "it to 0")
+    model = Model(dataclasses.replace(e.model, capacity=0.0, transport=0.0))
+    evaluate = make_evaluator(model, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
+                              loss_chunk=t.loss_chunk, sharding=sharding.batch_sharding(mesh))
+    return Evaluation(lambda params: evaluate(params, held_out, t.eval_bytes)["all"],
+                      sample and (lambda params: sample(model, params, tokenizer, t.sample_prompt)),
+                      bytes_per_token(tokenizer, first_bytes(held_out, t.eval_bytes and max(t.eval_bytes, 65_536))))
+
+
+class InitialCheckpoints(NamedTuple):
+    """The checkpoints from which a new run takes parameters; None where it does not. A resumed run takes none."""
+    params: object | None       # train.init_from
+    vision: object | None       # train.init_vision
+
+
+def open_initial_checkpoints(e: Experiment, workdir: Path) -> InitialCheckpoints:
+    """Opens the checkpoints that the experiment names. Raises ConfigError where one does not fit the model."""
+    t, new = e.train, not find_step(workdir)
+    return InitialCheckpoints(convert.open_start(t.init_from, e.model) if t.init_from and new else None,
+                              convert.open_vision(t.init_vision, e.model) if t.init_vision and new else None)
+
+
+def warn_of_differences(e: Experiment, initial: InitialCheckpoints, log: Log, step: int) -> None:
+    """Logs the settings that make the model of train.init_from compute something else with the same parameters."""
+    if initial.params and (different := convert.differ(initial.params.model, e.model)):
+        log.message(f"train.init_from={e.train.init_from!r} was trained with other settings: {', '.join(different)}", step)
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: Path):
+    """Process 0 locks WORKDIR for all processes. Where it cannot, every process raises the same ConfigError."""
+    with contextlib.ExitStack() as stack:
+        problem = ""
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(lock.held(workdir))
+            except ConfigError as error:
+                problem = str(error)
+        if problem := agreed(problem):
+            raise ConfigError(problem)
+        yield
+
+
+def restore_state(checkpoints: Checkpoints, program: Program, initial: InitialCheckpoints, start: dict) -> State:
+    """The last checkpoint. Without one, a new run at position `start`, with new parameters or those of `initial`."""
+    restored = checkpoints.restore(*program.abstract)
+    if restored is None and not any(initial):
+        return State(0, *program.init(), start)
+    step, params, opt, position = restored or (0, initial_params(program, initial), None, None)
+    if opt is None:     # parameters only, from `initial` or a converted checkpoint: a new run
+        opt, position = program.init_optimizer(params), start
+    return State(step, params, opt, position)
+
+
+def initial_params(program: Program, initial: InitialCheckpoints) -> dict:
+    """The parameters of the initial checkpoints. Parameters that they lack, such as the vision of a text model, are new."""
+    abstract = program.abstract[0]
+    params = convert.start(initial.params, abstract) if initial.params else {}
+    if missing := abstract.keys() - params.keys():
+        shardings = {name: jax.tree.map(lambda x: x.sharding, abstract[name]) for name in missing}
+        params |= jax.jit(lambda: {name: program.init()[0][name] for name in missing}, out_shardings=shardings)()
+    return params | ({"vision": convert.start_vision(initial.vision, params["vision"])} if initial.vision else {})
