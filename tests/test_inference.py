@@ -67,6 +67,63 @@ def test_mask_hides_padding(loaded):
     np.testing.assert_allclose(left[:, 3:], plain, atol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_forward_under_jit_equals_eager(loaded, masked):
+    tokens_BT = ids(2, 9)
+    mask_BT = np.arange(9) < np.array([[9], [6]]) if masked else None
+    want_BTW = mmx.forward(loaded, tokens_BT, mask_BT)
+    traced = jax.jit(lambda tokens_BT, mask_BT, params: mmx.forward(loaded, tokens_BT, mask_BT, params=params))
+    np.testing.assert_allclose(traced(tokens_BT, mask_BT, loaded.params), want_BTW, atol=1e-6)
+    captured = jax.jit(lambda tokens_BT: mmx.forward(loaded, tokens_BT, mask_BT))
+    np.testing.assert_allclose(captured(jnp.asarray(tokens_BT)), want_BTW, atol=1e-6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_forward_equal_those_of_the_module(loaded, masked):
+    """With respect to the parameters, against a computation that uses neither `forward` nor `model.logits`."""
+    tokens_BT = ids(2, 9)
+    mask_BT = np.arange(9) < np.array([[9], [6]]) if masked else np.ones((2, 9), bool)
+
+    def nats(logits_BTW):
+        logp_BTW = jax.nn.log_softmax(logits_BTW[:, :-1])
+        next_BT1 = jnp.asarray(tokens_BT)[:, 1:, None]
+        return -jnp.sum(jnp.take_along_axis(logp_BTW, next_BT1, axis=2)[..., 0] * mask_BT[:, 1:])
+
+    def independent(params):
+        x_BTD, _, _ = loaded.model.apply({"params": params}, tokens_BT, jnp.asarray(mask_BT, jnp.int32))
+        return nats(x_BTD @ params["head_WD"].T)
+
+    want = jax.grad(independent)(loaded.params)
+    given = (mask_BT,) if masked else ()
+    loss = lambda params, tokens_BT: nats(mmx.forward(loaded, tokens_BT, *given, params=params))
+    for grads in (jax.grad(loss)(loaded.params, tokens_BT), jax.jit(jax.grad(loss))(loaded.params, tokens_BT)):
+        for (path, got), expected in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(want), strict=True):
+            error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+            assert error < 1e-5, (jax.tree_util.keystr(path), error)
+
+
+def test_forward_uses_other_parameters(loaded):
+    other = jax.tree.map(lambda w: w * 1.5, loaded.params)
+    want_BTW = mmx.forward(loaded._replace(params=other), ids(1, 5))
+    np.testing.assert_array_equal(mmx.forward(loaded, ids(1, 5), params=other), want_BTW)
+
+
+def test_forward_checks_known_values_and_the_shapes_of_traced_ones(loaded):
+    bad = ids(1, 5) + C.vocab
+    for call in (mmx.forward, jax.jit(lambda loaded_params, _: mmx.forward(loaded, bad, params=loaded_params))):
+        with pytest.raises(config.ConfigError, match=f"vocabulary .* from 0 to {C.vocab - 1}"):
+            call(*((loaded, bad) if call is mmx.forward else (loaded.params, 0)))
+    for shape, dtype, message in (((5,), int, r"integer array \[B, T\]"), ((1, 5), float, "integer array"),
+                                  ((1, 0), int, "T at least 1")):
+        with pytest.raises(config.ConfigError, match=message):
+            jax.jit(lambda tokens_BT: mmx.forward(loaded, tokens_BT))(np.zeros(shape, dtype))
+    with pytest.raises(config.ConfigError, match="mask_BT has shape"):
+        jax.jit(lambda tokens_BT, mask_BT: mmx.forward(loaded, tokens_BT, mask_BT))(ids(1, 5), np.ones((1, 4)))
+    with pytest.raises(config.ConfigError, match="images need known token ids.*traced") as caught:
+        jax.jit(lambda tokens_BT: mmx.forward(loaded, tokens_BT, images=[[]]))(ids(1, 5))
+    assert "\n" not in str(caught.value)
+
+
 def test_same_seed_same_draws(loaded):
     draw = lambda seed: mmx.generate(loaded, ids(2, 5), steps=20, temperature=1.0, seed=seed)
     assert (draw(1) == draw(1)).all()

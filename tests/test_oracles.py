@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmx import forward, generate
 from mmx.checkpoints import convert, hf_layout
-from mmx.inference import engine, forward, generate
+from mmx.inference import engine
 from mmx.model import Model, logits
 from mmx.parallel import mesh, sharding
 from mmx.parallel.cache import empty_cache
