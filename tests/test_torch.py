@@ -23,7 +23,7 @@ from mmx import config
 from mmx.checkpoints import convert, manager
 from mmx.config import ConfigError
 from mmx.data import images
-from mmx.inference.engine import forward
+from mmx.inference.forward import forward
 from mmx.inference.verify import verify
 
 ORACLES = Path(__file__).parent / "oracles"
@@ -203,7 +203,7 @@ def test_vision_both_ways(tmp_path):
                     pixel_values=torch.nn.utils.rnn.pad_sequence(
                         [torch.as_tensor(picture.pixels_IYXZ).movedim(-1, 1) for picture in shown], batch_first=True)).logits
             np.testing.assert_allclose(logits_BTW, want_BTW, atol=ATOL, rtol=0, err_msg=f"{name}, {whose}")
-    with pytest.raises(ConfigError, match="a model that sees: mmx.torch has the function of the text model alone"):
+    with pytest.raises(ConfigError, match="contains a vision model: mmx.torch supports text models only"):
         mmx.torch.load(tmp_path / name)
 
 
@@ -228,7 +228,7 @@ def test_mmx_torch_saves_what_it_loads(export, tmp_path):
 
 def test_a_workdir_is_pointed_to_the_export(export):
     _, run, *_ = export
-    with pytest.raises(ConfigError, match="mmx convert to-hf --checkpoint"):
+    with pytest.raises(ConfigError, match="is an mmx workdir: export it first, by mmx convert to-hf --checkpoint"):
         mmx.torch.load(run)
 
 
