@@ -58,7 +58,7 @@ def main():
                       f"{size / 1e6:.1f}", f"{size * rates['ours'] / batch / bandwidth:.0%}")
     Console().print(table)
     lengths = short_lengths()
-    levels, padded = (sum(sum(f(n - 1)) for n in lengths) for f in (engine.pieces, pad))
+    levels, padded = (sum(sum(f(n - 1)) for n in lengths) for f in (engine.chunk_sizes, pad))
     print(f"{len(lengths)} prompts of 7 to 300 tokens, {sum(lengths):,} in all: {levels:,} computed in levels, {padded:,} "
           f"padded to 256s, {1 - levels / padded:.0%} of the work saved; all read and first tokens drawn in "
           f"{median['levels']['ours']:.2f} s against {median['padded']['ours']:.2f} s")
@@ -90,12 +90,12 @@ def theirs(folder, _):
 def ours(folder, _):
     loaded = mmx.load(folder)
     asked = [engine.Request(prompts(1, n)[0], 1) for n in short_lengths()]
-    levels = engine.pieces
+    levels = engine.chunk_sizes
 
     def first_tokens(cut):
-        engine.pieces = cut
+        engine.chunk_sizes = cut
         list(engine.stream(loaded, asked, rows=8))
-        engine.pieces = levels
+        engine.chunk_sizes = levels
 
     def bandwidth():
         x, total = jnp.ones(1 << 27), jax.jit(jnp.sum)

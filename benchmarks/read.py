@@ -53,7 +53,7 @@ def main():
             points.append((bar.n, (bar.n - (points[-1][0] if points else 0)) / (begin[-1] - begin[-2]), resident()))
             bar.set_postfix(tokens_per_s=f"{points[-1][1]:,.0f}", MiB=f"{points[-1][2]:,.0f}")
 
-    prefix = engine.read(loaded, ids_T, progress=progress)
+    prefix = engine.make_prefix(loaded, ids_T, progress=progress)
     bar.close()
     start = time.perf_counter()
     pieces = list(engine.stream(loaded, [engine.Request(ids_T[:1], args.steps)], prefix=prefix))

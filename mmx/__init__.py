@@ -1,17 +1,17 @@
-"""mmx: MiniMax-01 in JAX. Train, convert, sample and study hybrid lightning-attention mixtures of experts.
+"""mmx is a JAX implementation of MiniMax-01, a hybrid of lightning and softmax attention with mixture-of-experts layers.
 
-    loaded = mmx.load("demo")                               # a workdir, or a Hugging Face directory
-    logits_BTW = mmx.forward(loaded, tokens_BT)
+    loaded = mmx.load("demo")                               # a workdir of `mmx train`, or a Hugging Face directory
+    logits_BTW = mmx.forward(loaded, tokens_BT)             # batch B, tokens T, vocabulary W; works under jax.jit and jax.grad
     texts = mmx.generate(loaded, ["The state of the Union"], steps=200, temperature=0.8)
-    texts = mmx.generate(sees, "<image> What is this?", images=["a.png"], steps=50)     # a checkpoint with vision
+    torch_model = mmx.torch.load("run-hf")                  # a transformers model, from a Hugging Face directory
 
-Names are imported when first used, so that `mmx config` and the data need no accelerator.
+docs/python.md describes these calls. They are imported at first use, so that importing mmx does not import JAX.
 """
 import importlib
 
 __version__ = "0.1.0"
 
-FUNCTIONS = {"load": "mmx.checkpoints.convert", "forward": "mmx.inference.engine", "generate": "mmx.inference.engine"}
+FUNCTIONS = {"load": "mmx.checkpoints.convert", "forward": "mmx.inference.forward", "generate": "mmx.inference.engine"}
 MODULES = ("config", "kernels", "torch")
 __all__ = [*FUNCTIONS, *MODULES]
 

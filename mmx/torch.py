@@ -1,11 +1,15 @@
-"""The released function in transformers: MiniMaxForCausalLM with partial RoPE and the released decay.
+"""Checkpoints as transformers models that compute the function of the released weights.
 
-Stock transformers (5.23.0, model.md section 7) turns whole heads, and has other slopes where the number of heads is no
-power of two. `load` mends one model and leaves the library as it is. Stock RoPE pairs dimension i with i + K/2; the
-released one pairs i with i + r/2 inside the first r = rotary_dim. Scores do not change when q and k are permuted alike,
-so hooks on q_proj and k_proj bring the released pairs into stock places; the frequencies of the other places are zero.
-Stock lightning attention also holds its decays and states in the model's dtype, where the released one, and mmx, have
-float32: in bfloat16 the smallest slopes would round away.
+The MiniMaxForCausalLM of transformers 5.23.0 computes a different function (docs/model.md section 7). `load` changes one
+model in three respects, and does not change the library:
+
+    RoPE        The stock model rotates all K dimensions of a head, in pairs (i, i + K/2). The released model rotates the
+                first r = rotary_dim, in pairs (i, i + r/2). Attention scores do not change if q and k are permuted alike,
+                so hooks on q_proj and k_proj move each released pair to the position of a stock pair. The frequencies of
+                all other pairs are zero.
+    decay       The slopes differ if the number of heads is not a power of two.
+    dtype       The stock model keeps decays and states of lightning attention in its own dtype. The released model and
+                mmx keep them in float32; in bfloat16 the smallest slopes would be lost to rounding.
 """
 from pathlib import Path
 
@@ -23,27 +27,33 @@ except ImportError as error:
 
 
 def load(directory: str | Path, dtype: torch.dtype = torch.float32, **options) -> MiniMaxForCausalLM:
-    """A Hugging Face directory, in either dialect, as a transformers model that computes the released function."""
+    """Reads a Hugging Face directory as a transformers model that computes the function of the released weights.
+
+    Args:
+      directory: config.json as the released checkpoints or as transformers writes it, and safetensors files.
+      options: passed to `from_pretrained`.
+    """
     directory = Path(directory)
     if manager.find_step(directory):
-        raise ConfigError(f"{directory} is an mmx workdir: first mmx convert to-hf --checkpoint {directory} --out DIR")
-    where = directory / "config.json"
-    config = untrusted.read_json(untrusted.own_file(where))
-    model = build({"model": hf_config.read_model(config, where)}).model
+        raise ConfigError(f"{directory} is an mmx workdir: export it first, by mmx convert to-hf --checkpoint {directory} "
+                          "--out DIR")
+    config_file = directory / "config.json"
+    config = untrusted.read_json(untrusted.own_file(config_file))
+    model = build({"model": hf_config.read_model(config, config_file)}).model
     if model.vision.layers:
-        raise ConfigError(f"{directory} holds a model that sees: mmx.torch has the function of the text model alone")
+        raise ConfigError(f"{directory} contains a vision model: mmx.torch supports text models only")
     safetensors.check_tensors(safetensors.find_tensors(directory), model, directory)
     ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     stock = hf_config.write_model(model, "transformers", str(dtype).removeprefix("torch."), ids)
     stock["block_size"] = config.get("block_size", hf_layout.BLOCK)
     stock["router_aux_loss_coef"] = config.get("router_aux_loss_coef", stock["router_aux_loss_coef"])
-    return mend(load_stock(directory, config=MiniMaxConfig(**stock), dtype=dtype, **options), model)
+    return make_faithful(load_stock(directory, config=MiniMaxConfig(**stock), dtype=dtype, **options), model)
 
 
 def load_stock(directory: str | Path, **options) -> MiniMaxForCausalLM:
-    """The directory as stock transformers reads it, which computes another function."""
+    """Reads a directory with unchanged transformers, which computes a different function."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()       # its report calls decay buffers that are not in the file newly initialized
+    logging.set_verbosity_error()       # it would report the decay buffers, which are not in the file, as newly initialized
     try:
         return MiniMaxForCausalLM.from_pretrained(directory, use_safetensors=True, trust_remote_code=False, **options)
     finally:
@@ -51,11 +61,11 @@ def load_stock(directory: str | Path, **options) -> MiniMaxForCausalLM:
 
 
 @torch.no_grad()
-def mend(stock: MiniMaxForCausalLM, model: Model) -> MiniMaxForCausalLM:
-    """Gives a stock model, in place, the partial RoPE and the decay of `model`."""
-    half, turned = model.head_dim // 2, model.rotary_dim // 2
-    order = torch.tensor([*range(turned), *range(2 * turned, half + turned), *range(turned, 2 * turned),
-                          *range(half + turned, model.head_dim)])
+def make_faithful(stock: MiniMaxForCausalLM, model: Model) -> MiniMaxForCausalLM:
+    """Changes a stock model in place, so that it has the partial RoPE and the decay of `model`. Returns it."""
+    half, pairs = model.head_dim // 2, model.rotary_dim // 2
+    order = torch.tensor([*range(pairs), *range(2 * pairs, half + pairs), *range(pairs, 2 * pairs),
+                          *range(half + pairs, model.head_dim)])
 
     def reorder(module, inputs, heads_BTGK):
         return heads_BTGK.unflatten(-1, (-1, model.head_dim))[..., order.to(heads_BTGK.device)].flatten(-2)
@@ -68,8 +78,8 @@ def mend(stock: MiniMaxForCausalLM, model: Model) -> MiniMaxForCausalLM:
 
     rotary = stock.model.rotary_emb
     frequencies = torch.zeros_like(rotary.inv_freq)
-    if turned:
-        frequencies[:turned] = 1.0 / model.rope_theta ** (torch.arange(turned).to(frequencies) / turned)
+    if pairs:
+        frequencies[:pairs] = 1.0 / model.rope_theta ** (torch.arange(pairs).to(frequencies) / pairs)
     rotary.inv_freq.copy_(frequencies)
     rotary.original_inv_freq.copy_(frequencies)
     for layer, kind in enumerate(model.layer_kinds):
@@ -88,5 +98,5 @@ def mend(stock: MiniMaxForCausalLM, model: Model) -> MiniMaxForCausalLM:
 
 @torch.no_grad()
 def logits(model: MiniMaxForCausalLM, tokens_BT):
-    """float32 logits as numpy, without a cache."""
+    """Logits of whole sequences, as a float32 NumPy array."""
     return model(torch.as_tensor(tokens_BT), use_cache=False).logits.float().numpy()

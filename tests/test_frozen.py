@@ -79,7 +79,7 @@ def test_a_frozen_prefix_continues(workdir):
     pieces = list(engine.stream(loaded, [engine.Request(QUESTION, STEPS)], prefix=kept))
     assert np.concatenate([piece.ids_T for piece in pieces]).tolist() == EXPECTED["ids"]
     np.testing.assert_allclose(np.concatenate([piece.logprobs_T for piece in pieces]), EXPECTED["logprobs"], rtol=0, atol=1e-4)
-    again = engine.read(loaded, PROMPT)
+    again = engine.make_prefix(loaded, PROMPT)
     for new, old in zip(jax.tree.leaves(again), jax.tree.leaves(kept), strict=True):
         np.testing.assert_allclose(new, old, rtol=0, atol=1e-4)
 

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmx import forward, generate
 from mmx.checkpoints import convert, hf_layout
-from mmx.inference import engine, forward, generate
+from mmx.inference import engine
 from mmx.model import Model, empty_cache, logits
 from mmx.parallel import mesh, sharding
 from mmx.training.loss import loss, router_losses
@@ -173,14 +174,14 @@ def check_mix(loaded, want, rows):
 
 @pytest.mark.parametrize("levels, block, rows", [((32, 16, 8), 8, 2), ((64,), 24, 6)])
 def test_levels_blocks_and_batches_change_no_token(case, levels, block, rows, monkeypatch):
-    monkeypatch.setattr(engine, "LEVELS", levels)
-    monkeypatch.setattr(engine, "BLOCK", block)
+    monkeypatch.setattr(engine, "PREFILL_CHUNKS", levels)
+    monkeypatch.setattr(engine, "DECODE_STEPS", block)
     check_mix(case.loaded, case.want, rows)
 
 
 def test_a_mesh_changes_no_token(monkeypatch):
     """Parameters and cache are cut over eight devices: rows, time, experts and heads."""
-    monkeypatch.setattr(engine, "LEVELS", (16,))
+    monkeypatch.setattr(engine, "PREFILL_CHUNKS", (16,))
     folder = ORACLES / "a_7to1_hf"
     with mesh.inference_mesh(convert.open_source(folder / "ckpt").model, "ep=2,etp=2,seq=2"):
         loaded = convert.load(folder / "ckpt")
@@ -191,7 +192,7 @@ def test_a_mesh_changes_no_token(monkeypatch):
             asked = engine.Request(want["prompt"][0], 32)
         kept = sharding.cache_shardings(empty_cache(loaded.config, 4, 256), jax.sharding.get_mesh())
         batch = engine.Batch(loaded, 4)
-        batch.enter(0, engine._Row(0, asked, None, loaded.config, behind=False))
+        batch.start(0, engine.Sequence(0, asked, None, loaded.config, after_prefix=False))
         list(batch.decode())
         for x, place in zip(jax.tree.leaves(batch.cache), jax.tree.leaves(kept)):
             assert x.sharding.is_equivalent_to(place, x.ndim), (x.sharding, place)

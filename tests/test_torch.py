@@ -1,6 +1,7 @@
-"""Parity with transformers on random models of several shapes, both directions, and mmx.torch.
+"""mmx, mmx.torch and transformers compute the same logits, on random models of several shapes and after conversion.
 
-`faithful` is the oracle: stock transformers made to compute the released function, written apart from mmx.torch.
+The oracle is `faithful`: transformers changed to compute the function of the released weights, by code that shares
+nothing with mmx.torch.
 """
 import dataclasses
 import importlib
@@ -20,10 +21,10 @@ from PIL import Image
 
 import mmx.torch
 from mmx import config
-from mmx.checkpoints import convert, manager
+from mmx.checkpoints import convert, hf_layout, manager, safetensors
 from mmx.config import ConfigError
 from mmx.data import images
-from mmx.inference.engine import forward
+from mmx.inference.forward import forward
 from mmx.inference.verify import verify
 from mmx.model import abstract_params
 
@@ -49,13 +50,13 @@ def tokens(vocab, length, batch=2, seed=7):
     return np.random.default_rng(seed).integers(vocab, size=(batch, length))
 
 
-def ours(path, tokens_BT):
+def mmx_logits(path, tokens_BT):
     return forward(convert.load(path, "float32"), tokens_BT)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
-def theirs(request, tmp_path_factory):
-    """(directory that transformers saved, tokens, logits) of a faithful random model."""
+def saved(request, tmp_path_factory):
+    """A random model saved by transformers: (directory, tokens, logits)."""
     shape, length = SHAPES[request.param]
     model = faithful.make_released(faithful.random_model(**shape))
     directory = tmp_path_factory.mktemp(request.param) / "hf"
@@ -64,34 +65,33 @@ def theirs(request, tmp_path_factory):
     return directory, tokens_BT, faithful.logits(model, tokens_BT)
 
 
-def test_theirs_loaded_by_us(theirs):
-    directory, tokens_BT, logits_BTW = theirs
-    np.testing.assert_allclose(ours(directory, tokens_BT), logits_BTW, atol=ATOL, rtol=0)
+def test_mmx_loads_a_transformers_checkpoint(saved):
+    directory, tokens_BT, logits_BTW = saved
+    np.testing.assert_allclose(mmx_logits(directory, tokens_BT), logits_BTW, atol=ATOL, rtol=0)
 
 
-def test_theirs_loaded_by_mmx_torch(theirs):
-    directory, tokens_BT, logits_BTW = theirs
+def test_mmx_torch_loads_a_transformers_checkpoint(saved):
+    directory, tokens_BT, logits_BTW = saved
     np.testing.assert_allclose(mmx.torch.logits(mmx.torch.load(directory), tokens_BT), logits_BTW, atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("dialect", convert.DIALECTS)
-def test_theirs_through_us_and_back(theirs, tmp_path, dialect):
-    directory, tokens_BT, logits_BTW = theirs
+def test_conversion_to_mmx_and_back_keeps_the_logits(saved, tmp_path, dialect):
+    directory, tokens_BT, logits_BTW = saved
     convert.from_hf(directory, tmp_path / "run", progress=False)
     back = convert.to_hf(tmp_path / "run", tmp_path / "back", dialect, progress=False)
     np.testing.assert_allclose(mmx.torch.logits(mmx.torch.load(back), tokens_BT), logits_BTW, atol=ATOL, rtol=0)
 
 
 def random_params(model, seed=0):
-    """Parameters of ours at the scale of `faithful.random_model`."""
+    """Random parameters of an mmx model, at the scale of `faithful.random_model`."""
     rng = np.random.default_rng(seed)
 
     def values(path, leaf):
         name = path[-1].key
         if "norm" in name:
             return jnp.asarray(1 + 0.25 * rng.standard_normal(leaf.shape), jnp.float32)
-        other = {"embed_WD": 1, "w2_EFD": model.expert_dim, "out_HVD": model.heads * model.head_dim}
-        fan_in = other.get(name, model.dim)
+        fan_in = {"embed_WD": 1, "w2_EFD": model.expert_dim, "out_HVD": model.heads * model.head_dim}.get(name, model.dim)
         return jnp.asarray(rng.standard_normal(leaf.shape) * 1.2 / np.sqrt(fan_in), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(values, abstract_params(model))
@@ -99,7 +99,7 @@ def random_params(model, seed=0):
 
 @pytest.fixture(scope="module", params=EXPORTS)
 def export(request, tmp_path_factory):
-    """(our model, workdir, its export, tokens)."""
+    """An mmx model with random parameters: (config, workdir, directory of its export, tokens)."""
     model, folder = dataclasses.replace(EXPORT, **EXPORTS[request.param]), tmp_path_factory.mktemp(request.param)
     manager.check_config(folder / "run", config.Experiment(model=model))
     checkpoints = manager.Checkpoints(folder / "run", every=1, keep=1)
@@ -108,19 +108,19 @@ def export(request, tmp_path_factory):
     return model, folder / "run", convert.to_hf(folder / "run", folder / "hf", progress=False), tokens(61, 43)
 
 
-def test_ours_loaded_by_them(export):
+def test_transformers_loads_an_export(export):
     _, run, directory, tokens_BT = export
-    logits_BTW = ours(run, tokens_BT)
+    logits_BTW = mmx_logits(run, tokens_BT)
     np.testing.assert_allclose(mmx.torch.logits(mmx.torch.load(directory), tokens_BT), logits_BTW, atol=ATOL, rtol=0)
     stock = transformers.MiniMaxForCausalLM.from_pretrained(directory, attn_implementation="eager")
     np.testing.assert_allclose(faithful.logits(faithful.make_released(stock), tokens_BT), logits_BTW, atol=ATOL, rtol=0)
 
 
-def test_stock_transformers_loads_our_export(export):
-    """And differs by what it leaves out: partial RoPE. The decay buffers it takes from the file."""
+def test_stock_transformers_differs_by_partial_rope_only(export):
+    """Stock transformers reads the decay from the export's buffers, but rotates whole heads."""
     model, run, directory, tokens_BT = export
     stock = transformers.MiniMaxForCausalLM.from_pretrained(directory)
-    difference = np.abs(faithful.logits(stock, tokens_BT) - ours(run, tokens_BT)).max()
+    difference = np.abs(faithful.logits(stock, tokens_BT) - mmx_logits(run, tokens_BT)).max()
     print(f"{model.heads} heads, rotary {model.rotary_dim} of {model.head_dim}: stock differs by {difference:.2g}")
     if model.rotary_dim == model.head_dim:
         assert difference < ATOL
@@ -128,15 +128,15 @@ def test_stock_transformers_loads_our_export(export):
         assert difference > 0.01
 
 
-def test_export_holds_the_decay_where_stock_would_build_another(export):
+def test_export_contains_the_decay_where_the_stock_decay_differs(export):
     model, _, directory, _ = export
-    names = convert.released.read_header(directory / "model.safetensors").keys()
+    names = safetensors.read_header(directory / "model.safetensors").keys()
     assert not any(name.endswith("slope_rate") for name in names)       # never read as a parameter
     raw = (directory / "model.safetensors").read_bytes()
     assert (b"slope_rate" in raw) == (model.heads == 6)
 
 
-def test_verify_is_the_largest_difference(export, tmp_path):
+def test_verify_returns_the_largest_difference(export, tmp_path):
     model, run, directory, _ = export
     assert verify(run, directory) == {"mmx": 0}
     by_torch = verify(run, directory, torch=True)
@@ -161,9 +161,9 @@ def test_in_bfloat16_decays_and_states_stay_float32():
     whole, half = mmx.torch.load(directory), mmx.torch.load(directory, dtype=torch.bfloat16, experts_implementation="eager")
     for layer, kind in enumerate(convert.load(directory).config.layer_kinds):
         if kind == "L":
-            ours, theirs = (model.model.layers[layer].self_attn for model in (half, whole))
-            for name in convert.released.DECAY_BUFFERS:
-                torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=0)
+            in_bfloat16, in_float32 = (model.model.layers[layer].self_attn for model in (half, whole))
+            for name in hf_layout.DECAY_BUFFERS:
+                torch.testing.assert_close(getattr(in_bfloat16, name), getattr(in_float32, name), rtol=0, atol=0)
     cache = half(torch.as_tensor(prompt), use_cache=True).past_key_values
     assert cache.get_linear_cache(0).dtype == torch.float32
     error = mmx.torch.logits(half, prompt) - mmx.torch.logits(whole, prompt)
@@ -171,7 +171,7 @@ def test_in_bfloat16_decays_and_states_stay_float32():
     assert half.generate(torch.as_tensor(prompt), max_new_tokens=4, do_sample=False).shape[1] == prompt.shape[1] + 4
 
 
-# ---- MiniMax-VL-01's function: LlavaNext around it, which mmx.torch does not have ----
+# ---- MiniMax-VL-01: LlavaNext around the text model, which mmx.torch does not support ----
 
 VISIONS = {     # name: (faithful.random_vision_model's arguments, the images' sizes)
     "five_heads": ({"grids": ((1, 1), (1, 2), (2, 1), (2, 2)), "vision": (24, 40, 3, 3), "seed": 3, "pattern": "LS",
@@ -181,34 +181,34 @@ VISIONS = {     # name: (faithful.random_vision_model's arguments, the images' s
 }
 
 
-def test_vision_both_ways(tmp_path):
-    """Two or three images in one prompt: their checkpoint run by us, ours by them."""
+def test_vision_models_agree_in_both_directions(tmp_path):
+    """Two or three images in one prompt: mmx runs a checkpoint of transformers, transformers runs its export by mmx."""
     for name, (arguments, sizes) in VISIONS.items():
         model, rng = faithful.random_vision_model(**arguments), np.random.default_rng(arguments["seed"])
         model.save_pretrained(tmp_path / name)
         loaded = convert.load(tmp_path / name)
         v = loaded.config.vision
-        shown = [images.prepare(v, Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))) for size in sizes]
+        pictures = [images.prepare(v, Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))) for size in sizes]
         ids = [rng.integers(0, v.token, 4)]
-        for picture in shown:
+        for picture in pictures:
             ids += [np.full(len(picture.places_T), v.token), rng.integers(0, v.token, 3)]
         tokens_BT = np.concatenate(ids)[None]
         convert.to_hf(tmp_path / name, tmp_path / f"{name}-back", progress=False)
         again = transformers.LlavaNextForConditionalGeneration.from_pretrained(
             tmp_path / f"{name}-back", attn_implementation="eager")
-        logits_BTW = forward(loaded, tokens_BT, images=[shown])
-        for theirs, whose in ((model, "theirs"), (again, "ours")):
-            with faithful.released_vision(theirs), torch.no_grad():
-                want_BTW = theirs(
+        logits_BTW = forward(loaded, tokens_BT, images=[pictures])
+        for torch_model, origin in ((model, "transformers"), (again, "export")):
+            with faithful.released_vision(torch_model), torch.no_grad():
+                want_BTW = torch_model(
                     input_ids=torch.as_tensor(tokens_BT), image_sizes=torch.tensor(sizes), use_cache=False,
                     pixel_values=torch.nn.utils.rnn.pad_sequence(
-                        [torch.as_tensor(picture.pixels_IYXZ).movedim(-1, 1) for picture in shown], batch_first=True)).logits
-            np.testing.assert_allclose(logits_BTW, want_BTW, atol=ATOL, rtol=0, err_msg=f"{name}, {whose}")
-    with pytest.raises(ConfigError, match="a model that sees: mmx.torch has the function of the text model alone"):
+                        [torch.as_tensor(picture.pixels_IYXZ).movedim(-1, 1) for picture in pictures], batch_first=True)).logits
+            np.testing.assert_allclose(logits_BTW, want_BTW, atol=ATOL, rtol=0, err_msg=f"{name}, {origin}")
+    with pytest.raises(ConfigError, match="contains a vision model: mmx.torch supports text models only"):
         mmx.torch.load(tmp_path / name)
 
 
-def test_stock_models_stay_stock():
+def test_load_does_not_change_stock_models():
     directory = ORACLES / "c_partial_orig" / "ckpt"
     tokens_BT = tokens(113, 20)
     before = transformers.MiniMaxForCausalLM.from_pretrained(directory)
@@ -227,9 +227,9 @@ def test_mmx_torch_saves_what_it_loads(export, tmp_path):
                                   mmx.torch.logits(model, tokens_BT))
 
 
-def test_a_workdir_is_pointed_to_the_export(export):
+def test_a_workdir_is_refused_with_the_command_that_exports_it(export):
     _, run, *_ = export
-    with pytest.raises(ConfigError, match="mmx convert to-hf --checkpoint"):
+    with pytest.raises(ConfigError, match="is an mmx workdir: export it first, by mmx convert to-hf --checkpoint"):
         mmx.torch.load(run)
 
 

@@ -54,7 +54,7 @@ def test_oracle_counts_and_features(loaded):
         np.testing.assert_array_equal(np.multiply(images.best_grid(v, *size), v.tile), WANT[f"floor_{i}_best_res_hw"])
         assert len(shown[i].pixels_IYXZ) == 1 + np.prod(images.best_grid(v, *size))
     places_BT, pixels_NIYXZ = images.lay(v, batch()[0], [[picture] for picture in shown])
-    newline_D, (patches_MD,) = engine._see(loaded.config, loaded.params, pixels_NIYXZ)
+    newline_D, (patches_MD,) = engine.encode_images(loaded.config, loaded.params, pixels_NIYXZ)
     seen_MD = np.concatenate([newline_D[None], patches_MD])
     for i in range(5):
         places_T = places_BT[i][places_BT[i] > 0]
@@ -211,7 +211,7 @@ def drawn(loaded, requests, prefix=None):
 
 def test_generation_is_recomputation(loaded, monkeypatch):
     """Two prompts of two images each, read in chunks; and the second image behind a prefix with the first."""
-    monkeypatch.setattr(engine, "LEVELS", (32,))
+    monkeypatch.setattr(engine, "PREFILL_CHUNKS", (32,))
     prompts, shown = zip(*(prompt(loaded.config.vision, seed) for seed in range(2)))
     T, steps = len(prompts[0]), 5
     new_BT, logprobs_BT = drawn(loaded, [engine.Request(ids_T, steps, images=pair) for ids_T, pair in zip(prompts, shown)])
@@ -224,7 +224,7 @@ def test_generation_is_recomputation(loaded, monkeypatch):
     others_BTW = mmx.forward(loaded, whole_BT, None, shown[::-1])[:, T - 1:-1]
     assert np.abs(others_BTW - logits_BTW).max() > 0.1
     cut = T - 4 - images.count(loaded.config.vision, 28, 56)         # where the second image begins
-    kept = engine.read(loaded, prompts[0][:cut], images=shown[0][:1])
+    kept = engine.make_prefix(loaded, prompts[0][:cut], images=shown[0][:1])
     behind_BT, again_BT = drawn(loaded, [engine.Request(prompts[0][cut:], steps, images=shown[0][1:])], kept)
     np.testing.assert_array_equal(behind_BT, new_BT[:1])
     np.testing.assert_allclose(again_BT, want_BT[:1], atol=2e-5, rtol=0)
@@ -282,7 +282,7 @@ def test_the_command_line_shows_images(checkpoint, capsys):
     (["--prompt", "what?", "--image", "a.png"], "0 <image> marks in the prompt, 1 image given"),
     (["--prompt", "<image><image> what?", "--image", "a.png"], "2 <image> marks in the prompt, 1 image given"),
     (["--prompt", "<image> what?"], "1 <image> mark in the prompt, 0 images given"),
-    (["--prompt", "<image>", "--image", "a.png"], "the prompt ends in an image: text must stand behind it"),
+    (["--prompt", "<image>", "--image", "a.png"], "the prompt ends in an image: add text after the image"),
     (["--prompt", "<image> what?", "--image", "none.png"], "none.png is missing"),
     (["--prompt", "<image> what?", "--image", "hf/config.json"], "is no image that Pillow knows"),
 ])

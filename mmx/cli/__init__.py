@@ -424,10 +424,10 @@ def generate(args):
     bar = tqdm(desc="reading", unit=" tokens", unit_scale=True, leave=False, disable=None)
     how = {"kv_dtype": args.kv_dtype or "", "progress": bar.update}
     if args.save_cache:
-        kept, shown = engine.read(loaded, texts[0], images=shown[0], prefix=kept, **how), [()]
+        kept, shown = engine.make_prefix(loaded, texts[0], images=shown[0], prefix=kept, **how), [()]
         prefix.save(args.save_cache, loaded, kept)
-    requests = [engine.Request("" if args.save_cache else text, args.steps, args.temperature, args.top_k, args.top_p,
-                                  args.seed, number, tuple(args.stop), shown[number])
+    sampling = engine.Sampling(args.temperature, args.top_k, args.top_p, args.seed, tuple(args.stop))
+    requests = [engine.Request("" if args.save_cache else text, args.steps, sampling, shown[number], number)
                 for number, text in enumerate(texts or [""])]
     told, pieces, at_once = texts or [""], [[] for _ in requests], len(requests) == 1 and not args.json
     for piece in engine.stream(loaded, requests, prefix=kept, rows=args.rows, **how):

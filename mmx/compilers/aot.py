@@ -195,7 +195,7 @@ def span(e, mode) -> int:
     """Tokens of a row that one run takes."""
     if mode != "prefill":
         return {"train": e.train.length, "decode": 1}[mode]
-    chunk = min(engine.LEVELS[0], e.train.length)
+    chunk = min(engine.PREFILL_CHUNKS[0], e.train.length)
     if e.train.length % chunk:
         raise ConfigError(f"train.length={e.train.length} is not read in whole chunks: give a multiple of {chunk}")
     return chunk

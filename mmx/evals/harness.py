@@ -169,14 +169,15 @@ def _power(n: int) -> int:
 
 
 def _settings(arguments: dict) -> dict:
-    """The fields of `inference.Request` in lm-eval's generation arguments."""
+    """The fields `steps` and `sampling` of `engine.Request` in lm-eval's generation arguments."""
     given = normalize_gen_kwargs(arguments, STEPS)
     other = {name: value for name, value in given.items() if name not in GENERATION and value not in (None, False, 1)}
     if other:
         raise ConfigError(f"generation arguments {other} are none of {', '.join(sorted(GENERATION))}")
     drawn = {name: given[name] for name in ("top_k", "top_p") if given["do_sample"] and given.get(name) is not None}
-    return drawn | {"steps": given["max_gen_toks"], "temperature": given.get("temperature", 0.0),
-                    "stop": tuple(text for text in given["until"] if text)}
+    stop = tuple(text for text in given["until"] if text)
+    sampling = engine.Sampling(temperature=given.get("temperature", 0.0), stop=stop, **drawn)
+    return {"steps": given["max_gen_toks"], "sampling": sampling}
 
 
 def _count(name: str, value) -> int:

@@ -22,7 +22,7 @@ from mmx.evals import files
 from mmx.evals.examples import Ask, document, show_length, size
 from mmx.evals.suites import SUITES, Suite
 from mmx.files import atomic, untrusted
-from mmx.inference import engine
+from mmx.inference import engine, forward
 
 SCALE = {"accuracy": 100, "chrF": 1, "perplexity": 1}       # to what tables and pictures show
 
@@ -38,7 +38,7 @@ def reader(loaded) -> Reader:
         return engine.generate(loaded, [prompt], steps=steps, stop=stop, images=[images] if images else ())[0]
 
     def read(ids_T, next_T):
-        return engine.score(loaded, ids_T, np.maximum(next_T, 0))
+        return forward.score(loaded, ids_T, np.maximum(next_T, 0))
 
     return Reader(write, read)
 

@@ -1,1 +1,1 @@
-"""Inference: the engine that generates, prefixes in files, and the comparison of two checkpoints' logits."""
+"""Inference: logits of whole sequences, generation, prefix files, and comparison of two checkpoints."""

@@ -1,7 +1,7 @@
-"""A prefix that was read once, in a file: a long document's states, keys and values, to be asked often.
+"""Prefix files: the cache of a long prompt, saved once and loaded by any number of later runs.
 
-The file is NumPy's .npz, without pickles: the arrays of a row's cache, and a line of JSON that says whose they are. It
-stands beside its destination until it is whole.
+The file is NumPy's .npz without pickles. It contains the arrays of a one-row cache, and one line of JSON that identifies
+the model. It is written under a temporary name and renamed when it is complete.
 """
 import contextlib
 import dataclasses
@@ -22,80 +22,84 @@ from mmx.inference.engine import Prefix
 from mmx.model import empty_cache
 from mmx.parallel.cache import kv_dtype
 
-SAMPLE = 64     # values at either end of a parameter that tell a model from another
-ABOUT_BYTES, HEADER_BYTES = 1 << 16, 10_000       # of the line of JSON, and of what NumPy and zip put before an array
-FREE = {*IMPLEMENTATION_KEYS, "transport", "context", "aux", "aux_weight", "z_weight", "init", "embed_std",
-        "vision"}       # no cache depends on it
+SAMPLE = 64                     # values from each end of a parameter that go into the fingerprint
+ABOUT_BYTES = 1 << 16           # most bytes of the line of JSON
+HEADER_BYTES = 10_000           # most bytes that NumPy and zip put before an array
+# keys of the model's config that do not change a cache
+IGNORED = {*IMPLEMENTATION_KEYS, "transport", "context", "aux", "aux_weight", "z_weight", "init", "embed_std", "vision"}
 
 
 def save(path: str | Path, loaded, prefix: Prefix) -> None:
-    """Writes a prefix of `inference.read`; an existing file is replaced once the new one is whole."""
-    names = {}
+    """Writes a prefix of `engine.make_prefix`. An existing file is replaced once the new one is complete."""
+    arrays = {}
     for name, x in _flat(prefix.cache).items():
         x = np.asarray(x)
-        names[name] = x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
-    about = {"last": prefix.last, "length": prefix.length, "model": _model(loaded), "kv_dtype": kv_dtype(prefix.cache)}
+        arrays[name] = x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
+    about = {"last": prefix.last, "length": prefix.length, "model": _fingerprint(loaded), "kv_dtype": kv_dtype(prefix.cache)}
     with atomic.replacing(path, "wb") as file:
-        np.savez(file, about=np.array(json.dumps(about)), **names)
+        np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
 
 def load(path: str | Path, loaded) -> Prefix:
-    """A prefix as `save` wrote it. Raises ConfigError where it is damaged, or another model's."""
+    """Reads a prefix that `save` wrote. Raises ConfigError if the file is damaged, or belongs to another model."""
     if not Path(path).is_file():
-        raise ConfigError(f"{path} is missing, or no file")
-    with _damage_told(path), zipfile.ZipFile(path) as file:
-        about = untrusted.loads(str(_array(file, "about", ABOUT_BYTES)))
-        last, length, kind, model = (about[name] for name in ("last", "length", "kv_dtype", "model"))
+        raise ConfigError(f"prefix file {path} does not exist, or is not a file")
+    with _damage_reported(path), zipfile.ZipFile(path) as file:
+        about = untrusted.loads(str(_read_array(file, "about", ABOUT_BYTES)))
+        last, length, dtype, model = (about[name] for name in ("last", "length", "kv_dtype", "model"))
         if not (type(last) is int and 0 <= last < loaded.config.vocab and type(length) is int and 0 < length < 2 ** 31):
             raise ValueError(about)
-        if kind not in ("", "float32", "bfloat16", "int8", "float64"):
-            raise ValueError(kind)
-    if model != _model(loaded):
-        raise ConfigError(f"{path} was read by another model: give the checkpoint and the dtypes that it was saved with")
-    whole = jax.eval_shape(lambda: empty_cache(loaded.config, 1, length - 1, kind))
+        if dtype not in ("", "float32", "bfloat16", "int8", "float64"):
+            raise ValueError(dtype)
+    if model != _fingerprint(loaded):
+        raise ConfigError(f"{path} was made with another model: use the checkpoint and the dtypes that it was saved with")
+    expected = jax.eval_shape(lambda: empty_cache(loaded.config, 1, length - 1, dtype))
     leaves = []
-    for name, x in _flat(whole).items():
-        kept = np.dtype(np.uint16 if x.dtype == jnp.bfloat16 else x.dtype)
-        with _damage_told(path, f": {name} should be {x.dtype} of shape {x.shape}"), zipfile.ZipFile(path) as file:
-            leaves.append(jnp.asarray(_array(file, name, x.size * kept.itemsize, x.shape, kept).view(x.dtype)))
-    return Prefix(jax.tree.unflatten(jax.tree.structure(whole), leaves), last, length)
+    for name, x in _flat(expected).items():
+        stored = np.dtype(np.uint16 if x.dtype == jnp.bfloat16 else x.dtype)
+        with _damage_reported(path, f": {name} should be {x.dtype} of shape {x.shape}"), zipfile.ZipFile(path) as file:
+            leaves.append(jnp.asarray(_read_array(file, name, x.size * stored.itemsize, x.shape, stored).view(x.dtype)))
+    return Prefix(jax.tree.unflatten(jax.tree.structure(expected), leaves), last, length)
 
 
 @contextlib.contextmanager
-def _damage_told(path, what: str = ""):
-    """zipfile, zlib and NumPy have as many kinds of errors as there are damages."""
+def _damage_reported(path, detail: str = ""):
+    """Turns the many errors that zipfile, zlib and NumPy raise for a damaged file into one ConfigError."""
     try:
         yield
     except (MemoryError, PermissionError):
         raise
     except Exception:
-        raise ConfigError(f"{path} is no prefix that --save-cache wrote, or it is damaged{what}") from None
+        raise ConfigError(f"{path} is not a prefix file written by --save-cache, or it is damaged{detail}") from None
 
 
-def _array(file: zipfile.ZipFile, name: str, most: int, shape=None, dtype=None) -> np.ndarray:
-    """An array of an .npz of at most `most` bytes, of this shape and type where they are given. Raises ValueError for another,
-    KeyError for none; what its header says of its size is held against the file's before any is read."""
+def _read_array(file: zipfile.ZipFile, name: str, limit: int, shape=None, dtype=None) -> np.ndarray:
+    """Reads an array of at most `limit` bytes from an .npz file.
+
+    The sizes that the headers give are checked before any data is read. Raises KeyError if there is no such array, and
+    ValueError if it is too large, compressed, or not of the given shape and dtype.
+    """
     info = file.getinfo(f"{name}.npy")
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size > most + HEADER_BYTES or info.compress_size > info.file_size:
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit + HEADER_BYTES or info.compress_size > info.file_size:
         raise ValueError(name)
     with file.open(info) as data:
-        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
             np.lib.format.read_magic(data)]
-        there, fortran, kind = header(data, max_header_size=HEADER_BYTES)
-        if kind.hasobject or fortran or (shape is not None and (there, kind) != (shape, dtype)):
+        stored_shape, fortran, stored_dtype = read_header(data, max_header_size=HEADER_BYTES)
+        if stored_dtype.hasobject or fortran or (shape is not None and (stored_shape, stored_dtype) != (shape, dtype)):
             raise ValueError(name)
-        size = math.prod(there) * kind.itemsize
-        if size > most or size > info.file_size:
+        size = math.prod(stored_shape) * stored_dtype.itemsize
+        if size > limit or size > info.file_size:
             raise ValueError(name)
-        return np.frombuffer(data.read(size), kind).reshape(there)
+        return np.frombuffer(data.read(size), stored_dtype).reshape(stored_shape)
 
 
-def _model(loaded) -> str:
-    """What tells a model and its parameters from others, short of reading all of them."""
-    function = {name: value for name, value in dataclasses.asdict(loaded.config).items() if name not in FREE}
+def _fingerprint(loaded) -> str:
+    """A digest of the config and of both ends of each parameter: it distinguishes models without reading all weights."""
+    function = {name: value for name, value in dataclasses.asdict(loaded.config).items() if name not in IGNORED}
     digest = hashlib.sha256(json.dumps(function, sort_keys=True).encode())
     for path, w in jax.tree_util.tree_leaves_with_path(loaded.params):
-        first, last = (w[(at,) * (w.ndim - 1)] for at in (0, -1))        # not the whole, copied flat
+        first, last = (w[(at,) * (w.ndim - 1)] for at in (0, -1))       # rows: flattening would copy the whole parameter
         ends = jnp.concatenate([first[:SAMPLE], last[-SAMPLE:]])
         digest.update(f"{jax.tree_util.keystr(path)}{w.shape}{w.dtype}".encode() + np.asarray(ends).tobytes())
     return digest.hexdigest()
@@ -103,4 +107,3 @@ def _model(loaded) -> str:
 
 def _flat(cache) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree_util.tree_leaves_with_path(cache)}
-

@@ -1,4 +1,4 @@
-"""The comparison of two checkpoints by the logits that they give."""
+"""Comparison of two checkpoints by their logits."""
 from pathlib import Path
 
 import jax
@@ -6,26 +6,28 @@ import numpy as np
 
 from mmx.checkpoints.convert import find_model, load
 from mmx.config import ConfigError
-from mmx.inference.engine import forward
+from mmx.inference.forward import forward
 
 
 def verify(a: str | Path, b: str | Path, torch: bool = False, weights_dtype: str | None = None, batch: int = 2,
-           length: int = 64, seed: int = 0) -> dict:
-    """The largest difference between the logits of two checkpoints on random tokens, in float32, by what ran `b`: "mmx",
-    `weights_dtype` as in `load`; with `torch`, "mmx.torch", the released function in transformers, and "stock
-    transformers", which is another."""
+           length: int = 64, seed: int = 0) -> dict[str, float]:
+    """The largest difference between the logits of two checkpoints on random tokens, in float32.
 
+    mmx runs checkpoint `a`. What runs `b` is the key of each result: "mmx", with `weights_dtype` as in `mmx.load`; or with
+    `torch=True` "mmx.torch", which computes the function of the released weights, and "stock transformers", which
+    computes a different one.
+    """
     first, vocab = load(a, "float32"), find_model(b).vocab
     if first.config.vocab != vocab:
-        raise ConfigError(f"{a} has a vocabulary of {first.config.vocab}, {b} of {vocab}: there is nothing to compare")
+        raise ConfigError(f"{a} has a vocabulary of {first.config.vocab}, {b} one of {vocab}: their logits cannot be compared")
     tokens_BT = np.random.default_rng(seed).integers(vocab, size=(batch, length))
     with jax.default_matmul_precision("highest"):
         logits_BTW = forward(first, tokens_BT)
         if torch:
             from mmx import torch as transformers
 
-            others = {"mmx.torch": transformers.load, "stock transformers": transformers.load_stock}
-            others = {name: transformers.logits(load_b(b), tokens_BT) for name, load_b in others.items()}
+            loaders = {"mmx.torch": transformers.load, "stock transformers": transformers.load_stock}
+            others = {name: transformers.logits(load_with(b), tokens_BT) for name, load_with in loaders.items()}
         else:
             others = {"mmx": forward(load(b, "float32", weights_dtype), tokens_BT)}
     return {name: float(np.abs(logits_BTW - other_BTW).max()) for name, other_BTW in others.items()}

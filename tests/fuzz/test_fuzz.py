@@ -432,7 +432,7 @@ def test_a_prefix_is_no_bomb(tmp_path):
         with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(tmp_path / "kept.npz", "w") as new:
             for name in old.namelist():
                 new.writestr(name, change(name, old.read(name)), kind)
-        with pytest.raises(ConfigError, match="is no prefix that --save-cache wrote, or it is damaged"):
+        with pytest.raises(ConfigError, match="is not a prefix file written by --save-cache, or it is damaged"):
             prefix.load(tmp_path / "kept.npz", parsers.loaded())
 
     rebuilt(lambda name, part: part, zipfile.ZIP_DEFLATED)

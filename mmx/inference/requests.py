@@ -1,0 +1,122 @@
+"""Requests, and their text: prompts become token ids, generated ids become text that ends at a stop string."""
+import bisect
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from mmx.config import ConfigError, is_text
+from mmx.data import images as pictures
+from mmx.inference.sampling import Sampling, check_sampling
+
+
+class Request(NamedTuple):
+    """A prompt to continue by at most `steps` tokens."""
+    prompt: str | np.ndarray        # text, or token ids [T]
+    steps: int
+    sampling: Sampling = Sampling()
+    images: tuple = ()              # files or PIL images, in the order in which the prompt shows them
+    stream: int = 0                 # number of the random stream: draws depend on (sampling.seed, stream) only
+
+
+class Output(NamedTuple):
+    """The tokens that a request has generated since its previous Output."""
+    request: int            # the request's position among all requests, from 0
+    text: str               # new text that no later token can change; empty where the prompt is token ids
+    ids_T: np.ndarray       # new tokens; the last ones are the end-of-text token or those that complete a stop string
+    logprobs_T: np.ndarray  # the model's log-probability of each, float32, before temperature, top-k and top-p
+    ended: bool             # no Output follows
+
+
+class Sequence:
+    """A request being generated: the encoded prompt, the tokens generated so far, and how much text was already returned.
+
+    Args:
+      number: the request's position among all requests.
+      get_tokenizer: a function that returns the tokenizer; called for text prompts only.
+      c: the model's config.
+      after_prefix: whether a prefix comes before the prompt, which then gets no beginning-of-text token.
+    """
+
+    def __init__(self, number: int, request: Request, get_tokenizer, c, after_prefix: bool):
+        _check(request)
+        self.number, self.request, self.tokenizer = number, request, None
+        images = pictures.pictures(c.vision, request.images)
+        if isinstance(request.prompt, str):
+            self.tokenizer = get_tokenizer()
+            ids_T = pictures.encode(c.vision, request.prompt.encode(), [len(image.places_T) for image in images],
+                                    self.tokenizer.encode)
+            self.prompt_T = ids_T if after_prefix else np.append(np.int32(self.tokenizer.bos), ids_T)
+        else:
+            self.prompt_T = check_ids(c, np.asarray(request.prompt)[None])[0]
+        if images:
+            (self.places_T,), self.pixels_NIYXZ = pictures.lay(c.vision, self.prompt_T[None], [images])
+            if self.places_T[-1]:       # decode reads the prompt's last token, and decode has no images
+                raise ConfigError("the prompt ends in an image: add text after the image")
+        else:
+            self.places_T, self.pixels_NIYXZ = None, None
+        self.ids: list[int] = []
+        self.returned_chars = 0
+
+    def append(self, ids_T, logprobs_T) -> Output:
+        """Appends generated tokens and returns the new output.
+
+        The sequence ends at the end-of-text token, at a stop string, or after the request's steps. Tokens after that end
+        are dropped: decode runs in blocks and may have sampled some.
+        """
+        before = len(self.ids)
+        self.ids.extend(ids_T.tolist())
+        last = len(self.ids) >= self.request.steps
+        if not self.tokenizer:
+            return Output(self.number, "", ids_T, logprobs_T, last)
+        text, ended = self.decode_text(len(self.ids))
+        if ended:       # find the token that completes the stop string, and drop those after it
+            counts = range(before + 1, len(self.ids) + 1)
+            count = counts[bisect.bisect_left(counts, True, key=lambda n: self.decode_text(n)[1])]
+            text, ids_T, logprobs_T = self.decode_text(count)[0], ids_T[:count - before], logprobs_T[:count - before]
+        elif not last:
+            text = text.rstrip("\ufffd")            # an incomplete character: its other bytes may follow
+            text = text[:len(text) - self._partial_stop(text)]
+        new, self.returned_chars = text[self.returned_chars:], max(self.returned_chars, len(text))
+        return Output(self.number, new, ids_T, logprobs_T, ended or last)
+
+    def decode_text(self, count: int) -> tuple[str, bool]:
+        """The text of the first `count` generated tokens, without the end and what follows it; and whether it has an end."""
+        ids_T = np.array(self.ids[:count], np.int32)
+        end = np.flatnonzero(ids_T == self.tokenizer.eos)
+        text = self.tokenizer.decode(ids_T[:end[0]] if len(end) else ids_T)
+        stops = [at for at in (text.find(s) for s in self.request.sampling.stop) if at >= 0]
+        return text[:min(stops)] if stops else text, bool(len(end) or stops)
+
+    def _partial_stop(self, text: str) -> int:
+        """Length of the longest end of `text` that may turn out to be the beginning of a stop string."""
+        return max((n for s in self.request.sampling.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+
+
+def check_ids(c, ids_BT):
+    """Token ids as int32. Raises ConfigError for a wrong shape or type and, where the values are known, for unknown ids.
+
+    Known values are NumPy or concrete JAX arrays, or lists. Under a JAX transformation values are traced: not known.
+    """
+    traced = isinstance(ids_BT, jax.core.Tracer)
+    ids_BT = ids_BT if traced else np.asarray(ids_BT)
+    if ids_BT.ndim != 2 or not np.issubdtype(ids_BT.dtype, np.integer) or ids_BT.size == 0:
+        raise ConfigError("token ids must be an integer array [B, T] with B and T at least 1, got "
+                          f"{ids_BT.dtype} {ids_BT.shape}")
+    if not traced and (ids_BT.min() < 0 or ids_BT.max() >= c.vocab):
+        raise ConfigError(f"token ids range from {ids_BT.min()} to {ids_BT.max()}, but the vocabulary has ids from 0 to "
+                          f"{c.vocab - 1}")
+    return ids_BT.astype(np.int32)
+
+
+def _check(request: Request):
+    prompt, steps = request.prompt, request.steps
+    if isinstance(prompt, str) and not is_text(prompt):
+        raise ConfigError(f"prompt {prompt!a} is no text: it contains bytes that are not UTF-8, or half of a surrogate pair")
+    if not isinstance(steps, (int, np.integer)):
+        raise ConfigError(f"steps={steps!r} must be a whole number")
+    if steps < 1:
+        raise ConfigError(f"steps={steps} is out of range: it must be at least 1")
+    if request.sampling.stop and not isinstance(prompt, str):
+        raise ConfigError("stop strings need a text prompt; prompts of token ids cannot use them")
+    check_sampling(request.sampling)
