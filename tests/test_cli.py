@@ -184,7 +184,7 @@ def test_examples_are_trained_on(place, tmp_path, mmx_fails, capsys):
     assert cli.main(train(place, workdir=str(tmp_path / "run"), sources=sources)) == 0
     assert [r["step"] for r in metrics.read(tmp_path / "run")] == [1, 2, 3, 4] and "trained" in capsys.readouterr().out
     for more, message in ((["--suite", "needel"], "no suite 'needel'; did you mean needle?"),
-                          (["--out", "a.txt"], "takes a .jsonl"), (["--examples", "0"], "--examples 0 is out of range"),
+                          (["--out", "a.txt"], "a.txt must end in .jsonl"), (["--examples", "0"], "--examples 0 is out of range"),
                           (["--rows", "1x"], "there is no row '1x'")):
         assert message in mmx_fails("examples", "--suite", "needle", "--out", tmp_path / "a.jsonl", *more)
 
@@ -218,7 +218,7 @@ def test_eval_by_position_is_that_of_the_logits(place, tmp_path):
     (["--suite", "needle", "--lengths", "1k", "--context", "1000"], "prompts of 1,024 tokens are longer than --context 1,000"),
     (["--suite", "needle", "--lengths", "1k,100"], "length 100 is too short for needle, whose shortest prompt has"),
     (["--suite", "needle", "--examples", "0"], "--examples 0 is out of range"),
-    (["--suite", "needle", "--split", "test"], "--split does not go with --suite"),
+    (["--suite", "needle", "--split", "test"], "--split cannot be combined with --suite"),
     (["--lengths", "1k"], "--lengths needs --suite"),
     (["--suite", "ruler", "--rows", "qa_1"], "qa_1 needs a file squad.json of yours: give its folder as --data DIR"),
     (["--suite", "ruler", "--data", "nowhere"], "qa_1: no file nowhere/squad.json"),
@@ -279,7 +279,7 @@ def test_public_names(place):
 @pytest.mark.parametrize("arguments, message", [
     (["trian"], "invalid choice: 'trian'"),
     (["train", "--config", TINY], "the following arguments are required: --workdir"),
-    (["train", "--confg", TINY, "--workdir=x"], "mmx: unknown argument '--confg'; did you mean --config?; `mmx train --help`"),
+    (["train", "--confg", TINY, "--workdir=x"], "mmx: unknown argument '--confg'; did you mean --config?; see `mmx train --help`"),
     (["train", "--config", TINY, "--workdri=x"], "mmx: unknown argument '--workdri'; did you mean --workdir?"),
     (["convert"], "from-hf|to-hf|verify"),
     (["config", TINY, "extra"], "unknown argument 'extra'"),
@@ -308,7 +308,7 @@ def test_public_names(place):
     (["eval", "--checkpoint", ORACLE, "--split", "train"], "invalid choice: 'train'"),
     (["convert", "to-hf", "--checkpoint", "nowhere", "--out", "there"], "nowhere is no directory"),
     (["convert", "verify", "--checkpoint", ORACLE, "--against", "nowhere"], "nowhere is no directory"),
-    (["convert", "verify", "--checkpoint", ORACLE, "--against", ORACLE, "--torch", "--weights-dtype", "int8"], "leave --torch"),
+    (["convert", "verify", "--checkpoint", ORACLE, "--against", ORACLE, "--torch", "--weights-dtype", "int8"], "cannot be combined with --torch"),
     (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--mesh", "etp=2"], "model.heads=5 does not split over mesh.etp=2"),
     (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--mesh", "tp=2"], "'tp=2' is no AXIS=SIZE; axes are slice, edp"),
     (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--mesh", "ep=16"], "experts=8 does not split over mesh.ep=16"),
@@ -386,7 +386,7 @@ def test_workdirs_that_do_not_fit(place, mmx_fails):
 def test_what_nobody_expected_keeps_its_traceback(monkeypatch):
     def broken(args):
         raise RuntimeError("a defect")
-    monkeypatch.setattr(cli, "show_config", broken)
+    monkeypatch.setattr("mmx.cli.config.run", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         cli.main(["config", TINY])
 
@@ -394,7 +394,7 @@ def test_what_nobody_expected_keeps_its_traceback(monkeypatch):
 def test_an_interruption_is_one_line(monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt
-    monkeypatch.setattr(cli, "show_config", interrupted)
+    monkeypatch.setattr("mmx.cli.config.run", interrupted)
     assert cli.main(["config", TINY]) == 130
     assert capsys.readouterr().err == "mmx: interrupted\n"
 
@@ -414,7 +414,7 @@ def test_sigterm_saves_and_the_screen_stays_clean(place):
     said = [line for line in err.replace("\r", "\n").splitlines() if not re.search("absl::Init|cudart_stub", line)]
     assert all(line.startswith("train:") for line in said if line.strip()), err
     step = metrics.read(place / "stopped")[-1]["step"]
-    assert out == f"stopped at step {step:,} and saved; the same command goes on from there\n"
+    assert out == f"stopped at step {step:,} and saved a checkpoint; run the same command to resume\n"
     assert (steps / str(step)).is_dir()
 
 
