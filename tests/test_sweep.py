@@ -179,7 +179,7 @@ def test_what_failed_is_tried_again_and_told(place, trained, tmp_path, capsys):
     assert cli.main(command) == 1
     told = capsys.readouterr()
     assert "again: S-0-" in told.out and "lost a device" in told.out and "failed: S-1-" in told.out
-    assert told.err.startswith("mmx: 1 run failed; run the same command to retry. The first failure is S-1-") and told.err.count("\n") == 1
+    assert told.err.startswith("mmx: 1 run failed; run the same command to retry. ") and told.err.count("\n") == 1
     assert trained[0] == {0: 2, 1: 1, 2: 1} and [row["train.seed"] for row in rows(tmp_path)] == [2, 0]
     trained[1][1] = RuntimeError("lost a device")
     assert cli.main([*command, "--retries", "0"]) == 1

@@ -28,10 +28,10 @@ def add_parser(commands) -> None:
 
 def run(args):
     experiment = common.read_experiment(args.config, args.overrides)
-    from mmx.compilers import aot, search
-
     if args.search and args.mesh:
         raise ConfigError(f"--mesh {args.mesh} cannot be combined with --search, which chooses the mesh")
+    from mmx.compilers import aot, search
+
     if args.search:
         report, show = search.run(experiment, args.topology, args.mode, args.slices, args.best, args.out), search.show
     else:

@@ -28,7 +28,7 @@ def add_command(commands, name: str, run, summary: str, details: str = "", *, ac
     description = textwrap.fill(f"{summary} {details}", WIDTH)
     parser = commands.add_parser(name, help=summary, description=description, epilog=epilog, allow_abbrev=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(run=run, accepts_overrides=accepts_overrides, prog=parser.prog)
+    parser.set_defaults(run=run, accepts_overrides=accepts_overrides, parser=parser)
     return parser
 
 

@@ -49,10 +49,10 @@ def run_to_hf(args):
 
 
 def run_verify(args):
-    from mmx.inference import verify
-
     if args.torch and args.weights_dtype:
         raise ConfigError("--weights-dtype cannot be combined with --torch: only mmx runs int8 weights")
+    from mmx.inference import verify
+
     differences = verify.verify(args.checkpoint, args.against, args.torch, args.weights_dtype)
     for name, difference in differences.items():
         print(f"largest logit difference: {difference:.2e} ({args.against} run by {name})")

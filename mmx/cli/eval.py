@@ -36,7 +36,7 @@ def add_parser(commands) -> None:
     group.add_argument("--rows", metavar="ROWS", help="rows of the table, separated by commas: depths in percent, RULER tasks, "
                        "numbers of MQAR pairs, ek and ke of MTOB, or kinds of vision questions (default: all)")
     group.add_argument("--examples", type=int, metavar="N",
-                       help="examples in each cell of the table (default: that of the suite)")
+                       help="examples in each cell of the table (default: the suite's)")
     group.add_argument("--seed", type=int, help="seed of the examples (default 0)")
     group.add_argument("--data", metavar="DIR", help="directory with your copy of the data: squad.json and hotpotqa.json "
                        "for qa_1 and qa_2 of ruler, .jsonl files for mr-niah, the directory of MTOB for mtob, data.json for "
@@ -77,9 +77,9 @@ def _measure_bits_per_byte(args, workdir: Path, out: Path) -> None:
 
 
 def _run_suite(args, out: Path) -> None:
+    common.check_minimums(args, examples=1, context=1, seed=0)
     from mmx.evals import runner
 
-    common.check_minimums(args, examples=1, context=1, seed=0)
     result = runner.evaluate_checkpoint(
         args.checkpoint, args.suite, out, data=args.data and Path(args.data), context=args.context or 0,
         weights_dtype=args.weights_dtype, **common.suite_options(args))

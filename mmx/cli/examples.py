@@ -21,12 +21,12 @@ def add_parser(commands) -> None:
 
 
 def run(args):
-    from mmx.evals import runner
-
     out = Path(args.out)
     if out.suffix != ".jsonl":
         raise ConfigError(f"--out {args.out} must end in .jsonl, so that data.sources can read it")
     common.check_minimums(args, examples=1, seed=0)
+    from mmx.evals import runner
+
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     count = runner.write(args.suite, out, args.tokenizer, **common.suite_options(args))
     print(f"written: {out}, {count:,} examples")

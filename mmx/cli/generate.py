@@ -42,7 +42,7 @@ def _add_computation(group) -> None:
                        help="type of the parameters and the computation (default: as stored)")
     common.add_weights_dtype(group)
     group.add_argument("--kv-dtype", choices=["float32", "bfloat16", "int8"],
-                       help="type of the keys and values that softmax layers cache (default: that of the computation)")
+                       help="type of the keys and values that softmax layers cache (default: the type of the computation)")
     common.add_mesh(group)
     group.add_argument("--rows", type=int, default=32, metavar="N",
                        help="sequences to generate at the same time; further prompts wait (default %(default)s)")

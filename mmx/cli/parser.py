@@ -29,7 +29,7 @@ COMMANDS = [importlib.import_module(f"mmx.cli.{name}") for name in (      # in t
 EPILOG = """\
 examples:
   mmx train --config experiments/tiny.py --workdir run --config.train.steps=200 --config.mesh.edp=2
-  mmx eval --checkpoint run                                   # held-out bits per byte; gzip and xz for comparison
+  mmx eval --checkpoint run                                   # held-out bits per byte
   mmx eval --checkpoint run --suite needle --lengths 1k,4k,16k        # retrieval by depth and length
   mmx examples --suite needle --lengths 256,1k --out needle.jsonl     # training documents for a suite
   mmx generate --checkpoint run --prompt "The state of the Union" --temperature 0.8
@@ -47,10 +47,10 @@ examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code.
+    """Runs one command and returns its exit code. Exits with code 2 if the arguments are wrong.
 
     Args:
-      argv: the arguments after the program's name. None: those of this process.
+      argv: the arguments after the program's name. None: the arguments of this process.
     """
     if argv is None:
         hugepages.restart()
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     args, args.overrides = parser.parse_known_args(join_overrides(argv))
     if args.overrides and not args.accepts_overrides:
-        return errors.report(f"unknown argument {args.overrides[0]!r}; see `{args.prog} --help`")
+        args.parser.error(args.parser.describe_unknown(args.overrides[0]))
     return errors.run(args.run, args)
 
 
@@ -100,7 +100,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if " are required: " in message:        # the user may have misspelt one of the required flags
-            flags = [argument.partition("=")[0] for argument in self._argv if re.match(r"--(?!config[.])\w", argument)]
-            if unknown := [flag for flag in flags if flag not in self._option_string_actions]:
-                message = f"unknown argument {unknown[0]!r:.200}{nearest(unknown[0], self._option_string_actions)}"
+            flags = [argument for argument in self._argv if re.match(r"--(?!config[.])\w", argument)]
+            unknown = [flag for flag in flags if flag.partition("=")[0] not in self._option_string_actions]
+            message = self.describe_unknown(unknown[0]) if unknown else message
         sys.exit(errors.report(f"{message}; see `{self.prog} --help`"))
+
+    def describe_unknown(self, argument: str) -> str:
+        """The error message for an argument that this parser does not know."""
+        flag = argument.partition("=")[0]
+        hint = nearest(flag, self._option_string_actions) if flag.startswith("--") else ""
+        return f"unknown argument {flag!r:.200}{hint}"

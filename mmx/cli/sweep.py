@@ -32,8 +32,8 @@ def add_parser(commands) -> None:
                         help="how often to retry a failed run (default %(default)s)")
     parser.add_argument("--hours", type=float, metavar="H", help="refuse to start if the sweep is expected to take longer")
     parser.add_argument("--rate", type=float, metavar="FLOPS", help="FLOPs per second of one run, for the estimate of the "
-                        "duration (default: that of finished runs in DIR, or measured before the first run; not measured "
-                        "with slurm)")
+                        "duration (default: as in the finished runs in DIR; without any, measured before the first run, "
+                        "except with slurm)")
 
 
 def run(args):
