@@ -1,4 +1,4 @@
-"""The command line: every command once on a small run, and every mistake in one line with exit code 2."""
+"""The command line: each command on a small run, and mistakes, which give one line and exit code 2."""
 import importlib.util
 import json
 import os
@@ -41,7 +41,7 @@ def get_config(steps="4"):
 
 @pytest.fixture
 def mmx_fails(capsys):
-    """Runs a command that must fail as a user's mistake does; returns its one line."""
+    """A function that runs a command, checks that it fails as a user's mistake does, and returns the one line of stderr."""
     def run(*arguments):
         try:
             code = cli.main([str(a) for a in arguments])
@@ -56,7 +56,7 @@ def mmx_fails(capsys):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with an experiment, text and a run of four steps."""
+    """A directory with an experiment, text and a run of four steps."""
     folder = tmp_path_factory.mktemp("cli")
     (folder / "small.py").write_text(EXPERIMENT)
     (folder / "text").mkdir()
@@ -71,14 +71,15 @@ def train(folder, *more, workdir="run", sources=()):
             "--workdir", str(folder / workdir), *more]
 
 
-def test_alone_it_shows_the_way(capsys):
+def test_help_is_printed_without_arguments(capsys):
     assert cli.main([]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in ("train", "generate", "eval", "convert", "config", "examples:", "experiments/tiny.py"))
 
 
 @pytest.mark.parametrize("command", ["", "train", "generate", "eval", "convert", "convert from-hf", "convert to-hf",
-                                     "convert verify", "config", "memory", "fit", "sweep", "aot"])
+                                     "convert verify", "config", "memory", "fit", "sweep", "aot", "examples", "bench",
+                                     "bench kernels"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([*command.split(), "--help"])
@@ -115,7 +116,7 @@ def test_overrides_in_both_forms(place):
             experiments.read(file, [f"{form}config.data.seed", "-1", "--config.model.remat"])
 
 
-def test_overrides_stand_anywhere(place, capsys):
+def test_overrides_can_be_anywhere_on_the_command_line(place, capsys):
     file = str(place / "small.py")
     assert cli.main(["config", "--config.train.batch", "3", "--config.model.remat", file, "--config.train.lr", "--json"]) == 2
     assert "config.train.lr" in capsys.readouterr().err
@@ -123,7 +124,7 @@ def test_overrides_stand_anywhere(place, capsys):
     assert json.loads(capsys.readouterr().out)["tokens_per_step"] == [[0, 96]]
 
 
-def test_train_is_done_once(place, capsys):
+def test_a_finished_run_is_not_trained_again(place, capsys):
     assert cli.main(train(place)) == 0
     assert "trained 4 steps" in capsys.readouterr().out
     assert [r["step"] for r in metrics.read(place / "run")] == [1, 2, 3, 4]
@@ -150,15 +151,15 @@ def test_eval(place, tmp_path, capsys):
     assert found["steps"] == 4 and found["train_seconds"] > 0
     assert (tmp_path / "out" / "curve.png").read_bytes()[:4] == b"\x89PNG"
     assert all(f"{found[name]:.4f}" in out for name in ("bits_per_byte", "gzip", "xz"))
-    figures = {"as it is": found["bits_per_byte"]}
-    for how in (["--mesh", "edp=2,ep=2"], ["--weights-dtype", "int8"]):
-        assert cli.main(["eval", "--checkpoint", str(place / "run"), "--out", str(tmp_path / how[0]), *how]) == 0
-        figures[how[0]] = json.loads((tmp_path / how[0] / "eval.json").read_text())["bits_per_byte"]
-    assert figures["--mesh"] == pytest.approx(figures["as it is"], abs=1e-5)
-    assert 0 < abs(figures["--weights-dtype"] - figures["as it is"]) < 0.01
+    figures = {"float32": found["bits_per_byte"]}
+    for flags in (["--mesh", "edp=2,ep=2"], ["--weights-dtype", "int8"]):
+        assert cli.main(["eval", "--checkpoint", str(place / "run"), "--out", str(tmp_path / flags[0]), *flags]) == 0
+        figures[flags[0]] = json.loads((tmp_path / flags[0] / "eval.json").read_text())["bits_per_byte"]
+    assert figures["--mesh"] == pytest.approx(figures["float32"], abs=1e-5)
+    assert 0 < abs(figures["--weights-dtype"] - figures["float32"]) < 0.01
 
 
-def test_eval_of_long_contexts(place, tmp_path, capsys, monkeypatch):
+def test_eval_runs_a_suite_and_resumes_it(place, tmp_path, capsys, monkeypatch):
     command = ["eval", "--checkpoint", str(place / "run"), "--out", str(tmp_path / "out"), "--suite", "needle",
                "--lengths", "256,250", "--rows", "0,100", "--examples", "1"]
     assert cli.main(command) == 0
@@ -169,13 +170,13 @@ def test_eval_of_long_contexts(place, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "out" / "needle.png").read_bytes()[:4] == b"\x89PNG"
     lines = (tmp_path / "out" / "needle.jsonl").read_text()
     assert len(lines.splitlines()) == 5 and all(0 < json.loads(line)["tokens"] <= 256 for line in lines.splitlines()[1:])
-    monkeypatch.setattr("mmx.inference.engine.generate", None)         # what is done is not done again
+    monkeypatch.setattr("mmx.inference.engine.generate", None)         # finished examples are not generated again
     assert cli.main(command) == 0
     assert (tmp_path / "out" / "needle.jsonl").read_text() == lines
 
 
-def test_examples_are_trained_on(place, tmp_path, mmx_fails, capsys):
-    """Prompts and ids, written and read by training beside text."""
+def test_written_examples_can_be_trained_on(place, tmp_path, mmx_fails, capsys):
+    """Training reads examples of both forms, text and token ids, together with plain text."""
     for suite, rows in (("needle", "0,again"), ("mqar", "4")):
         assert cli.main(["examples", "--suite", suite, "--rows", rows, "--lengths", "256", "--examples", "30",
                          "--out", str(tmp_path / "new" / f"{suite}.jsonl")]) == 0
@@ -184,13 +185,13 @@ def test_examples_are_trained_on(place, tmp_path, mmx_fails, capsys):
     assert cli.main(train(place, workdir=str(tmp_path / "run"), sources=sources)) == 0
     assert [r["step"] for r in metrics.read(tmp_path / "run")] == [1, 2, 3, 4] and "trained" in capsys.readouterr().out
     for more, message in ((["--suite", "needel"], "no suite 'needel'; did you mean needle?"),
-                          (["--out", "a.txt"], "takes a .jsonl"), (["--examples", "0"], "--examples 0 is out of range"),
+                          (["--out", "a.txt"], "must end in .jsonl"), (["--examples", "0"], "--examples 0 is out of range"),
                           (["--rows", "1x"], "there is no row '1x'")):
         assert message in mmx_fails("examples", "--suite", "needle", "--out", tmp_path / "a.jsonl", *more)
 
 
-def test_ids_alone_train(place, tmp_path, mmx_fails):
-    """There is no text whose bytes could be counted, and none is held out."""
+def test_training_on_token_ids_only(place, tmp_path, mmx_fails):
+    """Without text, no bytes can be counted and nothing is held out."""
     (tmp_path / "ids.jsonl").write_text('{"tokens": [256, 7, 9, 7], "targets": [-1, -1, -1, 9]}\n' * 40)
     command = train(place, "--config.train.steps=1", workdir=str(tmp_path / "run"), sources=(str(tmp_path / "ids.jsonl"),))
     assert "train.eval_every=1 needs held-out text" in mmx_fails(*command, "--config.train.eval_every=1")
@@ -199,7 +200,7 @@ def test_ids_alone_train(place, tmp_path, mmx_fails):
     assert record["bits_per_byte"] == pytest.approx(record["loss"] / np.log(2))
 
 
-def test_eval_by_position_is_that_of_the_logits(place, tmp_path):
+def test_perplexity_by_position_equals_that_of_the_logits(place, tmp_path):
     from mmx.evals import examples, position
 
     assert cli.main(["eval", "--checkpoint", str(place / "run"), "--out", str(tmp_path), "--suite", "position",
@@ -218,7 +219,7 @@ def test_eval_by_position_is_that_of_the_logits(place, tmp_path):
     (["--suite", "needle", "--lengths", "1k", "--context", "1000"], "prompts of 1,024 tokens are longer than --context 1,000"),
     (["--suite", "needle", "--lengths", "1k,100"], "length 100 is too short for needle, whose shortest prompt has"),
     (["--suite", "needle", "--examples", "0"], "--examples 0 is out of range"),
-    (["--suite", "needle", "--split", "test"], "--split does not go with --suite"),
+    (["--suite", "needle", "--split", "test"], "--split cannot be combined with --suite"),
     (["--lengths", "1k"], "--lengths needs --suite"),
     (["--suite", "ruler", "--rows", "qa_1"], "qa_1 needs a file squad.json of yours: give its folder as --data DIR"),
     (["--suite", "ruler", "--data", "nowhere"], "qa_1: no file nowhere/squad.json"),
@@ -279,9 +280,10 @@ def test_public_names(place):
 @pytest.mark.parametrize("arguments, message", [
     (["trian"], "invalid choice: 'trian'"),
     (["train", "--config", TINY], "the following arguments are required: --workdir"),
-    (["train", "--confg", TINY, "--workdir=x"], "mmx: unknown argument '--confg'; did you mean --config?; `mmx train --help`"),
+    (["train", "--confg", TINY, "--workdir=x"], "mmx: unknown argument '--confg'; did you mean --config?; see `mmx train --h"),
     (["train", "--config", TINY, "--workdri=x"], "mmx: unknown argument '--workdri'; did you mean --workdir?"),
     (["convert"], "from-hf|to-hf|verify"),
+    (["eval", "--checkpoint", "run", "--sute", "needle"], "unknown argument '--sute'; did you mean --suite?; see `mmx eval"),
     (["config", TINY, "extra"], "unknown argument 'extra'"),
     (["config", TINY, "--config.train.stepz=3"], "unknown config key train.stepz; did you mean train.steps?"),
     (["config", TINY, "--config.trian.steps", "3"], "did you mean train.steps?"),
@@ -308,7 +310,7 @@ def test_public_names(place):
     (["eval", "--checkpoint", ORACLE, "--split", "train"], "invalid choice: 'train'"),
     (["convert", "to-hf", "--checkpoint", "nowhere", "--out", "there"], "nowhere is no directory"),
     (["convert", "verify", "--checkpoint", ORACLE, "--against", "nowhere"], "nowhere is no directory"),
-    (["convert", "verify", "--checkpoint", ORACLE, "--against", ORACLE, "--torch", "--weights-dtype", "int8"], "leave --torch"),
+    (["convert", "verify", "--checkpoint", ORACLE, "--against", ORACLE, "--torch", "--weights-dtype", "int8"], "with --torch:"),
     (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--mesh", "etp=2"], "model.heads=5 must be divisible by mesh.etp=2"),
     (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--mesh", "tp=2"], "'tp=2' is not of the form AXIS=SIZE; axes are"),
     (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--mesh", "ep=16"], "experts=8 must be divisible by mesh.ep=16"),
@@ -328,7 +330,7 @@ def test_mistakes(arguments, message, tmp_path, monkeypatch, mmx_fails):
     ("from mmx.config import default\ndef get_config():\n    c = default()\n    c.train.stepz = 1\n    return c",
      "unknown config key train.stepz; did you mean steps?"),
 ])
-def test_mistakes_in_an_experiment_are_told_with_their_line(body, message, tmp_path, mmx_fails):
+def test_mistakes_in_an_experiment_are_reported_with_their_line(body, message, tmp_path, mmx_fails):
     (tmp_path / "bad.py").write_text(body)
     assert message in mmx_fails("config", tmp_path / "bad.py")
 
@@ -343,14 +345,14 @@ def test_mistakes_in_an_experiment_are_told_with_their_line(body, message, tmp_p
     (["--config.model.impl=gpu"],
      "model.impl='gpu': this computation is for cpu; use impl='xla' or None (model.impl='' means None)"),
 ])
-def test_train_leaves_nothing_behind_a_mistake(more, message, place, mmx_fails):
+def test_train_writes_nothing_after_a_mistake(more, message, place, mmx_fails):
     assert message in mmx_fails(*train(place, *more, workdir="never"))
     assert not (place / "never").exists()
 
 
 @pytest.fixture
 def words(tmp_path):
-    """A tokenizer.json: words, and an end of text."""
+    """A tokenizer.json with one word and an end-of-text token."""
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "state": 1, "</s>": 2}, unk_token="[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     model.add_special_tokens(["</s>"])
@@ -358,7 +360,7 @@ def words(tmp_path):
     return tmp_path / "words.json"
 
 
-def test_text_that_a_tokenizer_cannot_read_leaves_nothing_behind(place, words, mmx_fails):
+def test_train_writes_nothing_if_the_tokenizer_cannot_read_the_text(place, words, mmx_fails):
     (place / "latin").mkdir()
     (place / "latin" / "a.txt").write_bytes(b"The state of the Union. " * 20 + b"caf\xe9 " * 9)     # the end is held out
     assert "a.txt: not UTF-8 at byte" in mmx_fails(*train(
@@ -366,7 +368,7 @@ def test_text_that_a_tokenizer_cannot_read_leaves_nothing_behind(place, words, m
     assert not (place / "never").exists()
 
 
-def test_a_run_has_its_tokenizer_wherever_it_is_read(place, words, tmp_path, capsys, mmx_fails):
+def test_a_moved_run_uses_the_tokenizer_in_its_directory(place, words, tmp_path, capsys, mmx_fails):
     run = shutil.copytree(place / "run", tmp_path / "run")
     text = (run / "config.json").read_text()
     (run / "config.json").write_text(text.replace('"tokenizer": "bytes"', '"tokenizer": "elsewhere.json"'))
@@ -378,16 +380,16 @@ def test_a_run_has_its_tokenizer_wherever_it_is_read(place, words, tmp_path, cap
     assert f"data.tokenizer='bytes' is not the {tmp_path / 'tuned' / 'tokenizer.json'} that the run has" in error
 
 
-def test_workdirs_that_do_not_fit(place, mmx_fails):
+def test_train_refuses_an_unsuitable_workdir(place, mmx_fails):
     assert "File exists" in mmx_fails(*train(place, workdir="small.py"))
     error = mmx_fails(*train(place, "--config.train.lr=0.5"))
     assert "run of another config: train.lr (there 0.003, now 0.5)" in error
 
 
-def test_what_nobody_expected_keeps_its_traceback(monkeypatch):
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
     def broken(args):
         raise RuntimeError("a defect")
-    monkeypatch.setattr(cli, "show_config", broken)
+    monkeypatch.setattr("mmx.cli.config.run", broken)
     with pytest.raises(RuntimeError, match="a defect"):
         cli.main(["config", TINY])
 
@@ -395,12 +397,12 @@ def test_what_nobody_expected_keeps_its_traceback(monkeypatch):
 def test_an_interruption_is_one_line(monkeypatch, capsys):
     def interrupted(args):
         raise KeyboardInterrupt
-    monkeypatch.setattr(cli, "show_config", interrupted)
+    monkeypatch.setattr("mmx.cli.config.run", interrupted)
     assert cli.main(["config", TINY]) == 130
     assert capsys.readouterr().err == "mmx: interrupted\n"
 
 
-def test_sigterm_saves_and_the_screen_stays_clean(place):
+def test_sigterm_saves_a_checkpoint_and_prints_one_line(place):
     command = [sys.executable, "-m", "mmx.cli",
                *train(place, "--config.train.steps=1000000", "--config.checkpoint.every=20", workdir="stopped")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -411,15 +413,15 @@ def test_sigterm_saves_and_the_screen_stays_clean(place):
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate(timeout=60)
     assert run.returncode == 0, err
-    # the CUDA plugin, which the tests' compilers bring, says that it finds no GPU before anyone can stop it
-    said = [line for line in err.replace("\r", "\n").splitlines() if not re.search("absl::Init|cudart_stub", line)]
-    assert all(line.startswith("train:") for line in said if line.strip()), err
+    # the CUDA plugin, a test dependency, logs that it finds no GPU before its logging can be turned off
+    lines = [line for line in err.replace("\r", "\n").splitlines() if not re.search("absl::Init|cudart_stub", line)]
+    assert all(line.startswith("train:") for line in lines if line.strip()), err
     step = metrics.read(place / "stopped")[-1]["step"]
-    assert out == f"stopped at step {step:,} and saved; the same command goes on from there\n"
+    assert out == f"stopped at step {step:,} and saved a checkpoint; run the same command to resume\n"
     assert (steps / str(step)).is_dir()
 
 
-def test_config_counts_what_is_compiled(monkeypatch, capsys):
+def test_config_counts_compiled_flops(monkeypatch, capsys):
     found = {"flops": 6e6, "devices": 4, "tokens": 2048, "unknown": {}}
     monkeypatch.setattr("mmx.compilers.aot.run", lambda e, topology: found)
     assert cli.main(["config", "experiments/tiny.py", "--compiled", "v5p:2x2x1", "--json"]) == 0

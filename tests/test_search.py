@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_a_row_too(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--mesh", "edp=4"], "--mesh edp=4 names the mesh that --search looks for: give one of them"),
+    (["--mesh", "edp=4"], "--mesh edp=4 cannot be combined with --search, which chooses the mesh"),
     (["--best", "0"], "--best 0 compiles nothing: it must be at least 1"),
     (["--slices", "0"], "--slices 0 is no number of slices: it must be at least 1"),
     pytest.param(["--config.train.batch=3", "--config.train.length=11"],

@@ -1,4 +1,4 @@
-"""No pickle, no code from a checkpoint, output only where the user said."""
+"""mmx loads no pickles, runs no code from a checkpoint, and writes only to the directories that the user names."""
 import ast
 import json
 import os
@@ -14,11 +14,11 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "mmx").rglob("*.py"))
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml"}
 RUN = {"eval", "exec", "compile", "__import__", "execfile"}
-RUNPY = {"experiments.py"}      # experiment files are Python: the user's, named on the command line
+RUNPY = {"experiments.py"}      # runs experiment files: Python files that the user names on the command line
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_is_unpickled_and_no_text_is_run(path):
+def test_no_module_unpickles_or_executes_text(path):
     for node in ast.walk(ast.parse(path.read_text())):
         where = f"{path.name}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Import):
@@ -47,8 +47,8 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-def test_a_checkpoint_runs_no_code(tmp_path):
-    """auto_map and its module, and pickles under every name that somebody's loader takes for weights: none is touched."""
+def test_converting_a_checkpoint_runs_no_code_from_it(tmp_path):
+    """The checkpoint contains auto_map with its modules, and pickles under all names that other loaders read."""
     from mmx.checkpoints import convert
 
     hf, out, trap = tmp_path / "hf", tmp_path / "run", tmp_path / "trap"
@@ -67,11 +67,11 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     assert not trap.exists()
     assert not {path.suffix for path in (tmp_path / "back").iterdir()} & {".py", ".bin", ".pkl", ".pt"}
     pickle.loads((hf / "model.pkl").read_bytes())
-    assert trap.exists()        # it would have
+    assert trap.exists()        # the pickle does run code if something loads it
 
 
-def test_output_stands_where_the_user_said(tmp_path):
-    """Commands in an empty home and an empty folder: what appears is below --out."""
+def test_commands_write_only_below_out(tmp_path):
+    """Commands that run in an empty home and an empty directory create files only below --out."""
     home, cwd, temporary, out = (tmp_path / name for name in ("home", "cwd", "tmp", "out"))
     for folder in (home, cwd, temporary, out):
         folder.mkdir()
@@ -83,8 +83,8 @@ def test_output_stands_where_the_user_said(tmp_path):
         done = subprocess.run([sys.executable, "-m", "mmx.cli", *map(str, command)], cwd=cwd, env=environment, text=True,
                               capture_output=True)
         assert done.returncode == 0, done.stderr
-    appeared = sorted(str(path.relative_to(tmp_path)) for folder in (home, cwd, temporary) for path in folder.rglob("*")
+    created = sorted(str(path.relative_to(tmp_path)) for folder in (home, cwd, temporary) for path in folder.rglob("*")
                       if path.is_file())
-    caches = ("home/.cache/matplotlib", "home/.config/matplotlib", "tmp/matplotlib")      # its own
-    assert [path for path in appeared if not path.startswith(caches)] == []
+    caches = ("home/.cache/matplotlib", "home/.config/matplotlib", "tmp/matplotlib")      # files of matplotlib itself
+    assert [path for path in created if not path.startswith(caches)] == []
     assert (out / "run" / "config.json").exists() and (out / "memory.png").exists()

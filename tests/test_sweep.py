@@ -180,7 +180,7 @@ def test_what_failed_is_tried_again_and_told(place, trained, tmp_path, capsys):
     assert cli.main(command) == 1
     told = capsys.readouterr()
     assert "again: S-0-" in told.out and "lost a device" in told.out and "failed: S-1-" in told.out
-    assert told.err.startswith("mmx: 1 run failed, the same command tries again: S-1-") and told.err.count("\n") == 1
+    assert told.err.startswith("mmx: 1 run failed; run the same command to retry. ") and told.err.count("\n") == 1
     assert trained[0] == {0: 2, 1: 1, 2: 1} and [row["train.seed"] for row in rows(tmp_path)] == [2, 0]
     trained[1][1] = RuntimeError("lost a device")
     assert cli.main([*command, "--retries", "0"]) == 1
@@ -235,7 +235,7 @@ def test_guards_tell_runs_apart(place):
     (GRID, ["--rate", "1e3", "--hours", "0.5"], "the 3 runs need 1.73 hours (as --rate says), --hours 0.5 is less"),
     (GRID, ["--jobs", "0"], "--jobs 0 is out of range"),
     (GRID, ["--hours", "nan"], "--hours nan is out of range"),
-    (GRID, ["--jobs", "2"], "--jobs 2 needs processes: --executor local"),
+    (GRID, ["--jobs", "2"], "--jobs 2 needs --executor local or slurm"),
 ])
 def test_mistakes_before_anything_runs(grid, more, message, place, trained, tmp_path, capsys):
     assert cli.main([*place(grid), *more]) == 2

@@ -1,4 +1,4 @@
-"""`python -m mmx.cli` is `mmx`."""
+"""`python -m mmx.cli` runs the same program as `mmx`."""
 import sys
 
 from mmx.cli import main
