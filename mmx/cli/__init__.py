@@ -355,8 +355,9 @@ def sweep(args):
     grid = experiments.grid(args.config, args.overrides)
     from mmx.launch import sweep
 
-    failed = sweep.run(sweep.cells(*grid), args.out, kind=args.executor, jobs=args.jobs, retries=args.retries,
-                       hours=args.hours, flops_per_s=args.rate, slurm=args.slurm, title=args.config)
+    options = sweep.ExecutorOptions(args.executor, args.jobs, args.slurm)
+    failed = sweep.run(sweep.cells(*grid), args.out, options, retries=args.retries, hours=args.hours, flops_per_s=args.rate,
+                       title=args.config)
     print(f"written: {Path(args.out) / 'runs.jsonl'}; tensorboard --logdir {Path(args.out) / 'runs'}")
     if failed:
         name, words = next(iter(failed.items()))
