@@ -101,7 +101,7 @@ def _joined(argv: list[str]) -> list[str]:
     joined = []
     for argument in argv:
         key = re.fullmatch(r"--config\.([\w.]+)", joined[-1]) if joined else None
-        if key and not argument.startswith("--") and experiments.kinds().get(key[1]) != "bool":
+        if key and not argument.startswith("--") and experiments.key_types().get(key[1]) != "bool":
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)
@@ -365,8 +365,8 @@ def sweep(args):
 
 
 def train(args):
-    world = processes.world(args.coordinator, args.processes, args.process, args.timeout)
-    return processes.guarded(world, lambda: _told(functools.partial(_train, world=world), args)) if world else _train(args)
+    world = processes.find_world(args.coordinator, args.processes, args.process, args.timeout)
+    return processes.supervise(world, lambda: _told(functools.partial(_train, world=world), args)) if world else _train(args)
 
 
 def _train(args, world=None):

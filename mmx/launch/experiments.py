@@ -30,8 +30,8 @@ def grid(file: str, overrides: list[str]):
     def make(keys):
         found = _called(file, names, "get_config", **{k: v for k, v in keys.items() if "." not in k})
         for key, value in keys.items():
-            if "." in key and key not in kinds():
-                raise ConfigError(f"unknown config key {key}{config.nearest(key, kinds())}")
+            if "." in key and key not in key_types():
+                raise ConfigError(f"unknown config key {key}{config.nearest(key, key_types())}")
             if "." in key:
                 *path, name = key.split(".")
                 section = functools.reduce(lambda section, part: section[part], path, found)
@@ -42,7 +42,7 @@ def grid(file: str, overrides: list[str]):
     return _called(file, names, "sweep"), make
 
 
-def kinds() -> dict[str, str]:
+def key_types() -> dict[str, str]:
     """The type of every config key."""
     def below(values, above=""):
         for key, value in values.items():
@@ -52,7 +52,7 @@ def kinds() -> dict[str, str]:
 
 
 def _override(found: ConfigDict, overrides: list[str]) -> config.Experiment:
-    known = kinds()
+    known = key_types()
     awaited = False         # an argument that is the value of the one before
     for override in overrides:
         key = None if awaited else re.match(r"--?(?:no)?config\.([^=]*)", override)

@@ -10,7 +10,7 @@ import sys
 
 HUGE = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2"
 # For benchmarks: free memory stays with the process, which a virtual machine's host would take back in a pause.
-KEPT = ("glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:"
+BENCHMARK = ("glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:"
         "glibc.malloc.arena_max=1")
 
 

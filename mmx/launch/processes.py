@@ -46,7 +46,7 @@ class World:
     coordinator: str | None = None
 
 
-def world(coordinator: str | None, processes: int | None, process: int | None, timeout: int) -> World | None:
+def find_world(coordinator: str | None, processes: int | None, process: int | None, timeout: int) -> World | None:
     """The processes that the arguments name, or else the environment; None for one alone."""
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     missing = [name for name, value in given.items() if value is None]
@@ -158,7 +158,7 @@ def _answer(world: World, address: tuple[str, int], until: float) -> str:
     return said.strip() if said else f"process 0 at {world.coordinator} left before all processes had come"
 
 
-def guarded(world: World, run) -> int:
+def supervise(world: World, run) -> int:
     """`run()` in a child process; returns its exit code, or DEAD with a line of which process is gone."""
     alive, hold = os.pipe()
     said, say = os.pipe()

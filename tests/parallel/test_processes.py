@@ -228,7 +228,7 @@ def test_what_does_not_fit_is_told_by_all(edp, rates, told, place):
     (("here:1", 2, 2), "^--process=2 is not among --processes=2, which count from 0$")])
 def test_arguments_that_cannot_be(given, told):
     with pytest.raises(ConfigError, match=told):
-        processes.world(*given, 300)
+        processes.find_world(*given, 300)
 
 
 @pytest.mark.parametrize("variables, where", [
@@ -239,7 +239,7 @@ def test_arguments_that_cannot_be(given, told):
     ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, "TPU_WORKER_HOSTNAMES=a")])
 def test_the_environment_is_asked_where_it_names_several(variables, where, monkeypatch):
     monkeypatch.setattr(os, "environ", {"TPU_SKIP_MDS_QUERY": "1", **variables})
-    world = processes.world(None, None, None, 300)
+    world = processes.find_world(None, None, None, 300)
     assert (world and world.where) == (where and f"the coordinator of {where}")
 
 
