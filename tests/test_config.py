@@ -113,7 +113,7 @@ def test_alphas_follow_the_layers_unless_they_are_given():
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_json_gives_the_experiment_back(path):
+def test_json_restores_each_experiment(path):
     experiment = experiments.read(str(path), [])
     assert config.from_json(config.to_json(experiment)) == experiment
     assert hash(experiment.model) == hash(dataclasses.replace(experiment.model))
