@@ -74,7 +74,7 @@ def test_arms(name, count):
     """Every cell is an experiment, three seeds each; where the question says equal FLOPs they are."""
     cells = sweep.cells(*experiments.grid(str(FOLDER / f"{name}.py"), []))
     assert len(cells) == count and {cell.keys["seed"] for cell in cells} == {0, 1, 2}
-    rows = [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (FOLDER / "results" / f"{name}.jsonl").read_text().splitlines()]
     known = {cell.hash: cell.keys for cell in cells} if name != "router" else {}
     assert all(known[row["hash"]].items() <= row.items() for row in rows if known)      # they are of these runs
     by = {"moe_vs_dense": lambda cell: (cell.keys["task"], cell.keys["count"]), "hybrid_ratio": lambda cell: ""}.get(name)

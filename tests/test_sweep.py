@@ -26,7 +26,7 @@ from mmx.launch.sweep import rows as sweep_rows
 from mmx.training import metrics
 
 ROOT = Path(__file__).parent.parent
-TRAIN, MEASURE = "mmx.training.train.run", "mmx.evals.compression.measure"      # replaced by functions that cost nothing
+TRAIN, MEASURE = "mmx.training.train.run", "mmx.evals.compression.measure"      # replaced by cheap functions
 FILE = """\
 from mmx.config import default
 
@@ -135,7 +135,7 @@ def test_a_terminal_has_a_live_table(place, trained, tmp_path, monkeypatch):
 
 
 class Kill(BaseException):
-    """Stands for SIGKILL."""
+    """Takes the place of SIGKILL."""
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -182,7 +182,7 @@ def test_failed_runs_are_retried_and_reported(place, trained, tmp_path, capsys):
     assert cli.main(command) == 1
     captured = capsys.readouterr()
     assert "retry: S-0-" in captured.out and "lost a device" in captured.out and "failed: S-1-" in captured.out
-    assert captured.err.startswith("mmx: 1 run failed") and ": S-1-" in captured.err and captured.err.count("\n") == 1
+    assert captured.err.startswith("mmx: 1 run failed, the same command tries again: S-1-") and captured.err.count("\n") == 1
     assert trained[0] == {0: 2, 1: 1, 2: 1} and [row["train.seed"] for row in rows(tmp_path)] == [2, 0]
     trained[1][1] = RuntimeError("lost a device")
     assert cli.main([*command, "--retries", "0"]) == 1

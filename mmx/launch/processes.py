@@ -184,7 +184,7 @@ def supervise(world: World, run) -> int:
 
 
 def _run_child(run, parent_alive: int, log: int):
-    """The child: print() writes to the terminal as before; the output of native code and of logging goes to the parent."""
+    """The child: calls run() and exits. Python's print writes to the terminal; native code and logging write to `log`."""
     threading.Thread(target=_end_with_parent, args=(parent_alive,), daemon=True).start()
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # the parent sends one SIGTERM for it
