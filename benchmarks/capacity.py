@@ -119,5 +119,5 @@ def plot(dropped, path):
 
 
 if __name__ == "__main__":
-    hugepages.restart(hugepages.KEPT)
+    hugepages.restart(hugepages.BENCHMARK)
     main()

@@ -111,5 +111,5 @@ def ours(folder, _):
 SIDES = theirs, ours
 
 if __name__ == "__main__":
-    hugepages.restart(hugepages.KEPT)
+    hugepages.restart(hugepages.BENCHMARK)
     main()

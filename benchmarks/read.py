@@ -91,5 +91,5 @@ def plot(points, args):
 
 
 if __name__ == "__main__":
-    hugepages.restart(hugepages.KEPT)
+    hugepages.restart(hugepages.BENCHMARK)
     main()

@@ -68,5 +68,5 @@ def _nats(c, spans, params, batch):
 
 
 if __name__ == "__main__":
-    hugepages.restart(hugepages.KEPT)
+    hugepages.restart(hugepages.BENCHMARK)
     main()

@@ -179,5 +179,5 @@ def ours(folder, tokens_BT):
 SIDES = theirs, ours
 
 if __name__ == "__main__":
-    hugepages.restart(hugepages.KEPT)
+    hugepages.restart(hugepages.BENCHMARK)
     main()

@@ -56,7 +56,7 @@ def test_a_sweeps_row_of_ids_has_its_answers(tmp_path, compiled_once):
     assert row["by_source"].keys() == set(cell.experiment.data.sources)
     assert 0 <= row["accuracy"] <= 1 and row["loss"] > 0 and row["bits_per_byte"] is None
     assert row["skipped"] == 0 and len(row["layer_norms"]) == 1 and row["course"]["tokens"] == [128]
-    assert sweep.show([row], "one").row_count == 1
+    assert sweep.results_table([row], "one").row_count == 1
 
 
 def test_a_run_that_diverges_has_a_row(tmp_path, compiled_once):
@@ -66,7 +66,7 @@ def test_a_run_that_diverges_has_a_row(tmp_path, compiled_once):
     assert sweep.attempt(cell, tmp_path / "runs" / cell.name) == (sweep.DONE, "")
     [row] = sweep.collect(tmp_path).values()
     assert row["loss"] is None and row["diverged"].startswith("step ") and row["skipped"] == 1 and row["train_loss"] > 0
-    assert sweep.show([row], "one").row_count == 1
+    assert sweep.results_table([row], "one").row_count == 1
 
 
 @pytest.mark.parametrize("name, count", [("recall", 51), ("moe_vs_dense", 36), ("norm", 54), ("hybrid_ratio", 66),
@@ -75,7 +75,7 @@ def test_arms(name, count):
     """Every cell is an experiment, three seeds each; where the question says equal FLOPs they are."""
     cells = sweep.cells(*experiments.grid(str(FOLDER / f"{name}.py"), []))
     assert len(cells) == count and {cell.keys["seed"] for cell in cells} == {0, 1, 2}
-    rows = [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (FOLDER / "results" / f"{name}.jsonl").read_text().splitlines()]
     known = {cell.hash: cell.keys for cell in cells} if name != "router" else {}
     assert all(known[row["hash"]].items() <= row.items() for row in rows if known)      # they are of these runs
     by = {"moe_vs_dense": lambda cell: (cell.keys["task"], cell.keys["count"]), "hybrid_ratio": lambda cell: ""}.get(name)
@@ -90,4 +90,4 @@ def test_a_sweep_says_its_hours_before_it_starts(tmp_path, capsys):
     command = ["sweep", "--config", str(FOLDER / "recall.py"), "--out", str(tmp_path), "--rate", "1e9", "--hours", "12"]
     assert cli.main(command) == 2
     err = capsys.readouterr().err
-    assert re.search(r"the 51 runs need [\d.,]+ hours", err) and "--hours 12 is less" in err and err.count("\n") == 1
+    assert re.search(r"the 51 runs need [\d.,]+ hours", err) and "exceeds --hours 12" in err and err.count("\n") == 1

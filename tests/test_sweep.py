@@ -1,9 +1,10 @@
-"""Sweeps: what a grid means, mistakes before anything runs, and rows that no kill loses or doubles."""
+"""Sweeps: what a grid means, errors before any run starts, and rows that no kill loses or duplicates."""
 import collections
 import errno
 import io
 import json
 import os
+import pkgutil
 import random
 import resource
 import signal
@@ -19,12 +20,13 @@ from rich.console import Console
 
 from mmx import cli
 from mmx.config import ConfigError, build
-from mmx.evals import compression
 from mmx.launch import experiments, sweep
+from mmx.launch.sweep import executors, plan, scheduler, worker
+from mmx.launch.sweep import rows as sweep_rows
 from mmx.training import metrics
-from mmx.training import run as training
 
 ROOT = Path(__file__).parent.parent
+TRAIN, MEASURE = "mmx.training.run.train", "mmx.evals.compression.measure"      # replaced by cheap functions
 FILE = """\
 from mmx.config import default
 
@@ -43,13 +45,13 @@ def get_config(arch="S", steps=8):
 def sweep():
     return {grid}
 """
-DEAD = 2**22 + 1     # no process has such a number
+UNUSED_PID = 2**22 + 1      # above the largest process id of Linux
 GRID = '{"arch": ["S"], "train.seed": [0, 1, 2]}'
 
 
 @pytest.fixture
 def place(tmp_path):
-    """A function that writes an experiment file with a grid; its text stands beside it."""
+    """A function that writes an experiment file with a grid, and returns the arguments of its sweep."""
     text = tmp_path / "text.txt"
     text.write_text("The state of the Union is strong. " * 400)
 
@@ -61,32 +63,32 @@ def place(tmp_path):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Runs that cost nothing: how often each was trained, and what training may be made to do, by seed."""
-    calls, acts = collections.Counter(), {}
+    """Replaces training. Returns how often each seed was trained, and a dict of exceptions that training raises, by seed."""
+    calls, errors = collections.Counter(), {}
 
     def run(experiment, folder):
         seed, steps = experiment.train.seed, experiment.train.steps
         calls[seed] += 1
-        if act := acts.pop(seed, None):
-            raise act
+        if error := errors.pop(seed, None):
+            raise error
         lines = [{"step": step, "loss": 3.0 - step / steps, "tokens_per_s": 1.0, "flops_per_s": 1e9,
                   **({"micro_norm": 2.0} if step > steps // 2 else {})} for step in range(1, steps + 1)]
         (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return {"step": steps, "new": steps, "seconds": 2.0, "stopped": 0, "process": 0}
-    monkeypatch.setattr(training, "train", run)
-    monkeypatch.setattr(compression, "measure", lambda folder, limit: {"bits_per_byte": 3.0, "nats_per_token": 2.0})
-    return calls, acts
+    monkeypatch.setattr(TRAIN, run)
+    monkeypatch.setattr(MEASURE, lambda folder, limit: {"bits_per_byte": 3.0, "nats_per_token": 2.0})
+    return calls, errors
 
 
 def rows(folder):
     return [json.loads(line) for line in (folder / "out" / "runs.jsonl").read_text().splitlines()]
 
 
-def test_a_row_a_run_and_nothing_twice(place, trained, tmp_path, capsys):
+def test_each_run_is_trained_once_and_has_one_row(place, trained, tmp_path, capsys):
     command = place()
     assert cli.main([*command, "--rate", "1e9"]) == 0
     out = capsys.readouterr().out
-    assert "3 runs, 0 of them done" in out and "as --rate says" in out and "done: S-0-" in out
+    assert "3 runs, 0 of them done" in out and "rate given by --rate" in out and "done: S-0-" in out
     found = rows(tmp_path)
     assert [row["train.seed"] for row in found] == [0, 1, 2] and len({row["hash"] for row in found}) == 3
     model = experiments.read(str(tmp_path / "small.py"), []).model
@@ -94,64 +96,64 @@ def test_a_row_a_run_and_nothing_twice(place, trained, tmp_path, capsys):
     assert (first["arch"], first["tokens"], first["loss"], first["bits_per_byte"], first["seconds"]) == ("S", 128, 2, 3, 2)
     assert (first["params"], first["params_total"]) == (model.params_active, model.params_total)
     assert first["flops"] == 128 * model.flops_training(16) and first["flops_companion"] == 128 * model.flops_companion(16)
-    assert first["course"]["micro_norm"] == [None] * 4 + [2.0] * 4       # as where train.ramp begins with one micro-batch
+    assert first["course"]["micro_norm"] == [None] * 4 + [2.0] * 4       # steps of one micro-batch have none
     assert first["train_loss"] == 2.0 and set(first["versions"]) == {"mmx", "jax", "python"}
     assert cli.main(command) == 0 and rows(tmp_path) == found
-    grid = '[{"train.seed": 3}, {"train.seed": 1, "arch": "S"}, {"train.seed": 2, "steps": 8}]'     # other keys, the same runs
+    grid = '[{"train.seed": 3}, {"train.seed": 1, "arch": "S"}, {"train.seed": 2, "steps": 8}]'     # new keys, two old runs
     assert cli.main([*place(grid), "--rate", "1e9"]) == 0
     assert [row["train.seed"] for row in rows(tmp_path)] == [0, 1, 2, 3] and set(trained[0].values()) == {1}
 
 
-def test_a_table_of_something_else_stays(place, trained, tmp_path, capsys):
+def test_a_foreign_runs_jsonl_is_not_changed(place, trained, tmp_path, capsys):
     path = tmp_path / "out" / "runs.jsonl"
     path.parent.mkdir()
     path.write_text('{"loss": 3}\n')
     assert cli.main(place()) == 2 and path.read_text() == '{"loss": 3}\n'
     err = capsys.readouterr().err
-    assert f"{path}:1 is no row of a sweep" in err and err.count("\n") == 1
+    assert f"{path}:1 is not a row of a sweep" in err and err.count("\n") == 1
 
 
-def test_a_live_table(place, trained, tmp_path, monkeypatch):
-    """On a terminal: it moves while a run in this process speaks to its log, and a finished sweep has none."""
+def test_a_terminal_has_a_live_table(place, trained, tmp_path, monkeypatch):
+    """The table is refreshed while an inline run prints to its log; a finished sweep has no table."""
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(sys, "stdout", said := Terminal())
-    log, run = tmp_path / "out" / "jobs" / "inline.log", training.train
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    log, run = tmp_path / "out" / "jobs" / "inline.log", pkgutil.resolve_name(TRAIN)
 
     def slow(experiment, folder):
         print("training")
-        time.sleep(1.2)     # the table moves once a second
-        assert "running" in said.getvalue()
+        time.sleep(1.2)     # the table is refreshed once a second
+        assert "running" in terminal.getvalue()
         return run(experiment, folder)
-    monkeypatch.setattr(training, "train", slow)
+    monkeypatch.setattr(TRAIN, slow)
     command = [*place('{"train.seed": [0]}'), "--rate", "1e9"]
     assert cli.main(command) == 0 and log.read_text() == "training\n"
     assert cli.main(command) == 0 and trained[0] == {0: 1}
 
 
 class Kill(BaseException):
-    """What SIGKILL does, at a chosen place."""
+    """Takes the place of SIGKILL."""
 
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("write", range(5))
-def test_a_kill_at_any_write_loses_and_doubles_no_row(write, after, place, trained, tmp_path, monkeypatch):
-    command, count, whole = [*place(), "--rate", "1e9"], 0, sweep._write
+def test_a_kill_at_any_write_loses_and_duplicates_no_row(write, after, place, trained, tmp_path, monkeypatch):
+    command, count, write_file = [*place(), "--rate", "1e9"], 0, sweep_rows._write
 
     def killed(path, text):
         nonlocal count
         count += 1
         if count > write and not after:
-            path.with_name(f"{path.name}.partial-{DEAD}").write_text(text[:20])
+            path.with_name(f"{path.name}.partial-{UNUSED_PID}").write_text(text[:20])
             raise Kill
-        whole(path, text)
+        write_file(path, text)
         if count > write:
             raise Kill
     with monkeypatch.context() as patch:
-        patch.setattr(sweep, "_write", killed)
+        patch.setattr(sweep_rows, "_write", killed)
         with pytest.raises(Kill):
             cli.main(command)
     finished = {path.parent.name for path in tmp_path.glob("out/runs/*/row.json")}
@@ -164,7 +166,7 @@ def test_a_kill_at_any_write_loses_and_doubles_no_row(write, after, place, train
         assert again == (row["name"] not in finished)
 
 
-def test_a_line_that_was_cut_and_a_workdir_that_was_deleted(place, trained, tmp_path):
+def test_a_truncated_line_and_a_deleted_row_are_restored(place, trained, tmp_path):
     command = [*place(), "--rate", "1e9"]
     assert cli.main(command) == 0
     found = rows(tmp_path)
@@ -174,43 +176,43 @@ def test_a_line_that_was_cut_and_a_workdir_that_was_deleted(place, trained, tmp_
     assert cli.main(command) == 0 and rows(tmp_path) == found and set(trained[0].values()) == {1}
 
 
-def test_what_failed_is_tried_again_and_told(place, trained, tmp_path, capsys):
+def test_failed_runs_are_retried_and_reported(place, trained, tmp_path, capsys):
     command = [*place(), "--rate", "1e9"]
     trained[1].update({0: RuntimeError("lost a device"), 1: ConfigError("step 3 has loss nan")})
     assert cli.main(command) == 1
-    told = capsys.readouterr()
-    assert "again: S-0-" in told.out and "lost a device" in told.out and "failed: S-1-" in told.out
-    assert told.err.startswith("mmx: 1 run failed; run the same command to retry. ") and told.err.count("\n") == 1
+    captured = capsys.readouterr()
+    assert "retry: S-0-" in captured.out and "lost a device" in captured.out and "failed: S-1-" in captured.out
+    assert captured.err.startswith("mmx: 1 run failed, the same command tries again: S-1-") and captured.err.count("\n") == 1
     assert trained[0] == {0: 2, 1: 1, 2: 1} and [row["train.seed"] for row in rows(tmp_path)] == [2, 0]
     trained[1][1] = RuntimeError("lost a device")
     assert cli.main([*command, "--retries", "0"]) == 1
     assert cli.main(command) == 0 and len(rows(tmp_path)) == 3
 
 
-def test_a_full_disk_is_one_line_and_goes_on_later(place, trained, tmp_path, capsys):
+def test_a_full_disk_is_one_line_and_the_sweep_resumes(place, trained, tmp_path, capsys):
     command = [*place(), "--rate", "1e9"]
     trained[1][1] = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert cli.main(command) == 2
     err = capsys.readouterr().err
-    assert "No space left on device; the same command goes on" in err and err.count("\n") == 1
+    assert "No space left on device; free some, then the same command continues" in err and err.count("\n") == 1
     assert [row["train.seed"] for row in rows(tmp_path)] == [0]
     assert cli.main(command) == 0 and trained[0] == {0: 1, 1: 2, 2: 1}
 
 
-def test_a_file_that_cannot_be_written_is_what_it_was(tmp_path):
-    sweep._write(tmp_path / "runs.jsonl", "before")
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    sweep_rows._write(tmp_path / "runs.jsonl", "before")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
         with pytest.raises(OSError):
-            sweep._write(tmp_path / "runs.jsonl", "after" * 1000)
+            sweep_rows._write(tmp_path / "runs.jsonl", "after" * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "runs.jsonl").read_text() == "before\n"
 
 
-def test_guards_tell_runs_apart(place):
-    """They decide what comes of a spike, and so does how often it is saved."""
+def test_guards_are_part_of_the_hash(place):
+    """With guard.spike, so is checkpoint.every, because the run rolls back to a checkpoint."""
     cells = sweep.cells(*experiments.grid(place('{"guard.spike": [0.0, 1.0, 2.0]}')[2], []))
     often = sweep.cells(*experiments.grid(place('{"guard.spike": [0.0, 1.0]}')[2], ["--config.checkpoint.every=3"]))
     assert len({cell.hash for cell in cells + often}) == 4 and cells[0].hash == often[0].hash
@@ -222,97 +224,99 @@ def test_guards_tell_runs_apart(place):
     ('{"train.stepz": [1]}', [], "cell 1 of 1 (train.stepz=1): unknown config key train.stepz; did you mean train.steps?"),
     ('{"train.lr": ["fast"]}', [], "cell 1 of 1 (train.lr=fast): config key train.lr needs float, got 'fast'"),
     ('{"width": [1]}', [], "unexpected keyword argument 'width'"),
-    ('{"train.seconds": [9.0]}', [], "train.seconds=9 leaves open what a run computes"),
+    ('{"train.seconds": [9.0]}', [], "train.seconds=9 leaves the number of steps open"),
     ('{"data.sources": [("nowhere.txt",)]}', [], "no file or folder 'nowhere.txt'"),
     ('{"model.vocab": [264, 100]}', [], "cell 2 of 2 (model.vocab=100): the tokenizer's ids reach 263"),
     ('{"train.seed": [0, 1]}', ["--config.train.seed=3"], "cell 2 of 2 (train.seed=1) is the same run as cell 1"),
     ('{"train.seed": 3}', [], "sweep(): 'train.seed' needs a list of values, got 3"),
     ("[]", [], "sweep() must return a dict of lists"),
-    ('{"train.seed": list(__import__("numpy").arange(2))}', [], "cell 1 of 2 (train.seed=0): train.seed is of int64, which no"),
+    ('{"train.seed": list(__import__("numpy").arange(2))}', [], "cell 1 of 2 (train.seed=0): train.seed has type int64, which"),
     ('{"model.vision.layers": [-1]}', [], "cell 1 of 1 (model.vision.layers=-1): model.vision.layers=-1 must be positive"),
-    (GRID, ["--executor", "slurm"], "this is no SLURM cluster; --executor local runs processes"),
+    (GRID, ["--executor", "slurm"], "does not have; --executor local runs processes"),
     (GRID, ["--slurm", "partition=gpu"], "--slurm partition=gpu needs --executor slurm"),
-    (GRID, ["--rate", "1e3", "--hours", "0.5"], "the 3 runs need 1.73 hours (as --rate says), --hours 0.5 is less"),
+    (GRID, ["--rate", "1e3", "--hours", "0.5"], "the 3 runs need 1.73 hours (rate given by --rate), which exceeds --hours 0.5"),
     (GRID, ["--jobs", "0"], "--jobs 0 is out of range"),
     (GRID, ["--hours", "nan"], "--hours nan is out of range"),
     (GRID, ["--jobs", "2"], "--jobs 2 needs --executor local or slurm"),
 ])
-def test_mistakes_before_anything_runs(grid, more, message, place, trained, tmp_path, capsys):
+def test_mistakes_are_reported_before_any_run(grid, more, message, place, trained, tmp_path, capsys):
     assert cli.main([*place(grid), *more]) == 2
     err = capsys.readouterr().err
     assert message in err and err.startswith("mmx: ") and err.count("\n") == 1, err
     assert not trained[0] and not (tmp_path / "out").exists()
 
 
-def test_a_refused_sweep_leaves_what_was_there(place, tmp_path):
+def test_a_refused_sweep_keeps_an_existing_folder(place, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes").touch()
     assert cli.main(place(GRID) + ["--rate", "1e3", "--hours", "0.5"]) == 2
     assert (tmp_path / "out" / "notes").exists()
 
 
-def test_a_file_without_a_grid(capsys):
+def test_an_experiment_without_a_sweep(capsys):
     assert cli.main(["sweep", "--config", str(ROOT / "experiments" / "tiny.py"), "--out", "never"]) == 2
     assert "has no sweep()" in capsys.readouterr().err
 
 
-def test_vision_that_a_model_does_not_have_names_no_run():
-    """So that tables from before there was any go on."""
+def test_the_hash_ignores_vision_that_is_off():
+    """Hashes of rows that are older than vision stay valid."""
     names = {sweep.Cell({}, build({"model": {"vocab": 300, "vision": {"layers": layers, "token": token}}})).hash
              for layers, token in ((0, 259), (0, 260), (1, 259), (1, 260))}
     assert len(names) == 3
 
 
-def test_a_second_sweep_stays_out(place, tmp_path, capsys):
+def test_a_second_sweep_in_one_folder_is_refused(place, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / "lock").open("w") as lock:
-        assert sweep._take(lock)
+        assert worker.try_lock(lock)
         assert cli.main(place()) == 2
-    assert "another mmx sweep is at work" in capsys.readouterr().err
+    assert "another mmx sweep is running" in capsys.readouterr().err
 
 
-def test_rates_between_those_measured(place, trained, tmp_path):
+def test_the_rate_is_interpolated_between_measured_ones(place, trained, tmp_path):
     command = place('{"model.expert_dim": [8, 800]}')
     cells = sweep.cells([{"model.expert_dim": 8}, {"model.expert_dim": 800}],
                         lambda keys: experiments.read(command[2], [f"--config.{k}={v}" for k, v in keys.items()]))
-    known = sweep.estimate(cells, [], lambda function, *args: [function(*args)], tmp_path, None)
-    assert known.points == tuple((cell.per_token, 1e9) for cell in cells) and known.source.startswith("measured by 12 steps")
-    half = sweep.Rate(((cells[0].per_token, 1e6), (cells[1].per_token, 4e6)), 3.0, "")
-    assert half.seconds(cells[1]) == pytest.approx(3 + cells[1].flops / 4e6)
+    known = plan.estimate_rate(cells, [], lambda function, *args: [function(*args)], tmp_path, None)
+    assert known.points == tuple((cell.flops_per_token, 1e9) for cell in cells)
+    assert known.source.startswith("measured over 12 steps")
+    rate = plan.Rate(((cells[0].flops_per_token, 1e6), (cells[1].flops_per_token, 4e6)), 3.0, "")
+    assert rate.seconds(cells[1]) == pytest.approx(3 + cells[1].flops / 4e6)
 
 
-def test_a_rate_of_runs_is_of_those_that_ended(place):
-    """One that diverged took its FLOPs' share alone, at its first step no time; two of one size have their mean time."""
+def test_the_rate_of_rows_is_that_of_complete_runs(place):
+    """Diverged runs, which stopped early, do not count. Runs of one size count by their mean time."""
     command = place('{"model.expert_dim": [8]}')
     cells = sweep.cells([{"model.expert_dim": 8}], lambda keys: experiments.read(command[2], []))
     flops, tokens = cells[0].flops, cells[0].tokens
     rows = [{"flops": flops, "tokens": tokens, "loss": loss, "seconds": seconds}
             for loss, seconds in ((2.0, 10.0), (2.0, 30.0), (None, 1.0), (None, 0.0))]
-    known = sweep.estimate(cells, rows, None, None, None)
-    assert known.seconds(cells[0]) == pytest.approx(20) and known.source == "as 2 runs here had"
-    assert sweep.estimate(cells, rows[2:], None, None, None) is None
+    known = plan.estimate_rate(cells, rows, None, None, None)
+    assert known.seconds(cells[0]) == pytest.approx(20) and known.source == "rate of 2 finished runs"
+    assert plan.estimate_rate(cells, rows[2:], None, None, None) is None
 
 
-def test_a_rate_is_measured_beside_as_many_as_will_run(place, tmp_path, monkeypatch):
-    command, under_way, told = place(), [], io.StringIO()
+def test_the_rate_is_measured_with_as_many_jobs_as_will_run(place, tmp_path, monkeypatch):
+    command, submitted, output = place(), [], io.StringIO()
     cells = sweep.cells({"train.seed": [0, 1, 2, 3]},
                         lambda keys: experiments.read(command[2], [f"--config.{k}={v}" for k, v in keys.items()]))
 
     class Job:
         def __init__(self):
-            under_way.append(self)
+            submitted.append(self)
 
         def done(self):
-            assert len(under_way) == 3, "asked before the others were begun"
+            assert len(submitted) == 3, "waited for a job before all were submitted"
             return True
 
-    monkeypatch.setattr(sweep, "_outcome", lambda job: (sweep.DONE, 1e9))
-    pool = SimpleNamespace(submit=lambda *job, visible: Job())
-    assert sweep._planned(cells, tmp_path, pool, "local", 3, None, None, Console(file=told, width=300)) == cells
-    assert "(train.seed=0), 3 at a time" in told.getvalue()
+    monkeypatch.setattr(executors, "outcome", lambda job: (sweep.DONE, 1e9))
+    executor = SimpleNamespace(submit=lambda *job, visible: Job())
+    options, console = sweep.ExecutorOptions("local", 3), Console(file=output, width=300)
+    assert scheduler._plan(cells, tmp_path, executor, options, None, None, console) == cells
+    assert "(train.seed=0), 3 at a time" in output.getvalue()
 
 
-def test_hparams(place, trained, tmp_path):
+def test_tensorboard_has_hyperparameters(place, trained, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert cli.main([*place(), "--rate", "1e9", "--config.train.tensorboard"]) == 0
@@ -325,7 +329,7 @@ def test_hparams(place, trained, tmp_path):
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """sbatch, srun and sacct as far as submitit needs them: a job is a process."""
+    """Scripts in place of sbatch, srun and sacct, as far as submitit needs them: a job is a process."""
     folder = tmp_path / "bin"
     folder.mkdir()
     scripts = {"sbatch": 'export SLURM_JOB_ID=77 SLURM_NTASKS=1; bash "$1" > /dev/null 2>&1 & echo Submitted batch job 77',
@@ -339,41 +343,44 @@ def slurm(tmp_path, monkeypatch):
 
 
 class Unreadable:
-    """What a job cannot read."""
+    """Can be pickled but not unpickled."""
     def __reduce__(self):
         return int, ("no number",)
 
 
-def test_a_cluster_runs_jobs(place, slurm, tmp_path):
+def test_slurm_runs_jobs(place, slurm, tmp_path):
     command = place()
     cell = sweep.Cell({"x": 1}, experiments.read(command[2], []))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "row.json").write_text("{}")
-    pool = sweep.executor("slurm", tmp_path / "out", "partition=gpu,gpus_per_node=8")
-    assert sweep._together(pool, 1, sweep.attempt, cell, tmp_path / "run") == [(sweep.DONE, "")]
+    def make(slurm):
+        return executors.make(sweep.ExecutorOptions("slurm", slurm=slurm), tmp_path / "out")
+
+    executor = make("partition=gpu,gpus_per_node=8")
+    assert executors.run_copies(executor, 1, sweep.attempt, cell, tmp_path / "run") == [(sweep.DONE, "")]
     script = next((tmp_path / "out" / "jobs").glob("*/*submission*.sh")).read_text()
     assert "--partition=gpu" in script and "--gpus-per-node=8" in script and "--time=1440" in script
     for given, message in (("color=red", "color"), ("nodes=2", "one process on one node")):
         with pytest.raises(ConfigError, match=message):
-            sweep.executor("slurm", tmp_path / "out", given)
-    pool = sweep.executor("slurm", tmp_path / "out", "")
-    [(kind, words)] = sweep._together(pool, 1, str, Unreadable())       # ends before it begins
-    assert kind == sweep.FAILED and "no number" in words and "\n" not in words
+            make(given)
+    executor = make("")
+    [(status, reason)] = executors.run_copies(executor, 1, str, Unreadable())       # fails before the call
+    assert status == worker.FAILED and "no number" in reason and "\n" not in reason
     (tmp_path / "bin" / "sbatch").write_text("#!/bin/bash\necho sbatch: error: invalid partition >&2; exit 1")
-    with pytest.raises(ConfigError, match="a job was not taken: .*invalid partition"):
-        sweep._together(pool, 1, sweep.attempt, cell, tmp_path / "run")
+    with pytest.raises(ConfigError, match="the job could not be submitted: .*invalid partition"):
+        executors.run_copies(executor, 1, sweep.attempt, cell, tmp_path / "run")
 
 
 SLOW = """\
 import json, sys, time, types
 from pathlib import Path
 
-def run(experiment, folder):
+def train(experiment, folder):
     path, steps = Path(folder) / "metrics.jsonl", experiment.train.steps
     first = len(path.read_text().splitlines()) if path.exists() else 0
     with path.open("a") as file:
         for step in range(first + 1, steps + 1):
-            while step > 20 and not Path({go!r}).exists():
+            while step > 20 and not Path(CONTINUE).exists():
                 time.sleep(0.02)
             time.sleep(0.02)
             print(json.dumps({"step": step, "loss": 3.0, "tokens_per_s": 1.0}), file=file, flush=True)
@@ -385,50 +392,55 @@ def measure(folder, limit):
 devices = [types.SimpleNamespace(device_kind="clock")]
 sys.modules["jax"] = types.SimpleNamespace(device_count=lambda: 1, devices=lambda: devices, __version__="none")
 sys.modules["optax"] = types.SimpleNamespace(GradientTransformation=None)
-sys.modules["mmx.training.run"] = types.SimpleNamespace(train=run)
-sys.modules["mmx.evals.compression"] = types.SimpleNamespace(measure=measure)
+sys.modules["mmx.analysis.counts"] = types.SimpleNamespace(
+    count_params=lambda c: types.SimpleNamespace(total=3, active=1, active_all=2), flops_training=lambda c, length: 1e3,
+    flops_companion=lambda c, length: 1e3)
+for name, function in (TRAIN, train), (MEASURE, measure):
+    module, _, attribute = name.rpartition(".")
+    sys.modules[module] = types.SimpleNamespace(**{attribute: function})
 """
 
 
-def test_sigkill_in_earnest(place, tmp_path):
-    """Local processes, without JAX, whose training is a clock that stands at step 20 until it may go on."""
+def test_a_real_sigkill_loses_no_row(place, tmp_path):
+    """Local processes train without JAX: each waits after step 20 until the file `go_on` exists."""
     command = place('{"train.seed": [0, 1, 2], "steps": [40]}')
     command[command.index("inline")] = "local"
-    out, go, dice = tmp_path / "out", tmp_path / "go", random.Random(0)
-    (tmp_path / "sitecustomize.py").write_text(SLOW.replace("{go!r}", repr(str(go))))
+    out, go_on, rng = tmp_path / "out", tmp_path / "go_on", random.Random(0)
+    names = f"CONTINUE, TRAIN, MEASURE = {str(go_on)!r}, {TRAIN!r}, {MEASURE!r}\n"
+    (tmp_path / "sitecustomize.py").write_text(names + SLOW)
 
     def start():
-        with (tmp_path / "said").open("w") as said:
+        with (tmp_path / "output").open("w") as output:
             return subprocess.Popen([sys.executable, "-m", "mmx.cli", *command, "--jobs", "2", "--rate", "1e9"],
-                                    env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, stdout=said, stderr=said)
+                                    env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, stdout=output, stderr=output)
 
-    def killed_after(what, count):
-        process, until = start(), time.monotonic() + 120
-        while len(list(out.glob(what))) < count:
-            assert process.poll() is None and time.monotonic() < until
+    def kill_sweep_after(files, count):
+        process, deadline = start(), time.monotonic() + 120
+        while len(list(out.glob(files))) < count:
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
-        time.sleep(dice.random())
+        time.sleep(rng.random())
         process.kill()
         process.wait()
 
     def finished():
         return {path.parent.name: path.stat().st_mtime_ns for path in out.glob("runs/*/row.json")}
 
-    killed_after("runs/*/metrics.jsonl", 2)     # its runs go on without it
-    process = start()       # that leaves them to those that have them
-    time.sleep(3 + dice.random())
+    kill_sweep_after("runs/*/metrics.jsonl", 2)     # its runs continue
+    process = start()       # this sweep leaves them to the processes that train them
+    time.sleep(3 + rng.random())
     process.kill()
     process.wait()
     assert len(list(out.glob("runs/*"))) == 2
-    go.touch()
-    killed_after("runs/*/row.json", 1)
-    for log in (out / "jobs").glob("*/*_0_log.err"):      # what still runs, by its controllers' numbers
+    go_on.touch()
+    kill_sweep_after("runs/*/row.json", 1)
+    for log in (out / "jobs").glob("*/*_0_log.err"):      # runs that continue: children of the processes that name the logs
         children = Path("/proc", log.name.partition("_")[0], "task", log.name.partition("_")[0], "children")
         for child in children.read_text().split() if children.exists() else ():
             os.kill(int(child), signal.SIGKILL)
-    seen, process = finished(), start()
-    assert process.wait(180) == 0, (tmp_path / "said").read_text()
+    before, process = finished(), start()
+    assert process.wait(180) == 0, (tmp_path / "output").read_text()
     assert sorted(row["train.seed"] for row in rows(tmp_path)) == [0, 1, 2]
-    assert seen and {name: finished()[name] for name in seen} == seen       # none that was finished was written again
-    for name in finished():     # and no two processes trained one run
+    assert before and {name: finished()[name] for name in before} == before     # finished rows were not written again
+    for name in finished():     # no two processes trained the same run
         assert [record["step"] for record in metrics.read(out / "runs" / name)] == list(range(1, 41))

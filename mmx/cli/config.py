@@ -92,7 +92,8 @@ def _training_rows(experiment: Experiment, counts: dict, pod: str | None) -> lis
              ("forward", counts["flops_per_token_forward_context"], m.context)]
     if pod:
         flops.append((f"training, compiled for {pod}", counts["flops_per_token_compiled"], t.length))
-    return [*((f"FLOPs per token, {name}", f"{value:.4g} at {length:,} tokens") for name, value, length in flops if value is not None),
+    return [*((f"FLOPs per token, {name}", f"{value:.4g} at {length:,} tokens") for name, value, length in flops
+              if value is not None),
             *(("tokens per step", f"{size:,}" + (f" from {begin:,} tokens" if begin else ""))
               for begin, size in counts["tokens_per_step"]),
             ("micro-batch", f"{t.batch:,} x {t.length:,} tokens"),

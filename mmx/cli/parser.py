@@ -84,7 +84,7 @@ def join_overrides(argv: list[str]) -> list[str]:
     joined = []
     for argument in argv:
         key = re.fullmatch(r"--config\.([\w.]+)", joined[-1]) if joined else None
-        if key and not argument.startswith("--") and experiments.kinds().get(key[1]) != "bool":
+        if key and not argument.startswith("--") and experiments.key_types().get(key[1]) != "bool":
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)

@@ -44,8 +44,9 @@ def run(args):
     from mmx.launch import sweep
 
     cells = sweep.cells(grid, lambda keys: common.check_experiment(make(keys)))
-    failed = sweep.run(cells, args.out, kind=args.executor, jobs=args.jobs, retries=args.retries, hours=args.hours,
-                       flops_per_s=args.rate, slurm=args.slurm, title=args.config)
+    options = sweep.ExecutorOptions(args.executor, args.jobs, args.slurm)
+    failed = sweep.run(cells, args.out, options, retries=args.retries, hours=args.hours, flops_per_s=args.rate,
+                       title=args.config)
     out = Path(args.out)
     print(f"written: {out / 'runs.jsonl'}; to compare the runs: tensorboard --logdir {out / 'runs'}")
     if failed:

@@ -28,10 +28,10 @@ def add_parser(commands) -> None:
 
 
 def run(args):
-    world = processes.world(args.coordinator, args.processes, args.process, args.timeout)
+    world = processes.find_world(args.coordinator, args.processes, args.process, args.timeout)
     if not world:
         return _train(args)
-    return processes.guarded(world, lambda: errors.run(functools.partial(_train, world=world), args))
+    return processes.supervise(world, lambda: errors.run(functools.partial(_train, world=world), args))
 
 
 def _train(args, world=None):

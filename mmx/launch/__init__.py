@@ -1,1 +1,1 @@
-"""What starts runs: experiment files, several processes, sweeps."""
+"""Starting runs: experiment files, runs of several processes, sweeps."""

@@ -27,7 +27,7 @@ from mmx.launch import processes
 from mmx.parallel import mesh as meshes
 from mmx.training import metrics
 
-GONE = re.compile(r"mmx: .*; this process ends too, and the same command goes on from the last checkpoint$")
+GONE = re.compile(r"mmx: .*; this process ends too, and the same command resumes from the last checkpoint$")
 
 
 def uninterrupted(workspace: Workspace, name: str = "whole", **options) -> Path:
