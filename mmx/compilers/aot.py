@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from mmx.chips import CHIPS
+from mmx.chips import CHIPS, TPUS
 from mmx.compilers import hlo, ptx, schedule
 from mmx.config import ConfigError, Experiment
 from mmx.data.images import level
@@ -28,7 +28,7 @@ from mmx.parallel.cache import empty_cache
 from mmx.training import optim
 from mmx.training.train import init, train_step
 
-PODS = *schedule.CHIPS, "h100"       # chips whose compiler can be asked
+PODS = *TPUS, "h100"       # chips whose compiler can be asked
 OPTIONS = {"tpu": {f"xla_tpu_enable_async_{kind}": "true" for kind in ("all_to_all", "ragged_all_to_all")},
            "cuda": {"xla_gpu_autotune_level": 0}}
 ENVIRONMENT = {     # no TPU is asked for and none locked, and libtpu says only what is wrong
@@ -66,7 +66,7 @@ def run(e: Experiment, topology: str, mesh: str | None = None, mode: str = "trai
               "flops": program.flops, "flops_model": model, "ideal_s": model / peak, "unknown": program.unknown,
               "exchanges": _exchanges(program.collectives)}
     if program.cycles_other:        # of TPUs
-        parts = [cycles / schedule.CHIPS[chip].clock / 1e9 for cycles in (program.cycles_matrix, program.cycles_other)]
+        parts = [cycles / CHIPS[chip].tpu.clock for cycles in (program.cycles_matrix, program.cycles_other)]
         parts.append(program.flops_kernels / peak)
         found |= dict(zip(("matrix_s", "other_s", "kernels_s"), parts)) | {"static_s": sum(parts)}
     return found

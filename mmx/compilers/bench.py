@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from mmx import chips, config
+from mmx import config
+from mmx.chips import CHIPS, GPUS, TPUS
 from mmx.compilers import hlo, ptx, schedule
 from mmx.config import ConfigError
 from mmx.kernels.attention import softmax_attention
@@ -63,8 +64,7 @@ CASES = {
     "softmax 8,192": Case("softmax", 8_192, 0, _tokens_bytes(8_192, 4), ("splash",), ("flash", "xla")),
     "layer 8,192": Case("layer", 8_192, 0, 0, ("fused", "apart"), ()),
 }
-GPUS = {"h100": "h100", "h20": "h100", "a100": "a100"}       # H20 has H100's SMs, fewer of them
-CHIPS = [*schedule.CHIPS, *GPUS]
+COMPILED = TPUS + GPUS
 TPU_COLUMNS = ("chip", "case", "impl", "static us", "HBM floor us", "static / floor", "MXU busy", "VMEM MiB", "spills",
                "HBM temporaries MiB", "GB moved", "moved / floor")
 GPU_COLUMNS = ("chip", "case", "impl", "kernel", "registers", "spills", "shared B", "CTAs", "tensor-core instructions", "tf32",
@@ -159,11 +159,11 @@ def kernels(chips, as_json: bool, live: bool = False, lengths: str | None = None
     for flag, given in (("--lengths", lengths), ("--out", out)):
         if given is not None:
             raise ConfigError(f"{flag} {given}: it is for times, and nothing is timed here; add --live")
-    reasons = {chip: (ptx if chip in GPUS else schedule).missing() for chip in CHIPS}
-    chips = chips or [chip for chip in CHIPS if not reasons[chip]] or CHIPS
+    reasons = {chip: (ptx if chip in GPUS else schedule).missing() for chip in COMPILED}
+    chips = chips or [chip for chip in COMPILED if not reasons[chip]] or COMPILED
     for chip in chips:
-        if chip not in CHIPS:
-            raise ConfigError(f"--chip {chip}: known are {', '.join(CHIPS)}")
+        if chip not in COMPILED:
+            raise ConfigError(f"--chip {chip}: known are {', '.join(COMPILED)}")
         if reasons[chip]:
             raise ConfigError(f"--chip {chip}: {reasons[chip]}")
     forms = [(chip, name, impl) for chip in chips for name, case in CASES.items()
@@ -199,7 +199,7 @@ def _tpu(chip, name, impl):
     if case.function == "layer":        # its large products' cycles come out below the matrix units' own limit: not told
         temporaries, moved = schedule.memory(what, chip)
         return [row | {"HBM temporaries MiB": temporaries >> 20, "GB moved": round(moved / 1e9, 2)}]
-    floor = case.bytes / chips.CHIPS[chip].bandwidth * 1e6
+    floor = case.bytes / CHIPS[chip].bandwidth * 1e6
     cost = schedule.cost(what, chip)
     # What XLA's loops move is counted once a loop, so it is told of programs without one.
     straight = impl == "tpu" or case.function == "decode_step"
@@ -213,7 +213,7 @@ def _gpu(chip, name, impl):
     """Rows of the kernels with tensor cores or a state, and one of all that runs."""
     if impl == "triton" and not importlib.util.find_spec("jax_triton"):
         return []
-    target, case = GPUS[chip], CASES[name]
+    target, case = CHIPS[chip].gpu.description, CASES[name]
     with GPU:
         compiled, (moved, launches) = _compiled(target, name, impl)
     rows = []

@@ -18,9 +18,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from mmx.chips import CHIPS
+
 # Else the plugin does not load where CUDA's libraries are missing, though compiling takes none of them.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-CHIPS = {"h100": "sm_90a", "a100": "sm_80"}
 
 
 class Kernel(NamedTuple):
@@ -61,7 +62,7 @@ def program(function, *args, chip: str) -> tuple[dict[str, Kernel], str]:
         launches = re.findall(rf"(\S+) grid: {sizes} threads: {sizes}\s+shared_memory: (\d+)", plan)
         assembled = {}
         for path in glob.glob(f"{dump}/*.ptx"):
-            assembled |= _assemble(path, CHIPS[chip])
+            assembled |= _assemble(path, CHIPS[chip].gpu.architecture)
     kernels = {}
     for name, *numbers in launches:
         x, y, z, tx, ty, tz, shared = map(int, numbers)
@@ -74,7 +75,7 @@ def dumped(folder, chip: str) -> dict[str, Kernel]:
     """The kernels that jax-triton compiled for `chip` and wrote to `folder` (JAX_TRITON_DUMP_DIR), by name and place."""
     kernels = {}
     for path in sorted(Path(folder).glob("*/*.ptx")):
-        (name, (registers, spills, tensor, tf32)), = _assemble(path, CHIPS[chip]).items()
+        (name, (registers, spills, tensor, tf32)), = _assemble(path, CHIPS[chip].gpu.architecture).items()
         shared = re.search(r"shared_mem_bytes: (\d+)", path.with_suffix(".compile_info").read_text())
         threads = re.search(r"\.(?:max|req)ntid (\d+)", path.read_text())
         kernels[f"{name} {path.parent.name}"] = Kernel(
@@ -102,7 +103,7 @@ def limit(chip: str, field: str) -> int:
 
 
 def target(chip):
-    return (Path(__file__).parent / f"{chip}.txtpb").read_text()
+    return (Path(__file__).parent / f"{CHIPS[chip].gpu.description}.txtpb").read_text()
 
 
 @functools.cache

@@ -20,20 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from mmx.chips import CHIPS
 from mmx.compilers import hlo
-
-
-class Chip(NamedTuple):
-    """A device's clock in GHz, TensorCores; the topology to compile for."""
-    clock: float
-    cores: int
-    topology: str
-
-
-CHIPS = {"v4": Chip(1.05, 2, "v4:2x2x1"), "v5e": Chip(1.5, 1, "v5e:2x2"), "v5p": Chip(1.75, 2, "v5p:2x2x1"),
-         "v6e": Chip(1.75, 1, "v6e:2x2"),
-         # A device is one of the chip's two cores; the clock follows from its peak of 1,155 bfloat16 TFLOP/s.
-         "tpu7x": Chip(2.2, 1, "tpu7x:2x2x1")}
 
 
 class Cost(NamedTuple):
@@ -67,8 +55,8 @@ def cost(case: str, chip: str) -> Cost:
         done = [(kernel, times) for kernel, times in found if kernel]
     total = lambda what: sum(what(kernel) * times for kernel, times in done)
     cycles = total(lambda k: k.cycles)
-    scale = 1e3 * CHIPS[chip].clock
-    return Cost(cycles / scale, total(lambda k: k.mxu) / max(cycles, 1),
+    us = 1e6 / CHIPS[chip].tpu.clock
+    return Cost(cycles * us, total(lambda k: k.mxu) / max(cycles, 1),
                 max((k.vmem for k, _ in done), default=0), sum(k.spills for k, _ in done), *memory)
 
 
@@ -96,7 +84,7 @@ def _compile(case: str, chip: str, folder: str):
 
     module, function, *arguments = case.split(":")
     function, shapes = getattr(importlib.import_module(module), function)(*arguments)
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology).devices[0]
+    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].tpu.topology).devices[0]
     mesh = jax.sharding.Mesh(np.array([device]), "x")
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes)
