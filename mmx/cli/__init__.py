@@ -318,15 +318,17 @@ def memory(args):
 
 
 def fit(args):
-    from mmx.analysis import scaling
+    from mmx.analysis import scaling_report
+    from mmx.analysis.runs import COLUMNS
 
-    found, plot = scaling.run(
-        args.file, args.law, {role: getattr(args, role) for role in scaling.ROLES}, args.by, Path(args.out) / "fit.png",
+    found, fits = scaling_report.run(
+        args.file, args.law, {name: getattr(args, name) for name in COLUMNS}, args.by,
         irreducible=args.irreducible, tolerance=args.tolerance, resamples=args.bootstrap, seed=args.seed)
+    plot = scaling_report.plot(fits, args.law, found["formula"], Path(args.out) / "fit.png")
     if args.json:
         print(json.dumps(found, indent=1))
         return
-    scaling.show(found)
+    scaling_report.show(found)
     print(f"plot: {plot}")
 
 
