@@ -103,7 +103,8 @@ def main():
     flags.add_argument("--law", help="only the cases of this law (default: all)")
     args = flags.parse_args()
     table = Table("law", "runs", "median seconds per fit", "exponent", "true value",
-                  f"intervals that contain it, of {args.sets}", "median width", title=f"95 % intervals from {args.resamples:,} resamples")
+                  f"intervals that contain it, of {args.sets}", "median width",
+                  title=f"95 % intervals from {args.resamples:,} resamples")
     for case in (case for case in CASES if args.law in (None, case.law)):
         fits, seconds = [], []
         for seed in range(args.sets):

@@ -110,7 +110,7 @@ def test_a_fault_is_told_and_fails_the_command(capsys, monkeypatch):
     monkeypatch.setattr(bench, "CASES", {"softmax 8,192": bench.CASES["softmax 8,192"]})
     assert cli.main(["bench", "kernels", "--chip", "a100"]) == 1
     assert capsys.readouterr().err.endswith(
-        "a100, softmax 8,192: output_kernel spills 72 bytes a thread; a smaller tile or more warps would not\n")
+        "a100, softmax 8,192: output_kernel spills 72 bytes per thread; try a smaller tile or more warps\n")
 
 
 @needs_compiler
@@ -151,7 +151,7 @@ def test_the_layer_moves_what_its_products_and_attention_take(tmp_path, monkeypa
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     T, W = 8192, bench.H * bench.D
-    schedule._compile(f"mmx.compilers.bench:layer:fused:{T}:0", "v5p", tmp_path)
+    schedule.compile_case(f"mmx.compilers.bench:layer:fused:{T}:0", "v5p", tmp_path)
     _, moved = json.loads((tmp_path / "memory").read_text())
     assert moved < 1.02 * 2 * (5 * bench.DIM * W + 5 * T * bench.DIM + 11 * T * W)
 
