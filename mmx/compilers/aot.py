@@ -214,7 +214,7 @@ def _exchanges(collectives):
         row = rows[c.kind, c.axes]
         row["runs"] += c.times
         row["bytes"] += c.times * c.bytes
-        row["under"] += c.times * c.bytes * c.under
+        row["under"] += c.times * c.bytes * c.overlapped
     return [{"kind": kind, "axes": axes} | row for (kind, axes), row in
             sorted(rows.items(), key=lambda item: -item[1]["bytes"]) if row["bytes"]]
 
