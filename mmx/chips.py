@@ -2,8 +2,8 @@
 
 TPU figures: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. Those pages give the inter-chip links (ICI) as
 "bidirectional ICI bandwidth per chip" of 400, 1200, 800 and 1200 GB/s for v5e, v5p, v6e and tpu7x; half of it is received.
-v4 has six links of 50 GB/s (arXiv 2304.01433). The data-centre network gives 25 Gbit/s to a chip of v5e, 50 to a chip of v5p
-and v4, 100 to a chip of v6e and tpu7x (the same pages and jax-ml.github.io/scaling-book).
+v4 has six links of 50 GB/s (arXiv 2304.01433). A chip receives 25 Gbit/s from the data-centre network for v5e, 50 for v4 and
+v5p, 100 for v6e and tpu7x (the same pages and jax-ml.github.io/scaling-book). A tpu7x device has half of its chip's bandwidths.
 
 A TPU slice is named by its number of TensorCores: v5p-16 is 8 chips of two cores, v6e-32 is 32 chips of one core.
 """
