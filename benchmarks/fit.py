@@ -3,7 +3,7 @@
     python benchmarks/fit.py                        # 100 sets of runs for each law, 1,000 resamples
     python benchmarks/fit.py --law moe --resamples 200      # 6 minutes
 
-The losses of a set are those of a known law times log-normal noise, seeded by the number of the set. Noise of the kind
+Each set has the losses of a known law times log-normal noise, seeded by the number of the set. Noise of the kind
 "uneven" is four times as large for small models as for large ones. With "outliers", 3 % of the runs have a loss that is a
 tenth higher.
 """

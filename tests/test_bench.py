@@ -60,7 +60,7 @@ def products(times):
 
 @functools.cache
 def row(chip, name, impl):
-    row, = bench._tpu(chip, name, impl)
+    row, = bench._compile_for_tpu(chip, name, impl)
     return row
 
 
@@ -70,7 +70,7 @@ def test_operations_count_once_for_each_trip_of_a_loop():
 
 def test_bytes_moved_count_slices_and_trips():
     """7 trips each read an index and a row of 4,096 bytes and write a row; the sum reads 7 rows and writes 1."""
-    assert hlo.moved(SLICES) == (7 * (4 + 4096 + 4096) + 8 * 4096, 8)
+    assert hlo.bytes_moved(SLICES) == (7 * (4 + 4096 + 4096) + 8 * 4096, 8)
 
 
 def test_unknown_chip(capsys):
@@ -141,7 +141,7 @@ def test_time_is_linear_in_length_and_half_of_xla():
 def test_command_prints_json(capsys, monkeypatch):
     monkeypatch.setattr(bench, "CASES", {"forward 8,192": bench.CASES["forward 8,192"]})
     compiled = [row("v5p", "forward 8,192", impl) for impl in ("tpu", "xla")]
-    monkeypatch.setattr(bench, "_tpu", lambda chip, name, impl: [row for row in compiled if row["impl"] == impl])
+    monkeypatch.setattr(bench, "_compile_for_tpu", lambda chip, name, impl: [row for row in compiled if row["impl"] == impl])
     assert cli.main(["bench", "kernels", "--chip", "v5p", "--json"]) == 0
     assert [row["impl"] for row in json.loads(capsys.readouterr().out)] == ["tpu", "xla"]
 
@@ -160,7 +160,7 @@ def test_layer_moves_no_more_than_its_products_and_attention(tmp_path, monkeypat
 @pytest.mark.skipif(bool(bench.ptx.missing()), reason=bench.ptx.missing())
 def test_gpu_and_triton_kernels():
     for impl in ("gpu", *(["triton"] if importlib.util.find_spec("jax_triton") else [])):
-        *kernels, whole = bench._gpu("h100", "forward 8,192", impl)
+        *kernels, whole = bench._compile_for_gpu("h100", "forward 8,192", impl)
         assert all(row["registers"] and row["CTAs"] >= 132 and not row["faults"] for row in kernels) and len(kernels) == 3
         assert whole["moved / floor"] <= 1.8
 
@@ -168,5 +168,5 @@ def test_gpu_and_triton_kernels():
 @pytest.mark.skipif(bool(bench.ptx.missing()), reason=bench.ptx.missing())
 @pytest.mark.parametrize("name, largest, xla", [("forward and backward 8,192", 2.1, 10), ("decode, 64 sequences", 1.1, 1)])
 def test_bytes_moved_on_gpu(name, largest, xla):
-    assert bench._gpu("h100", name, "gpu")[-1]["moved / floor"] <= largest
-    assert bench._gpu("h100", name, "xla")[-1]["moved / floor"] >= xla
+    assert bench._compile_for_gpu("h100", name, "gpu")[-1]["moved / floor"] <= largest
+    assert bench._compile_for_gpu("h100", name, "xla")[-1]["moved / floor"] >= xla

@@ -17,7 +17,7 @@ class DeepSeekV3:
     dense_dim: int = 18_432
     heads: int = 128
     nope_dim: int = 128             # dimensions of a head's query and key without RoPE
-    rope_dim: int = 64              # dimensions with RoPE; all heads share those of the key
+    rope_dim: int = 64              # dimensions with RoPE; all heads share one such key
     value_dim: int = 128
     query_latent: int = 1_536
     latent: int = 512               # of keys and values together

@@ -9,8 +9,8 @@ parameters and 1 trillion tokens are the same problem. The constant term has e_m
 runs `descend` on all resamples at once. scipy.optimize.least_squares finds the same minima (exponents within 1e-8), but one
 resample at a time, which takes 8 to 20 times as long.
 
-Axes: R resamples or starting points, I runs, K powers, M terms of the sum (powers, then the constant), J parameters
-(theta: the M numbers u_m, then the K exponents).
+Array axes, which belong to the analysis only (those of the model are in mmx/dims.py): R resamples or starting points, I runs,
+K powers, M terms of the sum (powers, then the constant), J fitted parameters (theta: the M numbers u_m, then the K exponents).
 """
 import itertools
 import math
@@ -18,7 +18,7 @@ import math
 import numpy as np
 from scipy import optimize
 
-# A term lies between exp(-7) of the smallest loss and exp(4) of the largest; an exponent between -4 and 4.
+# A term is at least exp(-7) times the smallest loss and at most exp(4) times the largest. An exponent is between -4 and 4.
 BELOW_SMALLEST, ABOVE_LARGEST, MAX_EXPONENT = 7.0, 4.0, 4.0
 STARTS = 24             # starting points of L-BFGS
 MINIMA = 4              # of the minima found, those that every resample starts from

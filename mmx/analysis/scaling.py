@@ -17,7 +17,7 @@ and across budgets. A 95 % interval is symmetric about the value (about its loga
 distance to the further of the 2.5 % and 97.5 % percentiles of the resamples, times the quotient of Student's t and normal
 quantiles, which widens it for few runs.
 
-Axes: I runs, K powers, J parameters and R resamples as in power_sums; G compute budgets.
+Array axes: R, I, K and J as in power_sums; G compute budgets.
 """
 import math
 from typing import NamedTuple

@@ -62,7 +62,7 @@ CASES = {
     "forward 8,192": Case("forward", 8_192, 0, _token_bytes(8_192, 4)),
     "forward 32,768": Case("forward", 32_768, 0, _token_bytes(32_768, 4)),
     "forward 8,192, documents": Case("forward", 8_192, 1, _token_bytes(8_192, 4)),
-    "forward and backward 8,192": Case("both", 8_192, 0, _token_bytes(8_192, 11)),
+    "forward and backward 8,192": Case("forward_and_backward", 8_192, 0, _token_bytes(8_192, 11)),
     "decode, 64 sequences": Case("decode_step", 1, 0, STATE_BYTES, gpu=("gpu", "xla")),
     "softmax 8,192": Case("softmax", 8_192, 0, _token_bytes(8_192, 4), ("splash",), ("flash", "xla")),
     "layer 8,192": Case("layer", 8_192, 0, 0, ("fused", "separate"), ()),
@@ -87,7 +87,7 @@ def forward(impl, T, documents):
     return run, _shapes(int(T), int(documents))
 
 
-def both(impl, T, documents):
+def forward_and_backward(impl, T, documents):
     """A forward and a backward pass of lightning attention, and the shapes of their arguments."""
     kernel = importlib.import_module(f"mmx.kernels.lightning.{impl}")
 
@@ -147,6 +147,7 @@ def layer(form, T, documents=0):
 
 
 def _shapes(T, documents):
+    """Shapes of q, k, v, log_decay_H, segments_BT and the state."""
     array = jax.ShapeDtypeStruct
     x, state = array((1, HEADS, T, HEAD_DIM), jnp.bfloat16), array((1, HEADS, HEAD_DIM, HEAD_DIM), jnp.float32)
     return x, x, x, array((HEADS,), jnp.float32), array((1, T), jnp.int32) if documents else None, state
@@ -167,7 +168,7 @@ def kernels(chips, as_json: bool, live: bool = False, lengths: str | None = None
     if live and chips:
         raise ConfigError("--chip compiles for a described chip and --live times this machine's device: give only one of them")
     if live or (chips is None and jax.default_backend() != "cpu"):
-        _timed(config.lengths(LENGTHS if lengths is None else lengths), Path(out or "."), as_json)
+        _time(config.lengths(LENGTHS if lengths is None else lengths), Path(out or "."), as_json)
         return 0
     for flag, given in (("--lengths", lengths), ("--out", out)):
         if given is not None:
@@ -179,11 +180,11 @@ def kernels(chips, as_json: bool, live: bool = False, lengths: str | None = None
             raise ConfigError(f"--chip {chip} is unknown; known chips: {', '.join(COMPILED)}")
         if reasons[chip]:
             raise ConfigError(f"--chip {chip}: {reasons[chip]}")
-    forms = [(chip, name, impl) for chip in chips for name, case in CASES.items()
-             for impl in (case.gpu if chip in GPUS else case.tpu)]
+    jobs = [(chip, name, impl) for chip in chips for name, case in CASES.items()
+            for impl in (case.gpu if chip in GPUS else case.tpu)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:        # each TPU case compiles in its own process
-        results = pool.map(lambda form: (_gpu if form[0] in GPUS else _tpu)(*form), forms)
-        rows = [row for some in tqdm(results, "compiling", len(forms), disable=None) for row in some]
+        results = pool.map(lambda job: (_compile_for_gpu if job[0] in GPUS else _compile_for_tpu)(*job), jobs)
+        rows = [row for some in tqdm(results, "compiling", len(jobs), disable=None) for row in some]
     faults = [f"{row['chip']}, {row['case']}: {fault}" for row in rows for fault in row.get("faults", ())]
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -205,16 +206,16 @@ def _tables(rows):
           "XLA only the total is listed: its many fusions and library products have no counterpart in the other rows.")
 
 
-def _tpu(chip, name, impl):
+def _compile_for_tpu(chip, name, impl):
     """The row of one case compiled for a TPU, in a list."""
     case = CASES[name]
-    what = f"mmx.compilers.bench:{case.function}:{impl}:{case.tokens}:{case.documents}"
+    function = f"mmx.compilers.bench:{case.function}:{impl}:{case.tokens}:{case.documents}"
     row = dict.fromkeys(TPU_COLUMNS) | {"chip": chip, "case": name, "impl": impl}
     if case.function == "layer":        # the schedule estimate of its large products is below the matrix units' own limit
-        temporaries, moved = schedule.memory(what, chip)
+        temporaries, moved = schedule.memory(function, chip)
         return [row | {"HBM temporaries MiB": temporaries >> 20, "GB moved": round(moved / 1e9, 2)}]
     floor = case.bytes / CHIPS[chip].bandwidth * 1e6
-    cost = schedule.cost(what, chip)
+    cost = schedule.cost(function, chip)
     # The compiler counts the bytes of a loop's body once, so bytes are listed only for programs without loops.
     no_loops = impl == "tpu" or case.function == "decode_step"
     return [row | {"static us": round(cost.us), "HBM floor us": round(floor), "static / floor": round(cost.us / floor, 2),
@@ -223,7 +224,7 @@ def _tpu(chip, name, impl):
                    "moved / floor": round(cost.bytes / case.bytes, 2) if no_loops else None}]
 
 
-def _gpu(chip, name, impl):
+def _compile_for_gpu(chip, name, impl):
     """Rows of the kernels that use tensor cores or keep a state, and one row for the whole program."""
     if impl == "triton" and not importlib.util.find_spec("jax_triton"):
         return []
@@ -249,7 +250,7 @@ def _compiled(target, name, impl):
     case = CASES[name]
     run, shapes = globals()[case.function](impl, case.tokens, case.documents)
     kernels, text = (_triton_program if impl == "triton" else ptx.program)(run, *shapes, chip=target)
-    return kernels, hlo.moved(text)
+    return kernels, hlo.bytes_moved(text)
 
 
 def _triton_program(run, *shapes, chip):
@@ -268,9 +269,10 @@ def _triton_program(run, *shapes, chip):
                           for name, cost in ptx.dumped(folder, chip).items()}, text
 
 
-def _timed(lengths, out, as_json):
+def _time(lengths, out, as_json):
+    """Times the kernels, writes the plot and prints the rows."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = _times(lengths)
+    rows = _measure(lengths)
     plot = _plot(rows, out / "kernels.png")
     if as_json:
         print(json.dumps(rows, indent=1))
@@ -279,7 +281,7 @@ def _timed(lengths, out, as_json):
     print(f"plot: {plot}")
 
 
-def _times(lengths):
+def _measure(lengths):
     """Rows of times: forward and backward of every implementation at each length, and one decoding step."""
     platform = jax.default_backend()
     dtype = jnp.float32 if platform == "cpu" else jnp.bfloat16
@@ -287,10 +289,10 @@ def _times(lengths):
     shape_BHTK = jax.ShapeDtypeStruct((1, HEADS, lengths[0], HEAD_DIM), dtype)
     impls = [impl for impl in api.NAMES if not api.refusal(impl, shape_BHTK, shape_BHTK, None)]
     library = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "xla")
-    forms = {("lightning", impl): lambda *qkv, impl=impl: lightning_attention(*qkv, log_decay_H, impl=impl)[0]
-             for impl in impls} | {("softmax", library): SOFTMAX[library]}
+    attention = {("lightning", impl): lambda *qkv, impl=impl: lightning_attention(*qkv, log_decay_H, impl=impl)[0]
+                 for impl in impls} | {("softmax", library): SOFTMAX[library]}
     rows = []
-    for (op, impl), run in tqdm(forms.items(), "implementations", disable=None):
+    for (op, impl), run in tqdm(attention.items(), "implementations", disable=None):
         passes = {"forward": lambda do, *x: run(*x), "forward and backward": functools.partial(_with_gradients, run)}
         for case, function in passes.items():
             ms = before = 0.0
@@ -345,7 +347,7 @@ def _plot(rows, path):
         for name in dict.fromkeys((row["case"].split(" ")[0], row["impl"]) for row in rows if row["case"].endswith(f" {case}")):
             points = [row for row in rows if (row["case"], row["impl"]) == (f"{name[0]} {case}", name[1])]
             axes.loglog([row["length"] for row in points], [row["ms"] for row in points], "o-", label=" ".join(name))
-        axes.set(title=f"{case}, {HEADS} heads of {HEAD_DIM}", xlabel="sequence length (tokens)", ylabel="median time (ms)")
+        axes.set(title=f"{case}, {HEADS} heads of dimension {HEAD_DIM}", xlabel="sequence length (tokens)", ylabel="median time (ms)")
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
@@ -353,6 +355,7 @@ def _plot(rows, path):
 
 
 def _show(rows, title, note=None):
+    """Prints rows as a table."""
     if rows:
         table = Table(*rows[0], title=title, caption=note)
         for row in rows:

@@ -98,7 +98,7 @@ def operations(text: str):
     return [(op.name, op.times) for op in _walk(*_computations(text)) if op.body == op.scheduled]
 
 
-def moved(text: str) -> tuple[int, int]:
+def bytes_moved(text: str) -> tuple[int, int]:
     """(bytes that all operations read and write, number of operations that run).
 
     Each operand and each result of an operation counts once. An array that an operation only slices counts by its slice, and

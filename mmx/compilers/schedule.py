@@ -9,9 +9,9 @@ files and the optimised HLO:
     *-02-original.txt                           the kernel before scheduling, which lists its VMEM allocations
 
 The cycles of a kernel are its bundles, each times the trip counts of the loops around it. Bundles that a branch can skip
-count if they contain the kernel's work. The cycles of a program are those of its operations, times the trip counts of the
-while loops around them. Waits for memory and launches are not included. The result is a static schedule estimate, not a
-measured time, and the time to move the data through HBM is a separate lower bound.
+count if they contain the kernel's work. The cycles of a program are the sum over its operations, each times the trip
+counts of the while loops around it. Waits for memory and launches are not included. The result is a static schedule
+estimate, not a measured time, and the time to move the data through HBM is a separate lower bound.
 
 libtpu reads its flags once per process. `cost` therefore starts `python -m mmx.compilers.schedule` as a new process.
 """
@@ -119,7 +119,7 @@ class _Kernel(NamedTuple):
 ROW = re.compile(r"^ *(?:0x[0-9a-f]+|0) +(?:LB|LH|LE|PB|PF|CT)? *: *(?:> *)*(\{.*)$")
 UNITS = "MATMUL MATPUSH XLU VALU VPOP EUP VLOAD FILL VSTORE SPILL SALU".split()       # the table's columns, in order
 SMALL = 6       # bundles: a branch over so few saves nothing
-DELAY = 5       # bundles after a branch instruction that still run before it takes effect, and the branch itself
+DELAY = 5       # a branch takes effect this many bundles after its own
 
 
 def _parse_kernel(path: str) -> tuple[str, _Kernel | None]:
