@@ -347,7 +347,8 @@ def _plot(rows, path):
         for name in dict.fromkeys((row["case"].split(" ")[0], row["impl"]) for row in rows if row["case"].endswith(f" {case}")):
             points = [row for row in rows if (row["case"], row["impl"]) == (f"{name[0]} {case}", name[1])]
             axes.loglog([row["length"] for row in points], [row["ms"] for row in points], "o-", label=" ".join(name))
-        axes.set(title=f"{case}, {HEADS} heads of dimension {HEAD_DIM}", xlabel="sequence length (tokens)", ylabel="median time (ms)")
+        axes.set(title=f"{case}, {HEADS} heads of dimension {HEAD_DIM}", xlabel="sequence length (tokens)",
+                 ylabel="median time (ms)")
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
