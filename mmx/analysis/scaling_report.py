@@ -99,12 +99,25 @@ def plot(fits: list[Fit], law: str, formula: str, path: Path) -> Path:
     for set_formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
         set_formatter(ticker.StrMethodFormatter("{x:g}"))
     right.set(xscale="log", xlabel=x, ylabel="log(loss / fitted loss), %", title="Residuals")
+    for axes in (left, right):
+        axes.xaxis.set_minor_formatter(ticker.FuncFormatter(_minor_label if _decades(axes.get_xlim()) < 2.5 else lambda *_: ""))
     if any(one.runs.label for one in fits):
         left.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def _decades(limits) -> float:
+    return math.log10(limits[1] / limits[0])
+
+
+def _minor_label(x, _) -> str:
+    """Labels only 2 and 5 times a power of ten, so that labels do not overlap."""
+    exponent = math.floor(math.log10(x))
+    digit = round(x / 10 ** exponent)
+    return rf"${digit}\times10^{{{exponent}}}$" if digit in (2, 5) else ""
 
 
 def _curves(one: Fit, law) -> list[np.ndarray]:
