@@ -1,4 +1,4 @@
-"""The kernels' static schedules, from the TPU's compiler, and the command that prints them."""
+"""`mmx bench kernels`: static costs of the kernels from the real compilers, and times on this machine."""
 import functools
 import importlib.util
 import json
@@ -7,6 +7,7 @@ import math
 import pytest
 
 from mmx import cli
+from mmx.chips import CHIPS
 from mmx.compilers import bench, hlo, schedule
 
 needs_compiler = pytest.mark.skipif(bool(schedule.missing()), reason=schedule.missing())
@@ -59,26 +60,26 @@ def products(times):
 
 @functools.cache
 def row(chip, name, impl):
-    row, = bench._tpu(chip, name, impl)
+    row, = bench._compile_for_tpu(chip, name, impl)
     return row
 
 
-def test_operations_in_loops_count_as_often_as_they_run():
+def test_operations_count_once_for_each_trip_of_a_loop():
     assert hlo.operations(HLO) == [("inner", 7), ("last", 1)]
 
 
-def test_bytes_moved_are_those_of_slices_and_of_loops():
-    """What runs 7 times takes a number and a row of 4 KB, and puts a row into the result; the sum takes 28 KB and gives 4."""
-    assert hlo.moved(SLICES) == (7 * (4 + 4096 + 4096) + 8 * 4096, 8)
+def test_bytes_moved_count_slices_and_trips():
+    """7 trips each read an index and a row of 4,096 bytes and write a row; the sum reads 7 rows and writes 1."""
+    assert hlo.bytes_moved(SLICES) == (7 * (4 + 4096 + 4096) + 8 * 4096, 8)
 
 
-def test_chips_that_are_not_known(capsys):
+def test_unknown_chip(capsys):
     assert cli.main(["bench", "kernels", "--chip", "v5q"]) == 2
-    assert "v5q: known are v4, v5e" in capsys.readouterr().err
+    assert "--chip v5q is unknown; known chips: v4, v5e" in capsys.readouterr().err
 
 
-def test_times_and_a_plot_on_the_device_that_is_here(tmp_path, capsys, monkeypatch):
-    for name, value in (("H", 2), ("D", 16), ("ROWS", 2), ("RUNS", 2)):
+def test_times_and_plot_on_this_machine(tmp_path, capsys, monkeypatch):
+    for name, value in (("HEADS", 2), ("HEAD_DIM", 16), ("SEQUENCES", 2), ("RUNS", 2)):
         monkeypatch.setattr(bench, name, value)
     out = tmp_path / "new"
     assert cli.main(["bench", "kernels", "--live", "--lengths", "64,128", "--out", str(out), "--json"]) == 0
@@ -90,46 +91,46 @@ def test_times_and_a_plot_on_the_device_that_is_here(tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("lengths", ["64,x", "0", ""])
-def test_lengths_that_are_none(lengths, tmp_path, capsys):
+def test_malformed_lengths(lengths, tmp_path, capsys):
     assert cli.main(["bench", "kernels", "--live", "--lengths", lengths, "--out", str(tmp_path / "new")]) == 2
     assert f"--lengths {lengths!r} does not parse: give tokens" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--lengths", "64"], "--lengths 64: it is for times"), (["--out", "x"], "--out x: it is for times"),
-    (["--live", "--chip", "v5p"], "--live times the device that is: give one of them")])
-def test_flags_that_would_do_nothing(flags, said, capsys):
+@pytest.mark.parametrize("flags, message", [
+    (["--lengths", "64"], "--lengths 64 applies to timing only"), (["--out", "x"], "--out x applies to timing only"),
+    (["--live", "--chip", "v5p"], "--live times this machine's device: give only one of them")])
+def test_refuses_flags_without_effect(flags, message, capsys):
     assert cli.main(["bench", "kernels", *flags]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_fault_is_told_and_fails_the_command(capsys, monkeypatch):
+def test_fault_is_reported_and_fails_the_command(capsys, monkeypatch):
     kernel = bench.ptx.Kernel(registers=255, spills=72, shared=1024, ctas=8, threads=128, tensor=4, tf32=False)
     monkeypatch.setattr(bench.ptx, "missing", str)
     monkeypatch.setattr(bench.ptx, "program", lambda *args, chip: ({"output_kernel": kernel}, SLICES))
     monkeypatch.setattr(bench, "CASES", {"softmax 8,192": bench.CASES["softmax 8,192"]})
     assert cli.main(["bench", "kernels", "--chip", "a100"]) == 1
     assert capsys.readouterr().err.endswith(
-        "a100, softmax 8,192: output_kernel spills 72 bytes a thread; a smaller tile or more warps would not\n")
+        "a100, softmax 8,192: output_kernel spills 72 bytes per thread; try a smaller tile or more warps\n")
 
 
 @needs_compiler
-def test_cycles_of_products_are_those_of_the_matrix_units(tmp_path, monkeypatch):
+def test_cycles_of_matrix_products_match_the_peak(tmp_path, monkeypatch):
     (tmp_path / "known_length.py").write_text(MODULE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    five = schedule.cost("known_length:products:5", "v5p")
-    assert math.isclose(five.us, 5 * 2 * 4096 ** 3 / 4.59e14 * 1e6, rel_tol=0.1)
+    cost = schedule.cost("known_length:products:5", "v5p")
+    assert math.isclose(cost.us, 5 * 2 * 4096 ** 3 / CHIPS["v5p"].peak * 1e6, rel_tol=0.1)
 
 
 @needs_compiler
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e"])
-def test_forward_leaves_memory_the_only_limit(chip):
-    ours = row(chip, "forward 8,192", "tpu")
-    assert ours["static / floor"] <= 0.95 and ours["HBM temporaries MiB"] == 0 and ours["moved / floor"] <= 1.05
+def test_forward_is_limited_by_memory_only(chip):
+    found = row(chip, "forward 8,192", "tpu")
+    assert found["static / floor"] <= 0.95 and found["HBM temporaries MiB"] == 0 and found["moved / floor"] <= 1.05
 
 
 @needs_compiler
-def test_time_is_linear_documents_cost_little_and_xla_takes_twice_as_long():
+def test_time_is_linear_in_length_and_half_of_xla():
     one, four, documents, both = (row("v5p", f"forward {case}", "tpu")["static us"] for case in (
         "8,192", "32,768", "8,192, documents", "and backward 8,192"))
     assert four <= 4.05 * one and documents <= 1.15 * one and both <= 1000, (one, four, documents, both)
@@ -140,32 +141,32 @@ def test_time_is_linear_documents_cost_little_and_xla_takes_twice_as_long():
 def test_command_prints_json(capsys, monkeypatch):
     monkeypatch.setattr(bench, "CASES", {"forward 8,192": bench.CASES["forward 8,192"]})
     compiled = [row("v5p", "forward 8,192", impl) for impl in ("tpu", "xla")]
-    monkeypatch.setattr(bench, "_tpu", lambda chip, name, impl: [row for row in compiled if row["impl"] == impl])
+    monkeypatch.setattr(bench, "_compile_for_tpu", lambda chip, name, impl: [row for row in compiled if row["impl"] == impl])
     assert cli.main(["bench", "kernels", "--chip", "v5p", "--json"]) == 0
     assert [row["impl"] for row in json.loads(capsys.readouterr().out)] == ["tpu", "xla"]
 
 
 @needs_compiler
-def test_the_layer_moves_what_its_products_and_attention_take(tmp_path, monkeypatch):
-    """Weights once, the input by each projection; q, k, v and y written and read, o read twice: no pass between them."""
+def test_layer_moves_no_more_than_its_products_and_attention(tmp_path, monkeypatch):
+    """Each weight is read once, the input once by each projection; q, k, v and y are written and read, o is read twice."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    T, W = 8192, bench.H * bench.D
-    schedule._compile(f"mmx.compilers.bench:layer:fused:{T}:0", "v5p", tmp_path)
+    T, width = 8192, bench.HEADS * bench.HEAD_DIM
+    schedule.compile_case(f"mmx.compilers.bench:layer:fused:{T}:0", "v5p", tmp_path)
     _, moved = json.loads((tmp_path / "memory").read_text())
-    assert moved < 1.02 * 2 * (5 * bench.DIM * W + 5 * T * bench.DIM + 11 * T * W)
+    assert moved < 1.02 * 2 * (5 * bench.DIM * width + 5 * T * bench.DIM + 11 * T * width)
 
 
 @pytest.mark.skipif(bool(bench.ptx.missing()), reason=bench.ptx.missing())
-def test_gpu_kernels_and_those_of_triton():
+def test_gpu_and_triton_kernels():
     for impl in ("gpu", *(["triton"] if importlib.util.find_spec("jax_triton") else [])):
-        *kernels, whole = bench._gpu("h100", "forward 8,192", impl)
+        *kernels, whole = bench._compile_for_gpu("h100", "forward 8,192", impl)
         assert all(row["registers"] and row["CTAs"] >= 132 and not row["faults"] for row in kernels) and len(kernels) == 3
         assert whole["moved / floor"] <= 1.8
 
 
 @pytest.mark.skipif(bool(bench.ptx.missing()), reason=bench.ptx.missing())
-@pytest.mark.parametrize("name, most, xla", [("forward and backward 8,192", 2.1, 10), ("decode, 64 sequences", 1.1, 1)])
-def test_bytes_moved_on_gpu(name, most, xla):
-    assert bench._gpu("h100", name, "gpu")[-1]["moved / floor"] <= most
-    assert bench._gpu("h100", name, "xla")[-1]["moved / floor"] >= xla
+@pytest.mark.parametrize("name, largest, xla", [("forward and backward 8,192", 2.1, 10), ("decode, 64 sequences", 1.1, 1)])
+def test_bytes_moved_on_gpu(name, largest, xla):
+    assert bench._compile_for_gpu("h100", name, "gpu")[-1]["moved / floor"] <= largest
+    assert bench._compile_for_gpu("h100", name, "xla")[-1]["moved / floor"] >= xla

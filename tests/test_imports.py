@@ -121,7 +121,7 @@ def test_experiments_import_config_only(path):
     ("mmx, mmx.cli, mmx.config, mmx.checkpoints.safetensors, mmx.checkpoints.hf_config",
      ("jax", "flax", "orbax", "grain", "torch", "matplotlib")),
     ("mmx.data.pipeline", ("flax", "transformers")),
-    ("mmx.analysis.scaling", ("jax", "flax", "torch", "matplotlib", "pandas")),
+    ("mmx.analysis.scaling, mmx.analysis.scaling_report", ("jax", "flax", "torch", "matplotlib", "pandas")),
     ("mmx.training.run, mmx.inference.engine, mmx.checkpoints.convert, mmx.evals.compression",
      ("transformers", "matplotlib", "torch")),
 ])

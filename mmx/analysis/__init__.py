@@ -1,1 +1,1 @@
-"""What a model costs and what runs say: parameters, FLOPs, memory, scaling laws; figures that others published."""
+"""Costs of a model (parameters, FLOPs, memory), scaling laws of runs, and published figures to compare with."""

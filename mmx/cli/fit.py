@@ -43,13 +43,14 @@ def add_parser(commands) -> None:
 
 
 def run(args):
-    from mmx.analysis import scaling
+    from mmx.analysis import scaling_report
 
-    report, plot = scaling.run(
-        args.file, args.law, {name: getattr(args, name) for name in COLUMNS}, args.by, Path(args.out) / "fit.png",
+    report, fits = scaling_report.run(
+        args.file, args.law, {name: getattr(args, name) for name in COLUMNS}, args.by,
         irreducible=args.irreducible, tolerance=args.tolerance, resamples=args.bootstrap, seed=args.seed)
+    plot = scaling_report.plot(fits, args.law, report["formula"], Path(args.out) / "fit.png")
     if args.json:
         common.print_json(report)
         return
-    scaling.show(report)
+    scaling_report.show(report)
     print(f"plot: {plot}")

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmx.analysis.counts import flops_forward, flops_training
-from mmx.chips import CHIPS
+from mmx.chips import CHIPS, TPUS
 from mmx.compilers import hlo, ptx, schedule
 from mmx.config import ConfigError, Experiment
 from mmx.data.images import level
@@ -28,7 +28,7 @@ from mmx.parallel import sharding
 from mmx.training import optim
 from mmx.training.step import abstract_state, jit_train_step
 
-PODS = *schedule.CHIPS, "h100"       # chips whose compiler can be asked
+PODS = *TPUS, "h100"       # chips whose compiler can be asked
 OPTIONS = {"tpu": {f"xla_tpu_enable_async_{kind}": "true" for kind in ("all_to_all", "ragged_all_to_all")},
            "cuda": {"xla_gpu_autotune_level": 0}}
 ENVIRONMENT = {     # no TPU is asked for and none locked, and libtpu says only what is wrong
@@ -66,7 +66,7 @@ def run(e: Experiment, topology: str, mesh: str | None = None, mode: str = "trai
               "flops": program.flops, "flops_model": model, "ideal_s": model / peak, "unknown": program.unknown,
               "exchanges": _exchanges(program.collectives)}
     if program.cycles_other:        # of TPUs
-        parts = [cycles / schedule.CHIPS[chip].clock / 1e9 for cycles in (program.cycles_matrix, program.cycles_other)]
+        parts = [cycles / CHIPS[chip].tpu.clock for cycles in (program.cycles_matrix, program.cycles_other)]
         parts.append(program.flops_kernels / peak)
         found |= dict(zip(("matrix_s", "other_s", "kernels_s"), parts)) | {"static_s": sum(parts)}
     return found
@@ -212,7 +212,7 @@ def _exchanges(collectives):
         row = rows[c.kind, c.axes]
         row["runs"] += c.times
         row["bytes"] += c.times * c.bytes
-        row["under"] += c.times * c.bytes * c.under
+        row["under"] += c.times * c.bytes * c.overlapped
     return [{"kind": kind, "axes": axes} | row for (kind, axes), row in
             sorted(rows.items(), key=lambda item: -item[1]["bytes"]) if row["bytes"]]
 

@@ -1,9 +1,16 @@
-"""What a compiled program does in one run on one device, read from its HLO text: matrix products, kernels, exchanges.
+"""Reads from a compiled program's HLO text what one run does on one device: matrix products, kernels, collectives, bytes.
 
-The compiler's own cost analysis counts the body of a loop once. Here everything counts as often as the loops around it
-run: GPUs' and CPUs' HLO says so (known_trip_count), for TPUs the bound is read from the loop's condition; a loop whose
-length only the run knows is taken to walk through all of the largest array that it slices. Of a conditional the branch with
-the most products counts. So the figures are upper bounds where work is skipped.
+The input is `compiled.as_text()`: the optimised HLO, a list of computations. Each computation is a list of instructions
+"%name = type kind(operands), attributes". Instructions call other computations: fusions, while loops, conditionals.
+
+XLA's own cost analysis counts the body of a loop once. Here an instruction counts once for each time it runs:
+
+- Loops in HLO for GPUs and CPUs state their trip count (known_trip_count).
+- For TPUs the trip count is the largest constant in the loop's condition, less the counter's first value.
+- If the condition has no constant, the loop is assumed to slice its way through the largest array that its body slices.
+- Of a conditional, the branch with the most matrix FLOPs counts.
+
+The figures are therefore upper bounds where a run skips work.
 """
 import functools
 import math
@@ -12,89 +19,101 @@ from typing import NamedTuple
 
 import numpy as np
 
-SHARE = {       # what a device receives over a group of X, in bytes of its result; of a ragged exchange at most
-    "all-gather": lambda X: (X - 1) / X, "all-reduce": lambda X: 2 * (X - 1) / X, "reduce-scatter": lambda X: X - 1,
-    "all-to-all": lambda X: (X - 1) / X, "ragged-all-to-all": lambda X: 1, "collective-permute": lambda X: 1,
+RECEIVED = {    # bytes that a device receives, by bytes of its result, in a group of n devices; an upper bound if ragged
+    "all-gather": lambda n: (n - 1) / n, "all-reduce": lambda n: 2 * (n - 1) / n, "reduce-scatter": lambda n: n - 1,
+    "all-to-all": lambda n: (n - 1) / n, "ragged-all-to-all": lambda n: 1, "collective-permute": lambda n: 1,
 }
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8,
          "s64": 8, "u64": 8}
-KERNELS = ("tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call")
-NO_ESTIMATE = 2 ** 63 - 1       # cycles that the compiler gives for what it cannot tell, such as scatters on SparseCores
-FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")     # move nothing
+KERNELS = (     # targets of custom calls that are Pallas or Triton kernels
+    "tpu_custom_call", "__gpu$xla.gpu.triton", "triton_kernel_call")
+NO_ESTIMATE = 2 ** 63 - 1       # the compiler's number of cycles for operations it cannot estimate, such as SparseCore scatters
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")     # move no bytes
 
 
 class Operation(NamedTuple):
+    """An instruction that runs."""
     name: str
     kind: str
-    result: str             # its type
+    result: str             # type of the result
     rest: str               # operands and attributes
-    times: int              # it runs
-    body: str               # the computation it stands in
-    scheduled: str          # and that which is scheduled: of what is fused, the fusion's
-    at: int                 # the place in there
+    times: int              # how often it runs
+    body: str               # the computation that contains it
+    scheduled: str          # the computation in whose schedule it runs: if it is fused, the one that contains the fusion
+    position: int           # in `scheduled`
 
 
 class Collective(NamedTuple):
     kind: str
-    axes: str               # the mesh axes it goes over, joined by +; "slices" for what comes from another slice
-    bytes: int              # a device receives in one run
-    times: int
-    under: bool             # whether matrix products or kernels run between its start and its done
-    name: str               # of the operation in the source
+    axes: str               # mesh axes it communicates over, joined by +; "slices" for data received from another slice
+    bytes: int              # received by a device each time it runs
+    times: int              # how often it runs
+    overlapped: bool        # whether matrix products or kernels run between its start and its done instruction
+    name: str               # op_name: the operation's path in the model's source
 
 
 class Program(NamedTuple):
+    """What one run of a program does on one device."""
     collectives: list[Collective]
-    flops: float            # of matrix products, those of kernels by their own estimate
-    flops_kernels: float    # their part of it
-    cycles_matrix: float    # the compiler's estimate (TPU), of fusions with matrix products in them; kernels have none
-    cycles_other: float
-    unknown: dict[str, int]     # kernels without an estimate of FLOPs, and how often they run
+    flops: float            # of matrix products; kernels count by the estimate in their cost_estimate
+    flops_kernels: float    # the kernels' part of `flops`
+    cycles_matrix: float    # TPU: the compiler's estimated cycles of operations with matrix products, kernels excepted
+    cycles_other: float     # TPU: of all other operations
+    unknown: dict[str, int]     # kernels without a cost_estimate, and how often they run
 
 
 def analyse(text: str, axes: dict[str, int]) -> Program:
-    """`axes`: the mesh the program was compiled for, extents by name, outermost first."""
+    """Counts a program's matrix FLOPs, kernels, collectives and estimated cycles.
+
+    Args:
+      text: optimised HLO.
+      axes: sizes of the mesh axes that the program was compiled for, outermost first.
+    """
     bodies, entry = _computations(text)
-    works = _works(bodies)
+    multiplies = _multiplies(bodies)
     collectives, unknown, flops, kernels, cycles = [], {}, 0.0, 0.0, {True: 0.0, False: 0.0}
     for op in _walk(bodies, entry):
         kind = op.kind.removesuffix("-start")
-        if kind in SHARE:
-            collectives.append(_collective(op, kind, axes, bodies[op.scheduled], works))
-        elif kind == "recv" and "is_host_transfer=true" in op.rest:        # TPU slices talk through their hosts
+        if kind in RECEIVED:
+            collectives.append(_collective(op, kind, axes, bodies[op.scheduled], multiplies))
+        elif kind == "recv" and "is_host_transfer=true" in op.rest:        # between TPU slices
             (dtype, shape), *_ = _arrays(op.result)
             collectives.append(Collective(kind, "slices", BYTES[dtype] * math.prod(shape), op.times,
-                                          _under(op, bodies[op.scheduled], works), _source(op.rest)))
+                                          _is_overlapped(op, bodies[op.scheduled], multiplies), _source(op.rest)))
         products = _flops(op, bodies)
         flops += op.times * products
         if _is_kernel(op.rest):
-            if estimate := _estimate(op.rest):
+            if estimate := _kernel_flops(op.rest):
                 kernels += op.times * estimate
             else:
                 unknown[_stem(op.name)] = unknown.get(_stem(op.name), 0) + op.times
         estimate = None if op.body != op.scheduled else re.search(r'"estimated_cycles":"(\d+)"', op.rest)
         if estimate and int(estimate[1]) < NO_ESTIMATE:
-            cycles[works(op.kind, op.rest)] += op.times * int(estimate[1])
+            cycles[multiplies(op.kind, op.rest)] += op.times * int(estimate[1])
     return Program(collectives, flops + kernels, kernels, cycles[True], cycles[False], unknown)
 
 
 def operations(text: str):
-    """(name, times) of the operations that run, those in while loops as often as the loop does."""
+    """(name, how often it runs) of each operation in a schedule: fusions count, the operations inside them do not."""
     return [(op.name, op.times) for op in _walk(*_computations(text)) if op.body == op.scheduled]
 
 
-def moved(text: str) -> tuple[int, int]:
-    """The bytes that operations read and write, and how many run. Every operand and result counts once, whatever reads it
-    how often; one that is sliced, or updated in its place, by its slice."""
+def bytes_moved(text: str) -> tuple[int, int]:
+    """(bytes that all operations read and write, number of operations that run).
+
+    Each operand and each result of an operation counts once. An array that an operation only slices counts by its slice, and
+    so does an array that is updated in place.
+    """
     bodies, entry = _computations(text)
     runs = [op for op in _walk(bodies, entry) if op.body == op.scheduled and op.kind not in FREE]
     return sum(op.times * _traffic(op, bodies) for op in runs), sum(op.times for op in runs)
 
 
 def _traffic(op, bodies) -> int:
+    """Bytes that an operation reads and writes."""
     if op.kind == "fusion":
         inside = bodies[_called(op.kind, op.rest)[0]]
-    else:       # by itself, on parameters
+    else:       # an operation that is not fused is treated as a fusion of one
         inside = [(name, "parameter", result, "") for name, _, result, _ in bodies[op.body] if name in _names(op.rest)]
         inside += [(op.name, op.kind, op.result, op.rest)]
     types = {name: result for name, _, result, _ in inside}
@@ -120,17 +139,17 @@ def _traffic(op, bodies) -> int:
 
 
 def _names(rest):
-    """Of an operation's operands."""
+    """Names of the operands."""
     return re.findall(r"%([\w.\-<>]+)", rest.partition(")")[0])
 
 
 def _size(result):
-    """Bytes; s8 arrays are the workspace of a library's products."""
+    """Bytes of a result; s8 arrays are left out, since they are workspace of cuBLAS."""
     return sum(BYTES.get(dtype, 1) * math.prod(shape) for dtype, shape in _arrays(result) if dtype != "s8")
 
 
 def _computations(text):
-    """{name: [(name, kind, result, rest)]} and the entry's name."""
+    """Parses HLO: {computation: [(name, kind, result, rest) of each instruction]}, and the name of the entry computation."""
     bodies, current, entry = {}, None, None
     for line in text.split("\n"):
         opened = re.match(r"^(ENTRY )?%?([\w.\-<>]+) (?:\([^\n]*\) -> .*)?\{\s*$", line)
@@ -143,8 +162,12 @@ def _computations(text):
 
 
 def _walk(bodies, name, times=1, outer=None):
-    for at, (op, kind, result, rest) in enumerate(bodies.get(name, ())):
-        place = outer or (name, at)
+    """Yields the Operations that run in the computation `name` and in all that it calls.
+
+    `outer` is (computation, position) of the fusion that contains the computation, if any.
+    """
+    for position, (op, kind, result, rest) in enumerate(bodies.get(name, ())):
+        place = outer or (name, position)
         if kind == "while":
             yield from _walk(bodies, re.search(r"body=%?([\w.\-<>]+)", rest)[1], times * _trips(rest, bodies, name))
             continue
@@ -156,6 +179,7 @@ def _walk(bodies, name, times=1, outer=None):
 
 
 def _called(kind, rest):
+    """Names of the computations that an instruction calls, while loops excepted."""
     if kind == "conditional":
         some = re.search(r"branch_computations=\{(.*?)\}", rest)
         found = some[1] if some else " ".join(re.findall(r"(?:true|false)_computation=(%?[\w.\-<>]+)", rest))
@@ -164,11 +188,10 @@ def _called(kind, rest):
 
 
 def _trips(rest, bodies, outside):
-    """Of a loop in the computation `outside`."""
+    """Trip count of a while loop in the computation `outside`."""
     known = re.search(r'"?known_trip_count"?\D*(\d+)', rest)
     if known:
         return int(known[1])
-    # the bound is the largest constant in the loop's condition
     condition = re.search(r"condition=%?([\w.\-<>]+)", rest)[1]
     inside = [op for name in (condition, *(called for _, kind, _, rest in bodies[condition] for called in _called(kind, rest)))
               for op in bodies[name]]
@@ -178,21 +201,21 @@ def _trips(rest, bodies, outside):
         return _slices(re.search(r"body=%?([\w.\-<>]+)", rest)[1], bodies)[1]
     counters = [int(re.search(r"index=(\d+)", rest)[1]) for _, kind, _, rest in bodies[condition]
                 if kind == "get-tuple-element"]
-    return max(bounds) - (_start(rest, counters[0], bodies[outside]) if len(counters) == 1 else 0)
+    return max(bounds) - (_first_value(rest, counters[0], bodies[outside]) if len(counters) == 1 else 0)
 
 
-def _start(rest, at, body) -> int:
-    """What a loop's carry begins with at the place `at`: a peeled loop's counter not with 0."""
+def _first_value(rest, index, body) -> int:
+    """First value of element `index` of a loop's carry. The counter of a loop whose first steps were peeled is not 0."""
     made = {name: (kind, rest) for name, kind, _, rest in body}
     kind, rest = made[_names(rest)[0]]
-    kind, rest = made[_names(rest)[at]] if kind == "tuple" else (kind, rest)
+    kind, rest = made[_names(rest)[index]] if kind == "tuple" else (kind, rest)
     while kind in ("copy", "bitcast"):
         kind, rest = made[_names(rest)[0]]
     return int(rest.partition(")")[0]) if kind == "constant" else 0
 
 
 def _slices(name, bodies) -> tuple[int, int]:
-    """The bytes of the largest array that a computation slices, and how many such slices it has along an axis."""
+    """(bytes of the largest array that a computation slices, number of such slices in the array)."""
     types, found = {op: result for op, _, result, _ in bodies[name]}, [(0, 1)]
     for _, kind, result, rest in bodies[name]:
         if kind == "dynamic-slice":
@@ -204,19 +227,20 @@ def _slices(name, bodies) -> tuple[int, int]:
 
 
 def _products(name, bodies) -> float:
-    return sum(op.times * (_flops(op, bodies) + (_estimate(op.rest) or 0)) for op in _walk(bodies, name))
+    """Matrix FLOPs of a computation."""
+    return sum(op.times * (_flops(op, bodies) + (_kernel_flops(op.rest) or 0)) for op in _walk(bodies, name))
 
 
-def _works(bodies):
-    """A function (kind, rest) that says whether an operation multiplies matrices, by itself or in what it calls."""
+def _multiplies(bodies):
+    """Returns a function of (kind, rest): whether an instruction, or a computation it calls, multiplies matrices."""
     @functools.cache
     def inside(name):
-        return any(works(kind, rest) for _, kind, _, rest in bodies.get(name, ()))
+        return any(multiplies(kind, rest) for _, kind, _, rest in bodies.get(name, ()))
 
-    def works(kind, rest):
+    def multiplies(kind, rest):
         called = re.findall(r"body=%?([\w.\-<>]+)", rest) if kind == "while" else _called(kind, rest)
         return kind in ("dot", "convolution") or _is_kernel(rest) or _is_gemm(rest) or any(map(inside, called))
-    return works
+    return multiplies
 
 
 def _is_kernel(rest):
@@ -224,41 +248,43 @@ def _is_kernel(rest):
     return bool(target) and target[1] in KERNELS and "ragged-dot-metadata" not in rest
 
 
-def _estimate(rest) -> int | None:
-    """The FLOPs that a kernel states of itself."""
+def _kernel_flops(rest) -> int | None:
+    """The FLOPs in a kernel's cost_estimate; None if it has none."""
     stated = re.search(r'"cost_estimate":\{"flops":"(\d+)"', rest)
     return int(stated[1]) if stated else None
 
 
 def _is_gemm(rest):
+    """Whether a custom call is a matrix product of cuBLAS."""
     return '"lhs_contracting_dimensions"' in rest
 
 
-def _collective(op, kind, axes, body, works):
+def _collective(op, kind, axes, body, multiplies):
     groups = _groups(op.rest, math.prod(axes.values()))
     arrays = _arrays(op.result)
-    if op.kind.endswith("-start") and kind != "all-reduce":        # (operands, results, ...): one an operand, ragged one in all
+    # The result of a start instruction is (operands, results, ...): one result for each operand, but one in all if ragged.
+    if op.kind.endswith("-start") and kind != "all-reduce":
         operands = len(_names(op.rest))
         arrays = arrays[operands:operands + 1 if kind.startswith("ragged") else 2 * operands]
-    size, share = sum(BYTES.get(dtype, 1) * math.prod(shape) for dtype, shape in arrays), SHARE[kind]
-    if op.body.startswith("all-reduce-scatter"):        # a TPU's reduce-scatter: a fusion of a sum and the slice that is kept
-        kind, share = "reduce-scatter", SHARE["all-gather"]
-    return Collective(kind, _axes(groups, axes), int(size * share(len(groups[0]))), op.times, _under(op, body, works),
-                      _source(op.rest))
+    size, received = sum(BYTES.get(dtype, 1) * math.prod(shape) for dtype, shape in arrays), RECEIVED[kind]
+    if op.body.startswith("all-reduce-scatter"):        # a reduce-scatter on TPUs: a fusion of an all-reduce and a slice
+        kind, received = "reduce-scatter", RECEIVED["all-gather"]
+    return Collective(kind, _axes(groups, axes), int(size * received(len(groups[0]))), op.times,
+                      _is_overlapped(op, body, multiplies), _source(op.rest))
 
 
-def _under(op, body, works):
-    """Whether the schedule has matrix products between the operation and the first that takes its result, a done."""
-    worked = False
-    for name, kind, _, rest in body[op.at + 1:]:
-        if re.search(rf"%{re.escape(body[op.at][0])}(?![.\-\w])", rest.partition(")")[0]):
-            return worked and "-done" in name + kind
-        worked |= works(kind, rest)
+def _is_overlapped(op, body, multiplies) -> bool:
+    """Whether matrix products are scheduled between a start instruction and the done instruction that takes its result."""
+    between = False
+    for name, kind, _, rest in body[op.position + 1:]:
+        if re.search(rf"%{re.escape(body[op.position][0])}(?![.\-\w])", rest.partition(")")[0]):
+            return between and "-done" in name + kind
+        between |= multiplies(kind, rest)
     return False
 
 
 def _groups(rest, devices) -> np.ndarray:
-    """[groups, devices in each], of a permutation the pairs."""
+    """Device numbers [group, member] of a collective; for a permutation the pairs (source, target)."""
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{.*?\})\}", rest)
     if listed:
         return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", listed[1])])
@@ -276,21 +302,21 @@ def _groups(rest, devices) -> np.ndarray:
 
 
 def _iota(text):
-    """[2,4]T(1,0): the numbers in order, so shaped and transposed."""
+    """Parses an iota such as [2,4]T(1,0): the numbers from 0 on, reshaped and then transposed."""
     shape, order = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
     ids = np.arange(math.prod(map(int, shape.split(",")))).reshape([int(n) for n in shape.split(",")])
     return ids.transpose([int(n) for n in order.split(",")]) if order else ids
 
 
 def _axes(groups, axes) -> str:
-    """Along which axes of the mesh the members of a group differ."""
-    places = np.array(np.unravel_index(groups, tuple(axes.values())))       # [axis, group, member]
-    varies = (places != places[:, :, :1]).any(axis=(1, 2))
-    return "+".join(axis for axis, moves in zip(axes, varies) if moves) or "one device"
+    """Names of the mesh axes along which the members of a group differ, joined by +."""
+    coordinates = np.array(np.unravel_index(groups, tuple(axes.values())))       # [axis, group, member]
+    varies = (coordinates != coordinates[:, :, :1]).any(axis=(1, 2))
+    return "+".join(axis for axis, differs in zip(axes, varies) if differs) or "one device"
 
 
 def _flops(op, bodies) -> float:
-    """Two for each multiplication and addition of a matrix product; padding that is not multiplied does not count."""
+    """FLOPs of a matrix product, a multiplication and an addition counting two; 0 for other operations."""
     if op.kind == "convolution":
         return _convolution(op.rest, *_operands(op, bodies), _arrays(op.result)[0][1])
     if op.kind == "dot":
@@ -304,12 +330,17 @@ def _flops(op, bodies) -> float:
 
 
 def _operands(op, bodies):
+    """Shapes of the first two operands."""
     types = {name: result for name, _, result, _ in bodies[op.body]}
     return [_arrays(types[name])[0][1] for name in re.findall(r"%([\w.\-<>]+)", op.rest.partition(")")[0])[:2]]
 
 
 def _convolution(rest, lhs, rhs, out) -> float:
-    """As TPUs write matrix products: batches are spatial axes, most of whose places are holes or padding."""
+    """FLOPs of a convolution, which is how TPU programs write matrix products.
+
+    Batch dimensions of the product are spatial axes of the convolution. Only pairs of an output position and a window element
+    that meet an input element count: padding and the holes of a dilated input do not.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest).groups()
     sizes = [dict(zip(label, shape)) for label, shape in zip(labels, (lhs, rhs, out))]
     window = dict(re.findall(r"(\w+)=(\S+?)[ }]", re.search(r"window=(\{.*?\})", rest)[1])) if "window=" in rest else {}
@@ -324,21 +355,23 @@ def _convolution(rest, lhs, rhs, out) -> float:
 
 
 @functools.cache
-def _pairs(size, taps, places, stride, pad, dilation, tap_dilation) -> int:
-    """How many pairs of an output's place and a tap of the window meet an element."""
-    at = np.arange(places)[:, None] * stride + np.arange(taps) * tap_dilation - pad
+def _pairs(size, window, outputs, stride, pad, dilation, window_dilation) -> int:
+    """Number of pairs of an output position and a window element that meet an input element, along one axis."""
+    at = np.arange(outputs)[:, None] * stride + np.arange(window) * window_dilation - pad
     return int(((at >= 0) & (at <= (size - 1) * dilation) & (at % dilation == 0)).sum())
 
 
 def _arrays(result):
+    """(dtype, shape) of each array in a result's type."""
     return [(dtype, [int(n) for n in dims.split(",") if n]) for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)]
 
 
 def _stem(name):
+    """An instruction's name without its number."""
     return re.sub(r"[.\d]+$", "", name)
 
 
 def _source(rest):
-    """Where in the model: the end of the operation's path."""
+    """The op_name that the instruction was traced with; empty if it has none."""
     path = re.search(r'op_name="([^"]*)"', rest)
     return path[1] if path else ""

@@ -106,10 +106,10 @@ def seconds(kind: str, axes: str, size: float, sizes: dict[str, int], chip: str,
         return 0.0
     inside = math.prod(sizes[axis] for axis in order[min(map(order.index, over)):])
     if "slice" in over or (chip == "h100" and inside > shape[-1]):     # GPUs of one host are near
-        return size / hardware.far
+        return size / hardware.network_bandwidth
     X, n = math.prod(sizes[axis] for axis in over), len(shape)
     hops = max(1.0, n * X ** (1 / n) / 4) if kind == "all-to-all" and chip != "h100" else 1.0
-    return size * hops / hardware.near
+    return size * hops / hardware.link_bandwidth
 
 
 class Weight(NamedTuple):

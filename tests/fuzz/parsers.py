@@ -225,12 +225,12 @@ def run_files():
 
 
 def read_runs(folder: Path):
-    from mmx.analysis import scaling
+    from mmx.analysis import runs
 
     told = []
     for name in ("runs.jsonl", "runs.csv"):
         try:
-            scaling.read(folder / name, "chinchilla", dict.fromkeys(scaling.ROLES), [])
+            runs.read_runs(folder / name, "chinchilla", dict.fromkeys(runs.COLUMNS), [])
         except config.ConfigError as error:
             told.append(error)
     if told:

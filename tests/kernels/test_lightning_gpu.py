@@ -16,8 +16,8 @@ from mmx.kernels.lightning import api, gpu
 
 needs_compiler = pytest.mark.skipif(bool(ptx.missing()), reason=ptx.missing())
 NO_TRITON = "" if importlib.util.find_spec("jax_triton") else "jax-triton is not installed: pip install jax-triton"
-SPILLS = r"_?(output|contribution)_kernel.* spills \d+ bytes a thread; a smaller tile or more warps would not"
-OVERSIZE = r"_output_kernel \d+ needs \d+ bytes of shared memory, a CTA on h100 has 232448"
+SPILLS = r"_?(output|contribution)_kernel.* spills \d+ bytes per thread; try a smaller tile or more warps"
+OVERSIZE = r"_output_kernel \d+ needs \d+ bytes of shared memory, and a CTA on h100 has 232448"
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(bool(NO_TRITON), reason=NO_TRITON))
 
 
@@ -149,4 +149,4 @@ def test_faults_report_tf32():
     call = pl.pallas_call(lambda x_ref, o_ref: o_ref.__setitem__(..., jnp.dot(x_ref[...], x_ref[...])), out_shape=x,
                           compiler_params=plgpu.CompilerParams(num_warps=4), name="rounded")
     assert ptx.faults(ptx.resources(call, x, chip="h100"), "h100") == [
-        "rounded rounds its operands to tf32; precision HIGHEST would not"]
+        "rounded rounds its operands to tf32; use precision HIGHEST"]
