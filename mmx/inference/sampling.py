@@ -39,6 +39,8 @@ def check_sampling(sampling: Sampling):
     for name, value in (("top_k", top_k), ("seed", seed)):
         if not isinstance(value, (int, np.integer)):
             raise ConfigError(f"{name}={value!r} must be a whole number")
+    if isinstance(stop, str):
+        raise ConfigError(f"stop={stop!r} must be a tuple of strings: ({stop!r},)")
     if not all(stop):
         raise ConfigError("stop contains an empty string, which every text contains: leave it out")
     for name, value, good, allowed in (
