@@ -16,11 +16,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mmx import config
+from mmx import mesh as meshes
 from mmx.checkpoints import convert, hf_config, hf_layout, safetensors
 from mmx.checkpoints import manager as checkpoint
 from mmx.config import ConfigError
 from mmx.model import abstract_params
-from mmx.parallel import mesh as meshes
 
 ORACLES = Path(__file__).parent / "oracles"
 CKPT = ORACLES / "c_partial_orig" / "ckpt"

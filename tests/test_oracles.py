@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmx import forward, generate
+from mmx import forward, generate, mesh
 from mmx.checkpoints import convert, hf_layout
 from mmx.inference import engine
 from mmx.model import Model, empty_cache, logits
-from mmx.parallel import mesh, sharding
+from mmx.parallel import sharding
 from mmx.training.loss import loss, router_losses
 
 pytestmark = pytest.mark.usefixtures("compiled_once")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mmx import cli
+from mmx import mesh as meshes
 from mmx.launch import experiments
-from mmx.parallel import mesh as meshes
 from mmx.training import metrics
 
 FILE = str(Path(__file__).parents[1] / "experiments" / "text_01.py")

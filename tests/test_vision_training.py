@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from mmx import config
+from mmx import mesh as meshes
 from mmx.analysis.counts import flops_tile
 from mmx.checkpoints import convert, hf_config, hf_layout, manager
 from mmx.config import ConfigError
 from mmx.data import images, packing, pipeline
 from mmx.model import Model, abstract_params, see
-from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
 from mmx.training import loop, loss, metrics, optim
 from mmx.training import run as training

@@ -7,12 +7,12 @@ import jax
 import pytest
 
 from mmx import cli
+from mmx import mesh as meshes
 from mmx.analysis.counts import count_params
 from mmx.checkpoints import hf_layout
 from mmx.dims import axes_of
 from mmx.launch import experiments
 from mmx.model import abstract_params
-from mmx.parallel import mesh as meshes
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 FILE, TEXT = str(FOLDER / "vl_01.py"), str(FOLDER / "text_01.py")

@@ -77,8 +77,8 @@ def on_mesh(run):
     def run_on_mesh(args):
         if not args.mesh:
             return run(args)
+        from mmx import mesh
         from mmx.checkpoints import convert
-        from mmx.parallel import mesh
 
         with mesh.inference_mesh(convert.find_model(args.checkpoint), args.mesh):
             return run(args)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from mmx import mesh as meshes
 from mmx.analysis.counts import flops_forward, flops_training
 from mmx.chips import CHIPS, TPUS
 from mmx.compilers import hlo, ptx, schedule
@@ -23,7 +24,6 @@ from mmx.config import ConfigError, Experiment
 from mmx.data.images import level
 from mmx.inference import engine
 from mmx.model import Model, abstract_params, empty_cache
-from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
 from mmx.training import optim
 from mmx.training.step import abstract_state, jit_train_step

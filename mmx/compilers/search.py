@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from mmx import mesh as meshes
 from mmx.analysis.counts import flops_forward
 from mmx.chips import CHIPS
 from mmx.compilers import aot
@@ -37,7 +38,6 @@ from mmx.dims import axes_of
 from mmx.layers.kinds import kind_of
 from mmx.model import abstract_params, empty_cache
 from mmx.parallel import exchange, expert, lightning, routing, sharding
-from mmx.parallel import mesh as meshes
 
 ROWS = 20       # of the table
 BEGIN = 0.25    # of a ragged product's rows: what each further expert adds as TPU's compiler tiles and counts them

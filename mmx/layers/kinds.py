@@ -35,11 +35,3 @@ def check_pattern(pattern: str) -> None:
     """Raises ConfigError unless each letter of the pattern is a known kind."""
     for letter in pattern:
         kind_of(letter)
-
-
-def check_time_split(pattern: str, seq: int) -> None:
-    """Raises ConfigError if mesh.seq would split the sequences of a kind that needs them whole."""
-    for letter in pattern:
-        if seq > 1 and not kind_of(letter).splits_time:
-            raise ConfigError(f"model.pattern={pattern!r}: layers of kind {letter} ({kind_of(letter).name}) need whole "
-                              f"sequences; mesh.seq={seq} must be 1")

@@ -2,9 +2,9 @@
 import jax
 import numpy as np
 
+from mmx import mesh as meshes
 from mmx.config import Experiment
 from mmx.data import pipeline
-from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
 
 

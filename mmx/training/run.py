@@ -11,13 +11,13 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mmx import mesh as meshes
 from mmx.checkpoints import convert
 from mmx.checkpoints.manager import Checkpoints, agreed, check_config, find_step
 from mmx.config import ConfigError, Experiment, to_json
 from mmx.data import images, pipeline, tokens
 from mmx.files import lock
 from mmx.model import Model
-from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
 from mmx.training import optim
 from mmx.training.batches import Batches

@@ -20,11 +20,11 @@ import jax
 import numpy as np
 from harness import ROWS, Workspace, assert_same, checkpoint_state, fill, free_port, records, small_disk
 
+from mmx import mesh as meshes
 from mmx.checkpoints import manager
 from mmx.checkpoints.manager import Checkpoints
 from mmx.files import checksums
 from mmx.launch import processes
-from mmx.parallel import mesh as meshes
 from mmx.training import metrics
 
 GONE = re.compile(r"mmx: .*; this process ends too, and the same command resumes from the last checkpoint$")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mmx import config
+from mmx import mesh as meshes
 from mmx.inference import engine
 from mmx.model import Model, empty_cache
-from mmx.parallel import mesh as meshes
 from mmx.parallel import sharding
 from mmx.training import optim
 from mmx.training.step import init, train_step

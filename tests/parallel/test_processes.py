@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 from mmx import cli
+from mmx import mesh as meshes
 from mmx.checkpoints import manager
 from mmx.config import ConfigError
 from mmx.launch import processes
-from mmx.parallel import mesh as meshes
 from mmx.training import metrics
 
 ROOT = Path(__file__).parents[2]

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh
 
 from mmx import config
 from mmx.config import ConfigError, Experiment
+from mmx.layers.kinds import kind_of
 from mmx.parallel import sharding
 
 
@@ -125,8 +126,10 @@ def _check(e, sizes):
 
 def mesh_error(e: Experiment, sizes) -> str | None:
     """Returns why a mesh of these sizes cannot shard the experiment; None if it can."""
-    if "W" in e.model.pattern and sizes["seq"] > 1:
-        return f"model.pattern={e.model.pattern!r} has window attention (W), which needs mesh.seq=1, not {sizes['seq']}"
+    kinds = {letter: kind_of(letter) for letter in e.model.pattern}
+    whole = [f"{letter} ({kind.name})" for letter, kind in kinds.items() if not kind.splits_time]
+    if whole and sizes["seq"] > 1:
+        return f"model.pattern={e.model.pattern!r}: layers of kind {', '.join(whole)} need mesh.seq=1, not {sizes['seq']}"
     parts = [("model.experts", e.model.experts, ("ep",)), ("model.expert_dim", e.model.expert_dim, ("etp",)),
              ("model.heads", e.model.heads, ("etp",))]
     if e.train:
