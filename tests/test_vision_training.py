@@ -17,7 +17,7 @@ from mmx.analysis.counts import flops_tile
 from mmx.checkpoints import convert, hf_config, hf_layout, manager
 from mmx.config import ConfigError
 from mmx.data import images, packing, pipeline
-from mmx.model import Model, abstract_params, see
+from mmx.model import Model, abstract_params, encode_images
 from mmx.parallel import sharding
 from mmx.training import loop, loss, metrics, optim
 from mmx.training import run as training
@@ -280,7 +280,7 @@ def test_flops_of_a_tile():
     v = config.Vision(layers=1, dim=64, heads=2, hidden=128, tile=32, patch=4, token=1)
     c = config.Model(vocab=8, dim=96, layers=1, pattern="L", vision=v)
     params = abstract_params(c)
-    lowered = jax.jit(functools.partial(see, c)).lower(params, jax.ShapeDtypeStruct((1, 1, 32, 32, 3), np.float32))
+    lowered = jax.jit(functools.partial(encode_images, c)).lower(params, jax.ShapeDtypeStruct((1, 1, 32, 32, 3), np.float32))
     assert 1 < lowered.cost_analysis()["flops"] / flops_tile(c) < 1.2
     assert flops_tile(dataclasses.replace(c, vision=config.Vision())) == 0
 
