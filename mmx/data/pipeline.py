@@ -28,7 +28,8 @@ import numpy as np
 
 from mmx import config
 from mmx.config import ConfigError
-from mmx.data import images, packing, records, sources, tokens
+from mmx.data import images, packing, sources, tokens
+from mmx.data.document_types import ImageText, PromptCompletion, TokenIds
 
 
 def stream(data: config.Data, train: config.Train, *, host: int = 0, hosts: int = 1, vision: config.Vision | None = None,
@@ -56,7 +57,7 @@ def validation(data: config.Data) -> list[tuple[str, bytes]]:
 
 def held_out_ids(data: config.Data) -> dict[str, list]:
     """(tokens_T, targets_T) of every document of ids held out for validation, by source, where there are any."""
-    every = {source: [content for _, content in sources.documents(source, "validation") if isinstance(content, records.Ids)]
+    every = {source: [content for _, content in sources.documents(source, "validation") if isinstance(content, TokenIds)]
              for source in dict.fromkeys(data.sources)}
     return {source: found for source, found in every.items() if found}
 
@@ -71,7 +72,7 @@ def _held_out(data: config.Data, split: str) -> list[tuple[str, bytes]]:
     names = dict.fromkeys(data.sources)         # one that is there for several lengths is held out once
     return [(f"{source}/{name}" if len(names) > 1 else name, raw if isinstance(raw, bytes) else b"".join(raw))
             for source in names for name, raw in sources.documents(source, split)
-            if not isinstance(raw, (records.Ids, records.Pictured))]
+            if not isinstance(raw, (TokenIds, ImageText))]
 
 
 class Stream:
@@ -200,15 +201,15 @@ def _document(tokenizer, content, name: str, vision: config.Vision, alone: bool)
     """The tokens of what `sources` found, their own targets, None for text, and its images, None without any."""
     if isinstance(content, bytes):
         return tokens.document(tokenizer, content, name), None, None
-    if isinstance(content, records.Prompted):
+    if isinstance(content, PromptCompletion):
         return *tokens.prompted(tokenizer, *content, name), None
-    if isinstance(content, records.Pictured):
+    if isinstance(content, ImageText):
         return _pictured(tokenizer, content, name, vision, alone)
     tokens.check_ids(tokenizer, np.concatenate(content), name)
     return *content, None
 
 
-def _pictured(tokenizer, content: records.Pictured, name: str, v: config.Vision, alone: bool):
+def _pictured(tokenizer, content: ImageText, name: str, v: config.Vision, alone: bool):
     """As of a prompt and its completion; an image is nowhere a target. `alone`: behind one image's caption, which is all
     learned, its text stands once more, without the image, to be no target."""
     if not v.layers:

@@ -18,8 +18,8 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from mmx.data import corpus
+from mmx.data.document_types import ImageText
 from mmx.data.images import MARK
-from mmx.data.records import Pictured
 
 SIDE = 84
 GROUND = (122, 116, 104)        # near the mean of `images.MEAN`: bare ground is nearly zeros to a model
@@ -95,7 +95,7 @@ class Blank(NamedTuple):
         return Image.new("RGB", self.size, GROUND)
 
 
-def documents(name: str, split: str) -> list[tuple[str, Pictured]]:
+def documents(name: str, split: str) -> list[tuple[str, ImageText]]:
     """(name, question, answer and picture) of the "train", "validation" or "test" part of a source."""
     make = {"scenes": _scene, "maps": functools.partial(_scene, kind="map"), "words": _word}[name]
     return [make(split, index) for index in range(SIZES[name][split])]
@@ -115,7 +115,7 @@ def words(split: str) -> tuple[str, ...]:
     return tuple(sorted(word for word, times in found.items() if times > 2 and corpus.split_of(word) == split))
 
 
-def _scene(split: str, index: int, kind: str = "") -> tuple[str, Pictured]:
+def _scene(split: str, index: int, kind: str = "") -> tuple[str, ImageText]:
     kind = kind or list(CHANCE)[index % len(CHANCE)]
     name = f"{kind}/{split}/{index}"
     draw = random.Random(name)
@@ -173,7 +173,7 @@ def _map(things: list) -> str:
     return "".join(found.get((row, column), "...") for row in range(3) for column in range(3))
 
 
-def _word(split: str, index: int) -> tuple[str, Pictured]:
+def _word(split: str, index: int) -> tuple[str, ImageText]:
     name = f"word/{split}/{index}"
     draw = random.Random(name)
     word = draw.choice(words(split))
@@ -181,8 +181,8 @@ def _word(split: str, index: int) -> tuple[str, Pictured]:
     return name, _asked("What is written?", word, Word(word, x, y))
 
 
-def _asked(question: str, answer, picture) -> Pictured:
-    return Pictured(f"{MARK}{question}".encode(), f" {answer}".encode(), (picture,))
+def _asked(question: str, answer, picture) -> ImageText:
+    return ImageText(f"{MARK}{question}".encode(), f" {answer}".encode(), (picture,))
 
 
 def many(shape: str) -> str:

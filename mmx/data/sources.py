@@ -1,11 +1,12 @@
 """Documents of a source, as (name, content), split into train, validation and test.
 
 A source is "sotu" (embedded), "scenes", "maps" or "words" (pictures with questions, of `mmx.data.scenes`), a task with its
-numbers (`data.generated`: `Ids`), a .txt file (one document), a .jsonl file (one document a line) or a folder of them
+numbers (`data.token_tasks`: `TokenIds`), a .txt file (one document), a .jsonl file (one document a line) or a folder of them
 (recursive, sorted). A line has a "text" (content: raw bytes); a "prompt" and a "completion", of which the completion alone is
-learned (`Prompted`); or "tokens", ids as they are, and "targets", the id to learn at each, -1 for none (`Ids`). Beside a text,
+learned (`PromptCompletion`); or "tokens", ids as they are, and "targets", the id to learn at each, -1 for none (`TokenIds`).
+Beside a text,
 or a prompt and a completion, "images" are paths of image files below the line's own file's folder, one for each "<image>" in
-them (`Pictured`).
+them (`ImageText`).
 
 A document's name decides its part (`corpus.split_of`): the file's path below the source, with ":line" for jsonl. Where that
 leaves no text to train on (a single .txt, say), all of it is for training; where it leaves none to validate on, the last 5 %
@@ -18,8 +19,8 @@ import sys
 import numpy as np
 
 from mmx.config import ConfigError
-from mmx.data import corpus, generated, images, scenes
-from mmx.data.records import Ids, Pictured, Prompted
+from mmx.data import corpus, images, scenes, token_tasks
+from mmx.data.document_types import ImageText, PromptCompletion, TokenIds
 from mmx.files import untrusted
 
 KINDS = (".txt", ".jsonl")
@@ -30,8 +31,8 @@ def documents(source: str, split: str) -> list[tuple]:
     """(name, content) of the "train", "validation" or "test" part of one source."""
     if source == "sotu":
         return corpus.documents(split)
-    if generated.names(source):
-        return [(name, Ids(*content)) for name, content in generated.documents(source, split)]
+    if token_tasks.names(source):
+        return [(name, TokenIds(*content)) for name, content in token_tasks.documents(source, split)]
     if source in GENERATED:
         return scenes.documents(source, split)
     return _split(_read(source), source)[split]
@@ -73,7 +74,7 @@ def _texts(file: pathlib.Path, name: str) -> list[tuple]:
     return [(f"{name}:{n}", _content(line, f"{file}:{n}", file.parent)) for n, line in lines if line.strip()]
 
 
-def _content(line: bytes, place: str, folder: pathlib.Path) -> bytes | Prompted | Pictured | Ids:
+def _content(line: bytes, place: str, folder: pathlib.Path) -> bytes | PromptCompletion | ImageText | TokenIds:
     try:
         value = untrusted.loads(line)
     except ValueError as error:
@@ -89,10 +90,10 @@ def _content(line: bytes, place: str, folder: pathlib.Path) -> bytes | Prompted 
     text, *completion = (value[name].encode("utf-8", "surrogatepass") for name in names)
     if value.get("images"):
         return _pictured(*([text, *completion] if completion else [b"", text]), value["images"], place, folder)
-    return Prompted(text, *completion) if completion else text
+    return PromptCompletion(text, *completion) if completion else text
 
 
-def _pictured(prompt: bytes, completion: bytes, names, place: str, folder: pathlib.Path) -> Pictured:
+def _pictured(prompt: bytes, completion: bytes, names, place: str, folder: pathlib.Path) -> ImageText:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{place}: images are a list of paths of image files, got {names!r}")
     marks = (prompt + completion).count(images.MARK.encode())
@@ -101,16 +102,16 @@ def _pictured(prompt: bytes, completion: bytes, names, place: str, folder: pathl
     for name in names:
         if not (folder / name).is_file() or not untrusted.inside(folder / name, folder):
             raise ConfigError(f"{place}: no image file {str(folder / name)!r}; paths are below the line's file's folder")
-    return Pictured(prompt, completion, tuple(str(folder / name) for name in names))
+    return ImageText(prompt, completion, tuple(str(folder / name) for name in names))
 
 
-def _ids(value: dict, place: str) -> Ids:
+def _ids(value: dict, place: str) -> TokenIds:
     ids, targets = value["tokens"], value.get("targets")
     lists = isinstance(ids, list) and isinstance(targets, list) and len(ids) == len(targets) > 0
     for least, numbers in ((0, ids), (-1, targets)):
         if not lists or not all(type(n) is int and least <= n < 2**31 for n in numbers):
             raise ConfigError(f"{place}: tokens are ids, at least one, targets as many ids, -1 where nothing is to be learned")
-    return Ids(np.array(ids, np.int32), np.array(targets, np.int32))
+    return TokenIds(np.array(ids, np.int32), np.array(targets, np.int32))
 
 
 def _split(texts: list, source: str) -> dict[str, list]:
@@ -152,7 +153,7 @@ def _size(content) -> int:
 
 def _nearest(path: pathlib.Path) -> str:
     around = path.parent.iterdir() if path.parent.is_dir() else ()
-    known = ["sotu", *GENERATED, *generated.NUMBERS] + sorted(p.name for p in around if p.suffix in KINDS or p.is_dir())
+    known = ["sotu", *GENERATED, *token_tasks.NUMBERS] + sorted(p.name for p in around if p.suffix in KINDS or p.is_dir())
     close = difflib.get_close_matches(path.name, known, 1, 0.5)
     if close:
         return f"; did you mean {close[0]}?"

@@ -33,7 +33,7 @@ class Bytes:
 
 
 class Numbers:
-    """A text is ids below `count` as decimal numbers; bos, eos and pad follow. For sources of ids (`data.generated`)."""
+    """A text is ids below `count` as decimal numbers; bos, eos and pad follow. For sources of ids (`data.token_tasks`)."""
 
     def __init__(self, count: str):
         if len(count) > 8 or not count.isdecimal() or not 0 < int(count) < 2**24:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from mmx.config import ConfigError
-from mmx.evals import files
+from mmx.evals import user_files
 from mmx.evals.examples import Ask, Example, Task, check_rows, count
 
 ROWS = ("easy", "hard")
@@ -19,12 +19,12 @@ def plan(ask: Ask):
         raise ConfigError("longbench2 has texts of their own lengths: leave --lengths out; --context cuts them")
     check_rows(ask.rows, ROWS)
     single = ask.data and Path(ask.data).is_file()
-    path = Path(ask.data) if single else files.find(ask.data, "data.json", "longbench2")
+    path = Path(ask.data) if single else user_files.find(ask.data, "data.json", "longbench2")
     tasks = []
-    for number, record in enumerate(files.records(path), 1):
+    for number, record in enumerate(user_files.records(path), 1):
         place = f"{path}, entry {number}"
-        texts = {name: files.column(record, name, place, str) for name in TEXTS}
-        row, column, answer = (files.column(record, name, place, str) for name in ("difficulty", "length", "answer"))
+        texts = {name: user_files.column(record, name, place, str) for name in TEXTS}
+        row, column, answer = (user_files.column(record, name, place, str) for name in ("difficulty", "length", "answer"))
         for name, value, known in (("difficulty", row, ROWS), ("length", column, COLUMNS), ("answer", answer, tuple("ABCD"))):
             if value not in known:
                 raise ConfigError(f"{place}: column {name!r} is {value!r}, none of {', '.join(known)}")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmx.config import ConfigError
-from mmx.evals import files, haystack
+from mmx.evals import haystack, user_files
 from mmx.evals.examples import Ask, Example, budget, count, draws, fit, grid, match_all, match_part
 
 NOISE = "The lamp is warm. The road is long. The rain is soft. On we walk. Home and out again."
@@ -149,7 +149,7 @@ def fwe(task: str, length: int, draw, ask: Ask) -> Example:
 def qa(task: str, length: int, draw, tokenizer, data, seed) -> Example:
     """A question, its documents, and as many others as fit, those of the same article first."""
     read, name = QA[task]
-    questions, documents = read(files.find(data, name, task))
+    questions, documents = read(user_files.find(data, name, task))
     order = draws(task, seed[0]).permutation(len(questions))
     for question in np.roll(order, -seed[1]):       # example i asks question i; one whose documents do not fit is passed over
         query, answers, own, near = questions[question]
@@ -173,17 +173,17 @@ def qa(task: str, length: int, draw, tokenizer, data, seed) -> Example:
 @functools.cache
 def squad(path):
     """[(question, answers, [its document], [others of its article])], documents; SQuAD 2.0's unanswerable ones are left out."""
-    articles = files.column(files.read(path), "data", path, list)
+    articles = user_files.column(user_files.read(path), "data", path, list)
     places, questions = {}, []
     for article in articles:
-        paragraphs = files.column(article, "paragraphs", path, list)
-        own = [places.setdefault(files.column(p, "context", path, str), len(places)) for p in paragraphs]
+        paragraphs = user_files.column(article, "paragraphs", path, list)
+        own = [places.setdefault(user_files.column(p, "context", path, str), len(places)) for p in paragraphs]
         for paragraph, place in zip(paragraphs, own):
-            for q in files.column(paragraph, "qas", path, list):
-                answers = tuple(files.column(a, "text", path, str) for a in files.column(q, "answers", path, list))
+            for q in user_files.column(paragraph, "qas", path, list):
+                answers = tuple(user_files.column(a, "text", path, str) for a in user_files.column(q, "answers", path, list))
                 if answers and not q.get("is_impossible"):
                     near = sorted(set(own) - {place})
-                    questions.append((files.column(q, "question", path, str), answers, [place], near))
+                    questions.append((user_files.column(q, "question", path, str), answers, [place], near))
     return _some(questions, path), list(places)
 
 
@@ -191,13 +191,13 @@ def squad(path):
 def hotpot(path):
     """As `squad`; a question has ten documents of its own."""
     places, questions = {}, []
-    for q in files.records(path):
+    for q in user_files.records(path):
         try:
-            texts = [f"{title}\n{''.join(sentences)}" for title, sentences in files.column(q, "context", path, list)]
+            texts = [f"{title}\n{''.join(sentences)}" for title, sentences in user_files.column(q, "context", path, list)]
         except (TypeError, ValueError):
             raise ConfigError(f"{path}: column 'context' needs [title, [sentence, ...]] for each document") from None
         own = list(dict.fromkeys(places.setdefault(text, len(places)) for text in texts))
-        questions.append((files.column(q, "question", path, str), (files.column(q, "answer", path, str),), own, []))
+        questions.append((user_files.column(q, "question", path, str), (user_files.column(q, "answer", path, str),), own, []))
     return _some(questions, path), list(places)
 
 
@@ -224,7 +224,7 @@ def plan(ask: Ask):
     rows = ask.rows or (TASKS if ask.data else tuple(GENERATED))
     for task in rows:
         if task in QA:
-            files.find(ask.data, QA[task][1], task)
+            user_files.find(ask.data, QA[task][1], task)
     return grid(example, (4096,), TASKS, 10)(ask._replace(rows=rows))
 
 

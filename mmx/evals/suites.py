@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mmx.evals import dialogue, longbench, needle, position, recall, ruler, translation, vision
+from mmx.evals import longbench, mqar, mr_niah, mtob, needle, position, ruler, vision
 from mmx.evals.examples import Ask, Task, grid, match_all
 
 
@@ -24,9 +24,9 @@ class Suite(NamedTuple):
 SUITES = {
     "needle": Suite("Needle in a haystack", "depth %", needle.plan, match_all),
     "ruler": Suite("RULER", "task", ruler.plan, ruler.score, data=True),
-    "mr-niah": Suite("MR-NIAH", "depth %", dialogue.plan, dialogue.score, data=True),
-    "mqar": Suite("MQAR", "pairs", grid(recall.example, (512, 1024), recall.PAIRS, 20, 10**6), recall.score),
-    "mtob": Suite("MTOB", "direction", translation.plan, translation.score, translation.chrf, "chrF", data=True, learned=False),
+    "mr-niah": Suite("MR-NIAH", "depth %", mr_niah.plan, mr_niah.score, data=True),
+    "mqar": Suite("MQAR", "pairs", grid(mqar.example, (512, 1024), mqar.PAIRS, 20, 10**6), mqar.score),
+    "mtob": Suite("MTOB", "direction", mtob.plan, mtob.score, mtob.chrf, "chrF", data=True, learned=False),
     "longbench2": Suite("LongBench v2", "difficulty", longbench.plan, longbench.score, data=True, learned=False),
     "position": Suite("Running text by position", "position", grid(position.example, (1024, 4096), ("all",), 10),
                       position.score, position.perplexity, "perplexity"),

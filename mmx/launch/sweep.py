@@ -38,7 +38,8 @@ from submitit.core.utils import FailedJobError
 import mmx
 from mmx import config
 from mmx.config import ConfigError, Experiment
-from mmx.data import pipeline, records, sources, tokens
+from mmx.data import pipeline, sources, tokens
+from mmx.data.document_types import ImageText
 from mmx.files import atomic, untrusted
 from mmx.training import metrics
 from mmx.training.guards import DivergedError
@@ -153,7 +154,7 @@ def _check(e: Experiment, holds_out) -> None:
 
 def _holds_out(source: str) -> bool:
     """Whether there is a loss to tell of a source: of text or ids, not of images."""
-    return source == "sotu" or any(not isinstance(raw, records.Pictured) for _, raw in sources.documents(source, "validation"))
+    return source == "sotu" or any(not isinstance(raw, ImageText) for _, raw in sources.documents(source, "validation"))
 
 
 class Job(submitit.helpers.Checkpointable):
@@ -216,9 +217,9 @@ def _held_out(e: Experiment, folder: Path) -> dict:
     """Nats a token and bits a byte on held-out text; on ids nats a target and the share met, which stand alone without text."""
     found = {"bits_per_byte": None}
     if pipeline.held_out_ids(e.data):
-        from mmx.evals import answers
+        from mmx.evals import accuracy
 
-        found |= answers.measure(folder)
+        found |= accuracy.measure(folder)
     if pipeline.validation(e.data):
         from mmx.evals import compression
 

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from mmx.config import ConfigError
-from mmx.data import corpus, records, sources
+from mmx.data import corpus, sources
+from mmx.data.document_types import ImageText, PromptCompletion
 
 PARTS = ("train", "validation", "test")
 
@@ -31,7 +32,7 @@ def test_jsonl_lines_are_texts_prompts_or_ids(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     found = [d for part in PARTS for d in sources.documents(str(tmp_path / "a.jsonl"), part)]
     found = [content for _, content in sorted(found, key=lambda d: int(d[0].split(":")[1]))]
-    assert found[0::3] == ["é".encode()] * 40 and found[1::3] == [records.Prompted(b"1 + 1 =", b" 2")] * 40
+    assert found[0::3] == ["é".encode()] * 40 and found[1::3] == [PromptCompletion(b"1 + 1 =", b" 2")] * 40
     assert [[x.tolist() for x in ids] for ids in found[2::3]] == [[[256, 7, 9], [-1, 9, -1]]] * 40
 
 
@@ -45,8 +46,8 @@ def test_jsonl_lines_have_images(tmp_path):
     found = [d for part in PARTS for d in sources.documents(str(tmp_path), part)]
     found = [content for _, content in sorted(found, key=lambda d: int(d[0].split(":")[1]))]
     file = str(tmp_path / "deep" / "shown" / "a.png")
-    assert found[0::3] == [records.Pictured(b"", "<image> é".encode(), (file,))] * 20 and found[1::3] == [b"none"] * 20
-    assert found[2::3] == [records.Pictured(b"<image>?", b" <image>!", (file, file))] * 20
+    assert found[0::3] == [ImageText(b"", "<image> é".encode(), (file,))] * 20 and found[1::3] == [b"none"] * 20
+    assert found[2::3] == [ImageText(b"<image>?", b" <image>!", (file, file))] * 20
 
 
 def test_hold_out_cuts_no_completion(tmp_path):
@@ -55,7 +56,7 @@ def test_hold_out_cuts_no_completion(tmp_path):
     assert all(corpus.split_of(f"a.jsonl:{n}") == "train" for n in range(1, 6))
     parts = {part: sources.documents(str(tmp_path / "a.jsonl"), part) for part in PARTS}
     assert [len(parts[part]) for part in PARTS] == [4, 1, 0]
-    assert all(content == records.Prompted(b"p" * 90, b"c" * 10) for part in PARTS for _, content in parts[part])
+    assert all(content == PromptCompletion(b"p" * 90, b"c" * 10) for part in PARTS for _, content in parts[part])
 
 
 @pytest.mark.parametrize("name", ["a.txt", "b.txt", "c.txt"] + [f"{i}.txt" for i in range(60)])

@@ -10,7 +10,7 @@ import tokenizers
 
 from mmx.config import ConfigError
 from mmx.data import sources, tokens
-from mmx.evals import dialogue, examples, haystack, longbench, needle, recall, ruler, runner
+from mmx.evals import examples, haystack, longbench, mqar, mr_niah, needle, ruler, runner
 from mmx.evals.examples import Ask
 from mmx.evals.runner import Reader, run
 from mmx.evals.suites import SUITES
@@ -225,7 +225,7 @@ def test_who_reads_by_rule_completes_what_is_written_to_train_on(name, tmp_path)
     suite, rows = ("ruler", (name,)) if name not in SUITES else (name, ())
     for prompt, completion in written(tmp_path / "a.jsonl", suite, rows=rows, lengths=(3000,)):
         found = BY_RULE[name](prompt.decode())
-        found = dialogue.components(found) if name == "mr-niah" else re.split(", | ", found)
+        found = mr_niah.components(found) if name == "mr-niah" else re.split(", | ", found)
         assert sorted(completion.decode().removeprefix(" ").split(", ")) == sorted(found)
 
 
@@ -305,21 +305,21 @@ def test_ruler_has_its_parameters():
 
 
 def test_mqar_is_zoologys():
-    found = recall.example(65, "16", (0, 0), Ask(BYTES))
+    found = mqar.example(65, "16", (0, 0), Ask(BYTES))
     asked = np.flatnonzero(found.answers >= 0)
     keys, values = found.prompt[1:33:2], found.prompt[2:34:2]
     assert len(found.prompt) == 65 and found.prompt[0] == 256 and len(asked) == 16 and asked.min() >= 33
     assert len(set(keys)) == len(set(values)) == 16 and max(keys) < 128 <= min(values)
     assert dict(zip(found.prompt[asked], found.answers[asked])) == dict(zip(keys, values))
     with pytest.raises(ConfigError, match="16 pairs need 65 tokens, length 64 is too short"):
-        recall.example(64, "16", (0, 0), Ask(BYTES))
+        mqar.example(64, "16", (0, 0), Ask(BYTES))
     with pytest.raises(ConfigError, match="200 pairs are not among 1 to 128"):
-        recall.example(2000, "200", (0, 0), Ask(BYTES))
+        mqar.example(2000, "200", (0, 0), Ask(BYTES))
 
 
 def test_dialogues_ask_for_one_of_two_alike():
     for depth, place in (("25", "first"), ("50", "second"), ("75", "second")):
-        found = dialogue.example(20_000, depth, (0, 0), Ask(BYTES))
+        found = mr_niah.example(20_000, depth, (0, 0), Ask(BYTES))
         assert f"Please repeat the {place}" in found.prompt.rsplit("\n", 2)[1]
         at = found.prompt.index(found.answers[0])
         assert 100 * at / len(found.prompt) == pytest.approx(int(depth), abs=5)
@@ -335,7 +335,7 @@ def test_dialogues_ask_for_one_of_two_alike():
     ("蛙声阵阵，此起彼伏。\n树下，有人下棋。", ["蛙声阵阵，此起彼伏", "树下，有人下棋"]),
 ])
 def test_labels_fall_into_components(label, parts):
-    assert dialogue.components(label) == parts
+    assert mr_niah.components(label) == parts
 
 
 def test_released_dialogues_are_read_and_scored(data):
@@ -344,7 +344,7 @@ def test_released_dialogues_are_read_and_scored(data):
     found = tasks[0].make()
     assert found.prompt.startswith("User: A poem\nAssistant: Red as fire,\nsoft as snow.\nUser: Please")
     assert found.prompt.endswith("\nAssistant:") and found.answers == ("Red as fire", "soft as snow")
-    scores = [dialogue.score(said, found) for said in ("Red as fire, soft as snow", "soft as snow", "Sorry: Red as fire", "")]
+    scores = [mr_niah.score(said, found) for said in ("Red as fire, soft as snow", "soft as snow", "Sorry: Red as fire", "")]
     assert scores == [1, 0.5, 0, 0]
     assert len(SUITES["mr-niah"].plan(Ask(BYTES, data=data / "released", rows=("25",), examples=1, lengths=(2048,)))) == 1
 

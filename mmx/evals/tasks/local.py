@@ -5,7 +5,7 @@ import datasets
 from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer  # noqa: F401 (wikitext2_local.yaml)
 
 from mmx.config import ConfigError
-from mmx.evals.files import column, records
+from mmx.evals.user_files import column, records
 from mmx.files import untrusted
 
 

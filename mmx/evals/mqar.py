@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 
 from mmx.config import ConfigError
-from mmx.data.generated import near
+from mmx.data.token_tasks import near
 from mmx.evals.examples import Ask, Example, draws
 
 PAIRS = ("4", "16", "64")

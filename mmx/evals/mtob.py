@@ -11,7 +11,7 @@ import importlib.util
 import re
 
 from mmx.config import ConfigError
-from mmx.evals import files
+from mmx.evals import user_files
 from mmx.evals.examples import Ask, Example, Task, budget, check_rows, fit
 
 ROWS = {"ek": ("English", "The other language"), "ke": ("The other language", "English")}
@@ -21,13 +21,13 @@ def plan(ask: Ask):
     if not importlib.util.find_spec("sacrebleu"):
         raise ConfigError("mtob is scored by sacrebleu, which is not installed: pip install 'mmx[eval]'")
     check_rows(ask.rows, ROWS)
-    find = lambda name: files.find(ask.data, name, "mtob", ("", "resources", "splits"))
+    find = lambda name: user_files.find(ask.data, name, "mtob", ("", "resources", "splits"))
     book = find("grammar_book.txt").read_text(encoding="utf-8", errors="replace")
-    lists, pairs = files.read(find("wordlist.json")), _pairs(find("train_examples.json"), "translation")
+    lists, pairs = user_files.read(find("wordlist.json")), _pairs(find("train_examples.json"), "translation")
     tasks = []
     for column in ask.lengths or ("full",):
         for row in ask.rows or ROWS:
-            words = files.column(lists, row, find("wordlist.json"), dict)
+            words = user_files.column(lists, row, find("wordlist.json"), dict)
             tests = _pairs(find(f"test_examples_{row}.json"), "ground_truth")
             for index, (original, truth) in enumerate(tests[:ask.examples or len(tests)]):
                 tasks.append(Task(row, str(column), index, functools.partial(
@@ -37,8 +37,8 @@ def plan(ask: Ask):
 
 def _pairs(path, translation: str) -> list[tuple[str, str]]:
     """The sentences of a file, without the canary that MTOB puts first."""
-    return [(files.column(record, "original", path, str), files.column(record, translation, path, str))
-            for record in files.records(path) if not any("canary" in name for name in record)]
+    return [(user_files.column(record, "original", path, str), user_files.column(record, translation, path, str))
+            for record in user_files.records(path) if not any("canary" in name for name in record)]
 
 
 def _example(ask, book, words, pairs, row, column, original, truth) -> Example:

@@ -4,18 +4,18 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Prompted(NamedTuple):
+class PromptCompletion(NamedTuple):
     prompt: bytes
     completion: bytes
 
 
-class Pictured(NamedTuple):
+class ImageText(NamedTuple):
     """With a prompt the completion is learned, without one all the text; of images nothing."""
     prompt: bytes
     completion: bytes
     images: tuple           # as many as the two have marks: what `images.read` takes
 
 
-class Ids(NamedTuple):
+class TokenIds(NamedTuple):
     tokens_T: np.ndarray
     targets_T: np.ndarray

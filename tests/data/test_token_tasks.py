@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mmx.config import ConfigError
-from mmx.data import generated, sources
+from mmx.data import sources, token_tasks
 
 MQAR = "mqar:pairs=6,length=40,vocab=64,tokens=4000,held=30,seed=3"
 FACTS = "facts:count=500,vocab=32,held=40,seed=3"
@@ -41,7 +41,7 @@ def test_a_few_ids_of_each_half():
 
 def test_queries_are_near_by_zoologys_law():
     """Drawn one by one and none twice, as numpy's choice does with these shares."""
-    share = generated.near(8)
+    share = token_tasks.near(8)
     assert share[0] / share[3] == pytest.approx(4 ** 0.99) and share.sum() == pytest.approx(1)
     first = collections.Counter(np.flatnonzero(targets >= 0)[0] for targets in (
         content[1] for content in parts("mqar:pairs=1,length=18,vocab=64,tokens=54000,seed=1")["train"]))

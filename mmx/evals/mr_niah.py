@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mmx.config import ConfigError
-from mmx.evals import files, haystack
+from mmx.evals import haystack, user_files
 from mmx.evals.examples import Ask, Example, Task, budget, check_rows, draws, fit, grid
 
 DEPTHS = ("25", "50", "75")
@@ -117,10 +117,11 @@ def _released(ask: Ask):
         raise ConfigError(f"mr-niah: no .jsonl file in --data {ask.data}; the released ones have names as 2048_tokens.jsonl")
     tasks, met, cells = [], {}, collections.Counter()
     for path in paths:
-        for number, record in enumerate(files.records(path), 1):
+        for number, record in enumerate(user_files.records(path), 1):
             place = f"{path}:{number}"
-            messages = [files.column(m, "content", place, str) for m in files.column(record, "messages", place, list)]
-            label, length = files.column(record, "label", place, str), files.column(record, "length_class", place, int)
+            messages = [user_files.column(m, "content", place, str) for m in user_files.column(record, "messages", place, list)]
+            label = user_files.column(record, "label", place, str)
+            length = user_files.column(record, "length_class", place, int)
             if not ask.lengths or length in ask.lengths:
                 met[length, label] = rank = met.get((length, label), -1) + 1
                 depth = DEPTHS[rank % 3]

@@ -7,7 +7,7 @@ import pytest
 from mmx import config
 from mmx.checkpoints.convert import load
 from mmx.data import pipeline
-from mmx.evals import answers
+from mmx.evals import accuracy
 from mmx.model import logits
 from mmx.training import train
 
@@ -30,7 +30,7 @@ def test_against_each_document_by_itself(run):
     """Two documents of 8 fill a row of 18 with a half; targets without an answer and rows that fill a batch do not count."""
     loaded = load(run)
     forward = jax.jit(lambda ids_T: logits(loaded.params, loaded.model.apply({"params": loaded.params}, ids_T[None])[0])[0])
-    found, data = answers.measure(run), config.from_json((run / "config.json").read_text()).data
+    found, data = accuracy.measure(run), config.from_json((run / "config.json").read_text()).data
     assert list(found["by_source"]) == list(SOURCES)
     for source, documents in pipeline.held_out_ids(data).items():
         met, nats = [], []
