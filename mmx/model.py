@@ -118,7 +118,7 @@ def _rematerialised(layer, c: config.Model):
 
 
 def see(c: config.Model, params, pixels_NIYXZ):
-    """What a model is shown of tiles, block by block of a batch's rows (`data.images.lay`): newline_D, patches_NMD."""
+    """What a model is shown of tiles, block by block of a batch's rows (`data.images.collate`): newline_D, patches_NMD."""
     return Vision(c).apply({"params": params["vision"]}, pixels_NIYXZ)
 
 

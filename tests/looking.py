@@ -46,4 +46,4 @@ def answer(question, seen):
 
 def told(document):
     """A document's question and answer."""
-    return document.prompt.decode().removeprefix(images.MARK), document.completion.decode().removeprefix(" ")
+    return document.prompt.decode().removeprefix(images.PLACEHOLDER), document.completion.decode().removeprefix(" ")

@@ -224,7 +224,7 @@ def test_a_prompt_that_cannot_be_sampled_is_refused_at_once(text, tmp_path):
     """Not where the first sample is due."""
     numbers = experiment(text, sample_every=5, sample_prompt="12 and 13")
     numbers = dataclasses.replace(numbers, data=config.Data(sources=("mqar:vocab=200",), tokenizer="numbers:200"))
-    with pytest.raises(ConfigError, match="^train.sample_prompt='12 and 13': text: 'and' is no number below 200"):
+    with pytest.raises(ConfigError, match="^train.sample_prompt='12 and 13': text: 'and' is not a number below 200"):
         train.run(numbers, tmp_path / "run", engine.sample)
     assert not list(tmp_path.iterdir())
 

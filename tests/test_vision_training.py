@@ -54,11 +54,11 @@ def stream(folder, t, **where):
 def separate(folder, t):
     """Every training document in a row of its own."""
     rows, shown = [], []
-    for d in pipeline._documents(str(folder / "a.jsonl"), pipeline.tokens.tokenizer("bytes"), V, t.contrastive > 0):
-        rows.append(packing._lay([(d.ids_T, 0, len(d.ids_T), d.targets_T)], t.length))
-        shown.append(images.pictures(V, d.shown.images if d.shown else ()))
+    for d in pipeline._tokenize_source(str(folder / "a.jsonl"), pipeline.tokens.tokenizer("bytes"), V, t.contrastive > 0):
+        rows.append(packing._make_row([(d.ids_T, 0, len(d.ids_T), d.targets_T)], t.length))
+        shown.append(images.prepare_all(V, d.images.images if d.images else ()))
     batch = packing.stack(rows)
-    return batch | dict(zip(("places", "pixels"), images.lay(V, batch["tokens"], shown)))
+    return batch | dict(zip(("places", "pixels"), images.collate(V, batch["tokens"], shown)))
 
 
 def test_packed_equals_separate(folder):
@@ -104,7 +104,7 @@ def one_step(folder, mesh=None, **changes):
     model, optimizer = Model(c), optim.adamw(TRAIN)
     where = {"blocks": sharding.size(mesh, sharding.ROWS), "share": sharding.size(mesh, sharding.TIME)} if mesh else {}
     batches = stream(folder, TRAIN, **where)
-    batch = pipeline.together([batches.next() for _ in range(2)])
+    batch = pipeline.stack_micro_batches([batches.next() for _ in range(2)])
     del batch["tiles"]
     params, opt = start()
     step = functools.partial(train.train_step, model=model, optimizer=optimizer, loss_chunk=TRAIN.loss_chunk, contrastive=0.5)
@@ -284,12 +284,12 @@ def test_flops_of_a_tile():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"length": 16}, r"a.jsonl:\d+ has \d+ tokens with its images, train.length=16 is less, and it is not cut"),
+    ({"length": 16}, r"a.jsonl:\d+ has \d+ tokens with its images, more than train.length=16"),
     ({"freeze": ("vision.layer",)}, "names 'vision.layer', which is no part of this model; did you mean vision.layers"),
     ({"freeze": ("embed_WD", "groups", "head_WD", "norm_D", "vision")}, "leaves nothing to learn"),
-    ({"text": True}, "shows an image, and this model reads text alone: set model.vision.layers"),
+    ({"text": True}, "contains an image, but this model reads only text: set model.vision.layers"),
     ({"cut": "3.png"}, r"a.jsonl:\d+: image '.*3.png' is damaged"),
-    ({"text_file": "3.png"}, r"a.jsonl:\d+: image '.*3.png' is no image"),
+    ({"text_file": "3.png"}, r"a.jsonl:\d+: image '.*3.png' is not in a known image format"),
 ])
 def test_mistakes_are_one_line(folder, tmp_path, change, message):
     shutil.copytree(folder, tmp_path / "data")

@@ -408,7 +408,7 @@ def generate(args):
         raise ConfigError(f"--save-cache keeps one prompt, {len(texts)} are given")
     from mmx.data import images
 
-    shown = images.share(texts or [""], args.image)
+    shown = images.split_by_prompt(texts or [""], args.image)
     if args.save_cache:     # before the reading, which may be long
         if Path(args.save_cache).is_dir():
             raise ConfigError(f"--save-cache {args.save_cache} is a folder: give a file")

@@ -95,8 +95,8 @@ def size(example: Example, ask: Ask) -> int:
         return len(example.prompt)
     if not example.images:
         return count(example.prompt, ask.tokenizer)
-    shown = sum(int(images.count(ask.vision, *images.size(image))) for image in example.images)
-    return count(example.prompt.replace(images.MARK, ""), ask.tokenizer) + shown
+    shown = sum(int(images.token_count(ask.vision, *images.size(image))) for image in example.images)
+    return count(example.prompt.replace(images.PLACEHOLDER, ""), ask.tokenizer) + shown
 
 
 def budget(tokenizer, least: int, answers) -> int:

@@ -10,7 +10,7 @@ import itertools
 import numpy as np
 
 from mmx.config import ConfigError
-from mmx.data.token_tasks import near
+from mmx.data.token_tasks import power_law
 from mmx.evals.examples import Ask, Example, draws
 
 PAIRS = ("4", "16", "64")
@@ -32,7 +32,7 @@ def example(length: int, pairs: str, seed, ask: Ask) -> Example:
     prompt[0] = tokenizer.bos
     prompt[1:1 + 2 * count:2], prompt[2:2 + 2 * count:2] = keys, values
     space = (length - 1 - 2 * count) // 2
-    queries = 1 + 2 * count + 2 * draw.choice(space, count, replace=False, p=near(space))
+    queries = 1 + 2 * count + 2 * draw.choice(space, count, replace=False, p=power_law(space))
     prompt[queries], answers[queries] = keys, values
     return Example(prompt.astype(np.int32), answers.astype(np.int32))
 

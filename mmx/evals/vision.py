@@ -14,7 +14,7 @@ from mmx.data import scenes
 from mmx.data.images import read
 from mmx.evals.examples import Ask, Example, Task, check_rows, draws
 
-ROWS = tuple(scenes.KINDS)
+ROWS = tuple(scenes.QUESTIONS)
 SEEN, BLIND = "picture", "blind"
 PART = "test"
 STEPS = 16              # of an answer; the longest has 10 bytes
@@ -61,9 +61,9 @@ def alike(said: str, truth: str) -> float:
 def chance() -> dict[str, float]:
     """By row, what one answer to all gets: of words the commonest letter at each place, and of these as many as do best."""
     letters = [Counter(word[n] for word in scenes.words("train") if len(word) > n).most_common(1)[0][0]
-               for n in range(scenes.LONGEST)]
+               for n in range(scenes.MAX_LETTERS)]
     words = scenes.words(PART)
-    best = max(statistics.mean(alike("".join(letters[:n]), word) for word in words) for n in range(1, scenes.LONGEST + 1))
+    best = max(statistics.mean(alike("".join(letters[:n]), word) for word in words) for n in range(1, scenes.MAX_LETTERS + 1))
     return scenes.CHANCE | {"word": best}
 
 

@@ -57,7 +57,7 @@ def forward(loaded, tokens_BT, mask_BT=None, images=None):
     """logits_BTW (float32) of token ids; where `mask_BT` is 0 a token is padding, whose logits mean nothing.
 
     `images` has for each row a list of files or PIL images, which the row's tokens `config.vision.token` stand for, in
-    order, as many to an image as `mmx.data.images.count` says of its size. Raises ConfigError for ids outside the
+    order, as many to an image as `mmx.data.images.token_count` says of its size. Raises ConfigError for ids outside the
     vocabulary, and where those tokens are more or fewer.
     """
     tokens_BT = _ids(loaded.config, np.asarray(tokens_BT))
@@ -68,8 +68,8 @@ def forward(loaded, tokens_BT, mask_BT=None, images=None):
     if images is not None:
         if len(images) != len(tokens_BT):
             raise ConfigError(f"images need a list for each of {len(tokens_BT)} rows, got {len(images)}")
-        places_BT, pixels_NIYXZ = pictures.lay(
-            loaded.config.vision, tokens_BT, [pictures.pictures(loaded.config.vision, row) for row in images])
+        places_BT, pixels_NIYXZ = pictures.collate(
+            loaded.config.vision, tokens_BT, [pictures.prepare_all(loaded.config.vision, row) for row in images])
         shown = {"places_BT": places_BT, "seen": _see(loaded.config, loaded.params, pixels_NIYXZ)}
     return _forward(loaded.model, loaded.params, tokens_BT, segments_BT, shown)
 
@@ -180,7 +180,7 @@ class _Row:
     def __init__(self, number: int, request: Request, tokenizer, c, behind: bool):
         _check(request)
         self.number, self.request, self.tokenizer = number, request, None
-        images = pictures.pictures(c.vision, request.images)
+        images = pictures.prepare_all(c.vision, request.images)
         if isinstance(request.prompt, str):
             self.tokenizer = tokenizer()
             ids_T = pictures.encode(c.vision, request.prompt.encode(), [len(image.places_T) for image in images],
@@ -189,7 +189,7 @@ class _Row:
         else:
             self.prompt = _ids(c, np.asarray(request.prompt)[None])[0]
         if images:
-            (self.places,), self.pixels = pictures.lay(c.vision, self.prompt[None], [images])
+            (self.places,), self.pixels = pictures.collate(c.vision, self.prompt[None], [images])
             if self.places[-1]:     # the last token is read by itself, as those that are drawn
                 raise ConfigError("the prompt ends in an image: text must stand behind it")
         else:

@@ -163,7 +163,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
                     params = opt = metrics = pending = None
                     _leave_out(stream, experiment, behind, spike[0])
                     step, params, opt, position = stand()
-                    stream.repeat(position["stream"])
+                    stream.rewind_step(position["stream"])
                     guard.went_back(position.get("guard"))
                     log.go_back(step, t.tokens_seen(step))
                     log.say(f"{spike[1]}: back to step {step}, the data since then are left out", step)
@@ -187,7 +187,7 @@ def run(experiment: Experiment, workdir: str | Path, sample=None, processes: int
                 if step == first:
                     checkpoints.check_room(params, opt)
                 lr = optim.learning_rate(t, step, progress)
-                batch = pipeline.together([stream.next() for _ in range(t.micro_batches(seen))])
+                batch = pipeline.stack_micro_batches([stream.next() for _ in range(t.micro_batches(seen))])
                 looks = int(batch.pop("tiles", np.int64(0)).sum())
                 batch = {k: _global(tiles if k in ("pixels", "ends") else rows, x, hosts) for k, x in batch.items()}
                 params, opt, metrics = update(params, opt, batch, _global(whole, np.float32(lr)))

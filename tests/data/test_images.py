@@ -44,17 +44,17 @@ def test_counts_and_crops_are_the_integer_rule_on_100_000_sizes():
     height_N, width_N = sizes_N2.T
     want = np.concatenate(by_hand(RELEASED, height_N, width_N)).T
     np.testing.assert_array_equal(np.stack(images.best_grid(RELEASED, height_N, width_N), 1), want[:, :2])
-    top_N, left_N, rows_N, columns_N = images.shown(RELEASED, height_N, width_N)
+    top_N, left_N, rows_N, columns_N = images.visible_patches(RELEASED, height_N, width_N)
     np.testing.assert_array_equal(np.stack([rows_N, columns_N], 1), want[:, 2:])
     np.testing.assert_array_equal(np.stack([rows_N + 2 * top_N, columns_N + 2 * left_N], 1), 24 * want[:, :2])
-    np.testing.assert_array_equal(images.count(RELEASED, height_N, width_N), 576 + want[:, 2] * (want[:, 3] + 1))
+    np.testing.assert_array_equal(images.token_count(RELEASED, height_N, width_N), 576 + want[:, 2] * (want[:, 3] + 1))
 
 
 def test_counts_known():
-    assert len(GRIDS) == 28 and images.count(RELEASED, 336, 336) == 576 + 24 * 25
-    assert images.count(RELEASED, 2016, 1008) == 576 + 144 * 73 and images.count(RELEASED, 1, 20_000) == 576
+    assert len(GRIDS) == 28 and images.token_count(RELEASED, 336, 336) == 576 + 24 * 25
+    assert images.token_count(RELEASED, 2016, 1008) == 576 + 144 * 73 and images.token_count(RELEASED, 1, 20_000) == 576
     fixed = Vision(layers=1, grids=())
-    assert images.count(fixed, 1000, 10) == 576 == len(images.places(fixed, 1000, 10))
+    assert images.token_count(fixed, 1000, 10) == 576 == len(images.places(fixed, 1000, 10))
 
 
 def places_by_hand(v, height, width):
@@ -72,7 +72,7 @@ def places_by_hand(v, height, width):
 def test_places(size):
     places_T = images.places(TINY, *size)
     np.testing.assert_array_equal(places_T, places_by_hand(TINY, *size))
-    assert len(places_T) == images.count(TINY, *size)
+    assert len(places_T) == images.token_count(TINY, *size)
 
 
 # ---- pixels ----
@@ -182,13 +182,16 @@ def header(width, height):
 
 
 MISTAKES = {
-    "text": (b"no image at all", "is no image that Pillow knows; give a whole PNG"),
-    "empty": (b"", "is no image that Pillow knows"),
-    "truncated": (rgb("BMP")[:700], "is damaged .*truncated"), "truncated jpeg": (rgb("JPEG")[:400], "is damaged|is no image"),
-    "truncated gif": (rgb("GIF")[:40], "is damaged|is no image"), "header alone": (rgb()[:30], "is damaged|is no image"),
-    "no pixels": (header(10, 10), "is damaged"), "zero size": (header(0, 10), "0 x 10 pixels|is damaged|is no image"),
-    "bomb": (header(50_000, 50_000), "has 50000 x 50000 pixels, more than 67,108,864: not decoded"),
-    "one row too many": (header(8192, 8193), "more than 67,108,864")}
+    "text": (b"no image at all", "is not in a known image format; give a complete file of PNG"),
+    "empty": (b"", "is not in a known image format"),
+    "truncated": (rgb("BMP")[:700], "is damaged .*truncated"),
+    "truncated jpeg": (rgb("JPEG")[:400], "is damaged|is not in a known"),
+    "truncated gif": (rgb("GIF")[:40], "is damaged|is not in a known"),
+    "header alone": (rgb()[:30], "is damaged|is not in a known"),
+    "no pixels": (header(10, 10), "is damaged"),
+    "zero size": (header(0, 10), "0 x 10 pixels|is damaged|is not in a known"),
+    "bomb": (header(50_000, 50_000), "has 50000 x 50000 pixels, more than the limit of 67,108,864: scale it down"),
+    "one row too many": (header(8192, 8193), "more than the limit of 67,108,864")}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -202,7 +205,7 @@ def test_mistakes_are_one_line(tmp_path, mistake):
 
 def test_what_is_no_file(tmp_path):
     for source, message in ((tmp_path / "none.png", "none.png is missing"), (tmp_path, "cannot be read: Is a"),
-                            (3, "path or a PIL.Image, not int"), (Image.new("RGB", (0, 4)), "has 0 x 4 pixels")):
+                            (3, "path of a file or a PIL.Image, not int"), (Image.new("RGB", (0, 4)), "has 0 x 4 pixels")):
         with pytest.raises(ConfigError, match=message):
             images.read(source)
 

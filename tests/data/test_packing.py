@@ -132,7 +132,7 @@ def test_a_row_is_its_spans_one_by_one(kind):
             start = int(rng.integers(0, 12))
             stop = min(int(rng.integers(start, 13)), start + room)
             spans, room = [*spans, (document, start, stop, own)], room - (stop - start)
-        row = packing._lay(spans, 40)
+        row = packing._make_row(spans, 40)
         at = 0
         for segment, (document, start, stop, own) in enumerate(spans, 1):
             for position, place in enumerate(range(start, stop)):

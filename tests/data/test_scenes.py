@@ -27,19 +27,19 @@ def test_answers_are_what_the_pixels_show(part, found):
     for name, document in found["scenes", part][:600] + found["maps", part][:100]:
         [picture] = document.images
         seen = look(images.read(picture))
-        assert sorted(of[:2] for of in seen) == sorted(thing[:2] for thing in picture.things), name
+        assert sorted(of[:2] for of in seen) == sorted(thing[:2] for thing in picture.objects), name
         question, said = told(document)
         assert answer(question, seen) == said, name
 
 
 def test_held_out_combinations_are_in_no_training_picture(found):
     combinations = {(shape, colour, count) for shape in scenes.SHAPES for colour in scenes.COLOURS for count in range(1, 5)}
-    held = {of for of in combinations if scenes.held_out(*of)}
+    held = {of for of in combinations if scenes.is_held_out(*of)}
     assert len(held) == 20 == len(combinations) / 5
     assert all(set(Counter(of[n] for of in held).values()) == {times} for n, times in enumerate((4, 4, 5)))
 
     def shown(document):
-        return {(*of, count) for of, count in Counter(thing[:2] for thing in document.images[0].things).items()}
+        return {(*of, count) for of, count in Counter(thing[:2] for thing in document.images[0].objects).items()}
 
     for source in ("scenes", "maps"):
         assert {of for _, document in found[source, "train"] for of in shown(document)} == combinations - held
@@ -76,8 +76,9 @@ def test_words_are_whole_in_their_picture(found):
         for n, letter in enumerate(word.text):
             alone = Image.new("L", (40, 40))
             ImageDraw.Draw(alone).text((20, 20), letter, 255, scenes.font(), anchor="mm")
-            left = max(word.x + n * scenes.LETTER - scenes.LETTER // 2, 0)
-            assert abs(int(ink_YX[:, left:left + scenes.LETTER].sum()) - (np.asarray(alone) > 0).sum()) < 25, (word, letter)
+            width = scenes.LETTER_WIDTH
+            left = max(word.x + n * width - width // 2, 0)
+            assert abs(int(ink_YX[:, left:left + width].sum()) - (np.asarray(alone) > 0).sum()) < 25, (word, letter)
 
 
 @pytest.mark.parametrize("name", ["scenes", "maps", "words"])
@@ -112,5 +113,5 @@ def test_an_archive_of_captioned_pictures_is_a_source(tmp_path):
                                   lambda path: tarfile.open(path, "w").close()])
 def test_what_is_no_such_archive_is_told(make, tmp_path):
     make(tmp_path / "a.tar")
-    with pytest.raises(ConfigError, match="a.tar is no archive of captioned pictures"):
+    with pytest.raises(ConfigError, match="a.tar is not an archive of captioned images"):
         captions.unpack(tmp_path / "a.tar", tmp_path / "a")

@@ -41,7 +41,7 @@ def test_a_few_ids_of_each_half():
 
 def test_queries_are_near_by_zoologys_law():
     """Drawn one by one and none twice, as numpy's choice does with these shares."""
-    share = token_tasks.near(8)
+    share = token_tasks.power_law(8)
     assert share[0] / share[3] == pytest.approx(4 ** 0.99) and share.sum() == pytest.approx(1)
     first = collections.Counter(np.flatnonzero(targets >= 0)[0] for targets in (
         content[1] for content in parts("mqar:pairs=1,length=18,vocab=64,tokens=54000,seed=1")["train"]))
@@ -68,13 +68,13 @@ def test_the_seed_makes_the_documents(source):
 
 
 @pytest.mark.parametrize("source, message", [
-    ("mqar:pair=4", "'mqar:pair=4' has no 'pair'; did you mean pairs?"),
-    ("mqar:pairs=0", "pairs needs a number, 1 to 999,999,999, got '0'"),
-    ("facts:count=ten", "count needs a number, 1 to 999,999,999, got 'ten'"),
-    ("mqar:vocab=" + "9" * 5000, f"vocab needs a number, 1 to 999,999,999, got '{'9' * 40}'"),
-    ("mqar:pairs=16,length=63", "16 pairs need 64 tokens, and 16 ids of each half of 4096, or of the few that are drawn"),
-    ("mqar:pairs=16,few=15", "or of the few that are drawn"), ("mqar:few=33,vocab=64", "of each half of 64, or of the few"),
-    ("facts:count=5000,vocab=64", "64 ids make 4,096 keys, not 5,000"),
+    ("mqar:pair=4", "'mqar:pair=4' has no number 'pair'; did you mean pairs?"),
+    ("mqar:pairs=0", "pairs needs a number from 1 to 999,999,999, got '0'"),
+    ("facts:count=ten", "count needs a number from 1 to 999,999,999, got 'ten'"),
+    ("mqar:vocab=" + "9" * 5000, f"vocab needs a number from 1 to 999,999,999, got '{'9' * 40}'"),
+    ("mqar:pairs=16,length=63", "16 pairs need length=64 or more"),
+    ("mqar:pairs=16,few=15", "few (if set) between 16 and half of vocab"), ("mqar:few=33,vocab=64", "between 16 and half of"),
+    ("facts:count=5000,vocab=64", "vocab=64 allows 4,096 keys, fewer than count=5,000"),
 ])
 def test_mistakes_are_one_line(source, message):
     with pytest.raises(ConfigError) as caught:

@@ -36,14 +36,14 @@ def test_document_stands_between_bos_and_eos():
 
 def test_a_prompt_is_read_and_its_completion_learned(tmp_path):
     """Both are encoded alone, as in inference: no token crosses from one to the other."""
-    ids, targets = tokens.prompted(tokens.tokenizer("bytes"), b"ab", b"cd")
+    ids, targets = tokens.prompt_completion(tokens.tokenizer("bytes"), b"ab", b"cd")
     assert ids.tolist() == [256, 97, 98, 99, 100, 257] and targets.tolist() == [-1, -1, 99, 100, 257, -1]
     t = tokens.tokenizer(save(tmp_path / "t.json", ["<s>", "</s>"]))
-    ids, targets = tokens.prompted(t, b"the sta", b"te of the union")
+    ids, targets = tokens.prompt_completion(t, b"the sta", b"te of the union")
     asked, said = t.encode(b"the sta").tolist(), t.encode(b"te of the union").tolist()
     assert ids.tolist() == [t.bos, *asked, *said, t.eos] and len(said) > 1
     assert targets.tolist() == [-1] * len(asked) + [*said, t.eos, -1]
-    assert tokens.prompted(t, b"", b"the union")[0].tolist() == tokens.document(t, b"the union").tolist()
+    assert tokens.prompt_completion(t, b"", b"the union")[0].tolist() == tokens.document(t, b"the union").tolist()
 
 
 def test_file_round_trips_whole_texts_and_finds_its_specials(tmp_path):

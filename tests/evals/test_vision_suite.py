@@ -33,7 +33,7 @@ class Looking:
         if self.calls == self.last:
             raise KeyboardInterrupt
         self.calls += 1
-        question, pixels_YXZ = prompt.removeprefix(images.MARK), np.asarray(images.read(image))
+        question, pixels_YXZ = prompt.removeprefix(images.PLACEHOLDER), np.asarray(images.read(image))
         if question == "What is written?":
             return f" {image.text[:-1]}q" if hasattr(image, "text") else " the"
         return f" {answer(question, look(pixels_YXZ))}" if (pixels_YXZ != scenes.GROUND).any() else " left"
@@ -59,7 +59,7 @@ def test_the_table(tmp_path):
         seen = asked[line["row"], line["index"]]
         document = documents["words" if line["row"] == "word" else "scenes"][line["name"]]
         assert (line["name"], line["answers"], line["tokens"]) == (seen["name"], seen["answers"], seen["tokens"])
-        assert line["tokens"] == 1 + 9 + len(document.prompt) - len(images.MARK)
+        assert line["tokens"] == 1 + 9 + len(document.prompt) - len(images.PLACEHOLDER)
     with Image.open(runner.plot(result, tmp_path / "vision.png")) as sheet:
         assert sheet.format == "PNG" and sheet.width > 1000
     assert runner.show(result).row_count == 6
