@@ -234,7 +234,7 @@ def test_images_and_their_tokens_agree(loaded):
     v = loaded.config.vision
     ids_T, shown = prompt(v, 0)
     for call, message in (
-            (lambda: mmx.forward(loaded, ids_T[None], images=[shown[:1]]), r"row 0 has token 90, .*; its images \(1\) need"),
+            (lambda: mmx.forward(loaded, ids_T[None], images=[shown[:1]]), r"row 0 contains the image token 90 .* \(1\) need"),
             (lambda: mmx.forward(loaded, ids_T[None], images=[[]]), r"its images \(0\) need 0"),
             (lambda: mmx.forward(loaded, ids_T[None], images=[shown, shown]), "a list for each of 1 rows, got 2"),
             (lambda: mmx.generate(loaded, ids_T[None], steps=1, images=[shown, shown]), "each of 1 prompts, got 2"),

@@ -474,7 +474,7 @@ def _suite(args, out: Path):
         args.checkpoint, args.suite, out, data=args.data and Path(args.data), context=args.context or 0,
         weights_dtype=args.weights_dtype, **_cells(args))
     picture = runner.plot(result, out / f"{args.suite}.png")
-    Console().print(runner.show(result))
+    Console().print(runner.make_table(result))
     print(f"written: {out / args.suite}.json, {picture}, {out / args.suite}.jsonl")
 
 
@@ -486,7 +486,7 @@ def examples(args):
         raise ConfigError(f"--out {args.out}: data.sources takes a .jsonl, give its name such an end")
     _at_least(args, examples=1, seed=0)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    count = runner.write(args.suite, out, args.tokenizer, **_cells(args))
+    count = runner.write_examples(args.suite, out, args.tokenizer, **_cells(args))
     print(f"written: {out}, {count:,} examples")
 
 

@@ -9,8 +9,8 @@
 
 All of this follows from the image's size, so tokens can be counted without reading pixels. Sizes are (height, width).
 
-A place is a number that says what an image token's embedding is replaced by: 0 (TEXT) for a text token, which keeps its
-embedding; 1 (NEWLINE) for the newline embedding; from 2 (PATCH) on for a patch: PATCH + tile * patches per tile + patch.
+A token's place is a number that selects its embedding: 0 (TEXT) is the embedding of its id, 1 (NEWLINE) is the newline
+embedding, and PATCH + tile * (patches per tile) + patch is the embedding of that patch.
 """
 import contextlib
 import io
@@ -32,7 +32,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")     # without EPS, which
 SCANS = 100                     # limit on the scans of a progressive JPEG. Each scan takes a pass over the whole image
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)        # CLIP's, of red, green, blue
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-TEXT, NEWLINE, PATCH = 0, 1, 2  # places; see above
+TEXT, NEWLINE, PATCH = 0, 1, 2  # the places that are not patches, and the place of the first patch
 _PILLOW_LIMIT_LOCK = threading.Lock()
 
 
@@ -152,7 +152,7 @@ def collate(v: Vision, ids_BT, rows: list[list[PreparedImage]], blocks: int = 1,
     Args:
       ids_BT: token ids, with v.token at the image tokens.
       rows: each row's images, in the order of their tokens.
-      blocks: the rows fall into N equal blocks, each with tiles of its own. A place counts patches from its block's first tile.
+      blocks: the rows are divided into N equal blocks, each with separate tiles. Places count from the block's first tile.
       tiles_per_block: pads each block to this many tiles. 0: enough for the fullest block, rounded up by `padded_tiles`.
     Returns:
       places_BT (0 at text tokens) and pixels_NIYXZ.

@@ -22,7 +22,7 @@ class DocumentImages(NamedTuple):
     """A document's images, in the order of their tokens."""
     images: tuple
     tiles: int              # of all images together
-    caption_length: int = 0     # the document's last tokens that become a segment of their own: the caption without its image
+    caption_length: int = 0     # the document's last tokens repeat the caption without its image, as a separate segment
 
 
 class Packed:
@@ -58,10 +58,10 @@ class Packed:
         filled, spans, images = 0, [], []
         for d, start, stop in self._row_spans(row).tolist():
             filled += stop - start
-            found, bounds = self.images[d], (start, stop)
-            if found:
-                images += [(image, filled - 1 if found.caption_length else -1) for image in found.images]
-                bounds = (start, stop - found.caption_length, stop) if found.caption_length else bounds
+            with_images, bounds = self.images[d], (start, stop)
+            if with_images:
+                images += [(image, filled - 1 if with_images.caption_length else -1) for image in with_images.images]
+                bounds = (start, stop - with_images.caption_length, stop) if with_images.caption_length else bounds
             spans += [(self.documents[d], *pair, self.targets[d]) for pair in itertools.pairwise(bounds)]
         return _make_row(spans, self.length) | ({"images": images} if images else {})
 

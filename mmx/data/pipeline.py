@@ -41,7 +41,7 @@ def stream(data: config.Data, train: config.Train, *, host: int = 0, hosts: int 
     Args:
       host: index of this host, out of `hosts`.
       vision: of a model with vision; batches then contain images.
-      blocks: blocks of rows with tiles of their own, in the whole batch.
+      blocks: the rows of the whole batch are divided into so many blocks, each with separate tiles.
       share: devices among which a block's tiles are divided; the number of tiles is a multiple of it.
     """
     return Stream(data, train, host, hosts, vision or config.Vision(), blocks, share)
@@ -67,7 +67,7 @@ def held_out_ids(data: config.Data) -> dict[str, list]:
     """(tokens_T, targets_T) of the validation documents made of token ids, by source. Sources without any are left out."""
     documents = {source: [content for _, content in sources.documents(source, "validation") if isinstance(content, TokenIds)]
                  for source in dict.fromkeys(data.sources)}
-    return {source: found for source, found in documents.items() if found}
+    return {source: its_ids for source, its_ids in documents.items() if its_ids}
 
 
 def test(data: config.Data) -> list[tuple[str, bytes]]:
@@ -101,14 +101,13 @@ class Stream:
             if d.images and len(d.ids_T) > train.length:
                 raise ConfigError(f"{d.name} has {len(d.ids_T)} tokens with its images, more than train.length={train.length}. "
                                   "A document with images is not split: raise train.length, or limit data.lengths")
-        self._packed = [packing.Packed([d.ids_T for d in found], train.length, [d.targets_T for d in found],
-                                       [d.images for d in found]) for found in by_source]
+        self._packed = [packing.Packed([d.ids_T for d in docs], train.length, [d.targets_T for d in docs],
+                                       [d.images for d in docs]) for docs in by_source]
         self._rows = [len(rows) for rows in self._packed]
         self._shards = [_shuffle_into_shards(rows, data, number) for number, rows in enumerate(self._rows)]
         self._weights = _weights(data, self._rows)
-        # _micro: micro-batches made; _step: the optimizer step; _left: micro-batches left in this step; _lost: micro-batches
-        # of steps that were rolled back
-        self._micro, self._step, self._left, self._lost = 0, -1, 0, 0
+        # micro-batches made; the optimizer step; micro-batches that remain in this step; micro-batches that were rolled back
+        self._micro, self._step, self._remaining, self._rolled_back = 0, -1, 0, 0
         self._given = np.zeros((data.shards, len(self._rows)), np.int64)     # rows that each shard has given of each source
 
     def next(self) -> dict[str, np.ndarray]:
@@ -121,14 +120,14 @@ class Stream:
           the block's tokens (row by row), else -1;
           tiles: the number of tiles of all hosts, without padding.
         """
-        if not self._left:
-            tokens_read = (self._micro - self._lost) * self.train.batch * self.train.length
-            self._step, self._left = self._step + 1, self.train.micro_batches(tokens_read)
+        if not self._remaining:
+            tokens_read = (self._micro - self._rolled_back) * self.train.batch * self.train.length
+            self._step, self._remaining = self._step + 1, self.train.micro_batches(tokens_read)
         picks = []
         for shard, source in zip(self._shards_B(), self._sources_B()):
             picks.append((source, shard, self._given[shard, source]))
             self._given[shard, source] += 1
-        self._micro, self._left = self._micro + 1, self._left - 1
+        self._micro, self._remaining = self._micro + 1, self._remaining - 1
         rows = [self._packed[source][row] for source, row in map(self._row, picks[self._own_rows])]
         row_images = [row.pop("images", ()) for row in rows]
         batch = packing.stack(rows)
@@ -159,7 +158,7 @@ class Stream:
 
     def state(self) -> dict:
         """The stream's position, for JSON; the same on every host."""
-        return {"micro": self._micro, "step": self._step, "left": self._left, "lost": self._lost,
+        return {"micro": self._micro, "step": self._step, "left": self._remaining, "lost": self._rolled_back,
                 "given": self._given.tolist(), "rows": self._rows}
 
     def restore(self, state: dict) -> None:
@@ -172,8 +171,8 @@ class Stream:
             if before != now:
                 raise ConfigError(f"data source {source!r} has {now} rows of {self.train.length} tokens, but had {before} when "
                                   "the checkpoint was saved: its text, the tokenizer or train.length has changed")
-        self._micro, self._step, self._left = state["micro"], state["step"], state["left"]
-        self._lost = state.get("lost", 0)       # older checkpoints do not have it
+        self._micro, self._step, self._remaining = state["micro"], state["step"], state["left"]
+        self._rolled_back = state.get("lost", 0)       # older checkpoints do not have it
         self._given = np.array(state["given"], np.int64)
 
     def rewind_step(self, state: dict) -> None:
@@ -181,8 +180,8 @@ class Stream:
 
         The micro-batches after `state` do not count towards the batch ramp.
         """
-        self._step, self._left = state["step"], state["left"]
-        self._lost = state.get("lost", 0) + self._micro - state["micro"]
+        self._step, self._remaining = state["step"], state["left"]
+        self._rolled_back = state.get("lost", 0) + self._micro - state["micro"]
 
     def _shards_B(self):
         batch, shards = self.train.batch, self.data.shards

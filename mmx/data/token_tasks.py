@@ -3,7 +3,7 @@
 mqar: multi-query associative recall (Zoology, arXiv 2312.04927). A document is `pairs` pairs of a key and a value, then random
 values among which each key occurs once more. At that second occurrence the target is the key's value; its distance from the
 pair follows Zoology's power law. Keys are different ids of the lower half of the `vocab` ids, values different ids of the upper
-half. (Zoology fills with any id: there a key may recur by chance, followed by another token.)
+half. (Zoology fills with any ids, so a key may recur by chance, followed by another token.)
     few     draw only from the first `few` ids of each half; 0: from all
     tokens  size of the training split
     held    number of validation documents, and of test documents

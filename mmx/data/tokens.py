@@ -108,9 +108,9 @@ def of_checkpoint(name: str, vocab: int) -> Bytes | Numbers | File:
     """The tokenizer of a checkpoint whose embedding has `vocab` rows; `name` is empty if the checkpoint has none."""
     if not name:
         raise ConfigError("this checkpoint has no tokenizer: put its tokenizer.json next to config.json, or give token ids")
-    found = tokenizer(name)
-    check_vocab(found, vocab)
-    return found
+    loaded = tokenizer(name)
+    check_vocab(loaded, vocab)
+    return loaded
 
 
 def document(tokenizer, raw: bytes, name: str = "text") -> np.ndarray:

@@ -1,8 +1,9 @@
-"""MR-NIAH, needles in dialogues of many rounds (MiniMax-01, figure 15): repeat what you answered long ago.
+"""MR-NIAH, needles in dialogues of many rounds (paper figure 15): repeat an answer given long ago.
 
-Three rounds stand at 25, 50 and 75 % of the others: the one asked for, another of the very same request, and one of the
-same kind on another subject, so that request and order both matter. The others go on with text of the embedded corpus.
-A folder of the released files, LENGTH_tokens.jsonl with the columns messages, label and length_class, is read as it is.
+Three rounds are inserted after 25, 50 and 75 % of the other rounds: the target, another round with the same request, and a
+round with the same kind of request on another subject. So both the request and the order matter. In the other rounds the
+assistant continues a text of the embedded corpus. --data reads the released files: LENGTH_tokens.jsonl with the columns
+messages, label and length_class.
 """
 import collections
 import itertools
@@ -13,14 +14,24 @@ import numpy as np
 
 from mmx.config import ConfigError
 from mmx.evals import haystack, user_files
-from mmx.evals.examples import Ask, Example, Task, budget, check_rows, draws, fit, grid
+from mmx.evals.examples import (
+    Example,
+    PlannedExample,
+    SuiteOptions,
+    answer_budget,
+    check_rows,
+    fit_to_length,
+    grid_plan,
+    make_rng,
+)
 
 DEPTHS = ("25", "50", "75")
-ROUND = 60     # words of one of the other rounds, or somewhat more
+ROUND = 60     # words in each of the other rounds, or slightly more
 REFUSALS = {True: ("抱歉", "没有之前的对话"), False: ("sorry", "no previous conversation")}      # Chinese, English
 SUBJECTS = ("penguins", "the harbour", "old trains", "a lighthouse", "winter", "the orchard", "swallows", "a market day",
             "the desert", "mountain huts", "the night shift", "a river ferry")
-KINDS = {       # what the request says, what its repetition says, and how three of NOUNS, ADJECTIVES and VERBS make the answer
+# the request; its name in the final question; the template of an answer's lines, from an adjective, a noun and a verb
+KINDS = {
     "poem": ("Write a short poem about {}.", "poem that you wrote about {}", "the {0} {1} {2},"),
     "description": ("Describe {} in a few words.", "description that you gave of {}", "{0} {1},"),
     "list": ("Name three things that go with {}.", "list of things that you named for {}", "{n}. {0} {1}"),
@@ -32,60 +43,61 @@ NOUNS = ("lantern", "kettle", "ribbon", "compass", "feather", "ladder", "anchor"
 VERBS = ("hums", "waits", "drifts", "glows", "listens", "turns", "wanders", "trembles", "sings", "rests")
 
 
-def example(length: int, depth: str, seed, ask: Ask) -> Example:
-    draw = draws("mr-niah", length, depth, seed)
-    request, name, form = KINDS[list(KINDS)[draw.integers(len(KINDS))]]
-    wanted, other = (SUBJECTS[i] for i in draw.choice(len(SUBJECTS), 2, replace=False))
-    answers = _answers(draw, form)
+def example(length: int, depth: str, seed, options: SuiteOptions) -> Example:
+    rng = make_rng("mr-niah", length, depth, seed)
+    request, name, form = KINDS[list(KINDS)[rng.integers(len(KINDS))]]
+    target, other = (SUBJECTS[i] for i in rng.choice(len(SUBJECTS), 2, replace=False))
+    answers = _make_answers(rng, form)
     order = ("wanted", "same", "other"), ("same", "wanted", "other"), ("same", "other", "wanted")
     order = order[DEPTHS.index(depth)]
-    subjects = {"wanted": wanted, "same": wanted, "other": other}
+    subjects = {"wanted": target, "same": target, "other": other}
     injected = [(request.format(subjects[which]), answers[which]) for which in order]
-    place = "first" if order.index("wanted") < order.index("same") else "second"
-    last = f"Please repeat the {place} {name.format(wanted)}."
-    essay = haystack.Essay(draw, length, ask.train)
+    ordinal = "first" if order.index("wanted") < order.index("same") else "second"
+    last = f"Please repeat the {ordinal} {name.format(target)}."
+    essay = haystack.Essay(rng, length, options.train)
 
     def build(n):
         words = essay.take(n)
-        cuts = np.linspace(0, n, max(n // ROUND, 1) + 1).astype(int)
-        rounds = [_continued(words[a:b]) for a, b in itertools.pairwise(cuts)] if n > 1 else []
-        for share, chosen in zip((0.75, 0.5, 0.25), reversed(injected)):
-            rounds.insert(int(share * len(rounds)), chosen)
+        bounds = np.linspace(0, n, max(n // ROUND, 1) + 1).astype(int)
+        rounds = [_continue_text(words[a:b]) for a, b in itertools.pairwise(bounds)] if n > 1 else []
+        for depth, injected_round in zip((0.75, 0.5, 0.25), reversed(injected)):
+            rounds.insert(int(depth * len(rounds)), injected_round)
         return render([*itertools.chain(*rounds), last])
 
-    n, prompt = fit(build, length, ask.tokenizer, "mr-niah")
+    n, prompt = fit_to_length(build, length, options.tokenizer, "mr-niah")
     label = answers["wanted"]
-    return Example(prompt, tuple(components(label)), budget(ask.tokenizer, 64, [label]), ("\nUser:",),
-                   {"seen": essay.seen(n), "chinese": False})
+    return Example(prompt, tuple(components(label)), answer_budget(options.tokenizer, 64, [label]), ("\nUser:",),
+                   {"seen": essay.uses_training_text(n), "chinese": False})
 
 
-def _answers(draw, form: str) -> dict[str, str]:
-    """Three different answers of one form, of no part alike."""
-    picks = [draw.permutation(len(words))[:9].reshape(3, 3) for words in (ADJECTIVES, NOUNS, VERBS)]
-    found = {}
+def _make_answers(rng, form: str) -> dict[str, str]:
+    """Three answers of the same form that share no adjective, noun or verb."""
+    picks = [rng.permutation(len(words))[:9].reshape(3, 3) for words in (ADJECTIVES, NOUNS, VERBS)]
+    answers = {}
     for i, which in enumerate(("wanted", "same", "other")):
         lines = [form.format(ADJECTIVES[a], NOUNS[b], VERBS[c], n=n)
                  for n, (a, b, c) in enumerate(zip(*(pick[i] for pick in picks)), 1)]
         text = "\n".join(lines)
-        found[which] = text[:-1] + "." if text.endswith(",") else text
-    return found
+        answers[which] = text[:-1] + "." if text.endswith(",") else text
+    return answers
 
 
-def _continued(words: list[str]) -> tuple[str, str]:
+def _continue_text(words: list[str]) -> tuple[str, str]:
     first = min(12, len(words) // 2)
     return f"Go on from here: {' '.join(words[:first])}", " ".join(words[first:])
 
 
 def render(messages: list[str]) -> str:
-    """A dialogue, the user's turn first and last, as a text to be continued."""
+    """A dialogue as a text to continue; the user speaks first and last."""
     turns = [f"{who}: {text}" for who, text in zip(itertools.cycle(("User", "Assistant")), messages)]
     return "\n".join([*turns, "Assistant:"])
 
 
 def components(label: str) -> list[str]:
-    """What an answer is scored by: the items of a numbered list; else lines, if several all end in a full stop; else clauses.
+    """The parts of an answer that are scored: the items of a numbered list; else lines, if there are several and all end with a
+    full stop; else clauses.
 
-    This gives the table of the released score.py for each of its twenty labels.
+    This rule gives the table of the released score.py for each of its twenty labels.
     """
     lines = [line.strip() for line in label.strip().split("\n")]
     if all(re.match(r"\d+\. ", line) for line in lines):
@@ -96,47 +108,52 @@ def components(label: str) -> list[str]:
 
 
 def score(output: str, example: Example) -> float:
-    """The share of the components that the output holds; 0 for a refusal."""
+    """The fraction of the components that the output contains; 0 for a refusal."""
     chinese = example.meta["chinese"]
     if any(phrase in (output if chinese else output.lower()) for phrase in REFUSALS[chinese]):
         return 0.0
     return float(np.mean([answer in output for answer in example.answers]))
 
 
-def plan(ask: Ask):
-    if ask.data:
-        return _released(ask)
-    return grid(example, (4096,), DEPTHS, 10)(ask)
+def plan(options: SuiteOptions):
+    if options.data:
+        return _plan_released(options)
+    return grid_plan(example, (4096,), DEPTHS, 10)(options)
 
 
-def _released(ask: Ask):
-    """The rows of the user's files, by length; a label's rows of one length come in the order of their depths."""
-    check_rows(ask.rows, DEPTHS)
-    paths = sorted(Path(ask.data).glob("*.jsonl")) if Path(ask.data).is_dir() else [Path(ask.data)]
+def _plan_released(options: SuiteOptions):
+    """Plans the records of the user's files, by length.
+
+    The records of one label and length are in the order of their depths.
+    """
+    check_rows(options.rows, DEPTHS)
+    paths = sorted(Path(options.data).glob("*.jsonl")) if Path(options.data).is_dir() else [Path(options.data)]
     if not paths or not all(path.is_file() for path in paths):
-        raise ConfigError(f"mr-niah: no .jsonl file in --data {ask.data}; the released ones have names as 2048_tokens.jsonl")
-    tasks, met, cells = [], {}, collections.Counter()
+        raise ConfigError(f"mr-niah: no .jsonl file in --data {options.data}; the released files have names such as "
+                          "2048_tokens.jsonl")
+    planned, ranks, cells = [], {}, collections.Counter()
     for path in paths:
         for number, record in enumerate(user_files.records(path), 1):
-            place = f"{path}:{number}"
-            messages = [user_files.column(m, "content", place, str) for m in user_files.column(record, "messages", place, list)]
-            label = user_files.column(record, "label", place, str)
-            length = user_files.column(record, "length_class", place, int)
-            if not ask.lengths or length in ask.lengths:
-                met[length, label] = rank = met.get((length, label), -1) + 1
+            where = f"{path}:{number}"
+            messages = [user_files.column(m, "content", where, str)
+                        for m in user_files.column(record, "messages", where, list)]
+            label = user_files.column(record, "label", where, str)
+            length = user_files.column(record, "length_class", where, int)
+            if not options.lengths or length in options.lengths:
+                ranks[length, label] = rank = ranks.get((length, label), -1) + 1
                 depth = DEPTHS[rank % 3]
-                tasks.append(Task(depth, str(length), cells[depth, length],
-                                  lambda m=messages, label=label: _example(m, label, ask)))
+                planned.append(PlannedExample(depth, str(length), cells[depth, length],
+                                              lambda m=messages, label=label: _released_example(m, label, options)))
                 cells[depth, length] += 1
-    lengths = sorted({int(task.column) for task in tasks})
-    if not tasks:
-        raise ConfigError(f"mr-niah: no row of {ask.data} has a length_class of --lengths")
-    limit = ask.examples or len(tasks)
-    return [task for length in lengths for task in tasks
-            if int(task.column) == length and task.index < limit and task.row in (ask.rows or DEPTHS)]
+    lengths = sorted({int(one.column) for one in planned})
+    if not planned:
+        raise ConfigError(f"mr-niah: no record of {options.data} has a length_class of --lengths")
+    limit = options.examples or len(planned)
+    return [one for length in lengths for one in planned
+            if int(one.column) == length and one.index < limit and one.row in (options.rows or DEPTHS)]
 
 
-def _example(messages: list[str], label: str, ask: Ask) -> Example:
+def _released_example(messages: list[str], label: str, options: SuiteOptions) -> Example:
     chinese = bool(re.search("[\u4e00-\u9fff]", label))
-    return Example(render(messages), tuple(components(label)), budget(ask.tokenizer, 64, [label]), ("\nUser:",),
+    return Example(render(messages), tuple(components(label)), answer_budget(options.tokenizer, 64, [label]), ("\nUser:",),
                    {"chinese": chinese})

@@ -150,7 +150,7 @@ def test_draws_take_the_arguments_of_the_task():
     drawn = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 5, "until": "\n"}
     assert harness._settings(drawn) == {"steps": 5, "temperature": 0.7, "top_p": 0.9, "stop": ("\n",)}
     assert harness._settings({"temperature": 0.0, "top_p": 0.9}) == {"steps": 256, "temperature": 0.0, "stop": ()}
-    with pytest.raises(ConfigError, match="{'num_beams': 4} are none of do_sample"):
+    with pytest.raises(ConfigError, match="{'num_beams': 4} are not supported; use do_sample"):
         harness._settings({"num_beams": 4})
 
 
@@ -192,8 +192,8 @@ def test_checkpoints_whose_tokenizer_serves_nobody(converted):
 @pytest.mark.parametrize("arguments, said", [
     ({}, "has no path: known are path"), ({"path": "RUN", "pth": 3}, "pth: known are path"),
     ({"path": "/nowhere"}, "/nowhere is no directory"), ({"path": "RUN", "dtype": "float8"}, "dtype 'float8' is none of"),
-    ({"path": "RUN", "max_length": -1.0}, "max_length=-1.0 must be a positive whole number"),
-    ({"path": "RUN", "batch_size": "many"}, "--batch_size=many must be a positive whole number")])
+    ({"path": "RUN", "max_length": -1.0}, "max_length=-1.0 must be a positive integer"),
+    ({"path": "RUN", "batch_size": "many"}, "--batch_size=many must be a positive integer")])
 def test_mistakes(run, arguments, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
         harness.Mmx(**{name: run if value == "RUN" else value for name, value in arguments.items()})
@@ -208,10 +208,10 @@ def test_a_mistake_is_one_line_of_the_command(monkeypatch, capsys):
 
 def test_data_of_this_machine(tmp_path):
     local = runpy.run_path(str(TASKS / "local.py"))
-    with pytest.raises(ConfigError, match="data=/nowhere paradigm=.*: give the folder of BLiMP's"):
+    with pytest.raises(ConfigError, match="data=/nowhere paradigm=.*: no such file; data must be the folder of BLiMP's"):
         local["blimp"]("/nowhere", num_fewshot=0)
     assert len(local["blimp"](PAIRS_OF_BLIMP, "wh_island")["test"]) == 6
-    with pytest.raises(ConfigError, match="data=None: give a file of WikiText"):
+    with pytest.raises(ConfigError, match="data=None: data must be a file of WikiText"):
         local["wikitext"]()
     (tmp_path / "test.txt").write_text(" \n = A = \n \n a = b \n = = Part = = \n\n = B = \n b \n")
     assert local["wikitext"](tmp_path / "test.txt")["test"]["page"] == [

@@ -9,12 +9,12 @@ import pytest
 from mmx.config import ConfigError
 from mmx.data import tokens
 from mmx.evals import examples, runner
-from mmx.evals.examples import Ask, Example, Task
-from mmx.evals.runner import Reader
+from mmx.evals.examples import Example, PlannedExample, SuiteOptions
+from mmx.evals.runner import ModelInterface
 from mmx.evals.suites import SUITES
 
 BYTES = tokens.tokenizer("bytes")
-ASK = Ask(BYTES, lengths=(300, 600), rows=("0", "100"), examples=3)
+OPTIONS = SuiteOptions(BYTES, lengths=(300, 600), rows=("0", "100"), examples=3)
 
 
 class Counted:
@@ -31,8 +31,8 @@ class Counted:
         return found[1] if found.start() < 100 else "none"
 
 
-def run(out, model, ask=ASK, step=1):
-    return runner.run("needle", ask, Reader(model, None), out, {"step": step})
+def run(out, model, options=OPTIONS, step=1):
+    return runner.run("needle", options, ModelInterface(model, None), out, {"step": step})
 
 
 def figures(result):
@@ -65,7 +65,7 @@ def test_a_killed_run_goes_on(last, tmp_path):
     again = Counted()
     assert run(tmp_path / "killed", again)["score"] == whole["score"] and again.calls == 0
     more = Counted()
-    assert run(tmp_path / "killed", more, ASK._replace(lengths=(300, 900), examples=4))["examples"] == 16
+    assert run(tmp_path / "killed", more, OPTIONS._replace(lengths=(300, 900), examples=4))["examples"] == 16
     assert more.calls == 2 + 8      # two more of the length that is there, all of the new one
 
 
@@ -73,18 +73,19 @@ def test_a_header_cut_off_begins_anew(tmp_path):
     (tmp_path / "needle.jsonl").write_text('{"suite": "nee')
     assert run(tmp_path, Counted())["examples"] == 12
     (tmp_path / "needle.jsonl").write_text("mine\n")
-    with pytest.raises(ConfigError, match="needle.jsonl is no file of a suite"):
+    with pytest.raises(ConfigError, match="needle.jsonl does not contain examples of a suite"):
         run(tmp_path, Counted())
     assert (tmp_path / "needle.jsonl").read_text() == "mine\n"
 
 
 def test_another_run_is_not_mixed_in(tmp_path):
-    run(tmp_path, Counted(), ASK._replace(examples=1))
+    run(tmp_path, Counted(), OPTIONS._replace(examples=1))
     before = (tmp_path / "needle.jsonl").read_bytes()
-    for ask, step, message in ((ASK._replace(seed=1), 1, r"seed \(there 0, now 1\)"), (ASK, 2, r"step \(there 1, now 2\)"),
-                               (ASK._replace(context=900), 1, r"context \(there 0, now 900\)")):
+    for options, step, message in ((OPTIONS._replace(seed=1), 1, r"seed \(was 0, now 1\)"),
+                                   (OPTIONS, 2, r"step \(was 1, now 2\)"),
+                                   (OPTIONS._replace(context=900), 1, r"context \(was 0, now 900\)")):
         with pytest.raises(ConfigError, match=message):
-            run(tmp_path, Counted(), ask, step)
+            run(tmp_path, Counted(), options, step)
     assert (tmp_path / "needle.jsonl").read_bytes() == before
 
 
@@ -104,32 +105,33 @@ def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path):
 
 def test_prompts_longer_than_the_context_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"prompts of 600 tokens are longer than --context 599"):
-        run(tmp_path / "out", Counted(), ASK._replace(context=599))
+        run(tmp_path / "out", Counted(), OPTIONS._replace(context=599))
     assert not (tmp_path / "out").exists()
-    plan = lambda ask: [Task("a", "full", 0, lambda: Example("x" * 50, ("y",)))]
+    plan = lambda options: [PlannedExample("a", "full", 0, lambda: Example("x" * 50, ("y",)))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SUITES, "needle", SUITES["needle"]._replace(plan=plan))
         with pytest.raises(ConfigError, match="full a, example 0: a prompt of 51 tokens is longer than --context 50"):
-            run(tmp_path, Counted(), ASK._replace(context=50, lengths=()))
+            run(tmp_path, Counted(), OPTIONS._replace(context=50, lengths=()))
 
 
 def test_ids_are_read_and_scores_are_by_row(tmp_path):
-    reader = Reader(None, lambda ids_T, next_T: (np.where(np.arange(len(ids_T)) < 64, np.log(2.0), np.log(8.0)), next_T))
-    result = runner.run("position", Ask(BYTES, lengths=(256,), examples=2), reader, tmp_path, {})
+    score = lambda ids_T, next_T: (np.where(np.arange(len(ids_T)) < 64, np.log(2.0), np.log(8.0)), next_T)
+    model = ModelInterface(None, score)
+    result = runner.run("position", SuiteOptions(BYTES, lengths=(256,), examples=2), model, tmp_path, {})
     by_row = {row: cells["256"] for row, cells in result["scores"].items()}
     assert by_row == pytest.approx({"0-63": 2, "64-127": 8, "128-255": 8})
     assert result["score"] == result["by_column"]["256"] == pytest.approx(2 ** ((64 + 3 * 192) / 256))
-    result = runner.run("mqar", Ask(BYTES, lengths=(65,), rows=("16",), examples=2), reader, tmp_path, {})
+    result = runner.run("mqar", SuiteOptions(BYTES, lengths=(65,), rows=("16",), examples=2), model, tmp_path, {})
     assert result["score"] == 1
 
 
 @pytest.mark.parametrize("name, lengths", [("needle", (300, 600)), ("position", (256, 1024))])
 def test_tables_and_pictures(name, lengths, tmp_path):
-    reader = Reader(Counted(), lambda ids_T, next_T: (np.ones(len(ids_T)), next_T))
-    result = runner.run(name, Ask(BYTES, lengths=lengths, examples=1), reader, tmp_path, {})
+    model = ModelInterface(Counted(), lambda ids_T, next_T: (np.ones(len(ids_T)), next_T))
+    result = runner.run(name, SuiteOptions(BYTES, lengths=lengths, examples=1), model, tmp_path, {})
     result["seen"] = [str(lengths[1])]
     assert runner.plot(result, tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
-    table = runner.show(result)
+    table = runner.make_table(result)
     heads = [column.header for column in table.columns[1:]]
-    assert heads == [examples.show_length(str(lengths[0])), examples.show_length(str(lengths[1])) + "*"]
-    assert table.row_count == len(result["scores"]) + 1 and "training part" in table.caption
+    assert heads == [examples.format_length(str(lengths[0])), examples.format_length(str(lengths[1])) + "*"]
+    assert table.row_count == len(result["scores"]) + 1 and "training split" in table.caption

@@ -11,8 +11,8 @@ import tokenizers
 from mmx.config import ConfigError
 from mmx.data import sources, tokens
 from mmx.evals import examples, haystack, longbench, mqar, mr_niah, needle, ruler, runner
-from mmx.evals.examples import Ask
-from mmx.evals.runner import Reader, run
+from mmx.evals.examples import SuiteOptions
+from mmx.evals.runner import ModelInterface, run
 from mmx.evals.suites import SUITES
 
 BYTES = tokens.tokenizer("bytes")
@@ -125,14 +125,14 @@ def data(tmp_path_factory):
     return folder
 
 
-def ask(name, data, **more):
+def options_for(name, data, **more):
     lengths = {"mtob": (), "longbench2": ()}.get(name, (4096,))
-    return Ask(BYTES, **{"lengths": lengths, "data": data if name in ("ruler", "mtob", "longbench2") else None,
+    return SuiteOptions(BYTES, **{"lengths": lengths, "data": data if name in ("ruler", "mtob", "longbench2") else None,
                          "examples": 3, **more})
 
 
 def made(name, data, **more):
-    return [(task, task.make()) for task in SUITES[name].plan(ask(name, data, **more))]
+    return [(task, task.make()) for task in SUITES[name].plan(options_for(name, data, **more))]
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -157,7 +157,7 @@ def test_who_reads_by_rule_is_always_right_and_who_is_blind_by_chance(name, data
         return output
 
     sure = lambda ids_T, next_T: (np.zeros(len(ids_T)), associated(ids_T, next_T)[1])
-    best = run(name, ask(name, data, examples=10), Reader(seeing, sure), tmp_path / "best", {})
+    best = run(name, options_for(name, data, examples=10), ModelInterface(seeing, sure), tmp_path / "best", {})
     perfect = {"accuracy": 1, "chrF": 100, "perplexity": 1}[SUITES[name].unit]
     assert all(score == pytest.approx(perfect) for cells in best["scores"].values() for score in cells.values())
     assert best["score"] == pytest.approx(perfect)
@@ -165,8 +165,8 @@ def test_who_reads_by_rule_is_always_right_and_who_is_blind_by_chance(name, data
     chance = {"longbench2": 0.25, "mqar": 1 / 128, "position": 264}.get(name, 0)
     draw = np.random.default_rng(0)
     guess = lambda prompt, steps, stop: "The correct answer is A" if name == "longbench2" else prompt.rsplit("\n", 1)[-1]
-    blind = Reader(guess, lambda ids_T, next_T: (np.full(len(ids_T), np.log(264)), draw.integers(128, 256, len(ids_T))))
-    worst = run(name, ask(name, data, examples=10), blind, tmp_path / "blind", {})
+    blind = ModelInterface(guess, lambda ids_T, next_T: (np.full(len(ids_T), np.log(264)), draw.integers(128, 256, len(ids_T))))
+    worst = run(name, options_for(name, data, examples=10), blind, tmp_path / "blind", {})
     assert worst["score"] == pytest.approx(chance, abs=12 if name == "mtob" else 0.03)       # chrF likes any letter
 
 
@@ -184,9 +184,9 @@ def words(tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name in TEXT if name not in ("mtob", "longbench2", "mqar")])
 def test_prompts_have_the_length_asked_for(name, data, words):
     for tokenizer, lengths in ((BYTES, (3000, 4096, 9000)), (words, (1000, 5000))):
-        for task in SUITES[name].plan(ask(name, data, examples=2, lengths=lengths)._replace(tokenizer=tokenizer)):
+        for task in SUITES[name].plan(options_for(name, data, examples=2, lengths=lengths)._replace(tokenizer=tokenizer)):
             prompt = task.make().prompt
-            size = examples.count(prompt, tokenizer) if isinstance(prompt, str) else len(prompt)
+            size = examples.count_tokens(prompt, tokenizer) if isinstance(prompt, str) else len(prompt)
             unit = UNITS[task.row if name == "ruler" else name]
             assert int(task.column) - unit < size <= int(task.column), task
 
@@ -195,19 +195,19 @@ def test_fit_builds_few_prompts_and_finds_the_boundary():
     draw = np.random.default_rng(0)
     for length, sizes in ((10**6, draw.integers(1, 12, 10**6)), (10**5, np.r_[[1] * 20_000, [500] * 1000]), (50, [7] * 20)):
         ends, built = np.r_[0, np.cumsum(sizes)], []
-        n, text = examples.fit(lambda n: built.append(n) or "x" * (9 + ends[n]), length, BYTES, "x", len(sizes))
+        n, text = examples.fit_to_length(lambda n: built.append(n) or "x" * (9 + ends[n]), length, BYTES, "x", len(sizes))
         assert len(text) + 1 <= length < 10 + ends[n + 1] and len(built) < 40
-    found = [examples.fit(lambda n: "x" * n, 99, BYTES, "x", most)[0] for most in (0, 1, 5, 98, 99, 200)]
+    found = [examples.fit_to_length(lambda n: "x" * n, 99, BYTES, "x", most)[0] for most in (0, 1, 5, 98, 99, 200)]
     assert found == [0, 1, 5, 98, 98, 98]
     with pytest.raises(ConfigError, match="length 9 is too short for x, whose shortest prompt has 11 tokens"):
-        examples.fit(lambda n: "x" * (n + 10), 9, BYTES, "x")
-    with pytest.raises(ConfigError, match="the tokenizer makes 2 tokens of .* units of text"):
-        examples.fit(lambda n: "x", 9, BYTES, "x")
+        examples.fit_to_length(lambda n: "x" * (n + 10), 9, BYTES, "x")
+    with pytest.raises(ConfigError, match="the tokenizer does not split the text: it makes 2 tokens of"):
+        examples.fit_to_length(lambda n: "x", 9, BYTES, "x")
 
 
 def written(path, name, **asked):
     """The documents that training reads of a written suite, in the file's order."""
-    count = runner.write(name, path, **{"examples": 4, **asked})
+    count = runner.write_examples(name, path, **{"examples": 4, **asked})
     found = [d for part in ("train", "validation", "test") for d in sources.documents(str(path), part)]
     assert len(found) == count
     return [content for _, content in sorted(found, key=lambda d: int(d[0].split(":")[1]))]
@@ -216,7 +216,7 @@ def written(path, name, **asked):
 def test_a_file_stays_where_writing_fails(tmp_path):
     (tmp_path / "a.jsonl").write_text("kept")
     with pytest.raises(ConfigError, match="too short"):
-        runner.write("needle", tmp_path / "a.jsonl", lengths=(1000, 30), examples=1)
+        runner.write_examples("needle", tmp_path / "a.jsonl", lengths=(1000, 30), examples=1)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.jsonl", "kept")]
 
 
@@ -233,7 +233,7 @@ def test_what_is_written_hangs_on_the_seed_alone_and_is_none_of_the_evaluation(t
     first, second, other = (written(tmp_path / f"{n}.jsonl", "needle", lengths=(600,), seed=seed)
                             for n, seed in enumerate((0, 0, 1)))
     assert first == second and not set(first) & set(other)
-    asked = ask("needle", None, lengths=(600,), examples=4)
+    asked = options_for("needle", None, lengths=(600,), examples=4)
     evaluated = [task.make() for task in SUITES["needle"].plan(asked)]
     assert not {e.answers[0] for e in evaluated} & {completion.decode()[1:] for _, completion in first}
     train, held_out = (" ".join(haystack._words(*parts)) for parts in (("train",), ("test", "validation")))
@@ -253,8 +253,8 @@ def test_a_needle_again_is_written_to_train_on_alone(tmp_path):
     assert gaps == set(range(1, 9))
     with pytest.raises(ConfigError, match="--rows: there is no row 'again'"):
         made("needle", None, rows=("again",))
-    with pytest.raises(ConfigError, match="mtob is to be evaluated on"):
-        runner.write("mtob", tmp_path / "b.jsonl")
+    with pytest.raises(ConfigError, match="mtob is for evaluation only"):
+        runner.write_examples("mtob", tmp_path / "b.jsonl")
 
 
 def test_mqar_is_written_as_ids_with_their_targets(tmp_path):
@@ -266,25 +266,26 @@ def test_mqar_is_written_as_ids_with_their_targets(tmp_path):
 
 def test_depth_is_where_the_needle_is():
     for depth in (0, 30, 50, 100):
-        found = needle.example(20_000, str(depth), (0, 0), Ask(BYTES))
+        found = needle.example(20_000, str(depth), (0, 0), SuiteOptions(BYTES))
         text = found.prompt.split("\n\n")[1]
         assert 100 * text.index("The special magic") / len(text) == pytest.approx(depth, abs=3)
 
 
 def test_text_of_the_training_part_is_marked():
     held_out = haystack._words("test", "validation")
-    found = needle.example(1_300_000, "70", (0, 0), Ask(BYTES))         # the held-out files are 1.04 MB
+    found = needle.example(1_300_000, "70", (0, 0), SuiteOptions(BYTES))         # the held-out files are 1.04 MB
     assert found.meta["seen"] and magic(found.prompt) == found.answers[0]
-    assert not needle.example(900_000, "70", (0, 1), Ask(BYTES)).meta["seen"]
-    essay = haystack.Essay(examples.draws(0), 10**9)
-    assert essay.take(len(held_out)) == held_out and not essay.seen(len(held_out)) and essay.seen(len(held_out) + 1)
+    assert not needle.example(900_000, "70", (0, 1), SuiteOptions(BYTES)).meta["seen"]
+    essay = haystack.Essay(examples.make_rng(0), 10**9)
+    assert essay.take(len(held_out)) == held_out and not essay.uses_training_text(len(held_out))
+    assert essay.uses_training_text(len(held_out) + 1)
     every = len(held_out) + len(haystack._words("train"))
     assert essay.take(every + 5)[-5:] == held_out[:5]       # and then it begins again
 
 
 def test_ruler_has_its_parameters():
     def shape(task, length=8192):
-        return ruler.example(length, task, (0, 0), Ask(BYTES))
+        return ruler.example(length, task, (0, 0), SuiteOptions(BYTES))
     keys = lambda e: len(set(re.findall(r"One secret \w+ for ([\w-]+) is", e.prompt)))
     values = lambda e: len(re.findall(r"One secret \w+ for", e.prompt))
     counts = {task: (keys(shape(task)), values(shape(task)), len(shape(task).answers)) for task in ruler.NIAH}
@@ -305,21 +306,21 @@ def test_ruler_has_its_parameters():
 
 
 def test_mqar_is_zoologys():
-    found = mqar.example(65, "16", (0, 0), Ask(BYTES))
+    found = mqar.example(65, "16", (0, 0), SuiteOptions(BYTES))
     asked = np.flatnonzero(found.answers >= 0)
     keys, values = found.prompt[1:33:2], found.prompt[2:34:2]
     assert len(found.prompt) == 65 and found.prompt[0] == 256 and len(asked) == 16 and asked.min() >= 33
     assert len(set(keys)) == len(set(values)) == 16 and max(keys) < 128 <= min(values)
     assert dict(zip(found.prompt[asked], found.answers[asked])) == dict(zip(keys, values))
     with pytest.raises(ConfigError, match="16 pairs need 65 tokens, length 64 is too short"):
-        mqar.example(64, "16", (0, 0), Ask(BYTES))
-    with pytest.raises(ConfigError, match="200 pairs are not among 1 to 128"):
-        mqar.example(2000, "200", (0, 0), Ask(BYTES))
+        mqar.example(64, "16", (0, 0), SuiteOptions(BYTES))
+    with pytest.raises(ConfigError, match="--rows 200 must be between 1 and 128 pairs"):
+        mqar.example(2000, "200", (0, 0), SuiteOptions(BYTES))
 
 
 def test_dialogues_ask_for_one_of_two_alike():
     for depth, place in (("25", "first"), ("50", "second"), ("75", "second")):
-        found = mr_niah.example(20_000, depth, (0, 0), Ask(BYTES))
+        found = mr_niah.example(20_000, depth, (0, 0), SuiteOptions(BYTES))
         assert f"Please repeat the {place}" in found.prompt.rsplit("\n", 2)[1]
         at = found.prompt.index(found.answers[0])
         assert 100 * at / len(found.prompt) == pytest.approx(int(depth), abs=5)
@@ -339,14 +340,15 @@ def test_labels_fall_into_components(label, parts):
 
 
 def test_released_dialogues_are_read_and_scored(data):
-    tasks = SUITES["mr-niah"].plan(Ask(BYTES, data=data / "released"))
+    tasks = SUITES["mr-niah"].plan(SuiteOptions(BYTES, data=data / "released"))
     assert [task[:3] for task in tasks] == [(depth, "2048", index) for index in (0, 1) for depth in ("25", "50", "75")]
     found = tasks[0].make()
     assert found.prompt.startswith("User: A poem\nAssistant: Red as fire,\nsoft as snow.\nUser: Please")
     assert found.prompt.endswith("\nAssistant:") and found.answers == ("Red as fire", "soft as snow")
     scores = [mr_niah.score(said, found) for said in ("Red as fire, soft as snow", "soft as snow", "Sorry: Red as fire", "")]
     assert scores == [1, 0.5, 0, 0]
-    assert len(SUITES["mr-niah"].plan(Ask(BYTES, data=data / "released", rows=("25",), examples=1, lengths=(2048,)))) == 1
+    options = SuiteOptions(BYTES, data=data / "released", rows=("25",), examples=1, lengths=(2048,))
+    assert len(SUITES["mr-niah"].plan(options)) == 1
 
 
 @pytest.mark.parametrize("said, letter", [
@@ -360,13 +362,14 @@ def test_longbench_prompts_lose_their_middle(data, words):
     (_, whole), *_ = made("longbench2", data)
     for tokenizer in (BYTES, words):
         text = whole.prompt if tokenizer is BYTES else "x " * 900
-        cut = longbench.without_middle(text, 400, tokenizer)
-        assert examples.count(cut, tokenizer) <= 400
-    ask = Ask(BYTES, data=data / "data.json", context=400)
-    found = next(iter(SUITES["longbench2"].plan(ask))).make()
-    assert examples.count(found.prompt, BYTES) == 399 and found.meta["cut"] and not whole.meta["cut"]
+        cut = longbench.remove_middle(text, 400, tokenizer)
+        assert examples.count_tokens(cut, tokenizer) <= 400
+    options = SuiteOptions(BYTES, data=data / "data.json", context=400)
+    found = next(iter(SUITES["longbench2"].plan(options))).make()
+    assert examples.count_tokens(found.prompt, BYTES) == 399 and found.meta["cut"] and not whole.meta["cut"]
     assert found.prompt[:199] == whole.prompt[:199] and found.prompt[-199:] == whole.prompt[-199:]
-    assert examples.count(longbench.without_middle("é" * 900, 400, BYTES), BYTES) <= 400      # 199 bytes are 99 é and a half
+    shortened = longbench.remove_middle("é" * 900, 400, BYTES)      # 199 bytes end in the middle of an é
+    assert examples.count_tokens(shortened, BYTES) <= 400
 
 
 def test_mtob_takes_as_much_of_the_book_as_fits(data):
@@ -377,29 +380,29 @@ def test_mtob_takes_as_much_of_the_book_as_fits(data):
 
 
 def test_lengths():
-    shown = [examples.show_length(str(n)) for n in (512, 1024, 1536, 4 * 1024**2, 10**6)]
+    shown = [examples.format_length(str(n)) for n in (512, 1024, 1536, 4 * 1024**2, 10**6)]
     assert shown == ["512", "1k", "1536", "4m", "1000000"]
 
 
 @pytest.mark.parametrize("name, broken, message", [
-    ("ruler", None, "qa_1 needs a file squad.json of yours: give its folder as --data DIR"),
-    ("ruler", {"squad.json": None}, "qa_1: no file "),
+    ("ruler", None, "qa_1 needs your file squad.json: give its folder as --data DIR"),
+    ("ruler", {"squad.json": None}, "qa_1: there is no file "),
     ("ruler", {"squad.json": {"rows": []}}, "squad.json: an entry lacks the column 'data' (list)"),
     ("ruler", {"squad.json": {"data": [{"paragraphs": [{"context": "a"}]}]}}, "squad.json: an entry lacks the column 'qas'"),
-    ("ruler", {"squad.json": {"data": []}}, "squad.json holds no question that has an answer"),
-    ("ruler", {"hotpotqa.json": {"data": 1}}, "hotpotqa.json needs an array of objects, this is dict"),
+    ("ruler", {"squad.json": {"data": []}}, "squad.json contains no question with an answer"),
+    ("ruler", {"hotpotqa.json": {"data": 1}}, "hotpotqa.json must contain an array of objects, this is dict"),
     ("ruler", {"hotpotqa.json": [{"question": "a", "context": []}]}, "an entry lacks the column 'answer' (str)"),
     ("mtob", {"wordlist.json": {"ek": {}}}, "wordlist.json: an entry lacks the column 'ke' (dict)"),
     ("mtob", {"test_examples_ek.json": [{"original": "a"}]}, "test_examples_ek.json: an entry lacks the column 'ground_truth'"),
-    ("mtob", {"grammar_book.txt": None}, "mtob: no file "),
-    ("ruler", {"hotpotqa.json": [{"context": [["a"]]}]}, "column 'context' needs [title, [sentence, ...]] for each document"),
+    ("mtob", {"grammar_book.txt": None}, "mtob: there is no file "),
+    ("ruler", {"hotpotqa.json": [{"context": [["a"]]}]}, "column 'context' must have [title, [sentence, ...]]"),
     ("mtob", {"test_examples_ek.json": [{"original": 3}]}, "test_examples_ek.json: an entry lacks the column 'original' (str)"),
-    ("mtob", {"test_examples_ek.json": '[{"original": "\\ud800"}]'}, "column 'original' is no text"),
+    ("mtob", {"test_examples_ek.json": '[{"original": "\\ud800"}]'}, "column 'original' is not valid text"),
     ("mr-niah", {"a.jsonl": b"\xff"}, "a.jsonl:1 is not JSON ("),
     ("longbench2", {"data.json": "{"}, "data.json is not JSON ("),
     ("longbench2", {"data.json": [{"question": "a"}]}, "entry 1: an entry lacks the column 'choice_A' (str)"),
-    ("longbench2", {"data.json": ["a"]}, "data.json: each entry needs an object, this one is str"),
-    ("longbench2", {}, "column 'difficulty' is 'fair', none of easy, hard"),
+    ("longbench2", {"data.json": ["a"]}, "data.json: each entry must be an object, this one is str"),
+    ("longbench2", {}, "column 'difficulty' is 'fair', but must be one of easy, hard"),
     ("mr-niah", {"a.jsonl": '{"label": "a"}\n'}, "a.jsonl:1: an entry lacks the column 'messages' (list)"),
     ("mr-niah", {"a.jsonl": "{}\n{"}, "a.jsonl:2 is not JSON ("),
     ("mr-niah", {}, "mr-niah: no .jsonl file in --data "),
@@ -417,7 +420,7 @@ def test_what_is_wrong_with_the_users_files_is_named(name, broken, message, data
             (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     rows = {"ruler": ("qa_1", "qa_2")}.get(name, ())
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
-        for task in SUITES[name].plan(Ask(BYTES, data=None if broken is None else tmp_path, rows=rows)):
+        for task in SUITES[name].plan(SuiteOptions(BYTES, data=None if broken is None else tmp_path, rows=rows)):
             task.make()
     assert "\n" not in str(error.value)
 
@@ -426,11 +429,11 @@ def test_rows_that_are_not_there():
     for name, row, message in (("ruler", "niah_singl_1", "did you mean niah_single_1?"), ("needle", "101", "known: 0, 10"),
                                ("mr-niah", "30", "known: 25, 50, 75"), ("mqar", "many", "known: 4, 16, 64")):
         with pytest.raises(ConfigError, match=re.escape(message)):
-            list(SUITES[name].plan(Ask(BYTES, rows=(row,))))
-    assert {task.row for task in SUITES["needle"].plan(Ask(BYTES, rows=("33", "50")))} == {"33", "50"}
+            list(SUITES[name].plan(SuiteOptions(BYTES, rows=(row,))))
+    assert {task.row for task in SUITES["needle"].plan(SuiteOptions(BYTES, rows=("33", "50")))} == {"33", "50"}
 
 
 def test_a_missing_package_is_told_with_its_extra(monkeypatch, data):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=re.escape("sacrebleu, which is not installed: pip install 'mmx[eval]'")):
-        SUITES["mtob"].plan(Ask(BYTES, data=data))
+        SUITES["mtob"].plan(SuiteOptions(BYTES, data=data))

@@ -199,7 +199,7 @@ def suite_files():
 
 def read_suites(folder: Path):
     from mmx.evals import longbench, mr_niah, mtob, ruler
-    from mmx.evals.examples import Ask
+    from mmx.evals.examples import SuiteOptions
 
     told = []
     for plan, where in ((longbench.plan, folder), (mtob.plan, folder), (mr_niah.plan, folder / "niah"),
@@ -209,7 +209,7 @@ def read_suites(folder: Path):
             if plan in (ruler.squad.__wrapped__, ruler.hotpot.__wrapped__, untrusted.text):
                 plan(where)
             else:
-                for task in plan(Ask(tokenizer=tokens.Bytes(), data=where))[:3]:
+                for task in plan(SuiteOptions(tokenizer=tokens.Bytes(), data=where))[:3]:
                     task.make()
         except config.ConfigError as error:
             told.append(error)
