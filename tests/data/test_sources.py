@@ -37,7 +37,7 @@ def test_jsonl_lines_are_texts_prompts_or_ids(tmp_path):
 
 
 def test_jsonl_lines_have_images(tmp_path):
-    """Their paths are below the line's file's folder; they are no text of the hold-out's size."""
+    """Paths are relative to the folder of the .jsonl file. Images do not count towards the size of the held-out text."""
     (tmp_path / "deep" / "shown").mkdir(parents=True)
     (tmp_path / "deep" / "shown" / "a.png").touch()
     lines = [{"text": "<image> é", "images": ["shown/a.png"]}, {"text": "none", "images": []},
@@ -50,7 +50,7 @@ def test_jsonl_lines_have_images(tmp_path):
     assert found[2::3] == [ImageText(b"<image>?", b" <image>!", (file, file))] * 20
 
 
-def test_hold_out_cuts_no_completion(tmp_path):
+def test_hold_out_does_not_divide_completions(tmp_path):
     lines = [{"prompt": "p" * 90, "completion": "c" * 10}] * 5
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert all(corpus.split_of(f"a.jsonl:{n}") == "train" for n in range(1, 6))
@@ -61,14 +61,14 @@ def test_hold_out_cuts_no_completion(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.txt", "b.txt", "c.txt"] + [f"{i}.txt" for i in range(60)])
 def test_one_text_holds_out_its_last_twentieth_whatever_its_name(tmp_path, name):
-    raw = "é".encode() * 1000                           # the cut at byte 1900 must not fall inside a character
+    raw = "é".encode() * 1000                           # the boundary at byte 1900 must not be inside a character
     (tmp_path / name).write_bytes(raw + b"x")
     [(_, train)], [(_, held)] = (sources.documents(str(tmp_path / name), part) for part in PARTS[:2])
     assert train + held == raw + b"x" and len(train) == 1900 and train.decode()
     assert sources.documents(str(tmp_path / name), "test") == []
 
 
-def test_cut_steps_back_to_a_character(tmp_path):
+def test_hold_out_starts_at_a_character(tmp_path):
     (tmp_path / "a.txt").write_bytes("é".encode() * 10)             # 20 bytes: the twentieth begins inside the last é
     [(_, held)] = sources.documents(str(tmp_path / "a.txt"), "validation")
     assert held == "é".encode()
@@ -113,6 +113,6 @@ def test_mistakes_are_one_line(tmp_path, make, message):
     assert "\n" not in str(error.value)
 
 
-def test_what_stands_beside_a_text_is_about_it(tmp_path):
+def test_other_keys_beside_a_text_are_ignored(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one", "tokens": 123}\n{"text": "two", "prompt": "who?"}\n' * 9)
     assert {raw for part in PARTS for _, raw in sources.documents(str(tmp_path), part)} <= {b"one", b"two", b"on", b"e"}

@@ -1,4 +1,4 @@
-"""The long-context suites, without a model: readers that find the answer by rule, and blind ones."""
+"""The long-context suites with stand-ins for a model: one solves each task by a rule, one ignores the text."""
 import collections
 import importlib.util
 import json
@@ -16,8 +16,8 @@ from mmx.evals.runner import ModelInterface, run
 from mmx.evals.suites import SUITES
 
 BYTES = tokens.tokenizer("bytes")
-TEXT = [name for name in SUITES if name != "vision"]        # which needs a model that sees
-UNITS = {       # tokens (bytes) of the largest unit by which a prompt can be short of its length
+TEXT = [name for name in SUITES if name != "vision"]        # which needs a model with vision
+UNITS = {       # a prompt may be shorter than its length by less than this: the largest unit of text, in bytes
     "needle": 30, "mr-niah": 60, "position": 1, "mqar": 1, "niah_single_1": 90, "niah_single_2": 30, "niah_single_3": 30,
     "niah_multikey_1": 30, "niah_multikey_2": 70, "niah_multikey_3": 110, "niah_multivalue": 30, "niah_multiquery": 30,
     "vt": 90, "cwe": 55, "fwe": 60, "qa_1": 60, "qa_2": 600}
@@ -82,7 +82,7 @@ BY_RULE = {"needle": magic, "mr-niah": repeat, "vt": variables, "cwe": common, "
 
 
 def associated(ids_T, _):
-    """At each token, what followed it where it stood first."""
+    """The token that followed the first occurrence of each token."""
     first = {}
     for at, token in enumerate(ids_T[:-1]):
         first.setdefault(token, ids_T[at + 1])
@@ -91,16 +91,16 @@ def associated(ids_T, _):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A user's files: 40 questions, of which each choice, A to D, answers ten."""
+    """A user's files: 40 questions; each choice, A to D, is the answer to ten."""
     folder = tmp_path_factory.mktemp("data")
     lands = [f"Land{chr(97 + i)}{chr(97 + j)}" for i in range(5) for j in range(8)]
-    told = [(land, f"City{land[4:]}", f"The capital of {land} is City{land[4:]}.") for land in lands]
+    facts = [(land, f"City{land[4:]}", f"The capital of {land} is City{land[4:]}.") for land in lands]
     squad = [{"paragraphs": [{"context": text, "qas": [
         {"question": f"What is the capital of {land}?", "answers": [{"text": city}], "is_impossible": False},
-        {"question": "What is it?", "answers": [], "is_impossible": True}]}]} for land, city, text in told]
+        {"question": "What is it?", "answers": [], "is_impossible": True}]}]} for land, city, text in facts]
     hotpot = [{"question": f"What is the capital of {land}?", "answer": city,
                "context": [[land, [text]], *([f"{land} {n}", ["Nothing of note. "] * 3] for n in range(9))]}
-              for land, city, text in told]
+              for land, city, text in facts]
     longbench = [{"question": "Which?", "context": "So. The fact is red. " + "More. " * 90, "answer": "ABCD"[n % 4],
                   "difficulty": ("easy", "hard")[n // 4 % 2], "length": ("short", "medium", "long")[n % 3],
                   **{f"choice_{letter}": "red" if letter == "ABCD"[n % 4] else "blue" for letter in "ABCD"}} for n in range(40)]
@@ -148,16 +148,16 @@ def test_the_same_seed_gives_the_same_examples(name, data):
 
 
 @pytest.mark.parametrize("name", TEXT)
-def test_who_reads_by_rule_is_always_right_and_who_is_blind_by_chance(name, data, tmp_path):
+def test_a_rule_is_always_right_and_a_blind_guess_at_chance_level(name, data, tmp_path):
     rows = {example.prompt: task.row for task, example in made(name, data, examples=10)} if name == "ruler" else {}
 
-    def seeing(prompt, steps, stop):
+    def solve(prompt, steps, stop):
         output = BY_RULE[rows.get(prompt, name)](prompt)
-        assert len(output.encode()) <= steps, "the budget is too small for the answer"
+        assert len(output.encode()) <= steps, "too few steps for the answer"
         return output
 
     sure = lambda ids_T, next_T: (np.zeros(len(ids_T)), associated(ids_T, next_T)[1])
-    best = run(name, options_for(name, data, examples=10), ModelInterface(seeing, sure), tmp_path / "best", {})
+    best = run(name, options_for(name, data, examples=10), ModelInterface(solve, sure), tmp_path / "best", {})
     perfect = {"accuracy": 1, "chrF": 100, "perplexity": 1}[SUITES[name].unit]
     assert all(score == pytest.approx(perfect) for cells in best["scores"].values() for score in cells.values())
     assert best["score"] == pytest.approx(perfect)
@@ -167,12 +167,12 @@ def test_who_reads_by_rule_is_always_right_and_who_is_blind_by_chance(name, data
     guess = lambda prompt, steps, stop: "The correct answer is A" if name == "longbench2" else prompt.rsplit("\n", 1)[-1]
     blind = ModelInterface(guess, lambda ids_T, next_T: (np.full(len(ids_T), np.log(264)), draw.integers(128, 256, len(ids_T))))
     worst = run(name, options_for(name, data, examples=10), blind, tmp_path / "blind", {})
-    assert worst["score"] == pytest.approx(chance, abs=12 if name == "mtob" else 0.03)       # chrF likes any letter
+    assert worst["score"] == pytest.approx(chance, abs=12 if name == "mtob" else 0.03)       # chrF gives points for any letter
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """A tokenizer of words and of single signs, none of which it knows."""
+    """A tokenizer that splits a text into words and punctuation; all of them are unknown tokens."""
     path = tmp_path_factory.mktemp("words") / "tokenizer.json"
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -206,14 +206,14 @@ def test_fit_builds_few_prompts_and_finds_the_boundary():
 
 
 def written(path, name, **asked):
-    """The documents that training reads of a written suite, in the file's order."""
+    """Writes a suite's examples and returns the documents that training reads, in the file's order."""
     count = runner.write_examples(name, path, **{"examples": 4, **asked})
     found = [d for part in ("train", "validation", "test") for d in sources.documents(str(path), part)]
     assert len(found) == count
     return [content for _, content in sorted(found, key=lambda d: int(d[0].split(":")[1]))]
 
 
-def test_a_file_stays_where_writing_fails(tmp_path):
+def test_a_file_is_kept_if_writing_fails(tmp_path):
     (tmp_path / "a.jsonl").write_text("kept")
     with pytest.raises(ConfigError, match="too short"):
         runner.write_examples("needle", tmp_path / "a.jsonl", lengths=(1000, 30), examples=1)
@@ -221,7 +221,7 @@ def test_a_file_stays_where_writing_fails(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["needle", "mr-niah", *ruler.NIAH, "vt", "cwe", "fwe"])
-def test_who_reads_by_rule_completes_what_is_written_to_train_on(name, tmp_path):
+def test_training_examples_are_solved_by_the_rule(name, tmp_path):
     suite, rows = ("ruler", (name,)) if name not in SUITES else (name, ())
     for prompt, completion in written(tmp_path / "a.jsonl", suite, rows=rows, lengths=(3000,)):
         found = BY_RULE[name](prompt.decode())
@@ -229,7 +229,7 @@ def test_who_reads_by_rule_completes_what_is_written_to_train_on(name, tmp_path)
         assert sorted(completion.decode().removeprefix(" ").split(", ")) == sorted(found)
 
 
-def test_what_is_written_hangs_on_the_seed_alone_and_is_none_of_the_evaluation(tmp_path):
+def test_training_examples_depend_on_the_seed_only_and_differ_from_evaluation(tmp_path):
     first, second, other = (written(tmp_path / f"{n}.jsonl", "needle", lengths=(600,), seed=seed)
                             for n, seed in enumerate((0, 0, 1)))
     assert first == second and not set(first) & set(other)
@@ -243,13 +243,13 @@ def test_what_is_written_hangs_on_the_seed_alone_and_is_none_of_the_evaluation(t
         assert longest in train and longest not in held_out
 
 
-def test_a_needle_again_is_written_to_train_on_alone(tmp_path):
+def test_the_row_again_is_for_training_only(tmp_path):
     gaps = set()
     for prompt, completion in written(tmp_path / "a.jsonl", "needle", rows=("again",), lengths=(256,), examples=20):
         number = re.fullmatch(rb"The special magic \w+ number is: (\d{7})\.", prompt)[1]
-        said = re.findall(rb" (\d+)(\.+)", completion)
-        assert {one for one, _ in said} == {number} and len(said) > 9 and len(prompt + completion) + 1 <= 256
-        gaps |= {len(dots) for _, dots in said}
+        repeats = re.findall(rb" (\d+)(\.+)", completion)
+        assert {one for one, _ in repeats} == {number} and len(repeats) > 9 and len(prompt + completion) + 1 <= 256
+        gaps |= {len(dots) for _, dots in repeats}
     assert gaps == set(range(1, 9))
     with pytest.raises(ConfigError, match="--rows: there is no row 'again'"):
         made("needle", None, rows=("again",))
@@ -271,7 +271,7 @@ def test_depth_is_where_the_needle_is():
         assert 100 * text.index("The special magic") / len(text) == pytest.approx(depth, abs=3)
 
 
-def test_text_of_the_training_part_is_marked():
+def test_text_of_the_training_split_is_marked():
     held_out = haystack._words("test", "validation")
     found = needle.example(1_300_000, "70", (0, 0), SuiteOptions(BYTES))         # the held-out files are 1.04 MB
     assert found.meta["seen"] and magic(found.prompt) == found.answers[0]
@@ -280,7 +280,7 @@ def test_text_of_the_training_part_is_marked():
     assert essay.take(len(held_out)) == held_out and not essay.uses_training_text(len(held_out))
     assert essay.uses_training_text(len(held_out) + 1)
     every = len(held_out) + len(haystack._words("train"))
-    assert essay.take(every + 5)[-5:] == held_out[:5]       # and then it begins again
+    assert essay.take(every + 5)[-5:] == held_out[:5]       # then the text starts again
 
 
 def test_ruler_has_its_parameters():
@@ -292,7 +292,7 @@ def test_ruler_has_its_parameters():
     assert counts["niah_single_1"] == counts["niah_single_2"] == counts["niah_single_3"] == (1, 1, 1)
     assert counts["niah_multikey_1"] == (4, 4, 1) and counts["niah_multivalue"] == (1, 4, 4)
     assert counts["niah_multiquery"] == (4, 4, 4)
-    assert min(counts[f"niah_multikey_{n}"][0] for n in (2, 3)) > 50       # haystacks of needles
+    assert min(counts[f"niah_multikey_{n}"][0] for n in (2, 3)) > 50       # the haystack consists of needles
     assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", shape("niah_multikey_3").answers[0])
     assert re.fullmatch(r"\d{7}", shape("niah_multikey_2").answers[0])
     assert len(shape("vt").answers) == 5 and all(re.fullmatch("[A-Z]{5}", name) for name in shape("vt").answers)
@@ -305,7 +305,7 @@ def test_ruler_has_its_parameters():
     assert ranks == pytest.approx([ranks[0] / n**2 for n in (1, 2, 3, 4, 5)], abs=1)         # zeta with alpha 2
 
 
-def test_mqar_is_zoologys():
+def test_mqar_follows_zoology():
     found = mqar.example(65, "16", (0, 0), SuiteOptions(BYTES))
     asked = np.flatnonzero(found.answers >= 0)
     keys, values = found.prompt[1:33:2], found.prompt[2:34:2]
@@ -318,7 +318,7 @@ def test_mqar_is_zoologys():
         mqar.example(2000, "200", (0, 0), SuiteOptions(BYTES))
 
 
-def test_dialogues_ask_for_one_of_two_alike():
+def test_dialogues_ask_for_one_of_two_equal_requests():
     for depth, place in (("25", "first"), ("50", "second"), ("75", "second")):
         found = mr_niah.example(20_000, depth, (0, 0), SuiteOptions(BYTES))
         assert f"Please repeat the {place}" in found.prompt.rsplit("\n", 2)[1]
@@ -335,7 +335,7 @@ def test_dialogues_ask_for_one_of_two_alike():
     ("身披黑衣，步伐缓慢，\n在风中，它们微笑。", ["身披黑衣", "步伐缓慢", "在风中", "它们微笑"]),
     ("蛙声阵阵，此起彼伏。\n树下，有人下棋。", ["蛙声阵阵，此起彼伏", "树下，有人下棋"]),
 ])
-def test_labels_fall_into_components(label, parts):
+def test_labels_are_split_into_components(label, parts):
     assert mr_niah.components(label) == parts
 
 
@@ -351,11 +351,11 @@ def test_released_dialogues_are_read_and_scored(data):
     assert len(SUITES["mr-niah"].plan(options)) == 1
 
 
-@pytest.mark.parametrize("said, letter", [
+@pytest.mark.parametrize("output, letter", [
     ("The correct answer is (B)", "B"), ("The correct answer is **C**.", "C"), ("The correct answer is (A), not (B)", "A"),
     ("(D)", None), ("the correct answer is (A)", None), ("The correct answer is A or The correct answer is (D)", "D")])
-def test_longbench_answers_are_extracted_by_its_rule(said, letter):
-    assert longbench.extract(said) == letter
+def test_longbench_answers_are_extracted_by_its_rule(output, letter):
+    assert longbench.extract(output) == letter
 
 
 def test_longbench_prompts_lose_their_middle(data, words):
@@ -372,7 +372,7 @@ def test_longbench_prompts_lose_their_middle(data, words):
     assert examples.count_tokens(shortened, BYTES) <= 400
 
 
-def test_mtob_takes_as_much_of_the_book_as_fits(data):
+def test_mtob_uses_as_much_of_the_book_as_fits(data):
     books = [(len(e.prompt), e.meta["book"]) for task, e in made("mtob", data, lengths=(1200, 2000), rows=("ke",))]
     books += [(len(e.prompt), e.meta["book"]) for task, e in made("mtob", data, rows=("ke",))]
     assert 1190 < books[0][0] < 1200 and 1990 < books[1][0] < 2000 and books[2][0] > 4500
@@ -380,8 +380,8 @@ def test_mtob_takes_as_much_of_the_book_as_fits(data):
 
 
 def test_lengths():
-    shown = [examples.format_length(str(n)) for n in (512, 1024, 1536, 4 * 1024**2, 10**6)]
-    assert shown == ["512", "1k", "1536", "4m", "1000000"]
+    formatted = [examples.format_length(str(n)) for n in (512, 1024, 1536, 4 * 1024**2, 10**6)]
+    assert formatted == ["512", "1k", "1536", "4m", "1000000"]
 
 
 @pytest.mark.parametrize("name, broken, message", [
@@ -407,7 +407,7 @@ def test_lengths():
     ("mr-niah", {"a.jsonl": "{}\n{"}, "a.jsonl:2 is not JSON ("),
     ("mr-niah", {}, "mr-niah: no .jsonl file in --data "),
 ])
-def test_what_is_wrong_with_the_users_files_is_named(name, broken, message, data, tmp_path):
+def test_errors_in_the_users_files_are_named(name, broken, message, data, tmp_path):
     for path in data.glob("*.*") if name != "mr-niah" else ():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     if "difficulty" in message:
@@ -425,7 +425,7 @@ def test_what_is_wrong_with_the_users_files_is_named(name, broken, message, data
     assert "\n" not in str(error.value)
 
 
-def test_rows_that_are_not_there():
+def test_unknown_rows():
     for name, row, message in (("ruler", "niah_singl_1", "did you mean niah_single_1?"), ("needle", "101", "known: 0, 10"),
                                ("mr-niah", "30", "known: 25, 50, 75"), ("mqar", "many", "known: 4, 16, 64")):
         with pytest.raises(ConfigError, match=re.escape(message)):
@@ -433,7 +433,7 @@ def test_rows_that_are_not_there():
     assert {task.row for task in SUITES["needle"].plan(SuiteOptions(BYTES, rows=("33", "50")))} == {"33", "50"}
 
 
-def test_a_missing_package_is_told_with_its_extra(monkeypatch, data):
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, data):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=re.escape("sacrebleu, which is not installed: pip install 'mmx[eval]'")):
         SUITES["mtob"].plan(SuiteOptions(BYTES, data=data))

@@ -1,4 +1,4 @@
-"""The suite of generated pictures: who looks at the pixels is right, who is blind is not, and what is told of it."""
+"""The vision suite: a model that reads the pixels is right, a blind one is not; its table, figure and errors."""
 import json
 
 import jax
@@ -24,7 +24,7 @@ OPTIONS = SuiteOptions(BYTES, examples=12, vision=V)
 
 
 class Looking:
-    """Reads what the pixels show, and guesses where they are bare; after `last` answers it is killed."""
+    """Answers from the pixels, and guesses for an empty image. After `last` answers it raises KeyboardInterrupt."""
 
     def __init__(self, last=10**9):
         self.calls, self.last = 0, last
@@ -53,19 +53,19 @@ def test_the_table(tmp_path):
     assert [cells["chance"] for cells in result["scores"].values()][:4] == [0.25, 0.2, 0.2, 0.5]
     assert result["score"] == result["by_column"]["picture"] > result["by_column"]["blind"]
     lines = [json.loads(line) for line in (tmp_path / "vision.jsonl").read_text().splitlines()[1:]]
-    asked = {(line["row"], line["index"]): line for line in lines if line["column"] == "picture"}
+    with_image = {(line["row"], line["index"]): line for line in lines if line["column"] == "picture"}
     documents = {source: dict(scenes.documents(source, "test")) for source in ("scenes", "words")}
     for line in lines:
-        seen = asked[line["row"], line["index"]]
+        same = with_image[line["row"], line["index"]]
         document = documents["words" if line["row"] == "word" else "scenes"][line["name"]]
-        assert (line["name"], line["answers"], line["tokens"]) == (seen["name"], seen["answers"], seen["tokens"])
+        assert (line["name"], line["answers"], line["tokens"]) == (same["name"], same["answers"], same["tokens"])
         assert line["tokens"] == 1 + 9 + len(document.prompt) - len(images.PLACEHOLDER)
     with Image.open(runner.plot(result, tmp_path / "vision.png")) as sheet:
         assert sheet.format == "PNG" and sheet.width > 1000
     assert runner.make_table(result).row_count == 6
 
 
-def test_a_killed_run_goes_on_and_seeds_differ(tmp_path):
+def test_a_killed_run_resumes_and_seeds_differ(tmp_path):
     options = OPTIONS._replace(examples=3, rows=("side", "word"))
     whole = run(tmp_path / "whole", Looking(), options)
     with pytest.raises(KeyboardInterrupt):
@@ -77,20 +77,20 @@ def test_a_killed_run_goes_on_and_seeds_differ(tmp_path):
     assert names[0] == names[1] != names[2] and all("/test/" in name for name in names[0])
 
 
-def test_an_answer_is_right_to_the_last_character():
+def test_an_answer_must_be_equal_to_the_truth():
     asked = vision.example("colour/test/1", vision.WITH_IMAGE)
     [truth] = asked.answers
     assert truth in scenes.COLOURS
-    assert [vision.score(said, asked) for said in (truth, f" {truth}\n", f"{truth}s", truth[:1], "")] == [1, 1, 0, 0, 0]
+    assert [vision.score(answer, asked) for answer in (truth, f" {truth}\n", f"{truth}s", truth[:1], "")] == [1, 1, 0, 0, 0]
 
 
-def test_letters_are_counted_by_place():
+def test_letters_are_compared_by_position():
     answers = ("wake", "wak", "wakes", "ake", "", "wxkx")
     assert [vision.letter_accuracy(answer, "wake") for answer in answers] == [1, 0.75, 0.8, 0, 0, 0.5]
     assert 0.1 < vision.chance()["word"] < 0.25
 
 
-def test_a_models_answers_are_its_greedy_ones(tmp_path):
+def test_a_models_answers_are_greedy(tmp_path):
     c = config.Model(vocab=264, dim=16, layers=1, pattern="S", heads=2, kv_heads=1, head_dim=8, rotary_dim=4, experts=1,
                      top_k=1, expert_dim=8, vision=V)
     params = Model(c).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
