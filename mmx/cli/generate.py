@@ -57,7 +57,7 @@ def run(args):
     prompts = _read_prompts(args)
     from mmx.data import images
 
-    image_files = images.share(prompts, args.image)     # one tuple for each prompt
+    image_files = images.split_by_prompt(prompts, args.image)     # one tuple for each prompt
     if args.save_cache:         # checked before the prefill, which can take long
         _check_output(Path(args.save_cache))
     from tqdm import tqdm
