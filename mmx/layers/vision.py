@@ -45,7 +45,7 @@ def param(module: nn.Module, name: str, fan_in: str = ""):
 
 def layer_norm(module: nn.Module, x_IPJ, name: str = ""):
     """Returns (x - mean) / deviation, computed in float32 and cast back, scaled and shifted by the module's parameters."""
-    wide_IPJ = x_IPJ.astype(jnp.promote_types(x_IPJ.dtype, jnp.float32))
+    wide_IPJ = widen(x_IPJ)
     centred_IPJ = wide_IPJ - jnp.mean(wide_IPJ, axis=-1, keepdims=True)
     variance_IP1 = jnp.mean(centred_IPJ ** 2, axis=-1, keepdims=True)
     u_IPJ = centred_IPJ * jax.lax.rsqrt(variance_IP1 + module.config.vision.norm_eps)

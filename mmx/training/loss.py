@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx import config
+from mmx.kernels.dtypes import wide_dtype
 from mmx.model import encode_images
 from mmx.parallel.routing import balance_loss
 from mmx.parallel.vocabulary import cross_entropy
@@ -39,7 +40,7 @@ def contrastive_loss(ends_NI, x_BTD, patches_NMD):
       patches_NMD: the projected patches, tile after tile.
     """
     (N, I), D = ends_NI.shape, x_BTD.shape[2]
-    dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
+    dtype = wide_dtype(x_BTD.dtype)
     image_ID = patches_NMD.reshape(N * I, -1, D).mean(1, dtype=dtype)       # from here on I counts the tiles of all blocks
     text_ID = jnp.take_along_axis(x_BTD.reshape(N, -1, D), jnp.maximum(ends_NI, 0)[..., None], axis=1).reshape(N * I, D)
     image_ID, text_ID = (x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-6)
@@ -66,7 +67,7 @@ def loss(model, params, batch, loss_chunk: int, contrastive: float = 0.0):
         image_arguments = {"places_BT": batch["places"], "images": encode_images(c, params, batch["pixels"])}
     x_BTD, _, stats = model.apply({"params": params}, batch["tokens"], batch["segments"], batch["positions"],
                                   **image_arguments)
-    weights_BT = batch["weights"].astype(jnp.promote_types(c.dtype, jnp.float32))       # the dtype of the logits
+    weights_BT = batch["weights"].astype(wide_dtype(c.dtype))       # the dtype of the logits
     count = weights_BT.sum()
     nats_B = cross_entropy(x_BTD, params["head_WD"], batch["targets"], weights_BT, loss_chunk)
     nats = nats_B.sum() / jnp.maximum(count, 1)
