@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mmx import config
 from mmx.dims import axes_of
+from mmx.kernels.dtypes import widen
 from mmx.kernels.int8 import dequantize
 
 

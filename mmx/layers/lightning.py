@@ -10,6 +10,7 @@ import flax.linen as nn
 import numpy as np
 
 from mmx import config
+from mmx.kernels.dtypes import wide_dtype
 from mmx.kernels.lightning import decode
 from mmx.layers.common import Context, Kind, Layout, Released, cache_entry, param
 from mmx.parallel import attention

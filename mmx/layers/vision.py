@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx import config
+from mmx.kernels.dtypes import widen
 from mmx.parallel.sharding import constrain_tiles, replicate
 
 

@@ -35,6 +35,7 @@ from jax import lax
 
 from mmx.dims import check
 from mmx.kernels import lightning
+from mmx.kernels.dtypes import wide_dtype
 
 
 class Kernel(NamedTuple):

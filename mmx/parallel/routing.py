@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mmx.kernels.dtypes import wide_dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
