@@ -131,9 +131,9 @@ def _constants(c: config.Model) -> dict:
     return found
 
 
-def encode_images(c: config.Model, params, pixels_NIYXZ):
-    """What `Model` takes as `images`: the vision encoder's newline_D, and patches_NMD of each block's tiles (`data.images`)."""
-    return Vision(c).apply({"params": params["vision"]}, pixels_NIYXZ)
+def encode_images(c: config.Model, params, pixels_bIYXZ):
+    """What `Model` takes as `images`: the vision encoder's newline_D, and patches_bpD of each block's tiles (`data.images`)."""
+    return Vision(c).apply({"params": params["vision"]}, pixels_bIYXZ)
 
 
 def logits(params, x_BTD):

@@ -53,8 +53,8 @@ def test_oracle_counts_and_features(loaded):
     for i, size in enumerate(SIZES):
         np.testing.assert_array_equal(np.multiply(images.best_grid(v, *size), v.tile), WANT[f"floor_{i}_best_res_hw"])
         assert len(shown[i].pixels_IYXZ) == 1 + np.prod(images.best_grid(v, *size))
-    places_BT, pixels_NIYXZ = images.collate(v, batch()[0], [[picture] for picture in shown])
-    newline_D, (patches_MD,) = engine.encode_images(loaded.config, loaded.params, pixels_NIYXZ)
+    places_BT, pixels_bIYXZ = images.collate(v, batch()[0], [[picture] for picture in shown])
+    newline_D, (patches_MD,) = engine.encode_images(loaded.config, loaded.params, pixels_bIYXZ)
     seen_MD = np.concatenate([newline_D[None], patches_MD])
     for i in range(5):
         places_T = places_BT[i][places_BT[i] > 0]

@@ -245,16 +245,16 @@ def test_optimizer_of_what_sees():
 
 def test_contrastive_loss_by_hand():
     rng = np.random.default_rng(0)
-    x_BTD, patches_NMD = rng.normal(size=(4, 6, 5)), rng.normal(size=(2, 3 * 4, 5))
-    ends_NI = np.array([[7, -1, 2], [-1, 11, -1]])
+    x_BTD, patches_bpD = rng.normal(size=(4, 6, 5)), rng.normal(size=(2, 3 * 4, 5))
+    ends_bI = np.array([[7, -1, 2], [-1, 11, -1]])
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
     pairs = [(0, 0), (0, 2), (1, 1)]
-    image = unit(np.stack([patches_NMD[n, 4 * i:4 * i + 4].mean(0) for n, i in pairs]))
-    text = unit(np.stack([x_BTD[2 * n + ends_NI[n, i] // 6, ends_NI[n, i] % 6] for n, i in pairs]))
+    image = unit(np.stack([patches_bpD[n, 4 * i:4 * i + 4].mean(0) for n, i in pairs]))
+    text = unit(np.stack([x_BTD[2 * n + ends_bI[n, i] // 6, ends_bI[n, i] % 6] for n, i in pairs]))
     p = np.exp(image @ text.T / 0.07)
     want = np.mean(-np.log(np.diag(p) / p.sum(0)) - np.log(np.diag(p) / p.sum(1)))
-    np.testing.assert_allclose(jax.jit(loss.contrastive_loss)(ends_NI, x_BTD, patches_NMD), want, rtol=1e-5)
-    assert loss.contrastive_loss(np.full((2, 3), -1), x_BTD, patches_NMD) == 0
+    np.testing.assert_allclose(jax.jit(loss.contrastive_loss)(ends_bI, x_BTD, patches_bpD), want, rtol=1e-5)
+    assert loss.contrastive_loss(np.full((2, 3), -1), x_BTD, patches_bpD) == 0
 
 
 def test_captions_are_repeated_without_their_image(folder):

@@ -73,15 +73,15 @@ class Vision(nn.Module):
     config: config.Model
 
     @nn.compact
-    def __call__(self, pixels_NIYXZ):
-        """Returns newline_D and patches_NMD: the M patches of each block's tiles, tile by tile and line by line.
+    def __call__(self, pixels_bIYXZ):
+        """Returns newline_D and patches_bpD: the p patches of each block's tiles, tile by tile and line by line.
 
-        `pixels_NIYXZ` contains the tiles of N equal blocks of a batch's rows.
+        `pixels_bIYXZ` contains the tiles of b equal blocks of a batch's rows.
         """
         c, own = self.config, functools.partial(param, self)
-        v, blocks, tiles = c.vision, len(pixels_NIYXZ), math.prod(pixels_NIYXZ.shape[:2])
+        v, blocks, tiles = c.vision, len(pixels_bIYXZ), math.prod(pixels_bIYXZ.shape[:2])
         # r lines and c columns of patches
-        split = pixels_NIYXZ.astype(c.dtype).reshape(tiles, v.side, v.patch, v.side, v.patch, 3)
+        split = pixels_bIYXZ.astype(c.dtype).reshape(tiles, v.side, v.patch, v.side, v.patch, 3)
         patches_IPJ = jnp.einsum("IrYcXZ,YXZJ->IrcJ", split, own("patch_YXZJ", "YXZ")).reshape(tiles, v.side ** 2, v.dim)
         class_IPJ = jnp.broadcast_to(own("class_J", "J"), (tiles, 1, v.dim))
         x_IPJ = layer_norm(self, jnp.concatenate([class_IPJ, constrain_tiles(patches_IPJ)], axis=1) + own("place_PJ", "J"))
