@@ -42,7 +42,8 @@ def contrastive_loss(ends_bI, x_BTD, patches_bpD):
     (blocks, I), D = ends_bI.shape, x_BTD.shape[2]
     dtype = wide_dtype(x_BTD.dtype)
     image_ID = patches_bpD.reshape(blocks * I, -1, D).mean(1, dtype=dtype)       # from here on I counts the tiles of all blocks
-    text_ID = jnp.take_along_axis(x_BTD.reshape(blocks, -1, D), jnp.maximum(ends_bI, 0)[..., None], axis=1).reshape(blocks * I, D)
+    text_bID = jnp.take_along_axis(x_BTD.reshape(blocks, -1, D), jnp.maximum(ends_bI, 0)[..., None], axis=1)
+    text_ID = text_bID.reshape(blocks * I, D)
     image_ID, text_ID = (x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-6)
                          for x in (image_ID, text_ID.astype(dtype)))
     paired_I = ends_bI.ravel() >= 0
