@@ -31,7 +31,7 @@ def extents(c: config.Model) -> dict[str, int]:
             "U": v.hidden, "O": c.dim, "D": c.dim, "L": v.layers}
 
 
-def param(module: nn.Module, name: str, fan_in: str = ""):
+def vit_param(module: nn.Module, name: str, fan_in: str = ""):
     """Creates the parameter `name`, which ends in its axes; returns it in the computation's dtype, gathered on every device.
 
     The initial values are normal with variance 1/fan_in. Without `fan_in` they are ones for the scale of a norm, else zeros.
@@ -50,7 +50,7 @@ def layer_norm(module: nn.Module, x_IPJ, name: str = ""):
     centred_IPJ = wide_IPJ - jnp.mean(wide_IPJ, axis=-1, keepdims=True)
     variance_IP1 = jnp.mean(centred_IPJ ** 2, axis=-1, keepdims=True)
     u_IPJ = centred_IPJ * jax.lax.rsqrt(variance_IP1 + module.config.vision.norm_eps)
-    return u_IPJ.astype(x_IPJ.dtype) * param(module, f"norm{name}_J") + param(module, f"shift{name}_J")
+    return u_IPJ.astype(x_IPJ.dtype) * vit_param(module, f"norm{name}_J") + vit_param(module, f"shift{name}_J")
 
 
 class Block(nn.Module):
@@ -58,7 +58,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_IPJ, _):
-        own = functools.partial(param, self)
+        own = functools.partial(vit_param, self)
         u_IPJ = layer_norm(self, x_IPJ, "_attention")
         q_IPAK, k_IPAK, v_IPAK = (jnp.einsum("IPJ,JAK->IPAK", u_IPJ, own(f"{name}_JAK", "J")) + own(f"{name}_AK")
                                   for name in "qkv")
@@ -78,7 +78,7 @@ class Vision(nn.Module):
 
         `pixels_bIYXZ` contains the tiles of b equal blocks of a batch's rows.
         """
-        c, own = self.config, functools.partial(param, self)
+        c, own = self.config, functools.partial(vit_param, self)
         v, blocks, tiles = c.vision, len(pixels_bIYXZ), math.prod(pixels_bIYXZ.shape[:2])
         # r lines and c columns of patches
         split = pixels_bIYXZ.astype(c.dtype).reshape(tiles, v.side, v.patch, v.side, v.patch, 3)
