@@ -193,8 +193,8 @@ def test_a_checkpoint_of_another_machine_runs_here(tmp_path, monkeypatch):
 def test_two_functions_differ_by_keys_that_count(pattern, keys):
     there = dataclasses.replace(SMALL, pattern=pattern)
     here = dataclasses.replace(there, rotary_dim=2, window=7, head_norm_eps=1e-3, aux_weight=0.5, capacity=1.5, impl="xla")
-    assert [words.split(" is ")[0] for words in convert.differ(there, here)] == [f"model.{key}" for key in keys]
-    assert not convert.differ(there, there)
+    assert [words.split(" is ")[0] for words in convert.differing_settings(there, here)] == [f"model.{key}" for key in keys]
+    assert not convert.differing_settings(there, there)
 
 
 def test_decay_buffers_are_the_oracles():
@@ -254,8 +254,8 @@ def test_memory_is_bounded_by_slices(tmp_path):
     (directory / "config.json").write_text(json.dumps(hf_config.write_model(model, "released", "float32", {})))
     code = """
 import sys
-from mmx import convert, released
-released.SLICE_BYTES = 4 << 20
+from mmx.checkpoints import convert, hf_layout
+hf_layout.SLICE_BYTES = 4 << 20
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()

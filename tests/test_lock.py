@@ -13,7 +13,7 @@ from mmx.files import lock
 
 
 def _hold(workdir, ready, die):
-    with lock.held(workdir):
+    with lock.acquire(workdir):
         ready.set()
         die.wait()
         os._exit(1)         # as SIGKILL: nothing is cleaned up
@@ -34,11 +34,11 @@ def elsewhere(tmp_path):
 
 def test_the_holder_is_told_and_a_dead_one_is_none(tmp_path, elsewhere):
     told = rf"^{tmp_path} is in use: process {elsewhere.pid} on {socket.gethostname()}, since \d{{4}}-.*, trains there; wait"
-    with pytest.raises(ConfigError, match=told), lock.held(tmp_path):
+    with pytest.raises(ConfigError, match=told), lock.acquire(tmp_path):
         pass
     elsewhere.stop()
     assert json.loads((tmp_path / "run.lock").read_text())["pid"] == elsewhere.pid
-    with lock.held(tmp_path):
+    with lock.acquire(tmp_path):
         assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
     assert not list(tmp_path.iterdir())
 
@@ -46,7 +46,7 @@ def test_the_holder_is_told_and_a_dead_one_is_none(tmp_path, elsewhere):
 def test_what_is_no_lock_is_taken_over(tmp_path):
     for text in ("", "{", "[1]", "\0" * 100):
         (tmp_path / "run.lock").write_text(text)
-        with lock.held(tmp_path / "."):
+        with lock.acquire(tmp_path / "."):
             pass
 
 
@@ -58,10 +58,10 @@ def test_a_holder_on_another_machine_is_watched(beats, tmp_path, monkeypatch, ca
     path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "since": "then"}))
     if beats:
         threading.Timer(0.2, lambda: os.utime(path)).start()
-        with pytest.raises(ConfigError, match="is in use: process 7 on elsewhere, since then, trains"), lock.held(tmp_path):
+        with pytest.raises(ConfigError, match="is in use: process 7 on elsewhere, since then, trains"), lock.acquire(tmp_path):
             pass
     else:
-        with lock.held(tmp_path):
+        with lock.acquire(tmp_path):
             pass
     assert "was last held by process 7 on elsewhere, since then: waiting 0.5 s" in capsys.readouterr().err
 
@@ -75,7 +75,7 @@ def test_a_full_disk_is_named_and_no_lock_stays(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(lock.json, "dump", full)
-    with pytest.raises(OSError, match="run.lock"), lock.held(tmp_path):
+    with pytest.raises(OSError, match="run.lock"), lock.acquire(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -84,5 +84,5 @@ def test_a_holder_renews_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.05)
     renewed = threading.Event()
     monkeypatch.setattr(lock.os, "utime", lambda path: renewed.set())
-    with lock.held(tmp_path):
+    with lock.acquire(tmp_path):
         assert renewed.wait(10)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from mmx import config
 from mmx.checkpoints import hf_config, hf_layout, manager, safetensors
+from mmx.checkpoints.shapes import check_shapes
 from mmx.config import ConfigError
 from mmx.data import tokens
 from mmx.files import atomic, untrusted
@@ -52,7 +53,7 @@ class ReleasedSource:
 
     def __init__(self, directory: Path):
         where = directory / "config.json"
-        self.beside, self.json = directory, untrusted.read_json(untrusted.own_file(where))
+        self.beside, self.json = directory, untrusted.read_json(untrusted.check_link(where))
         self.arguments = hf_config.read_model(self.json, where)
         self.model = config.build({"model": self.arguments}).model
         self.tensors = safetensors.find_tensors(directory)
@@ -62,7 +63,7 @@ class ReleasedSource:
     def ids(self) -> dict:
         generation = self.beside / "generation_config.json"
         inner = self.json["text_config"] if self.model.vision.layers else {}
-        return _ids(inner | self.json | (untrusted.read_json(untrusted.own_file(generation)) if generation.exists() else {}))
+        return _ids(inner | self.json | (untrusted.read_json(untrusted.check_link(generation)) if generation.exists() else {}))
 
     def dtype(self, leaf) -> np.dtype:
         found = {self.tensors[name].dtype for _, name in leaf.tensors()}
@@ -90,9 +91,9 @@ class WorkdirSource:
         text = manager.read_config(workdir)
         experiment = config.build(text)
         self.model, self.arguments = experiment.model, text["model"]
-        manager.check(step, "params")
+        manager.verify_item(step, "params")
         self.arrays = manager.open_arrays(step)
-        safetensors.check_shapes({"/".join(path): array.shape for path, array in self.arrays.items()},
+        check_shapes({"/".join(path): array.shape for path, array in self.arrays.items()},
                               {"/".join(leaf.path): leaf.shape for leaf in hf_layout.leaves(self.model)}, step)
         for path, array in self.arrays.items():
             if array.dtype.numpy_dtype not in safetensors.DTYPE_CODES:
@@ -108,7 +109,7 @@ class WorkdirSource:
     def ids(self) -> dict:
         """bos, eos and pad."""
         if self.beside:
-            return _ids(untrusted.read_json(untrusted.own_file(self.beside / "generation_config.json")))
+            return _ids(untrusted.read_json(untrusted.check_link(self.beside / "generation_config.json")))
         known = tokens.tokenizer(self.tokenizer)
         values = (known.bos, known.eos, known.pad) if known.vocab <= self.model.vocab else (None,) * 3
         return dict(zip(BYTE_IDS, values))
@@ -117,13 +118,13 @@ class WorkdirSource:
         return self.arrays[leaf.path].dtype.numpy_dtype
 
     def read(self, files, leaf, piece) -> np.ndarray:
-        return manager.read(self.arrays[leaf.path], piece.index)
+        return manager.read_slice(self.arrays[leaf.path], piece.index)
 
     def read_leaf(self, files, leaf) -> np.ndarray:
-        return manager.read(self.arrays[leaf.path])
+        return manager.read_slice(self.arrays[leaf.path])
 
     def slices(self, files, leaf):
-        return functools.partial(manager.read, self.arrays[leaf.path])
+        return functools.partial(manager.read_slice, self.arrays[leaf.path])
 
 
 def open_source(path: str | Path) -> ReleasedSource | WorkdirSource:
@@ -157,7 +158,7 @@ def from_hf(path: str | Path, out: str | Path, dtype: str | None = None, progres
             leaf.path: (leaf.shape, dtypes[leaf.path], leaf.chunks(source.dtype(leaf).itemsize)) for leaf in leaves})
 
         def write(leaf, piece, slice_):
-            with manager.stored(f"{out} cannot be written"):
+            with manager.storage_errors(f"{out} cannot be written"):
                 arrays[leaf.path][piece.index].write(slice_.astype(dtypes[leaf.path], copy=False)).result()
 
         _stream(source, leaves, write, progress)
@@ -238,10 +239,10 @@ def _destination(out: str | Path):
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; give another --out, or remove it")
-    partial = atomic.beside(out)
+    partial = atomic.temporary_path(out)
     partial.mkdir(parents=True)
     try:
-        with atomic.named(out):
+        with atomic.add_filename(out):
             yield partial
         partial.replace(out)
     except BaseException:
@@ -255,15 +256,16 @@ def _ids(config_json: dict) -> dict:
 
 def _tokenizer(directory: Path, ids: dict) -> str:
     file = directory / "tokenizer.json"
-    return str(untrusted.own_file(file)) if file.exists() else "bytes" if ids == BYTE_IDS else ""
+    return str(untrusted.check_link(file)) if file.exists() else "bytes" if ids == BYTE_IDS else ""
 
 
 def _side_files(source, out: Path):
     for name in SIDE_FILES:
         if source.beside and (source.beside / name).exists():
-            (out / name).write_bytes(untrusted.content(untrusted.own_file(source.beside / name), untrusted.TOKENIZER_BYTES))
+            file = untrusted.check_link(source.beside / name)
+            (out / name).write_bytes(untrusted.read_bytes(file, untrusted.TOKENIZER_BYTES))
     if not (out / "tokenizer.json").exists() and config.tokenizer_file(source.tokenizer):
-        (out / "tokenizer.json").write_bytes(untrusted.content(source.tokenizer, untrusted.TOKENIZER_BYTES))
+        (out / "tokenizer.json").write_bytes(untrusted.read_bytes(source.tokenizer, untrusted.TOKENIZER_BYTES))
     if not (out / "generation_config.json").exists():
         (out / "generation_config.json").write_text(json.dumps(source.ids(), indent=1))
 
@@ -278,17 +280,17 @@ def _nest(flat: dict[tuple[str, ...], object]) -> dict:
     return tree
 
 
-def open_start(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
+def open_initial(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
     """A checkpoint in either form that `model` can start from: one with tensors of its shapes, or of its text's alone."""
     source = open_source(path)
     if not source.model.vision.layers:
         model = dataclasses.replace(model, vision=config.Vision())
     there, wanted = ({"/".join(leaf.path): leaf.shape for leaf in hf_layout.leaves(m)} for m in (source.model, model))
-    safetensors.check_shapes(there, wanted, f"train.init_from={str(path)!r}", "this model")
+    check_shapes(there, wanted, f"train.init_from={str(path)!r}", "this model")
     return source
 
 
-def differ(there: config.Model, here: config.Model) -> list[str]:
+def differing_settings(there: config.Model, here: config.Model) -> list[str]:
     """The keys that make two models of the same shapes two functions, with both values."""
     free = {*config.IMPLEMENTATION_KEYS, "capacity", "transport", "aux", "aux_weight", "z_weight", "context", "init",
             "embed_std", "dtype", "vision"}
@@ -298,7 +300,7 @@ def differ(there: config.Model, here: config.Model) -> list[str]:
     return [f"model.{name} is {old} there, {new} here" for name, old, new in values if name not in free and old != new]
 
 
-def start(source: ReleasedSource | WorkdirSource, params: dict) -> dict:
+def load_initial(source: ReleasedSource | WorkdirSource, params: dict) -> dict:
     """Its parameters in the place, type and sharding of the abstract leaves of `params`. A workdir is read in slices; of a
     Hugging Face directory a stacked leaf at a time stands in memory."""
     made = {}
@@ -309,7 +311,7 @@ def start(source: ReleasedSource | WorkdirSource, params: dict) -> dict:
     return _nest(made)
 
 
-def open_vision(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
+def open_initial_vision(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
     """A checkpoint in either form whose ViT `model` can start from; its tiles may have another size."""
     if not model.vision.layers:
         raise ConfigError(f"train.init_vision={str(path)!r}: this model reads text alone; set model.vision.layers")
@@ -321,7 +323,7 @@ def open_vision(path: str | Path, model: config.Model) -> ReleasedSource | Workd
     return source
 
 
-def start_vision(source: ReleasedSource | WorkdirSource, vision: dict) -> dict:
+def load_initial_vision(source: ReleasedSource | WorkdirSource, vision: dict) -> dict:
     """`vision` with the ViT of a checkpoint, but for the projector and the newline, which are of its text's width; places of
     tiles of another size are interpolated (bicubic)."""
     made = jax.tree.map(lambda x: x, vision)

@@ -6,13 +6,9 @@ goes on from the newest step that has them right. `open_arrays` and `create_para
 TensorStore: a conversion reads and writes slices, never a whole tensor, and what is damaged is named. WORKDIR/config.json
 says what the run is; `check_config` guards it.
 """
-import asyncio
 import contextlib
-import copy
-import dataclasses
 import functools
 import json
-import logging
 import re
 import shutil
 import sys
@@ -26,10 +22,10 @@ import tensorstore as ts
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from mmx.checkpoints.safetensors import check_shapes
+from mmx.checkpoints import orbax_hooks
+from mmx.checkpoints.shapes import check_shapes
 from mmx.config import IMPLEMENTATION_KEYS, ConfigError, Experiment, Model, to_json
 from mmx.files import atomic, checksums, untrusted
-from mmx.files.untrusted import own_file, read_json
 
 KEY = re.compile(r"[\w-]{1,100}", re.ASCII)     # of a path in a parameter tree: it names a folder
 TIMEOUT = 30 * 24 * 3600    # seconds that a save may take by the wall clock, which may leap; dead processes are found otherwise
@@ -42,43 +38,6 @@ FREE = {    # what a resumed run may change, beside checkpoint and mesh: how lon
 UNTRAINED = {"model": FREE["model"] | {"aux", "aux_weight", "context"}}     # what the first run of a converted checkpoint may
 
 
-class _Folder(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """Where a step is written: its checksums are there before it has its name."""
-
-    async def finalize(self):
-        if not self.get_final().name.isdecimal():       # an item of the step
-            return await super().finalize()
-        if self._checkpoint_metadata_store:
-            self._checkpoint_metadata_store.wait_until_finished()
-        await asyncio.to_thread(checksums.write, Path(self.get()))
-        self.get().rename(self.get_final())     # without what Orbax would add to the step after its checksums
-
-
-class _Arrays(ocp.StandardCheckpointHandler):
-    """Orbax's handler, and behind its writing the checksums of what this process wrote."""
-
-    async def async_save(self, directory, args):
-        written = await super().async_save(directory, args=args) or []
-        return [*written, _Sums(written, Path(directory) / f"ocdbt.process_{jax.process_index()}")]
-
-
-@ocp.args.register_with_handler(_Arrays, for_save=True, for_restore=True)
-@dataclasses.dataclass
-class _ArraysSave(ocp.args.StandardSave):
-    pass
-
-
-class _Sums(ocp.future.NoopFuture):
-    def __init__(self, written, folder: Path):
-        self.written, self.folder = written, folder
-
-    def result(self, timeout=None):
-        for each in self.written:
-            each.result(timeout)
-        if self.folder.is_dir():
-            checksums.write(self.folder)
-
-
 class Checkpoints:
     """The steps of one run: one is saved every `every` steps and whenever forced, the latest `keep` stay.
 
@@ -88,17 +47,14 @@ class Checkpoints:
     def __init__(self, workdir: str | Path, every: int, keep: int, verify: bool = True):
         self.directory, self.every, self.keep, self.verify = Path(workdir).absolute() / "checkpoints", every, keep, verify
         self.saving = None      # the step that is being saved
-        logging.getLogger("absl").addFilter(_from_elsewhere)
-        ts.experimental_collect_matching_metrics, ts.KvStore.Spec.to_json = _no_metrics, _spec_to_json
-        if sys.unraisablehook is not _unraisable:
-            _unraisable.before, sys.unraisablehook = sys.unraisablehook, _unraisable
+        orbax_hooks.install()
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             save_decision_policy=checkpoint_managers.FixedIntervalPolicy(self.every),
             preservation_policy=checkpoint_managers.LatestN(self.keep),
-            temporary_path_class=_Folder, cleanup_tmp_directories=True,
+            temporary_path_class=orbax_hooks.StepDirectory, cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT))
         return ocp.CheckpointManager(self.directory, options=options)
 
@@ -109,7 +65,8 @@ class Checkpoints:
         self.wait()
         self.check_room(params, opt)
         chunks = jax.tree_util.tree_map_with_path(_chunks, params)
-        args = ocp.args.Composite(params=_ArraysSave(params, chunks), opt=_ArraysSave(opt), data=ocp.args.JsonSave(data))
+        args = ocp.args.Composite(params=orbax_hooks.ArraySave(params, chunks), opt=orbax_hooks.ArraySave(opt),
+                                  data=ocp.args.JsonSave(data))
         with self._told(step):
             self.saving = step
             return self.manager.save(step, args=args, force=True)
@@ -131,8 +88,10 @@ class Checkpoints:
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt))) * 1.01 + 1e6
         self.directory.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.directory).free
-        if problem := agreed(f"a checkpoint needs {needed / 1e9:.3f} GB, {self.directory} has {free / 1e9:.3f} GB free: make "
-                             "room, and the same command goes on from the last checkpoint" if free < needed else ""):
+        problem = "" if free >= needed else (
+            f"a checkpoint needs {needed / 1e9:.3f} GB, {self.directory} has {free / 1e9:.3f} GB free: make room, and the same "
+            "command goes on from the last checkpoint")
+        if problem := first_problem(problem):
             raise ConfigError(problem)
 
     @contextlib.contextmanager
@@ -156,7 +115,7 @@ class Checkpoints:
         faults = {}
         for number in sorted(_steps(self.directory), reverse=True):
             step = self.directory / str(number)
-            fault = agreed(self._fault(step))
+            fault = first_problem(self._fault(step))
             if not fault:
                 try:
                     found = _read_step(step, params, opt)
@@ -164,7 +123,7 @@ class Checkpoints:
                     if isinstance(error, PermissionError) or (self.verify and checksums.read(step)):
                         raise       # it is as it was written
                     fault = _short(error)
-                fault = agreed(fault)
+                fault = first_problem(fault)
             if not fault:
                 self._set_aside(faults, number)
                 return number, *found
@@ -177,7 +136,7 @@ class Checkpoints:
 
     def _fault(self, step: Path) -> str:
         try:
-            return checksums.fault(step, "", jax.process_index(), jax.process_count()) if self.verify else ""
+            return checksums.find_damage(step, "", jax.process_index(), jax.process_count()) if self.verify else ""
         except PermissionError:
             raise
         except OSError as error:        # a bad block
@@ -193,7 +152,7 @@ class Checkpoints:
             (self.directory / str(damaged)).rename(aside)
             print(f"mmx: {self.directory / str(damaged)} is damaged, {fault}: it is now {aside.name}, and the run goes on from "
                   f"step {number}", file=sys.stderr)
-        agreed("")      # the others wait for that
+        first_problem("")      # the others wait for that
         if "manager" in vars(self):
             self.manager.reload()
 
@@ -208,7 +167,7 @@ class Checkpoints:
             self.manager.close()
 
 
-def agreed(problem: str) -> str:
+def first_problem(problem: str) -> str:
     """The first problem that a process has, in all of them; each calls it."""
     if jax.process_count() == 1:
         return problem
@@ -219,37 +178,6 @@ def agreed(problem: str) -> str:
         all_PN = multihost_utils.process_allgather(mine_N)
     return next((told for each_N in np.asarray(all_PN)
                  if (told := bytes(each_N).rstrip(b"\0").decode(errors="replace"))), "")
-
-
-def _from_elsewhere(record: logging.LogRecord) -> bool:
-    """Not what Orbax's threads print of errors that `Checkpoints` raises."""
-    return "orbax" not in record.pathname
-
-
-def _no_metrics(*_, **__) -> list:
-    """What Orbax asks TensorStore for at each save, to log a rate. TensorStore keeps, for good, every string and number of the
-    JSON that it answers with: this and what follows are for the whole process."""
-    return []
-
-
-_to_json, _answers = ts.KvStore.Spec.to_json, {}
-
-
-def _spec_to_json(spec, **options):
-    """What Orbax asks TensorStore for at each array of a save, and always of the same folder: answered once for each."""
-    text = repr((spec, options))
-    answer = _answers.get(text)
-    if answer is None:
-        if len(_answers) > 8:
-            _answers.clear()
-        answer = _answers[text] = _to_json(spec, **options)
-    return copy.deepcopy(answer)
-
-
-def _unraisable(args) -> None:
-    """Without what TensorStore prints of each write that ends after Orbax gave the save up, and closed its loop."""
-    if str(args.exc_value) != "Event loop is closed":
-        _unraisable.before(args)
 
 
 def _short(error: BaseException) -> str:
@@ -265,9 +193,11 @@ def _steps(directory: Path) -> list[int]:
 def _read_step(step: Path, params, opt):
     table = checksums.read(step)
     trained = (any(name.startswith("opt/") for name in table) if table
-               else "opt" in read_json(step / "_CHECKPOINT_METADATA").get("item_handlers", ()))
+               else "opt" in untrusted.read_json(step / "_CHECKPOINT_METADATA").get("item_handlers", ()))
     params = _read_tree(step, "params", params)
-    return (params, _read_tree(step, "opt", opt), read_json(step / "data" / "metadata")) if trained else (params, None, None)
+    if not trained:
+        return params, None, None
+    return params, _read_tree(step, "opt", opt), untrusted.read_json(step / "data" / "metadata")
 
 
 def _chunks(path, leaf) -> ocp.SaveArgs:
@@ -281,7 +211,7 @@ def _chunks(path, leaf) -> ocp.SaveArgs:
 def read_config(workdir: str | Path) -> dict:
     """The sections of WORKDIR/config.json."""
     path = Path(workdir) / "config.json"
-    sections = read_json(own_file(path))
+    sections = untrusted.read_json(untrusted.check_link(path))
     if "model" not in sections or not all(isinstance(section, dict) for section in sections.values()):
         raise ConfigError(f"{path} is no run's config: it is damaged, or a Hugging Face checkpoint's")
     return sections
@@ -294,8 +224,8 @@ def check_config(workdir: str | Path, experiment: Experiment) -> None:
     files = {path: to_json(experiment).encode()}
     tokenizer = path.with_name("tokenizer.json")
     if name:
-        files[tokenizer] = untrusted.content(name, untrusted.TOKENIZER_BYTES)
-    if tokenizer.exists() and untrusted.content(tokenizer, untrusted.TOKENIZER_BYTES) != files.get(tokenizer):
+        files[tokenizer] = untrusted.read_bytes(name, untrusted.TOKENIZER_BYTES)
+    if tokenizer.exists() and untrusted.read_bytes(tokenizer, untrusted.TOKENIZER_BYTES) != files.get(tokenizer):
         raise ConfigError(f"data.tokenizer={experiment.data.tokenizer!r} is not the {tokenizer} that the run has: give "
                           f"--config.data.tokenizer={tokenizer}, or another --workdir")
     if path.exists():
@@ -333,9 +263,9 @@ def find_step(path: str | Path) -> tuple[Path, Path] | None:
     return (path, steps / str(max(found))) if found else None
 
 
-def check(step: Path, item: str) -> None:
+def verify_item(step: Path, item: str) -> None:
     """Raises where an item of a step is not as its checksums say."""
-    if fault := checksums.fault(step, f"{item}/"):
+    if fault := checksums.find_damage(step, f"{item}/"):
         raise ConfigError(f"{step} is damaged, {fault}; an older WORKDIR/checkpoints/STEP may be whole")
 
 
@@ -345,7 +275,7 @@ CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"li
 
 
 @contextlib.contextmanager
-def stored(what, then=""):
+def storage_errors(what, then=""):
     """Says in one line what of `what` failed: TensorStore has ValueError, and many words, for all it meets."""
     try:
         yield
@@ -354,12 +284,12 @@ def stored(what, then=""):
 
 
 def open_arrays(step: Path, item: str = "params", limits: dict = CONTEXT) -> dict[tuple[str, ...], ts.TensorStore]:
-    """The arrays of an item of a step by path; each is read by slices: `read(array)`, `array[index].read().result()`.
+    """The arrays of an item of a step by path; each is read by slices: `read_slice(array)`, `array[index].read().result()`.
 
     A chunk that is missing is an error, for every chunk was written, those of zeros too.
     """
     folder = step / item
-    metadata = read_json(folder / "_METADATA")
+    metadata = untrusted.read_json(folder / "_METADATA")
     untrusted.check_plain(folder)
     try:
         paths = [tuple(k["key"] for k in entry["key_metadata"]) for entry in metadata["tree_metadata"].values()
@@ -379,7 +309,7 @@ def open_arrays(step: Path, item: str = "params", limits: dict = CONTEXT) -> dic
         spec = {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
         arrays[path] = ts.open(spec, open=True, read=True, context=context)
     for path, array in arrays.items():
-        with stored(f"{folder} is damaged, tensor {names[path]}"):
+        with storage_errors(f"{folder} is damaged, tensor {names[path]}"):
             arrays[path] = array.result()
         shape, chunk = arrays[path].shape, arrays[path].chunk_layout.write_chunk.shape or ()    # no smaller than a read one
         if any(cut > max(size, 1) for cut, size in zip(chunk, shape)):
@@ -391,20 +321,20 @@ def open_arrays(step: Path, item: str = "params", limits: dict = CONTEXT) -> dic
 def _check_metadata(folder: Path, names, key: str, store: dict, context) -> None:
     """Raises ConfigError for JSON of an array that would end the process in TensorStore: it has no limit of levels."""
     then = "; an older WORKDIR/checkpoints/STEP may be whole"
-    with stored(f"{folder} is damaged", then):
+    with storage_errors(f"{folder} is damaged", then):
         files = ts.KvStore.open(store, context=context).result()
     texts = {name: files.read(f"{name}/{key}") for name in names}
     for name, text in texts.items():
-        with stored(f"{folder} is damaged, tensor {name}", then):
+        with storage_errors(f"{folder} is damaged, tensor {name}", then):
             if text := text.result().value:     # TensorStore says that it is missing
                 if len(text) > untrusted.JSON_BYTES:
                     raise ValueError(f"its {key} has {len(text):,} bytes")
                 untrusted.loads(text)
 
 
-def read(array: ts.TensorStore, index=...) -> np.ndarray:
+def read_slice(array: ts.TensorStore, index=...) -> np.ndarray:
     """A slice of an array of `open_arrays`."""
-    with stored("the checkpoint is damaged", "; an older WORKDIR/checkpoints/STEP may be whole"):   # chunk and folder between
+    with storage_errors("the checkpoint is damaged", "; an older WORKDIR/checkpoints/STEP may be whole"):
         return array[index].read().result()
 
 
@@ -419,7 +349,7 @@ def _read_tree(step: Path, item: str, tree):
     with jax.transfer_guard_host_to_device("allow"):        # training, which lets nothing cross unasked, asks here
         return treedef.unflatten([jax.make_array_from_callback(
             leaf.shape, leaf.sharding or somewhere,
-            lambda index, path=path, leaf=leaf: read(arrays[path], index).astype(leaf.dtype))
+            lambda index, path=path, leaf=leaf: read_slice(arrays[path], index).astype(leaf.dtype))
             for path, leaf in wanted.items()])
 
 
@@ -434,7 +364,7 @@ def create_params(step: Path, arrays: dict[tuple[str, ...], tuple]) -> dict[tupl
     for keys, (shape, dtype, chunks) in arrays.items():
         spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder / '.'.join(keys)}/"},
                 "metadata": {"compressor": None, "chunks": list(chunks)}, "store_data_equal_to_fill_value": True}
-        with stored(f"{step} cannot be written"):
+        with storage_errors(f"{step} cannot be written"):
             stores[keys] = ts.open(spec, create=True, shape=shape, dtype=dtype.name, context=context).result()
         tree[str(keys)] = {"key_metadata": [{"key": k, "key_type": 2} for k in keys],
                            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False}}

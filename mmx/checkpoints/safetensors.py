@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from mmx.checkpoints.hf_layout import DECAY_BUFFERS, TOWER, Leaf, Slice, leaves, tensor_count
-from mmx.checkpoints.shapes import check_shapes, few
+from mmx.checkpoints.shapes import check_shapes, first_five
 from mmx.config import ConfigError, Model
 from mmx.files import untrusted
 
@@ -106,10 +106,10 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
     """Every tensor of a directory with model.safetensors, or with an index of shards."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.exists():
-        return read_header(untrusted.own_file(single))
+        return read_header(untrusted.check_link(single))
     if not index.exists():
         raise ConfigError(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
-    places = untrusted.read_json(untrusted.own_file(index)).get("weight_map")
+    places = untrusted.read_json(untrusted.check_link(index)).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise ConfigError(f"{index} has no weight_map from tensor to file")
     tensors = {}
@@ -118,13 +118,13 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
             raise ConfigError(f"{index} names the file {file[:MOST_NAME]!r}; only files in the same directory are read")
         if not (directory / file).is_file():
             raise ConfigError(f"{index} names the file {file!r}, which is not there")
-        tensors |= read_header(untrusted.own_file(directory / file))
+        tensors |= read_header(untrusted.check_link(directory / file))
         if len(tensors) > MOST_TENSORS:
             raise ConfigError(f"{index}: its files hold more than {MOST_TENSORS:,} tensors")
     listed = {new for name in places for new in _stem(name, tensors)}
     absent = sorted(listed - tensors.keys())
     if absent:
-        raise ConfigError(f"{index} lists tensors that its files do not hold: {few(absent)}")
+        raise ConfigError(f"{index} lists tensors that its files do not hold: {first_five(absent)}")
     return tensors
 
 

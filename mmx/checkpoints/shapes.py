@@ -8,12 +8,12 @@ def check_shapes(shapes: dict[str, tuple], wanted: dict[str, tuple], where, what
                 ("has unknown", sorted(shapes.keys() - wanted.keys())),
                 ("has misshapen", [f"{name} {list(shapes[name])} instead of {list(shape)}"
                                    for name, shape in wanted.items() if shapes.get(name, shape) != shape]))
-    found = [f"{label} {few(names)}" for label, names in problems if names]
+    found = [f"{label} {first_five(names)}" for label, names in problems if names]
     if found:
         raise ConfigError(f"{where} does not hold the tensors of {what}: it {'; it '.join(found)}")
 
 
-def few(names) -> str:
+def first_five(names) -> str:
     """Up to five names, and how many more."""
     names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

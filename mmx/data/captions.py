@@ -33,9 +33,9 @@ def unpack(archive, folder) -> int:
     """
     folder, path = Path(folder), Path(folder) / "captions.jsonl"
     try:
-        with untrusted.opened(archive, sys.maxsize) as raw, tarfile.open(fileobj=raw) as tar:
+        with untrusted.open_file(archive, sys.maxsize) as raw, tarfile.open(fileobj=raw) as tar:
             tar.extractall(folder, filter=_plain)
-        found = [untrusted.loads(line) for line in untrusted.content(path, MOST_BYTES).splitlines() if line.strip()]
+        found = [untrusted.loads(line) for line in untrusted.read_bytes(path, MOST_BYTES).splitlines() if line.strip()]
         lines = [value | {"text": MARK + (value.get("title") or value["name"]), "images": [value["image"]]} for value in found]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
     except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, ValueError, LookupError, TypeError,

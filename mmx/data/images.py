@@ -234,8 +234,8 @@ def _opened(source, whole: bool = True):
 def _file(path, whole: bool, stack):
     """A file to read from, which ends with `stack`."""
     if not whole:
-        return stack.enter_context(untrusted.opened(path, FILE_BYTES))
-    raw = untrusted.content(path, FILE_BYTES)
+        return stack.enter_context(untrusted.open_file(path, FILE_BYTES))
+    raw = untrusted.read_bytes(path, FILE_BYTES)
     scans = raw.count(b"\xff\xda") if raw[:2] == b"\xff\xd8" else 0
     if scans > SCANS:
         raise ConfigError(f"image {str(path)!r} is a JPEG of {scans:,} scans, more than {SCANS}: not decoded; save it anew")

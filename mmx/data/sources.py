@@ -63,7 +63,7 @@ def _read(source: str) -> list[tuple[str, bytes]]:
 
 def _texts(file: pathlib.Path, name: str) -> list[tuple]:
     try:
-        with untrusted.opened(file, sys.maxsize) as text:
+        with untrusted.open_file(file, sys.maxsize) as text:
             raw = text.read()
     except ConfigError as error:
         raise ConfigError(f"data.sources: {error}") from None
@@ -99,7 +99,7 @@ def _pictured(prompt: bytes, completion: bytes, names, place: str, folder: pathl
     if marks != len(names):
         raise ConfigError(f"{place}: {images.unlike(marks, len(names))}")
     for name in names:
-        if not (folder / name).is_file() or not untrusted.inside(folder / name, folder):
+        if not (folder / name).is_file() or not untrusted.is_inside(folder / name, folder):
             raise ConfigError(f"{place}: no image file {str(folder / name)!r}; paths are below the line's file's folder")
     return Pictured(prompt, completion, tuple(str(folder / name) for name in names))
 

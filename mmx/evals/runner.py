@@ -134,7 +134,7 @@ def _answered(suite: Suite, task, ask: Ask, model: Reader) -> dict:
 def _resume(path: Path, about: dict) -> dict[tuple, dict]:
     """The examples that a file has by place; it begins with `about` from now on, and a line that was cut off is gone."""
     lines, kept = [], 0
-    raw = untrusted.content(path, files.MOST_BYTES) if path.exists() else b""
+    raw = untrusted.read_bytes(path, files.MOST_BYTES) if path.exists() else b""
     if raw and not raw.startswith(b'{"suite"'):
         raise ConfigError(f"{path} is no file of a suite: move it, or give another --out")
     for line in raw.splitlines(keepends=True):

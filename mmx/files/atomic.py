@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 
-def beside(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Where what will become `path` stands meanwhile; what processes left that were killed amid theirs is removed."""
     own = path.with_name(f"{path.name}.partial-{os.getpid()}")
     for old in path.parent.glob(f"{glob.escape(path.name)}.partial-*"):
@@ -19,9 +19,9 @@ def beside(path: Path) -> Path:
 def replacing(path: str | Path, mode: str = "w"):
     """A file to write ("w": text, "wb": bytes) that takes the place of `path` once it is whole and on disk."""
     path = Path(path)
-    own = beside(path)
+    own = temporary_path(path)
     try:
-        with named(path), own.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+        with add_filename(path), own.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -31,7 +31,7 @@ def replacing(path: str | Path, mode: str = "w"):
 
 
 @contextlib.contextmanager
-def named(path: str | Path):
+def add_filename(path: str | Path):
     """An OSError of a file that is open does not say which: one in here does."""
     try:
         yield

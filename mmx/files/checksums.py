@@ -41,7 +41,7 @@ def read(folder: Path) -> dict[str, list] | None:
     raise ValueError(f"{NAME} is damaged")
 
 
-def fault(folder: Path, below: str = "", share: int = 0, shares: int = 1) -> str:
+def find_damage(folder: Path, below: str = "", share: int = 0, shares: int = 1) -> str:
     """What of a folder, or of what is `below`, is not as its table says; "" where all is, or no table is there.
 
     One `share` of `shares` looks at some of the files, largest first.

@@ -21,14 +21,14 @@ BEAT, SILENT = 10, 60       # seconds
 
 
 @contextlib.contextmanager
-def held(workdir: str | Path):
+def acquire(workdir: str | Path):
     """WORKDIR is this process's meanwhile; ConfigError says who has it otherwise."""
     path = Path(workdir) / "run.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     file, over = _take(path), threading.Event()
     with file:
         try:
-            with atomic.named(path):
+            with atomic.add_filename(path):
                 file.seek(0)
                 file.truncate()
                 json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T %z")}, file)

@@ -20,12 +20,12 @@ TOKENIZER_BYTES = 64 << 20
 TEXT_BYTES = 1 << 30        # of a prompt, or of a data set in one text
 VALUES = 8_000_000          # of one JSON text: below 600 MB of Python's objects
 DEPTH = 64
-TOLD = 2000                 # characters of a message
+MESSAGE_LENGTH = 2000                 # characters of a message
 _STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 @contextlib.contextmanager
-def opened(path: str | Path, most: int = JSON_BYTES):
+def open_file(path: str | Path, most: int = JSON_BYTES):
     """A plain file of at most `most` bytes, to read: no pipe and no device, which may have no end. Raises ConfigError."""
     try:
         file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
@@ -42,16 +42,16 @@ def opened(path: str | Path, most: int = JSON_BYTES):
         yield file
 
 
-def content(path: str | Path, most: int = JSON_BYTES) -> bytes:
+def read_bytes(path: str | Path, most: int = JSON_BYTES) -> bytes:
     """The bytes of a plain file of at most `most`."""
-    with opened(path, most) as file:
+    with open_file(path, most) as file:
         return file.read(most + 1)[:most]
 
 
-def text(path: str | Path, most: int = TEXT_BYTES) -> str:
+def read_text(path: str | Path, most: int = TEXT_BYTES) -> str:
     """The text of a plain file of at most `most` bytes, with the line ends that Python reads. Raises ConfigError."""
     try:
-        return io.StringIO(content(path, most).decode("utf-8"), newline=None).read()
+        return io.StringIO(read_bytes(path, most).decode("utf-8"), newline=None).read()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
 
@@ -77,7 +77,7 @@ def loads(text: bytes | str):
 def read_json(path: Path) -> dict:
     """The object in a JSON file, within this module's limits."""
     try:
-        value = loads(content(path))
+        value = loads(read_bytes(path))
     except ConfigError:
         raise
     except ValueError as error:
@@ -106,7 +106,7 @@ def _deep(value) -> bool:
     return any(isinstance(outer, (list, dict)) for outer in level)
 
 
-def inside(path: Path, folder: Path) -> bool:
+def is_inside(path: Path, folder: Path) -> bool:
     """Whether a path leads into its folder, or into the blobs of the Hugging Face cache that the folder is a snapshot of."""
     try:
         place, folder = path.resolve(), folder.resolve()
@@ -116,9 +116,9 @@ def inside(path: Path, folder: Path) -> bool:
                                             and place.parent == folder.parent.parent / "blobs")
 
 
-def own_file(path: Path) -> Path:
+def check_link(path: Path) -> Path:
     """A file of a checkpoint; raises ConfigError for a link out of its directory."""
-    if not inside(path, path.parent):
+    if not is_inside(path, path.parent):
         raise ConfigError(f"{path} is a link that leads out of its directory: put the file itself there")
     return path
 
@@ -133,8 +133,8 @@ def check_plain(folder: Path) -> None:
                 raise ConfigError(f"{path} is neither a file nor a folder: a checkpoint holds no links")
 
 
-def line(message: str) -> str:
-    """A message as one line of at most TOLD characters, none of which moves a terminal's cursor."""
+def one_line(message: str) -> str:
+    """A message as one line of at most MESSAGE_LENGTH characters, none of which moves a terminal's cursor."""
     text = " ".join(message.split())
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:TOLD + 1])
-    return text if len(text) <= TOLD else f"{text[:TOLD]}..."
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:MESSAGE_LENGTH + 1])
+    return text if len(text) <= MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]}..."

@@ -250,7 +250,7 @@ def short_files(workspace: Workspace) -> str:
 
 def _assert_steps_complete(workdir: Path) -> None:
     for step in (workdir / "checkpoints").iterdir():
-        assert not step.name.isdecimal() or checksums.fault(step) == "", step
+        assert not step.name.isdecimal() or checksums.find_damage(step) == "", step
 
 
 def read_only(workspace: Workspace) -> str:

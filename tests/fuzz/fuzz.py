@@ -39,7 +39,7 @@ class BrokenError(Exception):
 def check(read, folder: Path) -> str:
     """What a reader said of a folder, "read" if nothing; raises BrokenError."""
     from mmx.config import ConfigError
-    from mmx.files.untrusted import TOLD
+    from mmx.files.untrusted import MESSAGE_LENGTH
 
     begun = time.process_time()
     try:
@@ -47,7 +47,7 @@ def check(read, folder: Path) -> str:
         said = "read"
     except ConfigError as error:
         said = str(error)
-        if "\n" in said.strip() or len(said) > 100 * TOLD:
+        if "\n" in said.strip() or len(said) > 100 * MESSAGE_LENGTH:
             raise BrokenError(f"many words: {said[:200]!r}") from error
     except OSError as error:        # the command line tells it in one line
         said = error.strerror or str(error)

@@ -90,7 +90,7 @@ def config_files():
 def read_config(folder: Path):
     """config.json of both dialects, of text and of images; that of a run."""
     for path in sorted(folder.glob("*.json")):
-        text = untrusted.read_json(untrusted.own_file(path))
+        text = untrusted.read_json(untrusted.check_link(path))
         if path.name == "run.json":
             model = config.build(text).model
         else:
@@ -204,9 +204,9 @@ def read_suites(folder: Path):
     told = []
     for plan, where in ((longbench.plan, folder), (translation.plan, folder), (dialogue.plan, folder / "niah"),
                         (ruler.squad.__wrapped__, folder / "squad.json"), (ruler.hotpot.__wrapped__, folder / "hotpotqa.json"),
-                        (untrusted.text, folder / "grammar_book.txt")):
+                        (untrusted.read_text, folder / "grammar_book.txt")):
         try:
-            if plan in (ruler.squad.__wrapped__, ruler.hotpot.__wrapped__, untrusted.text):
+            if plan in (ruler.squad.__wrapped__, ruler.hotpot.__wrapped__, untrusted.read_text):
                 plan(where)
             else:
                 for task in plan(Ask(tokenizer=tokens.Bytes(), data=where))[:3]:
@@ -310,13 +310,13 @@ def read_overrides(folder: Path):
     from mmx.launch import experiments
 
     told = []
-    lines = [os.fsdecode(line) for line in untrusted.content(folder / "overrides.txt").split(b"\n")]
+    lines = [os.fsdecode(line) for line in untrusted.read_bytes(folder / "overrides.txt").split(b"\n")]
     for given in (*[[line] for line in lines[:2]], lines):
         try:
             experiments._override(config.default(), given)
         except config.ConfigError as error:
             told.append(error)
-    config.parse_lengths(os.fsdecode(untrusted.content(folder / "lengths.txt")))
+    config.parse_lengths(os.fsdecode(untrusted.read_bytes(folder / "lengths.txt")))
     if told:
         raise told[0]
 

@@ -62,23 +62,23 @@ def test_a_file_that_never_ends_is_not_opened(tmp_path):
     for path, message in ((tmp_path / "pipe", "is no file"), ("/dev/zero", "is no file"), (tmp_path, "Is a directory"),
                           (tmp_path / "none", "is missing"), ("a\0b", "null byte")):
         with pytest.raises(ConfigError, match=message):
-            untrusted.content(path)
+            untrusted.read_bytes(path)
     (tmp_path / "large").write_bytes(b"ab")
     with pytest.raises(ConfigError, match="has 2 bytes, more than 1"):
-        untrusted.content(tmp_path / "large", 1)
+        untrusted.read_bytes(tmp_path / "large", 1)
 
 
 def test_a_text(tmp_path):
     (tmp_path / "a.txt").write_bytes("é\r\nb\rc\n".encode())
-    assert untrusted.text(tmp_path / "a.txt") == "é\nb\nc\n"
+    assert untrusted.read_text(tmp_path / "a.txt") == "é\nb\nc\n"
     (tmp_path / "a.txt").write_bytes(b"ab\xff")
     with pytest.raises(ConfigError, match="a.txt: not UTF-8 at byte 2$"):
-        untrusted.text(tmp_path / "a.txt")
+        untrusted.read_text(tmp_path / "a.txt")
 
 
 def test_a_message_moves_no_cursor():
-    assert untrusted.line("a\n\x1b[2Jb\ud800") == r"a \x1b[2Jb\ud800"
-    assert len(untrusted.line("a" * 10**6)) < 2100
+    assert untrusted.one_line("a\n\x1b[2Jb\ud800") == r"a \x1b[2Jb\ud800"
+    assert len(untrusted.one_line("a" * 10**6)) < 2100
 
 
 # ---- checkpoints ----
@@ -247,11 +247,11 @@ def test_checksums_of_what_is_no_file(tmp_path):
         files = {name: [0, "0" * 64]}
         (tmp_path / "checksums.json").write_text(json.dumps({"sha256": checksums._own(files), "files": files}))
         with within(10):
-            assert message in checksums.fault(tmp_path)
+            assert message in checksums.find_damage(tmp_path)
     (tmp_path / "checksums.json").unlink()
     os.mkfifo(tmp_path / "checksums.json")
     with within(10):
-        assert checksums.fault(tmp_path) == "checksums.json is damaged"
+        assert checksums.find_damage(tmp_path) == "checksums.json is damaged"
 
 
 def test_a_lock_of_many_levels(tmp_path):
