@@ -29,8 +29,8 @@ def test_what_is_as_written_has_no_fault(folder):
 
 
 @pytest.mark.parametrize("name, text, told", [
-    ("a", "fist", "a has 4 bytes of 5"), ("a", "First", "a differs from its checksum"), ("item/part/d", None, "is missing"),
-    ("item/part/c", "y", "item/part/c has 1 bytes of 0"), ("checksums.json", "", "checksums.json is damaged")])
+    ("a", "fist", "a has 4 bytes instead of 5"), ("a", "First", "a differs from its checksum"), ("item/part/d", None, "is missing"),
+    ("item/part/c", "y", "item/part/c has 1 bytes instead of 0"), ("checksums.json", "", "checksums.json is damaged")])
 def test_a_fault_is_named(name, text, told, folder):
     (folder / name).unlink() if text is None else (folder / name).write_text(text)
     assert told in checksums.find_damage(folder)

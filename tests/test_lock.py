@@ -63,12 +63,12 @@ def test_a_holder_on_another_machine_is_watched(beats, tmp_path, monkeypatch, ca
     else:
         with lock.acquire(tmp_path):
             pass
-    assert "was last held by process 7 on elsewhere, since then: waiting 0.5 s" in capsys.readouterr().err
+    assert "was last used by process 7 on elsewhere, since then: waiting 0.5 s" in capsys.readouterr().err
 
 
 def test_a_holder_that_ends_before_it_is_watched_is_none(tmp_path, capsys):
-    lock._wait(tmp_path / "run.lock", {})
-    assert "was last held by" in capsys.readouterr().err
+    lock._wait_for_heartbeat(tmp_path / "run.lock", {})
+    assert "was last used by" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_named_and_no_lock_stays(tmp_path, monkeypatch):
@@ -81,7 +81,7 @@ def test_a_full_disk_is_named_and_no_lock_stays(tmp_path, monkeypatch):
 
 
 def test_a_holder_renews_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT", 0.05)
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
     renewed = threading.Event()
     monkeypatch.setattr(lock.os, "utime", lambda path: renewed.set())
     with lock.acquire(tmp_path):
