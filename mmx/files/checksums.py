@@ -49,7 +49,7 @@ def find_damage(folder: Path, prefix: str = "", share: int = 0, shares: int = 1)
 
     Args:
       prefix: only files whose name in the table starts with it are compared.
-      share, shares: the files, largest first, are dealt out to `shares` calls. This call compares those of number `share`.
+      share, shares: this call compares files share, share + shares, share + 2 shares, ... of the list sorted by size.
     Returns:
       A description of the first difference; "" if there is none, or if the folder has no table.
     """
@@ -84,7 +84,7 @@ def _files(folder: Path):
 def _open(path: Path):
     """Opens a regular file. Raises ValueError for anything else, and PermissionError if the file may not be read."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("not a regular file")
+        raise ValueError("it is not a regular file")
     return path.open("rb")
 
 

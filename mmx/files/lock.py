@@ -53,7 +53,7 @@ def _open_locked(path: Path):
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        file.close()        # its owner ended meanwhile and removed it
+        file.close()        # its owner ended and removed the file
 
 
 def _lock(file) -> tuple[bool, bool]:
@@ -85,7 +85,7 @@ def _send_heartbeats(path: Path, ended: threading.Event) -> None:
 
 
 def _read_owner(file) -> dict:
-    """The contents of the lock file; {} if they are not those of a lock."""
+    """The contents of the lock file; {} if they are not a JSON object."""
     file.seek(0)
     try:
         owner = untrusted.loads(file.read(4096))

@@ -104,7 +104,7 @@ def _is_too_deep(value) -> bool:
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path, with links resolved, lies in `folder`.
+    """Whether a path, with its links resolved, is below `folder`.
 
     If the folder is a snapshot in the Hugging Face cache, links into that cache's blobs are accepted too.
     """

@@ -59,8 +59,8 @@ def test_json_that_is_allowed():
 
 def test_a_file_that_never_ends_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path, message in ((tmp_path / "pipe", "is not a regular file"), ("/dev/zero", "is not a regular file"), (tmp_path, "Is a directory"),
-                          (tmp_path / "none", "is missing"), ("a\0b", "null byte")):
+    for path, message in ((tmp_path / "pipe", "is not a regular file"), ("/dev/zero", "is not a regular file"),
+                          (tmp_path, "Is a directory"), (tmp_path / "none", "is missing"), ("a\0b", "null byte")):
         with pytest.raises(ConfigError, match=message):
             untrusted.read_bytes(path)
     (tmp_path / "large").write_bytes(b"ab")
@@ -168,7 +168,7 @@ def test_orbax_paths_stay_inside(tmp_path):
     for key in ("..", "../../etc", "a/b", "", ".", "a\0"):
         entry = next(iter(text["tree_metadata"].values())) | {"key_metadata": [{"key": key, "key_type": 2}]}
         (params / "_METADATA").write_text(json.dumps(text | {"tree_metadata": {"x": entry}}))
-        with pytest.raises(ConfigError, match="has no table of arrays"):
+        with pytest.raises(ConfigError, match="does not list arrays"):
             manager.open_arrays(params.parent)
     (params / "_METADATA").write_text(json.dumps(text))
     (params / "link").symlink_to("/dev/zero")
@@ -186,7 +186,7 @@ def refused(name, files, folder, change):
 
 @pytest.mark.parametrize("text, message", [
     (lambda about: about | {"chunks": [270, 2**31 - 1]}, r"chunks of \(270, 2147483647\) are larger than its shape \(270, 4\)"),
-    (lambda about: "[" * 100_000, "nested deeper than 64 levels"), (lambda about: about | {"dtype": "<i4"}, "is of int32")])
+    (lambda about: "[" * 100_000, "nested deeper than 64 levels"), (lambda about: about | {"dtype": "<i4"}, "has dtype int32")])
 def test_an_array_that_would_end_the_process(text, message, tmp_path):
     """TensorStore makes room for one whole chunk, and its reader of JSON has no limit: neither is an exception."""
     def change(folder):
