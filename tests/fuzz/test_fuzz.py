@@ -101,10 +101,11 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
 @pytest.mark.parametrize("change, message", [
-    (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{}}', "has a key twice"), (b"[]", "it is no object"),
+    (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{}}', "has a key twice"), (b"[]", "it is not a JSON object"),
     ({"a": ENTRY, "b": ENTRY}, "overlap"), ({"a": ENTRY | {"shape": [2**62] * 8}}, "has 8 bytes"),
-    ({"a": ENTRY | {"shape": [1] * 9}}, "needs dtype, shape"), ({"a" * 300: ENTRY}, "is no tensor's name"),
-    ({"a\x1b[2J": ENTRY}, "is no tensor's name"), ({"a": ENTRY | {"dtype": "I" * 10**5}}, "has dtype IIIIIIIIIIIIIIIIIIII;"),
+    ({"a": ENTRY | {"shape": [1] * 9}}, "needs dtype, shape"), ({"a" * 300: ENTRY}, "is not a valid tensor name"),
+    ({"a\x1b[2J": ENTRY}, "is not a valid tensor name"),
+    ({"a": ENTRY | {"dtype": "I" * 10**5}}, "has dtype IIIIIIIIIIIIIIIIIIII;"),
     ({"a": ENTRY | {"data_offsets": [0, 2**63]}}, "is truncated"), ({"a": ENTRY | {"data_offsets": [-8, 0]}}, "needs dtype")])
 def test_headers(change, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
@@ -116,7 +117,7 @@ def test_a_header_that_is_too_long_is_not_read(tmp_path):
     with path.open("r+b") as file:
         file.write((17 << 20).to_bytes(8, "little"))
         file.truncate(18 << 20)
-    with pytest.raises(ConfigError, match="more than 16,777,216: it is not read"):
+    with pytest.raises(ConfigError, match="at most 16,777,216 are allowed"):
         safetensors.read_header(path)
 
 
