@@ -263,8 +263,8 @@ def test_a_lock_of_many_levels(tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     ({"num_hidden_layers": 10**6, "attn_type_list": [0] * 10**6},
-     "model.layers=1000000 is more than 10,000"),
-    ({"num_attention_heads": 2**20}, "model.heads=1048576 is more than 65,536"), ({"hidden_size": 10**400}, "below 2\\^40"),
+     "model.layers=1000000 must be at most 10,000"),
+    ({"num_attention_heads": 2**20}, "model.heads=1048576 must be at most 65,536"), ({"hidden_size": 10**400}, "below 2\\^40"),
     ({"hidden_size": 2**70}, "below 2\\^40"), ({"num_local_experts": []}, "num_local_experts=\\[\\]"),
     ({"rope_theta": float("nan")}, "finite")])
 def test_configs_of_what_no_memory_holds(changes, message):
