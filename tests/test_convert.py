@@ -203,7 +203,7 @@ def test_decay_buffers_equal_the_oracles():
     for layer in (0, 4):
         for name, ours in hf_layout.decay_buffers(model, layer).items():
             theirs = found[f"model.layers.{layer}.self_attn.{name}"]
-            block = 32                                      # of the oracle; those of mmx are longer
+            block = 32                                      # of the oracle; the buffers of mmx are longer
             if name == "key_decay":                         # decays from the end of the block
                 ours = ours[:, -block:]
             elif name != "slope_rate":

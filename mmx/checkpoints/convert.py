@@ -279,7 +279,7 @@ def _ids(config_json: dict) -> dict:
 
 
 def _tokenizer(directory: Path, ids: dict) -> str:
-    """The path of a directory's tokenizer.json; without one, "bytes" if the ids are those of bytes, else ""."""
+    """The path of a directory's tokenizer.json; without one, "bytes" if `ids` equals BYTE_IDS, else ""."""
     file = directory / "tokenizer.json"
     return str(untrusted.check_link(file)) if file.exists() else "bytes" if ids == BYTE_IDS else ""
 
@@ -307,7 +307,7 @@ def _unflatten(flat: dict[tuple[str, ...], object]) -> dict:
 def open_initial(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
     """Opens a checkpoint from which `model` can start (train.init_from).
 
-    The checkpoint has the shapes of the model, or only those of its text part. Raises ConfigError otherwise.
+    Raises ConfigError unless the checkpoint has all parameters of the model, or all of its text part, with the same shapes.
     """
     source = open_source(path)
     if not source.model.vision.layers:
@@ -357,7 +357,7 @@ def open_initial_vision(path: str | Path, model: config.Model) -> ReleasedSource
 
 
 def load_initial_vision(source: ReleasedSource | WorkdirSource, vision: dict) -> dict:
-    """Replaces the ViT in `vision`, the vision parameters of a model, by that of a source from `open_initial_vision`.
+    """Replaces the ViT in `vision`, the vision parameters of a model, by the ViT of a source from `open_initial_vision`.
 
     The projector and the image newline stay, because their shapes depend on the text model. Position embeddings of tiles of
     another size are interpolated (bicubic).

@@ -129,8 +129,8 @@ def _as_list(value) -> list:
 def write_model(model: Model, dialect: str, dtype: str, ids: dict) -> dict:
     """config.json of a model, as a dict.
 
-    The transformers dialect contains the released keys too: transformers keeps and ignores them, and has no key of its own for
-    partial RoPE that it applies. router_aux_loss_coef is scaled so that transformers' form of the balance loss has the same
+    The transformers dialect contains the released keys too: transformers keeps and ignores them, and does not apply its
+    own key for partial RoPE. router_aux_loss_coef is scaled so that transformers' form of the balance loss has the same
     effect as the model's (docs/model.md section 5).
 
     Args:

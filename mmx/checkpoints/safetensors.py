@@ -219,7 +219,7 @@ def plan_files(directory: Path, tensors: dict[str, tuple[np.dtype, tuple]], shar
 
     Args:
       tensors: (dtype, shape) by name, in the order of the files.
-      shard_bytes: most bytes of data in a file. A larger tensor has a file of its own.
+      shard_bytes: most bytes of data in a file. A larger tensor gets a separate file.
     Returns:
       The place of each tensor.
     """
