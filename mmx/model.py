@@ -20,7 +20,7 @@ from mmx.layers.kinds import kind_of
 from mmx.layers.moe import MoE
 from mmx.layers.vision import Vision
 from mmx.parallel import vocabulary
-from mmx.parallel.cache import placed, put
+from mmx.parallel.cache import append, shard_cache
 from mmx.parallel.exchange import ARRIVED
 from mmx.parallel.sharding import constrain
 from mmx.parallel.vision import insert_patches
@@ -61,14 +61,14 @@ class Group(nn.Module):
 
 
 class Model(nn.Module):
-    """MiniMax-Text-01's decoder, or MiniMax-VL-01's with its image encoder (`see`).
+    """MiniMax-Text-01's decoder, or MiniMax-VL-01's with its image encoder (`encode_images`).
 
     Only the `params` collection is used; caches and statistics are results.
     """
     config: config.Model
 
     @nn.compact
-    def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, cache=None, trace=False, places_BT=None, seen=None):
+    def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, cache=None, trace=False, places_BT=None, images=None):
         """Returns hidden states after the final norm; `logits` turns them into logits.
 
         Args:
@@ -80,7 +80,7 @@ class Model(nn.Module):
           trace: also return every layer's input and router logits in the statistics.
           places_BT: what replaces a token's embedding: 0 nothing, 1 the embedding that ends a line of patches, n + 2 patch n of
             the row's block of images. None: no images.
-          seen: from `see`.
+          images: from `encode_images`.
 
         Returns:
           x_BTD, the cache with these tokens (or None), and a dict of statistics, each [layers, ...]: load_E, prob_E, z,
@@ -95,7 +95,7 @@ class Model(nn.Module):
         embed_WD = self.param("embed_WD", nn.initializers.normal(c.embed_std), (c.vocab, c.dim))
         x_BTD = vocabulary.embed(embed_WD, tokens_BT, c.dtype)
         if places_BT is not None:
-            x_BTD = insert_patches(x_BTD, places_BT, *seen)
+            x_BTD = insert_patches(x_BTD, places_BT, *images)
         x_BTD = constrain(x_BTD, "BTD")
 
         # No broadcast output: flax's check of such outputs would trace the body again, and it takes a shard_map for one.
@@ -105,10 +105,10 @@ class Model(nn.Module):
         x_BTD, (layers, stats) = groups(x_BTD, context, layers, _constants(c))
         if cache is not None:
             new_B = T if segments_BT is None else jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
-            cache = {"length_B": start_B + new_B, "layers": put(cache["layers"], layers, start_B, x_BTD)}
+            cache = {"length_B": start_B + new_B, "layers": append(cache["layers"], layers, start_B, x_BTD)}
         self.param("head_WD", nn.initializers.normal(c.dim ** -0.5), (c.vocab, c.dim))
         x_BTD = rms_norm(x_BTD, param(self, "norm_D"), c.norm_eps)
-        if c.vision.layers and self.is_initializing():      # creates its parameters; `see` uses them
+        if c.vision.layers and self.is_initializing():      # creates its parameters; `encode_images` uses them
             Vision(c, name="vision")(jnp.zeros((1, 1, c.vision.tile, c.vision.tile, 3)))
         return x_BTD, cache, {k: v.reshape(c.layers, *v.shape[2:]) for k, v in stats.items()}
 
@@ -130,8 +130,8 @@ def _constants(c: config.Model) -> dict:
     return found
 
 
-def see(c: config.Model, params, pixels_NIYXZ):
-    """What `Model` takes as `seen`: the vision encoder's newline_D, and patches_NMD of each block's tiles (`data.images`)."""
+def encode_images(c: config.Model, params, pixels_NIYXZ):
+    """What `Model` takes as `images`: the vision encoder's newline_D, and patches_NMD of each block's tiles (`data.images`)."""
     return Vision(c).apply({"params": params["vision"]}, pixels_NIYXZ)
 
 
@@ -154,7 +154,7 @@ def empty_cache(c: config.Model, rows: int, places: int, kv_dtype: str = ""):
         return jnp.zeros((c.groups, *shape), one.dtype)
     layers = {f"layer_{i}": {name: zeros(name, one) for name, one in kind_of(letter).cache(c, kv_dtype or c.dtype).items()}
               for i, letter in enumerate(c.pattern)}
-    return placed({"length_B": jnp.zeros(rows, jnp.int32), "layers": layers})
+    return shard_cache({"length_B": jnp.zeros(rows, jnp.int32), "layers": layers})
 
 
 def abstract_params(c: config.Model) -> dict:
@@ -173,6 +173,7 @@ def abstract_params(c: config.Model) -> dict:
 
 @functools.lru_cache(maxsize=512)
 def _abstract_layer(c: config.Model) -> dict:
+    """The parameters of a model of one layer. It is traced without a mesh, and within a transfer guard too."""
     kind_of(c.pattern)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-        return jax.eval_shape(Model(c).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())), jax.transfer_guard("allow"):
+        return jax.eval_shape(lambda: Model(c).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]

@@ -1,4 +1,4 @@
-"""A look at generated pictures by their pixels alone, and what it answers: independent of how they were drawn."""
+"""Reads generated images from their pixels and answers questions about them, independently of how they were drawn."""
 import re
 from collections import Counter
 
@@ -9,8 +9,8 @@ from mmx.data import images, scenes
 
 
 def look(image):
-    """(shape, colour, x, y) of each object, by its pixels alone: its colour's connected parts, and where these are bare."""
-    seen, pixels_YXZ = [], np.asarray(image)
+    """(shape, colour, x, y) of each object: connected pixels of one colour, classified by the filled part of their box."""
+    objects, pixels_YXZ = [], np.asarray(image)
     for colour, rgb in scenes.COLOURS.items():
         parts_YX, _ = ndimage.label((pixels_YXZ == rgb).all(-1), np.ones((3, 3)))
         for n, box in enumerate(ndimage.find_objects(parts_YX), 1):
@@ -18,18 +18,18 @@ def look(image):
             middle, bottom, top = full_YX[len(full_YX) // 2, full_YX.shape[1] // 2], full_YX[-1].mean(), full_YX[0].mean()
             shape = ("ring" if not middle else "square" if full_YX.all() else "triangle" if bottom == 1 else
                      "cross" if full_YX.mean() < 0.65 and top > 0.2 and not full_YX[2, 1] else "circle")
-            seen.append((shape, colour, *((box[axis].start + box[axis].stop) / 2 for axis in (1, 0))))
-    return seen
+            objects.append((shape, colour, *((box[axis].start + box[axis].stop) / 2 for axis in (1, 0))))
+    return objects
 
 
-def answer(question, seen):
-    """Of a question to `look`'s."""
+def answer(question, objects):
+    """The answer to a question about the objects that `look` found."""
     if question == "What is where?":
         cells = ["..."] * 9
-        for shape, colour, x, y in seen:
+        for shape, colour, x, y in objects:
             cells[int(y // 28 * 3 + x // 28)] = colour[:1] + shape[:2]
         return "".join(cells)
-    kinds = Counter(of[:2] for of in seen)
+    kinds = Counter(of[:2] for of in objects)
     if many := re.fullmatch(r"How many (\w+?)(es)?s?\?", question):
         return str(sum(n for (shape, _), n in kinds.items() if many[1].startswith(shape[:4])))
     if of := re.fullmatch(r"What colour are the (\w+)\?", question):
@@ -39,11 +39,10 @@ def answer(question, seen):
         [said] = {shape for shape, colour in kinds if colour == of[1]}
         return said
     of = re.fullmatch(r"Is the (\w+) (\w+) left or right\?", question)
-    [x] = [x for shape, colour, x, _ in seen if (colour, shape) == (of[1], of[2])]
+    [x] = [x for shape, colour, x, _ in objects if (colour, shape) == (of[1], of[2])]
     assert abs(x - scenes.SIDE / 2) > 10
     return "left" if x < scenes.SIDE / 2 else "right"
 
 
-def told(document):
-    """A document's question and answer."""
-    return document.prompt.decode().removeprefix(images.MARK), document.completion.decode().removeprefix(" ")
+def question_and_answer(document):
+    return document.prompt.decode().removeprefix(images.PLACEHOLDER), document.completion.decode().removeprefix(" ")

@@ -205,7 +205,7 @@ def test_perplexity_by_position_equals_that_of_the_logits(place, tmp_path):
 
     assert cli.main(["eval", "--checkpoint", str(place / "run"), "--out", str(tmp_path), "--suite", "position",
                      "--lengths", "96", "--examples", "1"]) == 0
-    asked = position.example(96, "all", (0, 0), examples.Ask(tokens.tokenizer("bytes")))
+    asked = position.example(96, "all", (0, 0), examples.SuiteOptions(tokens.tokenizer("bytes")))
     logits_TW = np.array(mmx.forward(mmx.load(place / "run"), asked.prompt[None])[0], np.float64)
     nats_T = np.log(np.exp(logits_TW).sum(1)) - logits_TW[np.arange(len(logits_TW)), asked.answers]
     found = json.loads((tmp_path / "position.json").read_text())
@@ -221,11 +221,11 @@ def test_perplexity_by_position_equals_that_of_the_logits(place, tmp_path):
     (["--suite", "needle", "--examples", "0"], "--examples 0 is out of range"),
     (["--suite", "needle", "--split", "test"], "--split cannot be combined with --suite"),
     (["--lengths", "1k"], "--lengths needs --suite"),
-    (["--suite", "ruler", "--rows", "qa_1"], "qa_1 needs a file squad.json of yours: give its folder as --data DIR"),
-    (["--suite", "ruler", "--data", "nowhere"], "qa_1: no file nowhere/squad.json"),
-    (["--suite", "needle", "--data", "nowhere"], "needle makes its own text: leave --data out"),
-    (["--suite", "longbench2", "--lengths", "1k"], "longbench2 has texts of their own lengths"),
-    (["--suite", "mtob", "--data", "nowhere"], "mtob: no file nowhere/grammar_book.txt"),
+    (["--suite", "ruler", "--rows", "qa_1"], "qa_1 needs your file squad.json: give its folder as --data DIR"),
+    (["--suite", "ruler", "--data", "nowhere"], "qa_1: there is no file nowhere/squad.json"),
+    (["--suite", "needle", "--data", "nowhere"], "needle generates its own text: leave --data out"),
+    (["--suite", "longbench2", "--lengths", "1k"], "longbench2 has texts of fixed lengths"),
+    (["--suite", "mtob", "--data", "nowhere"], "mtob: there is no file nowhere/grammar_book.txt"),
 ])
 def test_mistakes_with_suites(more, message, place, tmp_path, monkeypatch, mmx_fails):
     monkeypatch.chdir(tmp_path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mmx.data import generated
+from mmx.data import token_tasks
 from mmx.launch import experiments, sweep
 from mmx.training import metrics
 from mmx.training.run import train
@@ -25,8 +25,8 @@ ONE = [     # the file, the arguments of one arm but its seed, and what makes it
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     """Few documents of the generated tasks."""
-    read, most = generated._read, {"tokens": 2048, "held": 8}
-    monkeypatch.setattr(generated, "_read", lambda source: (read(source)[0], {
+    read, most = token_tasks.parse, {"tokens": 2048, "held": 8}
+    monkeypatch.setattr(token_tasks, "parse", lambda source: (read(source)[0], {
         name: min(value, most.get(name, value)) for name, value in read(source)[1].items()}))
 
 

@@ -29,7 +29,7 @@ def loaded():
 def small_shapes(monkeypatch):
     for name, value in (("PREFILL_CHUNKS", (32, 16, 8)), ("DECODE_STEPS", 8)):
         monkeypatch.setattr(engine, name, value)
-    monkeypatch.setattr(engine.caches, "PLACES", 16)
+    monkeypatch.setattr(engine.caches, "PAGE", 16)
 
 
 def ids(B, T):

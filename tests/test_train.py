@@ -228,7 +228,7 @@ def test_a_sample_prompt_that_does_not_encode_is_refused_at_once(text, tmp_path)
     """Before training, not at the first sample."""
     numbers = experiment(text, sample_every=5, sample_prompt="12 and 13")
     numbers = dataclasses.replace(numbers, data=config.Data(sources=("mqar:vocab=200",), tokenizer="numbers:200"))
-    with pytest.raises(ConfigError, match="^train.sample_prompt='12 and 13': text: 'and' is no number below 200"):
+    with pytest.raises(ConfigError, match="^train.sample_prompt='12 and 13': text: 'and' is not a number below 200"):
         train(numbers, tmp_path / "run", engine.sample)
     assert not list(tmp_path.iterdir())
 

@@ -32,7 +32,7 @@ def loaded():
 
 
 def oracle_pictures(v):
-    return [images.Picture(np.moveaxis(WANT[f"{i}_pixel_values"], 1, -1), images.places(v, *map(int, size)))
+    return [images.PreparedImage(np.moveaxis(WANT[f"{i}_pixel_values"], 1, -1), images.places(v, *map(int, size)))
             for i, size in enumerate(SIZES)]
 
 
@@ -49,11 +49,11 @@ def batch():
 def test_oracle_counts_and_features(loaded):
     """All five images' tiles at once: the features are the rows that their places name."""
     v, shown = loaded.config.vision, oracle_pictures(loaded.config.vision)
-    assert [images.count(v, *size) for size in SIZES] == [WANT[f"floor_{i}_n_tokens"] for i in range(5)]
+    assert [images.token_count(v, *size) for size in SIZES] == [WANT[f"floor_{i}_n_tokens"] for i in range(5)]
     for i, size in enumerate(SIZES):
         np.testing.assert_array_equal(np.multiply(images.best_grid(v, *size), v.tile), WANT[f"floor_{i}_best_res_hw"])
         assert len(shown[i].pixels_IYXZ) == 1 + np.prod(images.best_grid(v, *size))
-    places_BT, pixels_NIYXZ = images.lay(v, batch()[0], [[picture] for picture in shown])
+    places_BT, pixels_NIYXZ = images.collate(v, batch()[0], [[picture] for picture in shown])
     newline_D, (patches_MD,) = engine.encode_images(loaded.config, loaded.params, pixels_NIYXZ)
     seen_MD = np.concatenate([newline_D[None], patches_MD])
     for i in range(5):
@@ -137,7 +137,7 @@ def test_what_transformers_saves_and_the_released_names_are_the_same(tmp_path, l
     assert convert.open_source(tmp_path / "sharded").model == convert.open_source(tmp_path / "hf").model
     found = convert.open_source(tmp_path / "sharded").model
     assert (found.vision.token, found.vision.tile, found.vision.patch, found.pattern) == (90, 28, 7, "LLLS")
-    assert found.vision.grids == config.GRIDS
+    assert found.vision.grids == config.schema.GRIDS
 
 
 def test_the_released_config():
@@ -199,7 +199,7 @@ def prompt(v, seed, counts=(3, 2, 4), sizes=((56, 56), (28, 56))):
     shown = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
     ids = [rng.integers(0, v.token, counts[0])]
     for size, count in zip(sizes, counts[1:]):
-        ids += [np.full(images.count(v, *size), v.token), rng.integers(0, v.token, count)]
+        ids += [np.full(images.token_count(v, *size), v.token), rng.integers(0, v.token, count)]
     return np.concatenate(ids).astype(np.int32), shown
 
 
@@ -223,7 +223,7 @@ def test_generation_is_recomputation(loaded, monkeypatch):
     np.testing.assert_allclose(logprobs_BT, want_BT, atol=2e-5, rtol=0)
     others_BTW = mmx.forward(loaded, whole_BT, None, shown[::-1])[:, T - 1:-1]
     assert np.abs(others_BTW - logits_BTW).max() > 0.1
-    cut = T - 4 - images.count(loaded.config.vision, 28, 56)         # where the second image begins
+    cut = T - 4 - images.token_count(loaded.config.vision, 28, 56)         # where the second image begins
     kept = engine.make_prefix(loaded, prompts[0][:cut], images=shown[0][:1])
     behind_BT, again_BT = drawn(loaded, [engine.Request(prompts[0][cut:], steps, images=shown[0][1:])], kept)
     np.testing.assert_array_equal(behind_BT, new_BT[:1])
@@ -234,7 +234,7 @@ def test_images_and_their_tokens_agree(loaded):
     v = loaded.config.vision
     ids_T, shown = prompt(v, 0)
     for call, message in (
-            (lambda: mmx.forward(loaded, ids_T[None], images=[shown[:1]]), r"row 0 has token 90, .*; its images \(1\) need"),
+            (lambda: mmx.forward(loaded, ids_T[None], images=[shown[:1]]), r"row 0 contains the image token 90 .* \(1\) need"),
             (lambda: mmx.forward(loaded, ids_T[None], images=[[]]), r"its images \(0\) need 0"),
             (lambda: mmx.forward(loaded, ids_T[None], images=[shown, shown]), "a list for each of 1 rows, got 2"),
             (lambda: mmx.generate(loaded, ids_T[None], steps=1, images=[shown, shown]), "each of 1 prompts, got 2"),
@@ -246,10 +246,11 @@ def test_images_and_their_tokens_agree(loaded):
 
 def test_tiles_are_padded_to_levels(loaded):
     v = loaded.config.vision
-    assert [images.level(n) for n in (0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 97)] == [1, 1, 2, 3, 4, 6, 6, 8, 12, 12, 16, 128]
+    assert [images.padded_tiles(n) for n in (0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 97)] == [
+        1, 1, 2, 3, 4, 6, 6, 8, 12, 12, 16, 128]
     for sizes, tiles in (((), 1), (((28, 28),), 2), (((20, 30), (9, 70)), 8)):
         ids_T, shown = prompt(v, 0, (3, *[2] * len(sizes)), sizes)
-        assert images.lay(v, ids_T[None], [images.pictures(v, shown)])[1].shape == (1, tiles, 28, 28, 3)
+        assert images.collate(v, ids_T[None], [images.prepare_all(v, shown)])[1].shape == (1, tiles, 28, 28, 3)
 
 
 @pytest.fixture(scope="module")
@@ -279,12 +280,12 @@ def test_the_command_line_shows_images(checkpoint, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--prompt", "what?", "--image", "a.png"], "0 <image> marks in the prompt, 1 image given"),
-    (["--prompt", "<image><image> what?", "--image", "a.png"], "2 <image> marks in the prompt, 1 image given"),
-    (["--prompt", "<image> what?"], "1 <image> mark in the prompt, 0 images given"),
+    (["--prompt", "what?", "--image", "a.png"], "0 <image> placeholders in the prompt, but 1 image given"),
+    (["--prompt", "<image><image> what?", "--image", "a.png"], "2 <image> placeholders in the prompt, but 1 image given"),
+    (["--prompt", "<image> what?"], "1 <image> placeholder in the prompt, but 0 images given"),
     (["--prompt", "<image>", "--image", "a.png"], "the prompt ends in an image: add text after the image"),
     (["--prompt", "<image> what?", "--image", "none.png"], "none.png is missing"),
-    (["--prompt", "<image> what?", "--image", "hf/config.json"], "is no image that Pillow knows"),
+    (["--prompt", "<image> what?", "--image", "hf/config.json"], "is not in a known image format"),
 ])
 def test_mistakes_of_the_command_line(checkpoint, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(checkpoint)
@@ -295,9 +296,9 @@ def test_mistakes_of_the_command_line(checkpoint, capsys, monkeypatch, arguments
 def test_a_model_of_text_alone_takes_no_image_and_reads_the_mark_as_text(checkpoint, tmp_path):
     write_released(tmp_path / "hf", dataclasses.replace(SMALL, vision=config.Vision()))
     text = mmx.load(tmp_path / "hf")
-    with pytest.raises(ConfigError, match="this model reads text alone"):
+    with pytest.raises(ConfigError, match="this model reads only text"):
         mmx.generate(text, "<image> what?", steps=1, images=[checkpoint / "a.png"])
-    with pytest.raises(ConfigError, match="this model reads text alone"):
+    with pytest.raises(ConfigError, match="this model reads only text"):
         mmx.forward(text, np.ones((1, 3), int), images=[[]])
     ids_T = images.encode(text.config.vision, "<image> what?", [], lambda part: np.frombuffer(part.encode(), np.uint8))
     assert bytes(ids_T) == b"<image> what?"

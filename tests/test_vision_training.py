@@ -1,4 +1,4 @@
-"""Training on images: packed equals separate, any mesh one device, a resumed run the whole one, what is frozen stays."""
+"""Training on images: packed rows equal separate ones, a mesh equals one device, a resumed run equals an uninterrupted one."""
 import dataclasses
 import functools
 import json
@@ -17,7 +17,7 @@ from mmx.analysis.counts import flops_tile
 from mmx.checkpoints import convert, hf_config, hf_layout, manager
 from mmx.config import ConfigError
 from mmx.data import images, packing, pipeline
-from mmx.model import Model, abstract_params, see
+from mmx.model import Model, abstract_params, encode_images
 from mmx.parallel import sharding
 from mmx.training import loop, loss, metrics, optim
 from mmx.training import run as training
@@ -35,7 +35,7 @@ SIZES = (8, 8), (8, 16), (20, 9), (5, 5)        # width, height
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Captions, questions about one image and two, answers that hold one, and text alone."""
+    """Captions, questions about two images, answers that contain an image, and plain text."""
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for i, (width, height) in enumerate(SIZES):
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
@@ -56,35 +56,35 @@ def stream(folder, t, **where):
 
 
 def separate(folder, t):
-    """Every training document in a row of its own."""
-    rows, shown = [], []
-    for d in pipeline._documents(str(folder / "a.jsonl"), pipeline.tokens.tokenizer("bytes"), V, t.contrastive > 0):
-        rows.append(packing._lay([(d.ids_T, 0, len(d.ids_T), d.targets_T)], t.length))
-        shown.append(images.pictures(V, d.shown.images if d.shown else ()))
+    """Every training document in a separate row."""
+    rows, row_images = [], []
+    for d in pipeline._tokenize_source(str(folder / "a.jsonl"), pipeline.tokens.tokenizer("bytes"), V, t.contrastive > 0):
+        rows.append(packing._make_row([(d.ids_T, 0, len(d.ids_T), d.targets_T)], t.length))
+        row_images.append(images.prepare_all(V, d.images.images if d.images else ()))
     batch = packing.stack(rows)
-    return batch | dict(zip(("places", "pixels"), images.lay(V, batch["tokens"], shown)))
+    return batch | dict(zip(("places", "pixels"), images.collate(V, batch["tokens"], row_images)))
 
 
 def test_packed_equals_separate(folder):
-    """All documents of an epoch, values and gradients; an image's tokens are nowhere targets."""
+    """Values and gradients over all documents of an epoch; image tokens are never targets."""
     t = config.Train(batch=len(stream(folder, config.Train(batch=8, length=T))._packed[0]), length=T)
     packed = pipeline.stream(config.Data(sources=(str(folder / "a.jsonl"),), shards=1), t, vision=V).next()
-    alone = separate(folder, t)
+    unpacked = separate(folder, t)
     assert not packed["targets"][packed["weights"] > 0].tolist().count(V.token)
-    assert packed["weights"].sum() == alone["weights"].sum() and len(alone["tokens"]) > 2 * t.batch
+    assert packed["weights"].sum() == unpacked["weights"].sum() and len(unpacked["tokens"]) > 2 * t.batch
     assert packed["segments"].max() > 2
     params = jax.jit(Model(BOTH).init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     step = jax.jit(jax.value_and_grad(lambda params, batch: loss.loss(Model(BOTH), params, batch, 512)[0]))
-    rows = len(alone["tokens"])     # one program: the packed batch has empty rows behind it
-    packed = {k: x if k == "pixels" else np.pad(x, [(0, rows - t.batch), (0, 0)]) for k, x in packed.items() if k in alone}
-    (one, grads), (many, grads_alone) = (step(params, batch) for batch in (packed, alone))
+    rows = len(unpacked["tokens"])     # empty rows pad the packed batch, so that one program serves both
+    packed = {k: x if k == "pixels" else np.pad(x, [(0, rows - t.batch), (0, 0)]) for k, x in packed.items() if k in unpacked}
+    (one, grads), (many, grads_unpacked) = (step(params, batch) for batch in (packed, unpacked))
     np.testing.assert_allclose(one, many, rtol=1e-6)
     assert np.abs(grads["vision"]["patch_YXZJ"]).max() > 1e-4 and np.abs(grads["vision"]["newline_D"]).max() > 1e-4
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), grads, grads_alone)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-6), grads, grads_unpacked)
 
 
 def test_hosts_make_one_batch(folder):
-    """Each with the tiles of its own blocks of rows, as many as the fullest block of all has room for."""
+    """Each host has the tiles of its blocks of rows, padded to the same number on all hosts."""
     t = config.Train(batch=B, length=T)
     whole = stream(folder, t, blocks=4, share=2)
     parts = [stream(folder, t, host=host, hosts=2, blocks=4, share=2) for host in range(2)]
@@ -108,7 +108,7 @@ def one_step(folder, mesh=None, **changes):
     model, optimizer = Model(c), optim.adamw(TRAIN)
     where = {"blocks": sharding.size(mesh, sharding.ROWS), "share": sharding.size(mesh, sharding.TIME)} if mesh else {}
     batches = stream(folder, TRAIN, **where)
-    batch = pipeline.together([batches.next() for _ in range(2)])
+    batch = pipeline.stack_micro_batches([batches.next() for _ in range(2)])
     del batch["tiles"]
     params, opt = start()
     step = functools.partial(train_step, model=model, optimizer=optimizer, train=TRAIN)
@@ -137,7 +137,7 @@ def one_device(folder):
 
 @pytest.mark.parametrize("sizes", [(4, 2, 1, 1), (1, 2, 2, 2)], ids=str)
 def test_eight_devices_equal_one(folder, one_device, sizes):
-    """Tiles cut over the data axes and shared by the devices of their rows' time; contrastive pairs over all."""
+    """Tiles are sharded over the data axes and the sequence axis; contrastive pairs span all devices."""
     mesh = meshes.make(config.Experiment(C, TRAIN, mesh=config.Mesh(*sizes)))
     with jax.enable_x64(True), jax.set_mesh(mesh):
         many = one_step(folder, mesh)
@@ -187,7 +187,7 @@ def test_a_run_learns_and_is_resumed_bit_by_bit(folder, whole, tmp_path, monkeyp
     assert all(r["tiles"] == 16 for r in one)
 
 
-def test_what_is_frozen_stays_and_has_no_state(folder, whole):
+def test_frozen_parameters_do_not_change_and_have_no_optimizer_state(folder, whole):
     before, after = start()[0], convert.load(whole).params
     (learned, frozen), (learned_after, frozen_after) = (optim.split(p, FROZEN) for p in (before, after))
     assert optim.join(learned, frozen).keys() == before.keys() and set(frozen["vision"]) == {"layers", "place_PJ"}
@@ -199,7 +199,7 @@ def test_what_is_frozen_stays_and_has_no_state(folder, whole):
 
 
 def test_a_text_model_learns_to_see(whole, tmp_path):
-    """It starts from a checkpoint without vision and from the ViT of another, whose projector stays where it is."""
+    """It starts from a checkpoint without vision and another checkpoint's ViT, but not from that one's projector."""
     text, rng = dataclasses.replace(C, vision=config.Vision()), np.random.default_rng(0)
     (tmp_path / "hf").mkdir()
     save_file({name: rng.standard_normal(leaf.tensor_shape).astype(np.float32) / 4
@@ -209,23 +209,23 @@ def test_a_text_model_learns_to_see(whole, tmp_path):
     e = config.Experiment(C, TRAIN, mesh=config.Mesh(1))
     initial = training.InitialCheckpoints(convert.open_initial(tmp_path / "hf", C), convert.open_initial_vision(whole, C))
     made = training.initial_params(training.build_program(e, meshes.make(e)), initial)
-    vision, seen, new = made.pop("vision"), convert.load(whole).params["vision"], start()[0]["vision"]
+    vision, vit, new = made.pop("vision"), convert.load(whole).params["vision"], start()[0]["vision"]
     jax.tree.map(np.testing.assert_array_equal, made, convert.load(tmp_path / "hf").params)
     for name, leaf in vision.items():
-        theirs = new if name in ("in_JO", "in_O", "out_OD", "out_D", "newline_D") else seen
-        jax.tree.map(np.testing.assert_array_equal, leaf, theirs[name])
+        wanted = new if name in ("in_JO", "in_O", "out_OD", "out_D", "newline_D") else vit
+        jax.tree.map(np.testing.assert_array_equal, leaf, wanted[name])
 
 
-def test_a_vit_of_other_tiles(whole):
+def test_a_vit_with_another_tile_size(whole):
     larger = dataclasses.replace(C, dim=24, vision=dataclasses.replace(V, tile=16))
     source = convert.open_initial_vision(whole, larger)
     blank = jax.tree.map(lambda x: jnp.zeros(x.shape), abstract_params(larger)["vision"])
-    made, seen = convert.load_initial_vision(source, blank), convert.load(whole).params["vision"]
-    jax.tree.map(np.testing.assert_array_equal, made["layers"], seen["layers"])
+    made, vit = convert.load_initial_vision(source, blank), convert.load(whole).params["vision"]
+    jax.tree.map(np.testing.assert_array_equal, made["layers"], vit["layers"])
     assert made["place_PJ"].shape == (17, 8) and not made["in_JO"].any() and not made["newline_D"].any()
-    np.testing.assert_array_equal(made["place_PJ"][0], seen["place_PJ"][0])
+    np.testing.assert_array_equal(made["place_PJ"][0], vit["place_PJ"][0])
     corners = made["place_PJ"][1:].reshape(4, 4, 8)[::3, ::3].reshape(4, 8)
-    assert np.abs(corners - seen["place_PJ"][1:]).max() < 0.3 * np.abs(seen["place_PJ"]).max()
+    assert np.abs(corners - vit["place_PJ"][1:]).max() < 0.3 * np.abs(vit["place_PJ"]).max()
     with pytest.raises(ConfigError, match="has model.vision.hidden=12, this model 13"):
         convert.open_initial_vision(whole, dataclasses.replace(C, vision=dataclasses.replace(V, hidden=13)))
     with pytest.raises(ConfigError, match="train.init_vision=.*: this model reads text alone; set model.vision.layers"):
@@ -257,8 +257,8 @@ def test_contrastive_loss_by_hand():
     assert loss.contrastive_loss(np.full((2, 3), -1), x_BTD, patches_NMD) == 0
 
 
-def test_captions_stand_alone_too(folder):
-    """Behind each captioned image's document stands its text alone, of which nothing is learned, and its end is told."""
+def test_captions_are_repeated_without_their_image(folder):
+    """The copy follows the captioned image as a segment without targets; "ends" has the index of its last token."""
     batch = stream(folder, config.Train(batch=B, length=T, contrastive=1.0), blocks=2).next()
     found = 0
     for n, ends_I in enumerate(batch["ends"]):
@@ -266,38 +266,38 @@ def test_captions_stand_alone_too(folder):
         for tile in np.flatnonzero(ends_I >= 0):
             b, end = divmod(ends_I[tile], T)
             tokens_T, segments_T, weights_T = (batch[name][rows][b] for name in ("tokens", "segments", "weights"))
-            alone_T, seen_T = (segments_T == segments_T[end] - back for back in (0, 1))
-            assert tokens_T[end] == 257 and np.flatnonzero(alone_T)[-1] == end and not weights_T[alone_T].any()
-            np.testing.assert_array_equal(tokens_T[seen_T & (tokens_T != V.token)], tokens_T[alone_T])
-            first = batch["places"][rows][b][seen_T]
+            copy_T, original_T = (segments_T == segments_T[end] - offset for offset in (0, 1))
+            assert tokens_T[end] == 257 and np.flatnonzero(copy_T)[-1] == end and not weights_T[copy_T].any()
+            np.testing.assert_array_equal(tokens_T[original_T & (tokens_T != V.token)], tokens_T[copy_T])
+            first = batch["places"][rows][b][original_T]
             assert first[first > 1].min() == images.PATCH + 4 * tile
             found += 1
     assert found == 5 and not (stream(folder, config.Train(batch=B, length=T)).next()["ends"] >= 0).any()
 
 
 def test_flops_of_a_tile():
-    """Those that XLA counts are a little more: norms, softmax, GELU."""
+    """XLA counts slightly more FLOPs: norms, softmax, GELU."""
     v = config.Vision(layers=1, dim=64, heads=2, hidden=128, tile=32, patch=4, token=1)
     c = config.Model(vocab=8, dim=96, layers=1, pattern="L", vision=v)
     params = abstract_params(c)
-    lowered = jax.jit(functools.partial(see, c)).lower(params, jax.ShapeDtypeStruct((1, 1, 32, 32, 3), np.float32))
+    lowered = jax.jit(functools.partial(encode_images, c)).lower(params, jax.ShapeDtypeStruct((1, 1, 32, 32, 3), np.float32))
     assert 1 < lowered.cost_analysis()["flops"] / flops_tile(c) < 1.2
     assert flops_tile(dataclasses.replace(c, vision=config.Vision())) == 0
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"length": 16}, r"a.jsonl:\d+ has \d+ tokens with its images, train.length=16 is less, and it is not cut"),
+    ({"length": 16}, r"a.jsonl:\d+ has \d+ tokens with its images, more than train.length=16"),
     ({"freeze": ("vision.layer",)}, "names 'vision.layer', which is not a part of this model; did you mean vision.layers"),
     ({"freeze": ("embed_WD", "groups", "head_WD", "norm_D", "vision")}, "leaves nothing to learn"),
-    ({"text": True}, "shows an image, and this model reads text alone: set model.vision.layers"),
-    ({"cut": "3.png"}, r"a.jsonl:\d+: image '.*3.png' is damaged"),
-    ({"text_file": "3.png"}, r"a.jsonl:\d+: image '.*3.png' is no image"),
+    ({"text": True}, "contains an image, but this model reads only text: set model.vision.layers"),
+    ({"truncated": "3.png"}, r"a.jsonl:\d+: image '.*3.png' is damaged"),
+    ({"text_file": "3.png"}, r"a.jsonl:\d+: image '.*3.png' is not in a known image format"),
 ])
 def test_mistakes_are_one_line(folder, tmp_path, change, message):
     shutil.copytree(folder, tmp_path / "data")
     e = experiment(tmp_path / "data", "a", **({"freeze": ()} | {k: v for k, v in change.items() if k in ("length", "freeze")}))
-    if "cut" in change:
-        cut(tmp_path / "data" / change["cut"])
+    if "truncated" in change:
+        truncate(tmp_path / "data" / change["truncated"])
     if "text_file" in change:
         (tmp_path / "data" / change["text_file"]).write_text("no image")
     if "text" in change:
@@ -308,13 +308,13 @@ def test_mistakes_are_one_line(folder, tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
-def cut(path):
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-30])
 
 
-def test_a_damaged_jpeg_is_found_when_it_is_seen(tmp_path):
+def test_a_damaged_jpeg_is_refused_when_its_row_is_read(tmp_path):
     Image.effect_noise((90, 90), 99).save(tmp_path / "a.jpg")
-    cut(tmp_path / "a.jpg")
+    truncate(tmp_path / "a.jpg")
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "<image> noise", "images": ["a.jpg"]}) + '\n{"text": "none"}' * 20)
     batches = stream(tmp_path, config.Train(batch=2, length=T))
     with pytest.raises(ConfigError, match="image '.*a.jpg' is damaged"):

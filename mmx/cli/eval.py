@@ -84,5 +84,5 @@ def _run_suite(args, out: Path) -> None:
         args.checkpoint, args.suite, out, data=args.data and Path(args.data), context=args.context or 0,
         weights_dtype=args.weights_dtype, **common.suite_options(args))
     picture = runner.plot(result, out / f"{args.suite}.png")
-    Console().print(runner.show(result))
+    Console().print(runner.make_table(result))
     print(f"written: {out / args.suite}.json, {picture}, {out / args.suite}.jsonl")

@@ -28,5 +28,5 @@ def run(args):
     from mmx.evals import runner
 
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    count = runner.write(args.suite, out, args.tokenizer, **common.suite_options(args))
+    count = runner.write_examples(args.suite, out, args.tokenizer, **common.suite_options(args))
     print(f"written: {out}, {count:,} examples")

@@ -57,7 +57,7 @@ def run(args):
     prompts = _read_prompts(args)
     from mmx.data import images
 
-    image_files = images.share(prompts, args.image)     # one tuple for each prompt
+    image_files = images.split_by_prompt(prompts, args.image)     # one tuple for each prompt
     if args.save_cache:         # checked before the prefill, which can take long
         _check_output(Path(args.save_cache))
     from tqdm import tqdm
@@ -70,16 +70,16 @@ def run(args):
     options = {"kv_dtype": args.kv_dtype or "", "progress": bar.update}
     uncached = prompts
     if args.save_cache:
-        cached = engine.read(loaded, prompts[0], images=image_files[0], prefix=cached, **options)
+        cached = engine.make_prefix(loaded, prompts[0], images=image_files[0], prefix=cached, **options)
         prefix.save(args.save_cache, loaded, cached)
         uncached, image_files = [""], [()]
-    requests = [engine.Request(text, args.steps, args.temperature, args.top_k, args.top_p, args.seed, number,
-                               tuple(args.stop), image_files[number]) for number, text in enumerate(uncached)]
-    pieces = _close_at_first(bar, engine.stream(loaded, requests, prefix=cached, rows=args.rows, **options))
+    sampling = engine.Sampling(args.temperature, args.top_k, args.top_p, args.seed, tuple(args.stop))
+    requests = [engine.Request(text, args.steps, sampling, image_files[number], number) for number, text in enumerate(uncached)]
+    outputs = _close_at_first(bar, engine.stream(loaded, requests, prefix=cached, rows=args.rows, **options))
     if len(prompts) == 1 and not args.json:
-        _print_stream(prompts[0], pieces)
+        _print_stream(prompts[0], outputs)
     else:
-        _print_all(prompts, pieces, args.json)
+        _print_all(prompts, outputs, args.json)
 
 
 def _read_prompts(args) -> list[str]:

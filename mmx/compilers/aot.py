@@ -21,7 +21,7 @@ from mmx.analysis.counts import flops_forward, flops_training
 from mmx.chips import CHIPS, TPUS
 from mmx.compilers import hlo, ptx, schedule
 from mmx.config import ConfigError, Experiment
-from mmx.data.images import level
+from mmx.data.images import padded_tiles
 from mmx.inference import engine
 from mmx.model import Model, abstract_params, empty_cache
 from mmx.parallel import sharding
@@ -155,7 +155,7 @@ def _tiles(e, mesh) -> tuple[int, int]:
     """Blocks of rows, and a block's tiles where the images' patches fill its rows."""
     blocks, share = (sharding.size(mesh, axes) for axes in (sharding.ROWS, sharding.TIME))
     tiles = e.train.batch // blocks * e.train.length // e.model.vision.side ** 2
-    return blocks, share * level(-(-tiles // share))
+    return blocks, share * padded_tiles(-(-tiles // share))
 
 
 def _prefill(e, mesh):

@@ -1,15 +1,21 @@
-"""Documents of a source, as (name, content), split into train, validation and test.
+"""Reads the documents of a data source, as (name, content), split into train, validation and test.
 
-A source is "sotu" (embedded), "scenes", "maps" or "words" (pictures with questions, of `mmx.data.scenes`), a task with its
-numbers (`data.generated`: `Ids`), a .txt file (one document), a .jsonl file (one document a line) or a folder of them
-(recursive, sorted). A line has a "text" (content: raw bytes); a "prompt" and a "completion", of which the completion alone is
-learned (`Prompted`); or "tokens", ids as they are, and "targets", the id to learn at each, -1 for none (`Ids`). Beside a text,
-or a prompt and a completion, "images" are paths of image files below the line's own file's folder, one for each "<image>" in
-them (`Pictured`).
+A source is one of
+  - "sotu": the embedded corpus;
+  - "scenes", "maps" or "words": generated images with questions (`data.scenes`);
+  - a synthetic task with its numbers, as "mqar:pairs=16" (`data.token_tasks`);
+  - a .txt file (one document), a .jsonl file (one document a line), or a folder of them (searched recursively, sorted).
 
-A document's name decides its part (`corpus.split_of`): the file's path below the source, with ":line" for jsonl. Where that
-leaves no text to train on (a single .txt, say), all of it is for training; where it leaves none to validate on, the last 5 %
-of the training text is held out. The test part may be empty.
+A line of a .jsonl file is an object with one of
+  - "text";
+  - "prompt" and "completion": the loss covers the completion only (`PromptCompletion`);
+  - "tokens" and "targets": token ids, and the target of each, -1 for none (`TokenIds`).
+With a text, or with a prompt and a completion, "images" may list paths of image files, one for each "<image>" in the texts.
+Paths are relative to the folder of the .jsonl file and stay inside it (`ImageText`). A plain text's content is its raw bytes.
+
+The document's name decides its split (`corpus.split_of`): the file's path inside the source, plus ":line" for .jsonl. If no
+document is left to train on (as with a single .txt), all are for training. If none is left for validation, the last 5 % of the
+training text is held out. The test split may be empty.
 """
 import difflib
 import pathlib
@@ -18,46 +24,46 @@ import sys
 import numpy as np
 
 from mmx.config import ConfigError
-from mmx.data import corpus, generated, images, scenes
-from mmx.data.records import Ids, Pictured, Prompted
+from mmx.data import corpus, images, scenes, token_tasks
+from mmx.data.document_types import ImageText, PromptCompletion, TokenIds
 from mmx.files import untrusted
 
-KINDS = (".txt", ".jsonl")
+SUFFIXES = (".txt", ".jsonl")
 GENERATED = ("scenes", "maps", "words")
 
 
 def documents(source: str, split: str) -> list[tuple]:
-    """(name, content) of the "train", "validation" or "test" part of one source."""
+    """(name, content) of the documents of a source's "train", "validation" or "test" split."""
     if source == "sotu":
         return corpus.documents(split)
-    if generated.names(source):
-        return [(name, Ids(*content)) for name, content in generated.documents(source, split)]
+    if token_tasks.matches(source):
+        return [(name, TokenIds(*content)) for name, content in token_tasks.documents(source, split)]
     if source in GENERATED:
         return scenes.documents(source, split)
     return _split(_read(source), source)[split]
 
 
-def place(source: str) -> pathlib.Path:
-    """The file or folder of a source that is not embedded; raises ConfigError where there is none."""
+def find_path(source: str) -> pathlib.Path:
+    """The file or folder of a source that is not built in; raises ConfigError if it does not exist."""
     path = pathlib.Path(source)
     if not path.exists():
-        raise ConfigError(f"data.sources: no file or folder {source!r}{_nearest(path)}")
+        raise ConfigError(f"data.sources: no file or folder {source!r}{_suggestion(path)}")
     return path
 
 
 def _read(source: str) -> list[tuple[str, bytes]]:
-    path = place(source)
+    path = find_path(source)
     if path.is_dir():
-        base, files = path, sorted(p for p in path.rglob("*") if p.suffix in KINDS and p.is_file())
+        base, files = path, sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
     else:
         base, files = path.parent, [path]
-    if path.suffix not in KINDS and not path.is_dir():
-        raise ConfigError(f"data.sources: {source!r} is neither a .txt, nor a .jsonl, nor a folder of them")
+    if path.suffix not in SUFFIXES and not path.is_dir():
+        raise ConfigError(f"data.sources: {source!r} must be a .txt file, a .jsonl file or a folder of them")
     if not files:
-        raise ConfigError(f"data.sources: folder {source!r} holds no .txt and no .jsonl file")
+        raise ConfigError(f"data.sources: folder {source!r} contains no .txt or .jsonl file")
     texts = [text for file in files for text in _texts(file, file.relative_to(base).as_posix()) if text[1]]
     if not texts:
-        raise ConfigError(f"data.sources: {source!r} is empty: no text in {len(files)} file{'s' * (len(files) > 1)}")
+        raise ConfigError(f"data.sources: {source!r} contains no text in its {len(files)} file{'s' * (len(files) > 1)}")
     return texts
 
 
@@ -73,74 +79,75 @@ def _texts(file: pathlib.Path, name: str) -> list[tuple]:
     return [(f"{name}:{n}", _content(line, f"{file}:{n}", file.parent)) for n, line in lines if line.strip()]
 
 
-def _content(line: bytes, place: str, folder: pathlib.Path) -> bytes | Prompted | Pictured | Ids:
+def _content(line: bytes, where: str, folder: pathlib.Path) -> bytes | PromptCompletion | ImageText | TokenIds:
     try:
         value = untrusted.loads(line)
     except ValueError as error:
-        raise ConfigError(f"{place}: not JSON ({error}); each line needs an object with a \"text\" string") from None
+        raise ConfigError(f"{where}: not JSON ({error}); each line must be an object with a \"text\" string") from None
     value = value if isinstance(value, dict) else {}
-    if "tokens" in value and "text" not in value:       # beside a text, what else stands there is about it
-        return _ids(value, place)
+    if "tokens" in value and "text" not in value:       # with a text, other keys are metadata
+        return _token_ids(value, where)
     names = ("prompt", "completion") if "prompt" in value and "text" not in value else ("text",)
     for name in names:
         if not isinstance(value.get(name), str):
-            raise ConfigError(f"{place}: no \"{name}\" string in this line; each line needs an object with a text, or with a "
+            raise ConfigError(f"{where}: no \"{name}\" string in this line; each line must be an object with a text, with a "
                               "prompt and a completion, or with tokens and targets")
     text, *completion = (value[name].encode("utf-8", "surrogatepass") for name in names)
     if value.get("images"):
-        return _pictured(*([text, *completion] if completion else [b"", text]), value["images"], place, folder)
-    return Prompted(text, *completion) if completion else text
+        return _image_text(*([text, *completion] if completion else [b"", text]), value["images"], where, folder)
+    return PromptCompletion(text, *completion) if completion else text
 
 
-def _pictured(prompt: bytes, completion: bytes, names, place: str, folder: pathlib.Path) -> Pictured:
+def _image_text(prompt: bytes, completion: bytes, names, where: str, folder: pathlib.Path) -> ImageText:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{place}: images are a list of paths of image files, got {names!r}")
-    marks = (prompt + completion).count(images.MARK.encode())
-    if marks != len(names):
-        raise ConfigError(f"{place}: {images.unlike(marks, len(names))}")
+        raise ConfigError(f"{where}: \"images\" must be a list of paths of image files, got {names!r}")
+    placeholders = (prompt + completion).count(images.PLACEHOLDER.encode())
+    if placeholders != len(names):
+        raise ConfigError(f"{where}: {images.mismatch_message(placeholders, len(names))}")
     for name in names:
         if not (folder / name).is_file() or not untrusted.is_inside(folder / name, folder):
-            raise ConfigError(f"{place}: no image file {str(folder / name)!r}; paths are below the line's file's folder")
-    return Pictured(prompt, completion, tuple(str(folder / name) for name in names))
+            raise ConfigError(f"{where}: no image file {str(folder / name)!r} inside the folder of the .jsonl file")
+    return ImageText(prompt, completion, tuple(str(folder / name) for name in names))
 
 
-def _ids(value: dict, place: str) -> Ids:
+def _token_ids(value: dict, where: str) -> TokenIds:
     ids, targets = value["tokens"], value.get("targets")
-    lists = isinstance(ids, list) and isinstance(targets, list) and len(ids) == len(targets) > 0
+    same_length = isinstance(ids, list) and isinstance(targets, list) and len(ids) == len(targets) > 0
     for least, numbers in ((0, ids), (-1, targets)):
-        if not lists or not all(type(n) is int and least <= n < 2**31 for n in numbers):
-            raise ConfigError(f"{place}: tokens are ids, at least one, targets as many ids, -1 where nothing is to be learned")
-    return Ids(np.array(ids, np.int32), np.array(targets, np.int32))
+        if not same_length or not all(type(n) is int and least <= n < 2**31 for n in numbers):
+            raise ConfigError(f"{where}: \"tokens\" must be a list of at least one id, and \"targets\" a list of the same "
+                              "length, with ids or -1 (no target)")
+    return TokenIds(np.array(ids, np.int32), np.array(targets, np.int32))
 
 
 def _split(texts: list, source: str) -> dict[str, list]:
-    parts = {"train": [], "validation": [], "test": []}
+    splits = {"train": [], "validation": [], "test": []}
     for name, raw in texts:
-        parts[corpus.split_of(name)].append((name, raw))
-    if not parts["train"]:
-        parts = {"train": texts, "validation": [], "test": []}
-    if not parts["validation"]:
-        parts["train"], parts["validation"] = _hold_out(parts["train"])
-    if not parts["train"]:
-        raise ConfigError(f"data.sources: {source!r} holds too little text to train on and hold some out")
-    return parts
+        splits[corpus.split_of(name)].append((name, raw))
+    if not splits["train"]:
+        splits = {"train": texts, "validation": [], "test": []}
+    if not splits["validation"]:
+        splits["train"], splits["validation"] = _hold_out(splits["train"])
+    if not splits["train"]:
+        raise ConfigError(f"data.sources: {source!r} has too little text to train on after holding some out for validation")
+    return splits
 
 
 def _hold_out(texts: list) -> tuple[list, list]:
-    """All but the last twentieth of the text, and that twentieth, cut where a character begins."""
+    """(training documents, held-out documents): the last twentieth of the text is held out, from the start of a character."""
     keep = sum(_size(raw) for _, raw in texts) * 19 // 20
     train, validation = [], []
     for name, raw in texts:
-        if not isinstance(raw, bytes):      # is not cut: all of it is held out if its end is
+        if not isinstance(raw, bytes):      # cannot be divided: held out as a whole if its end is
             (train if _size(raw) <= keep else validation).append((name, raw))
             keep = max(keep - _size(raw), 0)
             continue
-        cut = min(keep, len(raw))
-        while 0 < cut < len(raw) and raw[cut] & 0xC0 == 0x80:
-            cut -= 1
+        end = min(keep, len(raw))
+        while 0 < end < len(raw) and raw[end] & 0xC0 == 0x80:       # inside a UTF-8 character
+            end -= 1
         keep = max(keep - len(raw), 0)
-        train += [(name, raw[:cut])] if cut else []
-        validation += [(name, raw[cut:])] if cut < len(raw) else []
+        train += [(name, raw[:end])] if end else []
+        validation += [(name, raw[end:])] if end < len(raw) else []
     return train, validation
 
 
@@ -150,10 +157,10 @@ def _size(content) -> int:
     return sum(map(len, content[:2]))
 
 
-def _nearest(path: pathlib.Path) -> str:
-    around = path.parent.iterdir() if path.parent.is_dir() else ()
-    known = ["sotu", *GENERATED, *generated.NUMBERS] + sorted(p.name for p in around if p.suffix in KINDS or p.is_dir())
+def _suggestion(path: pathlib.Path) -> str:
+    siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+    known = ["sotu", *GENERATED, *token_tasks.NUMBERS] + sorted(p.name for p in siblings if p.suffix in SUFFIXES or p.is_dir())
     close = difflib.get_close_matches(path.name, known, 1, 0.5)
     if close:
         return f"; did you mean {close[0]}?"
-    return "; name 'sotu', 'scenes', 'maps', 'words', a task as 'mqar:pairs=16', a .txt, a .jsonl or a folder of them"
+    return "; a source is 'sotu', 'scenes', 'maps', 'words', a task as 'mqar:pairs=16', a .txt, a .jsonl or a folder of them"

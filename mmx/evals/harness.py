@@ -1,10 +1,10 @@
-"""The tasks of lm-eval (EleutherAI's evaluation harness) on mmx checkpoints, under the model name "mmx".
+"""Runs the tasks of lm-eval (EleutherAI's evaluation harness) on mmx checkpoints, as the model "mmx".
 
     python -m mmx.evals.harness --model mmx --model_args path=run --tasks mmlu --batch_size auto
 
-is lm-eval's own command: by itself (0.4.13) it finds no model outside its package, so this module registers ours first, as
-importing it does for `lm_eval.simple_evaluate(model="mmx", ...)`. Every text is scored and continued behind its
-beginning-of-text token, as in training. Requests are grouped by length, the longest first, and padded to powers of two.
+This runs lm-eval's command after registering the model: lm-eval 0.4.13 finds no models outside its package. Importing this
+module also registers the model, for `lm_eval.simple_evaluate(model="mmx", ...)`. Every text starts with the beginning-of-text
+token, as in training. Requests are sorted by length, longest first, and padded to powers of two.
 """
 import functools
 import itertools
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
+from mmx.checkpoints import convert
 from mmx.config import ConfigError
 from mmx.data import packing, tokens
 from mmx.inference import engine
@@ -31,140 +32,145 @@ except ImportError:
     print("mmx: lm-eval is not installed: pip install 'mmx[eval]'", file=sys.stderr)
     sys.exit(2)
 
-SHORTEST = 32           # tokens of the shortest rows
-TOKENS = 16_384         # of a batch, where the batch size is auto
-LOGITS = 2_048          # rows [vocabulary] that exist at a time
-STEPS = 256             # tokens to generate where a task names no number: lm-eval's default
+SHORTEST = 32           # tokens; shorter rows are padded to it
+TOKENS = 16_384         # tokens in a batch if the batch size is auto
+LOGITS = 2_048          # tokens whose logits are in memory at a time
+STEPS = 256             # tokens to generate if a task does not say how many: lm-eval's default
 GENERATION = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}
 
 
 @register_model("mmx")
 class Mmx(TemplateLM):
-    """--model_args: path (a workdir or a Hugging Face directory), dtype (as stored), max_length (tokens that are scored in
-    one row: model.context). `batch_size` counts rows; auto scores as many as make up TOKENS. `device` is for PyTorch: JAX
-    takes what JAX_PLATFORMS says."""
+    """An mmx checkpoint as a model of lm-eval.
+
+    Args:
+      path: a workdir or a Hugging Face directory.
+      dtype: of parameters and computation; default: as stored.
+      max_length: tokens scored in one row; default: model.context.
+      batch_size: rows in a batch; "auto": as many as make TOKENS tokens.
+      max_batch_size: the most rows for "auto".
+      device: ignored; JAX_PLATFORMS chooses JAX's devices.
+    """
 
     def __init__(self, path=None, dtype=None, max_length=0, batch_size=1, max_batch_size=None, device=None, **unknown):
-        from mmx.checkpoints import convert  # here, for train imports this package
-
         super().__init__()
         if path is None or unknown:
-            raise ConfigError(f"--model_args {', '.join(unknown) or 'has no path'}: known are path (a checkpoint), dtype, "
+            raise ConfigError(f"--model_args {', '.join(unknown) or 'has no path'}: known are path (a checkpoint), dtype and "
                               "max_length")
         self.loaded = convert.load(str(path), dtype)
-        self._tokens = tokens.of_checkpoint(self.loaded.tokenizer, self.loaded.config.vocab)
-        self.max_length = _count("--model_args max_length", max_length or self.loaded.config.context)
+        self._tokenizer = tokens.of_checkpoint(self.loaded.tokenizer, self.loaded.config.vocab)
+        self.max_length = _positive("--model_args max_length", max_length or self.loaded.config.context)
         auto = str(batch_size).startswith("auto")
-        self._rows = None if auto else _count("--batch_size", batch_size)
-        self._most = _count("--max_batch_size", max_batch_size or TOKENS)
+        self._rows = None if auto else _positive("--batch_size", batch_size)
+        self._max_rows = _positive("--max_batch_size", max_batch_size or TOKENS)
 
     @property
     def eot_token_id(self) -> int:
-        return self._tokens.eos
+        return self._tokenizer.eos
 
     @property
     def prefix_token_id(self) -> int:
-        return self._tokens.bos
+        return self._tokenizer.bos
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs) -> list[int]:
-        ids = self._tokens.encode(string.encode()).tolist()
-        return ids if add_special_tokens is False else [self._tokens.bos, *ids]
+        ids = self._tokenizer.encode(string.encode()).tolist()
+        return ids if add_special_tokens is False else [self._tokenizer.bos, *ids]
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy decoding gives it) of each continuation, in the order of the requests."""
-        found, rows = [None] * len(requests), []
+        """(log-probability, whether it is what greedy decoding gives) of each continuation, in the order of the requests."""
+        results, rows = [None] * len(requests), []
         for _, context, continuation in requests:
             if len(continuation) > self.max_length:
                 raise ConfigError(f"a continuation of {len(continuation)} tokens does not fit max_length={self.max_length}")
             rows.append((np.array(context + continuation, np.int32)[-self.max_length - 1:], len(continuation)))
         with tqdm(total=len(rows), desc="loglikelihood", disable=disable_tqdm) as bar:
-            for T, places in self._batches([len(document) - 1 for document, _ in rows]):
-                batch = packing.stack(_row(*rows[i], T) for i in _filled(places, self._size(T, len(places))))
+            for T, indices in self._batches([len(document) - 1 for document, _ in rows]):
+                batch = packing.stack(_row(*rows[i], T) for i in _repeat_last(indices, self._size(T, len(indices))))
                 logp_B, greedy_B = jax.device_get(_score(self.loaded.model, self.loaded.params, batch))
-                for i, logp, greedy in zip(places, logp_B.tolist(), greedy_B.tolist()):
-                    found[i] = logp, greedy
+                for i, logp, greedy in zip(indices, logp_B.tolist(), greedy_B.tolist()):
+                    results[i] = logp, greedy
                     if requests[i][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
-                bar.update(len(places))
-        return found
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i])
+                bar.update(len(indices))
+        return results
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False) -> list[float]:
-        """Log-probability of whole texts, in rows of max_length tokens; each token is scored once."""
+        """Log-probabilities of whole texts, in rows of max_length tokens; each token is scored once."""
         windows = [(i, window) for i, request in enumerate(requests) for window in get_rolling_token_windows(
             self.tok_encode(request.args[0], add_special_tokens=False), self.prefix_token_id, self.max_length, 1)]
         scored = self._loglikelihood_tokens([(None, *make_disjoint_window(window)) for _, window in windows], disable_tqdm)
-        found = [0.0] * len(requests)
+        totals = [0.0] * len(requests)
         for (i, _), (logp, _) in zip(windows, scored):
-            found[i] += logp
-        for request, logp in zip(requests, found):
+            totals[i] += logp
+        for request, logp in zip(requests, totals):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, logp)
-        return found
+        return totals
 
     def generate_until(self, requests, disable_tqdm=False) -> list[str]:
-        """Continuations of prompts, each up to the first of its stop strings; request i draws from (0, i)."""
+        """Continuations of prompts, each up to its first stop string. Request i is sampled with the seed (0, i)."""
         prompts, arguments = zip(*(request.args for request in requests))
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        asked = [engine.Request(prompts[i], stream=i, **_settings(arguments[i])) for i in order]
-        found, rows = [""] * len(prompts), self._rows or min(engine.ROWS, self._most)
+        ordered = [engine.Request(prompts[i], stream=i, **_settings(arguments[i])) for i in order]
+        texts, rows = [""] * len(prompts), self._rows or min(engine.ROWS, self._max_rows)
         with tqdm(total=len(prompts), desc="generate", disable=disable_tqdm) as bar:
-            for piece in engine.stream(self.loaded, asked, rows=rows):
+            for piece in engine.stream(self.loaded, ordered, rows=rows):
                 i = order[piece.request]
-                found[i] += piece.text
+                texts[i] += piece.text
                 if piece.ended:
-                    self.cache_hook.add_partial("generate_until", requests[i].args, found[i])
+                    self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
                     bar.update()
-        return found
+        return texts
 
     def _batches(self, lengths):
-        """(length to pad to, places in `lengths`), the longest first: there memory would give out."""
+        """Yields (length to pad to, indices into `lengths`), longest first, so that a lack of memory shows at once."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        for T, places in itertools.groupby(order, key=lambda i: max(SHORTEST, _power(lengths[i]))):
-            places = list(places)
-            yield from ((T, places[at:at + self._limit(T)]) for at in range(0, len(places), self._limit(T)))
+        for T, indices in itertools.groupby(order, key=lambda i: max(SHORTEST, _next_power(lengths[i]))):
+            indices = list(indices)
+            yield from ((T, indices[at:at + self._limit(T)]) for at in range(0, len(indices), self._limit(T)))
 
     def _limit(self, T: int) -> int:
-        return self._rows or min(max(TOKENS // T, 1), self._most)
+        return self._rows or min(max(TOKENS // T, 1), self._max_rows)
 
     def _size(self, T: int, count: int) -> int:
-        """Rows of a batch of `count` requests: few shapes are compiled, and few rows are for nothing."""
-        return min(self._limit(T), _power(count))
+        """Rows in a batch of `count` requests: a power of two, so that few shapes are compiled."""
+        return min(self._limit(T), _next_power(count))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _score(model: Model, params, batch):
-    """logp_B, each row's summed log-probability of its weighted targets, and greedy_B, whether they are all the likeliest."""
+    """Scores each row's weighted targets: logp_B, their summed log-probability, and greedy_B, whether all are the likeliest."""
     x_BTD, _, _ = model.apply({"params": params}, batch["tokens"], batch["segments"], batch["positions"])
     B, T, _ = x_BTD.shape
-    span = min(T, _power(LOGITS // B + 1) // 2 or 1)        # a power of two, as T is
+    span = min(T, _next_power(LOGITS // B + 1) // 2 or 1)        # a power of two, as T is
 
     def chunk(arrays):
         x_BQD, target_BQ, weight_BQ = arrays
         logits_BQW = logits(params, x_BQD)
-        own_BQ = jnp.take_along_axis(logits_BQW, target_BQ[..., None], axis=2)[..., 0]
-        logp_B = jnp.sum((own_BQ - jax.nn.logsumexp(logits_BQW, axis=2)) * weight_BQ, axis=1)
+        target_logit_BQ = jnp.take_along_axis(logits_BQW, target_BQ[..., None], axis=2)[..., 0]
+        logp_B = jnp.sum((target_logit_BQ - jax.nn.logsumexp(logits_BQW, axis=2)) * weight_BQ, axis=1)
         return logp_B, jnp.all((jnp.argmax(logits_BQW, axis=2) == target_BQ) | (weight_BQ == 0), axis=1)
 
     def split(x):
-        """B T -> T/span, B, span."""
+        """Reshapes [B, T, ...] to [T / span, B, span, ...]."""
         return jnp.moveaxis(x.reshape(B, T // span, span, *x.shape[2:]), 1, 0)
     logp_NB, greedy_NB = jax.lax.map(chunk, tuple(map(split, (x_BTD, batch["targets"], batch["weights"]))))
     return logp_NB.sum(0), greedy_NB.all(0)
 
 
 def _row(document, scored: int, T: int) -> dict[str, np.ndarray]:
-    """A row of `T` tokens in which the last `scored` tokens of the document are targets of weight 1."""
+    """A row of `T` tokens in which the last `scored` tokens of the document are targets with weight 1."""
     row, = packing.rows(document, T)
     row["weights"][:len(document) - 1 - scored] = 0
     return row
 
 
-def _filled(places, size: int):
-    """`size` places, the last of them again and again where they are fewer."""
-    return places + places[-1:] * (size - len(places))
+def _repeat_last(indices, size: int):
+    """`indices` extended to `size` by repeating the last one."""
+    return indices + indices[-1:] * (size - len(indices))
 
 
-def _power(n: int) -> int:
-    """The least power of two that is not below `n`."""
+def _next_power(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -180,14 +186,14 @@ def _settings(arguments: dict) -> dict:
     return {"steps": given["max_gen_toks"], "sampling": sampling}
 
 
-def _count(name: str, value) -> int:
+def _positive(name: str, value) -> int:
     if not str(value).isdecimal() or int(value) < 1:
-        raise ConfigError(f"{name}={value} must be a positive whole number")
+        raise ConfigError(f"{name}={value} must be a positive integer")
     return int(value)
 
 
 def main() -> int:
-    """lm-eval's command; returns the exit code."""
+    """Runs lm-eval's command; returns the exit code."""
     from lm_eval.__main__ import cli_evaluate
 
     try:

@@ -1,7 +1,7 @@
-"""Text to hide things in: the embedded corpus, its test and validation files first.
+"""Text to hide needles in: the embedded corpus, first its test and validation files.
 
-What goes beyond them is text of the corpus' training part, and what goes beyond that begins again; either is `seen`. Examples
-to train on take the training part alone.
+A longer text continues with the corpus' training split and then starts again from the beginning. Training examples use
+the training split only.
 """
 import functools
 import re
@@ -10,12 +10,18 @@ from mmx.data import corpus
 
 
 class Essay:
-    """Running text from a place drawn in the held-out files (`train`: in the others); from their beginning where `length`
-    words may not fit."""
+    """Running text that starts at a random position.
 
-    def __init__(self, draws, length: int, train: bool = False):
+    Args:
+      rng: draws the position.
+      length: upper limit of the words that will be taken. The start is chosen so that so many held-out words follow; it is the
+        beginning of the corpus if it has fewer.
+      train: use the training split.
+    """
+
+    def __init__(self, rng, length: int, train: bool = False):
         self.first, self.then = (("train",), ()) if train else (("test", "validation"), ("train",))
-        self.start = int(draws.random() * max(0, len(_words(*self.first)) - length))
+        self.start = int(rng.random() * max(0, len(_words(*self.first)) - length))
 
     def take(self, count: int) -> list[str]:
         """The first `count` words."""
@@ -25,8 +31,8 @@ class Essay:
             words = words * -(-end // len(words))
         return words[self.start:end]
 
-    def seen(self, count: int) -> bool:
-        """Whether some of these words stand in the training part."""
+    def uses_training_text(self, count: int) -> bool:
+        """Whether the first `count` words include words of the training split."""
         return not self.then or self.start + count > len(_words(*self.first))
 
 
@@ -37,25 +43,29 @@ def _words(*splits: str) -> list[str]:
 
 @functools.cache
 def vocabulary() -> list[str]:
-    """Some 8,000 English words of 4 to 10 letters, sorted."""
+    """About 8,000 English words of 4 to 10 letters, sorted."""
     return sorted({word for word in _words("test", "validation") if re.fullmatch("[a-z]{4,10}", word)})
 
 
-def words(draws, count: int) -> list[str]:
-    """Different words; pairs of them, hyphenated, where there are not as many."""
+def words(rng, count: int) -> list[str]:
+    """`count` different words; hyphenated pairs of words if there are not enough words."""
     single = vocabulary()
     if count <= len(single):
-        return [single[i] for i in draws.choice(len(single), count, replace=False)]
-    pairs = draws.choice(len(single)**2, count, replace=False)
+        return [single[i] for i in rng.choice(len(single), count, replace=False)]
+    pairs = rng.choice(len(single)**2, count, replace=False)
     return [f"{single[i // len(single)]}-{single[i % len(single)]}" for i in pairs]
 
 
-def hide(words: list[str], sentences: list[str], depths) -> str:
-    """The text of `words` with sentence i at the sentence end nearest to depths[i] (0 to 1, ascending) of it."""
+def insert_at_depths(words: list[str], sentences: list[str], depths) -> str:
+    """The text of `words` with each sentence inserted at the end of a sentence near its depth.
+
+    Args:
+      depths: one for each sentence, ascending; 0 is the beginning of the text, 1 its end.
+    """
     ends = [0] + [i for i, word in enumerate(words, 1) if word[-1] in ".!?"] + [len(words)]
-    parts, at = [], 0
+    parts, begin = [], 0
     for sentence, depth in zip(sentences, depths):
-        place = min(ends, key=lambda end: abs(end - depth * len(words)))
-        parts += words[at:place] + [sentence]
-        at = place
-    return " ".join(parts + words[at:])
+        position = min(ends, key=lambda end: abs(end - depth * len(words)))
+        parts += words[begin:position] + [sentence]
+        begin = position
+    return " ".join(parts + words[begin:])

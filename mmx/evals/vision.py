@@ -1,7 +1,7 @@
-"""Questions about generated pictures: combinations and words that no training picture has (`mmx.data.scenes`).
+"""Questions about generated images, with combinations and words that no training image has (`mmx.data.scenes`).
 
-Asked twice, with the picture and blind, its ground bare. An answer is right that is the truth's every character; of a word
-that is read the score is the share of places, of the longer of answer and truth, that have the same letter.
+Each question is asked twice: with its image, and blind, with an image of the background only. An answer is right if it is equal
+to the truth. For a word, the score is the fraction of positions with the right letter, out of the longer of answer and truth.
 """
 import functools
 import json
@@ -12,93 +12,100 @@ from pathlib import Path
 from mmx.config import ConfigError
 from mmx.data import scenes
 from mmx.data.images import read
-from mmx.evals.examples import Ask, Example, Task, check_rows, draws
+from mmx.evals.examples import Example, PlannedExample, SuiteOptions, check_rows, make_rng
 
-ROWS = tuple(scenes.KINDS)
-SEEN, BLIND = "picture", "blind"
-PART = "test"
-STEPS = 16              # of an answer; the longest has 10 bytes
+ROWS = tuple(scenes.QUESTIONS)
+WITH_IMAGE, BLIND = "picture", "blind"      # columns
+SPLIT = "test"
+STEPS = 16              # tokens generated for an answer; the longest answer has 10 bytes
 
 
-def plan(ask: Ask):
-    if not (ask.vision and ask.vision.layers):
-        raise ConfigError("vision: this checkpoint reads text alone; one with images has model.vision.layers above 0")
-    if ask.lengths:
-        raise ConfigError("vision has questions of their own lengths: leave --lengths out")
-    check_rows(ask.rows, ROWS)
-    for column in (SEEN, BLIND):
-        for row in ask.rows or ROWS:
+def plan(options: SuiteOptions):
+    if not (options.vision and options.vision.layers):
+        raise ConfigError("vision: this checkpoint reads only text; the suite needs one with model.vision.layers above 0")
+    if options.lengths:
+        raise ConfigError("vision has questions of fixed lengths: leave --lengths out")
+    check_rows(options.rows, ROWS)
+    for column in (WITH_IMAGE, BLIND):
+        for row in options.rows or ROWS:
             names = [name for name, _ in _documents(row)]
-            if ask.examples > len(names):
-                raise ConfigError(f"vision has {len(names)} questions of row {row}: --examples {ask.examples} is more")
-            order = draws("vision", row, ask.seed).permutation(len(names))
-            for index in range(ask.examples or 200):
-                yield Task(row, column, index, functools.partial(example, names[order[index]], column))
+            if options.examples > len(names):
+                raise ConfigError(f"vision has only {len(names)} questions in row {row}: lower --examples {options.examples}")
+            order = make_rng("vision", row, options.seed).permutation(len(names))
+            for index in range(options.examples or 200):
+                yield PlannedExample(row, column, index, functools.partial(example, names[order[index]], column))
 
 
 @functools.cache
 def _documents(row: str) -> list:
     source = "words" if row == "word" else "scenes"
-    return [(name, content) for name, content in scenes.documents(source, PART) if name.startswith(f"{row}/")]
+    return [(name, content) for name, content in scenes.documents(source, SPLIT) if name.startswith(f"{row}/")]
 
 
 def example(name: str, column: str) -> Example:
     row = name.split("/")[0]
-    asked = dict(_documents(row))[name]
-    return Example(asked.prompt.decode(), (asked.completion.decode().strip(),), STEPS, meta={"name": name},
-                   images=asked.images if column == SEEN else (scenes.Blank(),))
+    document = dict(_documents(row))[name]
+    return Example(document.prompt.decode(), (document.completion.decode().strip(),), STEPS, meta={"name": name},
+                   images=document.images if column == WITH_IMAGE else (scenes.Blank(),))
 
 
 def score(output: str, example: Example) -> float:
-    said, [truth] = output.strip(), example.answers
-    return alike(said, truth) if example.meta["name"].startswith("word/") else float(said == truth)
+    answer, [truth] = output.strip(), example.answers
+    return letter_accuracy(answer, truth) if example.meta["name"].startswith("word/") else float(answer == truth)
 
 
-def alike(said: str, truth: str) -> float:
-    return sum(a == b for a, b in zip(said, truth)) / max(len(said), len(truth))
+def letter_accuracy(answer: str, truth: str) -> float:
+    return sum(a == b for a, b in zip(answer, truth)) / max(len(answer), len(truth))
 
 
 def chance() -> dict[str, float]:
-    """By row, what one answer to all gets: of words the commonest letter at each place, and of these as many as do best."""
+    """The score of giving the same answer to every question, by row.
+
+    For words, the answer is the commonest letter at each position, with the length that scores best.
+    """
     letters = [Counter(word[n] for word in scenes.words("train") if len(word) > n).most_common(1)[0][0]
-               for n in range(scenes.LONGEST)]
-    words = scenes.words(PART)
-    best = max(statistics.mean(alike("".join(letters[:n]), word) for word in words) for n in range(1, scenes.LONGEST + 1))
+               for n in range(scenes.MAX_LETTERS)]
+    words = scenes.words(SPLIT)
+    best = max(statistics.mean(letter_accuracy("".join(letters[:n]), word) for word in words)
+               for n in range(1, scenes.MAX_LETTERS + 1))
     return scenes.CHANCE | {"word": best}
 
 
-def contact(result: dict, path: Path) -> Path:
-    """Pictures with their questions and answers, beside wrong ones the truth, eight of each row; from the lines beside PATH."""
+def plot_answers(result: dict, path: Path) -> Path:
+    """Plots eight images of each row with questions and answers, and the truth if an answer is wrong.
+
+    Reads the examples from the .jsonl file next to `path`.
+    """
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     lines = [json.loads(line) for line in path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()[1:]]
-    rows, across = list(result["scores"]), 8
-    figure, axes = pyplot.subplots(len(rows), across, figsize=(1.6 * across, 2.15 * len(rows)), layout="constrained",
+    rows, columns = list(result["scores"]), 8
+    figure, axes = pyplot.subplots(len(rows), columns, figsize=(1.6 * columns, 2.15 * len(rows)), layout="constrained",
                                    squeeze=False)
-    for row, line in zip(rows, axes):
-        asked = [r for r in lines if (r["row"], r["column"]) == (row, SEEN)][:across]
-        for place in line:
-            place.axis("off")
-        for place, record in zip(line, asked):
+    for row, row_axes in zip(rows, axes):
+        records = [r for r in lines if (r["row"], r["column"]) == (row, WITH_IMAGE)][:columns]
+        for axis in row_axes:
+            axis.axis("off")
+        for axis, record in zip(row_axes, records):
             document, [truth] = dict(_documents(row))[record["name"]], record["answers"]
-            said = record["output"].strip() or "(nothing)"
+            answer = record["output"].strip() or "(nothing)"
             question = document.prompt.decode().partition(">")[2]
-            place.imshow(read(*document.images))
-            place.set_title(_wrapped(question), fontsize=7)
-            right = said == truth
-            place.text(0.5, -0.04, said if right else f"{said}, not {truth}", transform=place.transAxes, ha="center", va="top",
-                       fontsize=9, color="green" if right else "crimson")
+            axis.imshow(read(*document.images))
+            axis.set_title(_wrap(question), fontsize=7)
+            right = answer == truth
+            axis.text(0.5, -0.04, answer if right else f"{answer}, not {truth}", transform=axis.transAxes, ha="center",
+                      va="top", fontsize=9, color="green" if right else "crimson")
     cells = result["scores"]
-    figure.suptitle("held out, right with the picture / blind: " + ", ".join(
-        f"{row} {100 * cells[row][SEEN]:.0f} / {100 * cells[row][BLIND]:.0f} %" for row in rows), fontsize=9)
+    figure.suptitle("held-out questions, score with the image / blind: " + ", ".join(
+        f"{row} {100 * cells[row][WITH_IMAGE]:.0f} / {100 * cells[row][BLIND]:.0f} %" for row in rows), fontsize=9)
     figure.savefig(path, dpi=85)
     pyplot.close(figure)
     return path
 
 
-def _wrapped(question: str) -> str:
-    """In two lines."""
+def _wrap(question: str) -> str:
+    """The question in two lines."""
     words = question.split()
     return " ".join(words[:len(words) // 2]) + "\n" + " ".join(words[len(words) // 2:])

@@ -23,7 +23,8 @@ from mmx.config import ConfigError
 from mmx.data import tokens as tokenizers
 from mmx.inference.requests import Output, Request, Sequence, check_ids
 from mmx.inference.sampling import Sampling, SlotSampling, sample_tokens
-from mmx.model import Model, empty_cache, logits, see
+from mmx.model import Model, empty_cache, logits
+from mmx.model import encode_images as trace_images
 from mmx.parallel import cache as caches
 
 PREFILL_CHUNKS = 2048, 256, 128, 64, 32     # tokens in one call of prefill (the levels of paper section 3.3.3, and a chunk)
@@ -126,7 +127,7 @@ def make_prefix(loaded, prompt, *, images=(), prefix: Prefix | None = None, kv_d
     batch = Batch(loaded, 1, prefix, kv_dtype, progress)
     batch.start(0, sequence)
     length = len(sequence.prompt_T) + (prefix.length if prefix else 0)
-    return Prefix(caches.resized(batch.cache, length - 1), int(batch.token_B[0]), length)
+    return Prefix(caches.resize(batch.cache, length - 1), int(batch.token_B[0]), length)
 
 
 def sample(model: Model, params, tokenizer, prompt: str, steps: int = 200) -> str:
@@ -177,7 +178,7 @@ class Batch:
             places_T = None if places_T is None else np.append(np.int32(0), places_T)
         chunks = sum(chunk_sizes(len(ids_T) - 1))
         self._reserve(cached + max(chunks, len(ids_T) + request.steps))
-        self.cache = caches.adopt(self.cache, b, self.prefix.cache) if self.prefix else caches.vacate(self.cache, b)
+        self.cache = caches.insert_row(self.cache, b, self.prefix.cache) if self.prefix else caches.clear_row(self.cache, b)
         self._prefill(b, ids_T[:-1], places_T, sequence.pixels_NIYXZ)
         self.sequences[b], self.token_B[b], self.remaining_B[b], self.generated_B[b] = sequence, ids_T[-1], request.steps, 0
         sampling = request.sampling
@@ -215,7 +216,7 @@ class Batch:
             if features is not None:
                 places_1T = np.zeros((1, size), np.int32)
                 places_1T[0, :real] = places_T[start:start + real]
-                image_arguments = {"places_BT": places_1T, "seen": features}
+                image_arguments = {"places_BT": places_1T, "images": features}
             self.cache = _prefill(self.model, self.params, tokens_1T, mask_1T, self.cache, b, image_arguments)
             start += real
             if self.progress:
@@ -229,10 +230,10 @@ class Batch:
         compile.
         """
         if capacity > self.capacity:
-            pages = -(-capacity // caches.PLACES)
+            pages = -(-capacity // caches.PAGE)
             step = 1 << max(pages.bit_length() - 4, 0)
-            self.capacity = -(-pages // step) * step * caches.PLACES
-            self.cache = caches.resized(self.cache, self.capacity)
+            self.capacity = -(-pages // step) * step * caches.PAGE
+            self.cache = caches.resize(self.cache, self.capacity)
 
 
 def chunk_sizes(count: int) -> list[int]:
@@ -247,11 +248,11 @@ def chunk_sizes(count: int) -> list[int]:
     return sizes
 
 
-encode_images = functools.partial(jax.jit, static_argnums=0)(see)
+encode_images = functools.partial(jax.jit, static_argnums=0)(trace_images)
 
 
 def prefill(model: Model, params, tokens_BT, mask_BT, cache, **image_arguments):
-    """The cache after a chunk of the prompts. `image_arguments`: the model's places_BT and seen, where there are images."""
+    """The cache after a chunk of the prompts. `image_arguments`: the model's places_BT and images, where there are images."""
     return model.apply({"params": params}, tokens_BT, mask_BT, cache=cache, **image_arguments)[1]
 
 
@@ -264,7 +265,8 @@ def decode_step(model: Model, params, token_B, cache, live_B=None):
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _prefill(model: Model, params, tokens_1T, mask_1T, cache, b, image_arguments):
-    return caches.adopt(cache, b, prefill(model, params, tokens_1T, mask_1T, caches.row(cache, b), **image_arguments))
+    row = prefill(model, params, tokens_1T, mask_1T, caches.select_row(cache, b), **image_arguments)
+    return caches.insert_row(cache, b, row)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
@@ -290,4 +292,4 @@ def _decode(model: Model, params, cache, slots: Slots, sampling: SlotSampling | 
              jnp.full((B, steps), -1, jnp.int32), jnp.zeros((B, steps), jnp.float32))
     *_, cache, new_BT, logprobs_BT = jax.lax.while_loop(
         lambda carry: (carry[0] < steps) & (carry[2] > 0).any(), step, start)
-    return new_BT, logprobs_BT, caches.placed(cache)
+    return new_BT, logprobs_BT, caches.shard_cache(cache)

@@ -43,8 +43,8 @@ def forward(loaded, tokens_BT, mask_BT=None, images=None, *, params=None):
     if images is not None:
         if len(images) != len(tokens_BT):
             raise ConfigError(f"images need a list for each of {len(tokens_BT)} rows, got {len(images)}")
-        places_BT, pixels_NIYXZ = pictures.lay(c.vision, tokens_BT, [pictures.pictures(c.vision, row) for row in images])
-        image_arguments = {"places_BT": places_BT, "seen": engine.encode_images(c, params, pixels_NIYXZ)}
+        places_BT, pixels_NIYXZ = pictures.collate(c.vision, tokens_BT, [pictures.prepare_all(c.vision, row) for row in images])
+        image_arguments = {"places_BT": places_BT, "images": engine.encode_images(c, params, pixels_NIYXZ)}
     return _forward(loaded.model, params, tokens_BT, segments_BT, image_arguments)
 
 
@@ -55,7 +55,7 @@ def score(loaded, ids_T, next_T):
     likely next ids. The text is prefilled in chunks, so that the logits of only one chunk are in memory.
     """
     ids_T, sizes, scores, start = check_ids(loaded.config, np.asarray(ids_T)[None])[0], engine.chunk_sizes(len(ids_T)), [], 0
-    cache = empty_cache(loaded.config, 1, -(-sum(sizes) // caches.PLACES) * caches.PLACES)
+    cache = empty_cache(loaded.config, 1, -(-sum(sizes) // caches.PAGE) * caches.PAGE)
     for size in sizes:
         ids_1T, next_1T, mask_1T = (np.zeros((1, size), np.int32) for _ in range(3))
         real = min(size, len(ids_T) - start)

@@ -41,7 +41,7 @@ class Sequence:
     def __init__(self, number: int, request: Request, get_tokenizer, c, after_prefix: bool):
         _check(request)
         self.number, self.request, self.tokenizer = number, request, None
-        images = pictures.pictures(c.vision, request.images)
+        images = pictures.prepare_all(c.vision, request.images)
         if isinstance(request.prompt, str):
             self.tokenizer = get_tokenizer()
             ids_T = pictures.encode(c.vision, request.prompt.encode(), [len(image.places_T) for image in images],
@@ -50,7 +50,7 @@ class Sequence:
         else:
             self.prompt_T = check_ids(c, np.asarray(request.prompt)[None])[0]
         if images:
-            (self.places_T,), self.pixels_NIYXZ = pictures.lay(c.vision, self.prompt_T[None], [images])
+            (self.places_T,), self.pixels_NIYXZ = pictures.collate(c.vision, self.prompt_T[None], [images])
             if self.places_T[-1]:       # decode reads the prompt's last token, and decode has no images
                 raise ConfigError("the prompt ends in an image: add text after the image")
         else:

@@ -9,7 +9,7 @@ from mmx import config
 from mmx.kernels.rope import rope
 from mmx.layers.common import Context, Kind, Layout, Released, cache_entry, param
 from mmx.parallel import attention
-from mmx.parallel.cache import stored
+from mmx.parallel.cache import kv_entries
 from mmx.parallel.projection import from_heads, to_heads
 
 
@@ -29,7 +29,7 @@ class Softmax(nn.Module):
             o_BHTV, new = attention.softmax(q_BHTK, k_BGTK, v_BGTV, segments_BT=context.segments_BT, window=self.window), None
         else:
             o_BHTV = attention.softmax_with_cache(q_BHTK, k_BGTK, v_BGTV, cache, context.start_B, self.window)
-            new = stored(k_BGTK, v_BGTV, cache)
+            new = kv_entries(k_BGTK, v_BGTV, cache)
         return from_heads(o_BHTV, param(self, "out_HVD", "HV", "D", True)), new
 
 

@@ -1,7 +1,8 @@
-"""What a model keeps of the tokens it has read: constant float32 states for lightning layers, keys and values for softmax.
+"""Operations on a cache, which keeps what a model needs of the tokens it has read (`model.empty_cache`).
 
-A cache is {"length_B", "layers"}; a leaf's name ends in its axes, before which stand the scanned layers L. Places S are
-those of a row's tokens, in order. On a mesh (jax.set_mesh) rows, heads and places are cut by `parallel.sharding`.
+A cache is {"length_B", "layers"}. A leaf of "layers" is named by its axes, after the scanned groups L. An entry with the axis S
+keeps every token of its row, in order; an entry without S is a state. On a mesh (jax.set_mesh) rows, heads and tokens are
+sharded as `parallel.sharding` says.
 """
 import functools
 
@@ -12,87 +13,87 @@ from jax.sharding import PartitionSpec as P
 from mmx.parallel import sharding
 
 KV_DTYPES = "float32", "bfloat16", "int8"
-PLACES = 256        # a page: rooms of a cache are multiples
+PAGE = 256          # tokens; the room of a cache is a multiple of it
 
 
-def placed(cache):
-    """The cache cut as the table says, on a mesh."""
-    here = sharding.active_mesh()
-    return cache if here is None else jax.lax.with_sharding_constraint(cache, sharding.cache_shardings(cache, here))
+def shard_cache(cache):
+    """The cache, sharded over the active mesh if there is one."""
+    mesh = sharding.active_mesh()
+    return cache if mesh is None else jax.lax.with_sharding_constraint(cache, sharding.cache_shardings(cache, mesh))
 
 
 def kv_dtype(cache) -> str:
-    """Of a cache's keys and values; empty where it has none."""
+    """The dtype of a cache's keys and values; empty if it has none."""
     return next((x["k_BGSK"].dtype.name for x in cache["layers"].values() if "k_BGSK" in x), "")
 
 
-def row(cache, b):
+def select_row(cache, b):
     """The cache of row b alone."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, b, 1, _rows(x)), cache)
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, b, 1, _row_axis(x)), cache)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def adopt(cache, b, row):
-    """The cache with a row's in place of row b; it may have fewer places, those of its tokens."""
+def insert_row(cache, b, row):
+    """The cache with row b replaced by the only row of another cache, which may have room for fewer tokens."""
     def leaf(x, new):
-        at = [0] * x.ndim
-        at[_rows(x)] = b
-        return jax.lax.dynamic_update_slice(x, new.astype(x.dtype), at)
-    return placed(jax.tree.map(leaf, cache, row))
+        start = [0] * x.ndim
+        start[_row_axis(x)] = b
+        return jax.lax.dynamic_update_slice(x, new.astype(x.dtype), start)
+    return shard_cache(jax.tree.map(leaf, cache, row))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def vacate(cache, b):
-    """The cache with no tokens in row b. Keys and values behind a row's length are nobody's: they stay."""
+def clear_row(cache, b):
+    """The cache with no tokens in row b. Keys and values stay: those after a row's length are never read."""
     def leaf(path, x):
-        return x if "S" in sharding.letters_of(path) else x.at[(slice(None),) * _rows(x) + (b,)].set(0)
-    return placed(jax.tree_util.tree_map_with_path(leaf, cache))
+        return x if "S" in sharding.letters_of(path) else x.at[(slice(None),) * _row_axis(x) + (b,)].set(0)
+    return shard_cache(jax.tree_util.tree_map_with_path(leaf, cache))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def resized(cache, places: int):
-    """The cache with more places, empty ones, or with fewer."""
+def resize(cache, capacity: int):
+    """The cache with room for `capacity` tokens a row, more or fewer than before."""
     def leaf(path, x):
         axis = sharding.letters_of(path).find("S") + 1
         if not axis:
             return x
-        return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, (places - n) * (at == axis), 0) for at, n in enumerate(x.shape)])
-    return placed(jax.tree_util.tree_map_with_path(leaf, cache))
+        return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, (capacity - n) * (at == axis), 0) for at, n in enumerate(x.shape)])
+    return shard_cache(jax.tree_util.tree_map_with_path(leaf, cache))
 
 
-def _rows(x) -> int:
-    """The axis of rows: length_B has it first, the others behind their layers."""
+def _row_axis(x) -> int:
+    """The axis of rows: the first of length_B, the second of the other leaves."""
     return min(x.ndim - 1, 1)
 
 
-def stored(k_BGTK, v_BGTV, cache):
-    """New keys and values as this cache keeps them: int8 with a scale for every head and token, or as they are."""
+def kv_entries(k_BGTK, v_BGTV, cache):
+    """New keys and values in the form of the cache: as they are, or int8 with a scale for every head and token."""
     new = {"k_BGSK": k_BGTK, "v_BGSV": v_BGTV}
     if cache["k_BGSK"].dtype != jnp.int8:
         return new
     scales = {name: jnp.maximum(jnp.abs(x).max(-1).astype(jnp.float32), 1e-30) / 127 for name, x in new.items()}
-    whole = {name: jnp.round(x / scales[name][..., None]).astype(jnp.int8) for name, x in new.items()}
-    return whole | {"k_scale_BGS": scales["k_BGSK"], "v_scale_BGS": scales["v_BGSV"]}
+    quantized = {name: jnp.round(x / scales[name][..., None]).astype(jnp.int8) for name, x in new.items()}
+    return quantized | {"k_scale_BGS": scales["k_BGSK"], "v_scale_BGS": scales["v_BGSV"]}
 
 
-def put(layers, new, start_B, x_BTD):
-    """The layers' caches with what T new tokens left: states in place of states, keys and values behind row b's start_b.
+def append(layers, new, start_B, x_BTD):
+    """The layers' entries after T new tokens: states are replaced; the tokens of row b are written from place start_b on.
 
-    XLA copies a cache that it might write beside its readers. Where one token moves, and a copy would outweigh it, the
-    place is made to hang on what was made of the reads, x_BTD: it adds 0. A chunk's x_BTD may be used by nobody, and the
-    last layer then is not computed.
+    XLA copies a cache that it might write while others still read it. For a single token that copy would cost more than the
+    step, so the place to write depends on x_BTD, which is computed from all reads: it adds 0. For more tokens it does not,
+    since a prefill may not use x_BTD, and then XLA skips the last layer.
     """
     if x_BTD.shape[1] == 1:
         start_B = start_B + jnp.isnan(x_BTD).any((1, 2)).astype(jnp.int32)
 
     def leaf(path, x, new):
         letters = sharding.letters_of(path)
-        return _put(letters, x, new.astype(x.dtype), start_B) if "S" in letters else new
+        return _write_tokens(letters, x, new.astype(x.dtype), start_B) if "S" in letters else new
     return jax.tree_util.tree_map_with_path(leaf, layers, new)
 
 
-def _put(letters, cache_LBGSK, new_LBGTK, start_B):
-    """Tokens whose places are here, from none to all; a start may lie before or behind the places."""
+def _write_tokens(letters, cache_LBGSK, new_LBGTK, start_B):
+    """Writes tokens on the mesh: each device writes those whose places it has; a start may lie outside of its places."""
     mesh, S = sharding.active_mesh(), cache_LBGSK.shape[3]
     if mesh is None or S % mesh.shape["seq"]:
         return _write(cache_LBGSK, new_LBGTK, start_B)
@@ -111,14 +112,15 @@ def _write(cache_LBGSK, new_LBGTK, start_B):
     span = min(S, T)
     padded_LBGTK = jnp.pad(new_LBGTK, [(0, 0)] * 3 + [(span, span)] + [(0, 0)] * len(rest))
 
-    def row(b, cache_LBGSK):
-        at = jnp.clip(start_B[b], 0, S - span)
-        first = at - start_B[b]         # the token that belongs at the window's first place
+    def write_row(b, cache_LBGSK):
+        place = jnp.clip(start_B[b], 0, S - span)
+        first = place - start_B[b]      # the token that belongs at `place`; it may be negative or T and more
         token_T = first + jnp.arange(span, dtype=jnp.int32)
-        zero, wide = at * 0, (at * 0,) * len(rest)
+        zero, others = place * 0, (place * 0,) * len(rest)
         size = (L, 1, G, span, *rest)
-        new_L1GTK = jax.lax.dynamic_slice(padded_LBGTK, (zero, b, zero, first + span, *wide), size)
-        old_L1GTK = jax.lax.dynamic_slice(cache_LBGSK, (zero, b, zero, at, *wide), size)
-        here_T = jnp.expand_dims((token_T >= 0) & (token_T < T), tuple(range(1, 1 + len(rest))))
-        return jax.lax.dynamic_update_slice(cache_LBGSK, jnp.where(here_T, new_L1GTK, old_L1GTK), (zero, b, zero, at, *wide))
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(B), row, cache_LBGSK)
+        new_L1GTK = jax.lax.dynamic_slice(padded_LBGTK, (zero, b, zero, first + span, *others), size)
+        old_L1GTK = jax.lax.dynamic_slice(cache_LBGSK, (zero, b, zero, place, *others), size)
+        valid_T = jnp.expand_dims((token_T >= 0) & (token_T < T), tuple(range(1, 1 + len(rest))))
+        written_L1GTK = jnp.where(valid_T, new_L1GTK, old_L1GTK)
+        return jax.lax.dynamic_update_slice(cache_LBGSK, written_L1GTK, (zero, b, zero, place, *others))
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(B), write_row, cache_LBGSK)

@@ -20,7 +20,7 @@ class Batches:
 
     def next(self, micro_batches: int) -> tuple[dict, int]:
         """The batch of a step, arrays [micro-batches, ...] by name, and how many image tiles it has."""
-        batch = pipeline.together([self.stream.next() for _ in range(micro_batches)])
+        batch = pipeline.stack_micro_batches([self.stream.next() for _ in range(micro_batches)])
         tiles = int(batch.pop("tiles", np.int64(0)).sum())
         arrays = {}
         for name, x in batch.items():       # this process's part, [micro-batches, rows or blocks / hosts, ...]

@@ -90,7 +90,7 @@ class Guard:
         for _ in range(self.config.beyond * self.train.micro_batches(self.train.tokens_seen(spike.step))):
             stream.next()
         state = restore()
-        stream.repeat(state.position["stream"])
+        stream.rewind_step(state.position["stream"])
         self.restore(state.position.get("guard"))
         self.rollbacks_since_save += 1      # those to this checkpoint are not in its own count
         self.rollbacks += self.rollbacks_since_save

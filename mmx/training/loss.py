@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx import config
-from mmx.model import see
+from mmx.model import encode_images
 from mmx.parallel.routing import balance_loss
 from mmx.parallel.vocabulary import cross_entropy
 
@@ -61,10 +61,11 @@ def loss(model, params, batch, loss_chunk: int, contrastive: float = 0.0):
       loss_chunk: how many rows of logits exist at a time.
       contrastive: weight of the contrastive loss.
     """
-    c, images = model.config, {}
+    c, image_arguments = model.config, {}
     if "pixels" in batch:
-        images = {"places_BT": batch["places"], "seen": see(c, params, batch["pixels"])}
-    x_BTD, _, stats = model.apply({"params": params}, batch["tokens"], batch["segments"], batch["positions"], **images)
+        image_arguments = {"places_BT": batch["places"], "images": encode_images(c, params, batch["pixels"])}
+    x_BTD, _, stats = model.apply({"params": params}, batch["tokens"], batch["segments"], batch["positions"],
+                                  **image_arguments)
     weights_BT = batch["weights"].astype(jnp.promote_types(c.dtype, jnp.float32))       # the dtype of the logits
     count = weights_BT.sum()
     nats_B = cross_entropy(x_BTD, params["head_WD"], batch["targets"], weights_BT, loss_chunk)
@@ -73,7 +74,7 @@ def loss(model, params, batch, loss_chunk: int, contrastive: float = 0.0):
     metrics = {"loss": nats, "aux_loss": balance, "z_loss": z, "targets": count,
                "load_E": stats["load_E"], "dropped": stats["dropped"], "overflow": stats["overflow"]}
     total = nats + c.aux_weight * balance + c.z_weight * z
-    if contrastive and images:
-        metrics["contrastive_loss"] = contrastive_loss(batch["ends"], x_BTD, images["seen"][1])
+    if contrastive and image_arguments:
+        metrics["contrastive_loss"] = contrastive_loss(batch["ends"], x_BTD, image_arguments["images"][1])
         total += contrastive * metrics["contrastive_loss"]
     return total, metrics

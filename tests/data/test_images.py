@@ -1,4 +1,4 @@
-"""Images: counts by the integer rule, pixels by an independent float64 implementation, any mode and size, every mistake."""
+"""Images: token counts against an integer rule, pixels against a float64 implementation; all modes, sizes and errors."""
 import functools
 import io
 import math
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmx.config import GRIDS, ConfigError, Vision
+from mmx.config import ConfigError, Vision
+from mmx.config.schema import GRIDS
 from mmx.data import images
 
 RELEASED, TINY = Vision(layers=24), Vision(layers=2, tile=28, patch=7)
@@ -18,15 +19,17 @@ SIZES = [(1, 1), (1, 20_000), (20_000, 1), (28, 28), (50, 31), (20, 97), (160, 9
 
 
 def by_hand(v, height, width):
-    """(rows, columns of tiles), (rows, columns of patches kept), [sizes] each: the grid by the released code's floats, the
-    rest integers; a grid after another, of which a later one must be better."""
+    """((rows, columns) of tiles, (rows, columns) of visible patches), arrays over sizes.
+
+    The grid is computed in floats as in the released code, the rest in integers. A later grid wins only if it is better.
+    """
     rows, columns, most, waste = (np.full_like(height, -1) for _ in range(4))
     for r, c in GRIDS:
         H, W = r * v.tile, c * v.tile
         scale = np.minimum(W / width, H / height)
-        here = np.minimum((width * scale).astype(int) * (height * scale).astype(int), height * width)
-        better = (here > most) | (here == most) & (H * W - here < waste)
-        most, waste = np.where(better, here, most), np.where(better, H * W - here, waste)
+        kept = np.minimum((width * scale).astype(int) * (height * scale).astype(int), height * width)
+        better = (kept > most) | (kept == most) & (H * W - kept < waste)
+        most, waste = np.where(better, kept, most), np.where(better, H * W - kept, waste)
         rows, columns = np.where(better, r, rows), np.where(better, c, columns)
     h, w = rows * v.side, columns * v.side
     wide = width * h > w * height
@@ -44,21 +47,21 @@ def test_counts_and_crops_are_the_integer_rule_on_100_000_sizes():
     height_N, width_N = sizes_N2.T
     want = np.concatenate(by_hand(RELEASED, height_N, width_N)).T
     np.testing.assert_array_equal(np.stack(images.best_grid(RELEASED, height_N, width_N), 1), want[:, :2])
-    top_N, left_N, rows_N, columns_N = images.shown(RELEASED, height_N, width_N)
+    top_N, left_N, rows_N, columns_N = images.visible_patches(RELEASED, height_N, width_N)
     np.testing.assert_array_equal(np.stack([rows_N, columns_N], 1), want[:, 2:])
     np.testing.assert_array_equal(np.stack([rows_N + 2 * top_N, columns_N + 2 * left_N], 1), 24 * want[:, :2])
-    np.testing.assert_array_equal(images.count(RELEASED, height_N, width_N), 576 + want[:, 2] * (want[:, 3] + 1))
+    np.testing.assert_array_equal(images.token_count(RELEASED, height_N, width_N), 576 + want[:, 2] * (want[:, 3] + 1))
 
 
 def test_counts_known():
-    assert len(GRIDS) == 28 and images.count(RELEASED, 336, 336) == 576 + 24 * 25
-    assert images.count(RELEASED, 2016, 1008) == 576 + 144 * 73 and images.count(RELEASED, 1, 20_000) == 576
+    assert len(GRIDS) == 28 and images.token_count(RELEASED, 336, 336) == 576 + 24 * 25
+    assert images.token_count(RELEASED, 2016, 1008) == 576 + 144 * 73 and images.token_count(RELEASED, 1, 20_000) == 576
     fixed = Vision(layers=1, grids=())
-    assert images.count(fixed, 1000, 10) == 576 == len(images.places(fixed, 1000, 10))
+    assert images.token_count(fixed, 1000, 10) == 576 == len(images.places(fixed, 1000, 10))
 
 
 def places_by_hand(v, height, width):
-    """As the released code packs: tiles laid out as a grid, cut, a newline to each row, flattened."""
+    """As in the released code: arranges tiles as a grid, crops it, adds a newline to each row and flattens."""
     (rows, columns), kept = one_by_hand(v, (height, width))
     tiles = images.PATCH + np.arange((rows * columns + 1) * v.side ** 2).reshape(-1, v.side, v.side)
     grid = np.block([[tiles[1 + r * columns + c] for c in range(columns)] for r in range(rows)])
@@ -72,15 +75,17 @@ def places_by_hand(v, height, width):
 def test_places(size):
     places_T = images.places(TINY, *size)
     np.testing.assert_array_equal(places_T, places_by_hand(TINY, *size))
-    assert len(places_T) == images.count(TINY, *size)
+    assert len(places_T) == images.token_count(TINY, *size)
 
 
 # ---- pixels ----
 
 @functools.cache
 def weights(old, new):
-    """The bicubic filter (a = -1/2) from `old` samples to `new`, widened by the ratio where it shrinks, float64; to 22 bits,
-    as Pillow has it, which decides where a level is half of one."""
+    """The bicubic filter (a = -1/2) from `old` to `new` samples in float64, widened by the ratio when it shrinks.
+
+    Weights are rounded to 22 bits, as in Pillow: this matters when a level is exactly between two integers.
+    """
     ratio = old / new
     stretch, matrix = max(ratio, 1.0), np.zeros((new, old))
     for i in range(new):
@@ -94,7 +99,7 @@ def weights(old, new):
 
 
 def resized(pixels_YXZ, height, width):
-    """In whole levels, after each of the two passes."""
+    """Resizes in two passes; levels are rounded to integers after each."""
     across = np.einsum("ox,yxz->yoz", weights(pixels_YXZ.shape[1], width), pixels_YXZ)
     across = np.floor(np.clip(across, 0, 255) + 0.5)
     down = np.einsum("oy,yxz->oxz", weights(pixels_YXZ.shape[0], height), across)
@@ -110,13 +115,13 @@ def tiles_by_hand(v, pixels_YXZ):
     canvas = np.zeros((H, W, 3))
     y, x = (H - fit[0]) // 2, (W - fit[1]) // 2
     canvas[y:y + fit[0], x:x + fit[1]] = resized(pixels_YXZ, *fit)
-    cut = [canvas[r * t:r * t + t, c * t:c * t + t] for r in range(rows) for c in range(columns)]
-    levels = np.stack([resized(pixels_YXZ, t, t), *cut])
+    tiles = [canvas[r * t:r * t + t, c * t:c * t + t] for r in range(rows) for c in range(columns)]
+    levels = np.stack([resized(pixels_YXZ, t, t), *tiles])
     return (levels / 255 - [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711]
 
 
 @pytest.mark.parametrize("size", [*SIZES, (700, 500)])
-def test_pixels_are_those_of_an_independent_implementation(size):
+def test_pixels_equal_an_independent_implementation(size):
     pixels_YXZ = RNG.integers(0, 256, (*size, 3), dtype=np.uint8)
     made, want = images.prepare(TINY, Image.fromarray(pixels_YXZ)), tiles_by_hand(TINY, pixels_YXZ.astype(np.float64))
     assert made.pixels_IYXZ.dtype == np.float32 and made.pixels_IYXZ.shape == want.shape
@@ -127,10 +132,10 @@ def test_pixels_are_those_of_an_independent_implementation(size):
 
 BASE = np.zeros((20, 30, 3), np.uint8)
 BASE[:, :15], BASE[:, 15:] = (200, 30, 90), (10, 120, 250)
-DEEP = np.uint16(np.linspace(0, 65535, 600).reshape(20, 30))
+DEPTH_16 = np.uint16(np.linspace(0, 65535, 600).reshape(20, 30))
 
 
-SHALLOW = np.uint8(np.rint(DEEP / 257))[..., None].repeat(3, 2)
+DEPTH_8 = np.uint8(np.rint(DEPTH_16 / 257))[..., None].repeat(3, 2)
 RGB = Image.fromarray(BASE)
 PALETTE = RGB.convert("P", palette=Image.Palette.ADAPTIVE)
 
@@ -146,19 +151,19 @@ def rgb(kind="PNG", **options):
 
 
 GREY = np.asarray(RGB.convert("L"))[..., None].repeat(3, 2)
-TURNED = Image.Exif()
-TURNED[0x0112] = 6
+ROTATED = Image.Exif()
+ROTATED[0x0112] = 6
 OTHER = Image.new("RGB", (30, 20), "red")
-FILES = {       # bytes, the pixels meant, how far off
+FILES = {       # file, expected pixels, tolerance
     "png": (rgb(), BASE, 0), "webp": (rgb("WEBP", lossless=True), BASE, 0), "bmp": (rgb("BMP"), BASE, 0),
     "jpeg": (rgb("JPEG", quality=95, subsampling=0), BASE, 12), "tiff": (rgb("TIFF"), BASE, 0),
     "palette": (stored(PALETTE, "PNG"), BASE, 2), "palette, one clear": (stored(PALETTE, "PNG", transparency=0), BASE, 2),
     "alpha": (stored(Image.fromarray(np.dstack([BASE, np.full((20, 30), 7, np.uint8)])), "PNG"), BASE, 0),
     "grey": (stored(RGB.convert("L"), "PNG"), GREY, 0), "grey, alpha": (stored(RGB.convert("LA"), "PNG"), GREY, 0),
     "two levels": (stored(Image.fromarray(BASE[..., 2] > 127), "PNG"), 255 * np.uint8(BASE[..., [2] * 3] > 127), 0),
-    "16 bits": (stored(Image.fromarray(DEEP), "PNG"), SHALLOW, 0), "cmyk": (stored(RGB.convert("CMYK"), "TIFF"), BASE, 1),
-    "16 bits, tiff": (stored(Image.fromarray(DEEP), "TIFF"), SHALLOW, 0),
-    "turned": (rgb("PNG", exif=TURNED), np.rot90(BASE, -1), 0),
+    "16 bits": (stored(Image.fromarray(DEPTH_16), "PNG"), DEPTH_8, 0), "cmyk": (stored(RGB.convert("CMYK"), "TIFF"), BASE, 1),
+    "16 bits, tiff": (stored(Image.fromarray(DEPTH_16), "TIFF"), DEPTH_8, 0),
+    "rotated": (rgb("PNG", exif=ROTATED), np.rot90(BASE, -1), 0),
     "animation": (rgb("GIF", save_all=True, append_images=[OTHER]), BASE, 2),
     "animated webp": (rgb("WEBP", save_all=True, append_images=[OTHER], lossless=True), BASE, 0)}
 
@@ -174,7 +179,7 @@ def test_any_mode(tmp_path, kind):
 
 
 def header(width, height):
-    """A PNG of that size whose pixels are not there."""
+    """A PNG of this size without its pixel data."""
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -182,13 +187,16 @@ def header(width, height):
 
 
 MISTAKES = {
-    "text": (b"no image at all", "is no image that Pillow knows; give a whole PNG"),
-    "empty": (b"", "is no image that Pillow knows"),
-    "truncated": (rgb("BMP")[:700], "is damaged .*truncated"), "truncated jpeg": (rgb("JPEG")[:400], "is damaged|is no image"),
-    "truncated gif": (rgb("GIF")[:40], "is damaged|is no image"), "header alone": (rgb()[:30], "is damaged|is no image"),
-    "no pixels": (header(10, 10), "is damaged"), "zero size": (header(0, 10), "0 x 10 pixels|is damaged|is no image"),
-    "bomb": (header(50_000, 50_000), "has 50000 x 50000 pixels, more than 67,108,864: not decoded"),
-    "one row too many": (header(8192, 8193), "more than 67,108,864")}
+    "text": (b"no image at all", "is not in a known image format; give a complete file of PNG"),
+    "empty": (b"", "is not in a known image format"),
+    "truncated": (rgb("BMP")[:700], "is damaged .*truncated"),
+    "truncated jpeg": (rgb("JPEG")[:400], "is damaged|is not in a known"),
+    "truncated gif": (rgb("GIF")[:40], "is damaged|is not in a known"),
+    "header alone": (rgb()[:30], "is damaged|is not in a known"),
+    "no pixels": (header(10, 10), "is damaged"),
+    "zero size": (header(0, 10), "0 x 10 pixels|is damaged|is not in a known"),
+    "bomb": (header(50_000, 50_000), "has 50000 x 50000 pixels, more than the limit of 67,108,864: scale it down"),
+    "one row too many": (header(8192, 8193), "more than the limit of 67,108,864")}
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -200,14 +208,14 @@ def test_mistakes_are_one_line(tmp_path, mistake):
     assert "\n" not in str(caught.value) and "x.png" in str(caught.value)
 
 
-def test_what_is_no_file(tmp_path):
+def test_sources_that_are_not_image_files(tmp_path):
     for source, message in ((tmp_path / "none.png", "none.png is missing"), (tmp_path, "cannot be read: Is a"),
-                            (3, "path or a PIL.Image, not int"), (Image.new("RGB", (0, 4)), "has 0 x 4 pixels")):
+                            (3, "path of a file or a PIL.Image, not int"), (Image.new("RGB", (0, 4)), "has 0 x 4 pixels")):
         with pytest.raises(ConfigError, match=message):
             images.read(source)
 
 
-def test_pillows_bound_stays_as_it_was(tmp_path, monkeypatch):
+def test_pillows_limit_is_restored(tmp_path, monkeypatch):
     (tmp_path / "x.png").write_bytes(header(50_000, 50_000))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12_345)
     with pytest.raises(ConfigError):

@@ -10,7 +10,7 @@ CASES += [(np.random.default_rng(s).integers(2, 60, 1 + s).tolist(), int(1 + s *
 
 
 def numbered(lengths):
-    """Documents whose tokens tell where they stand."""
+    """Documents whose tokens encode document number and position."""
     return [np.arange(n) + 1000 * d for d, n in enumerate(lengths, 1)]
 
 
@@ -48,25 +48,25 @@ def test_segments_count_documents_and_positions_count_within(lengths, length):
         assert np.all(joined[np.diff(segments) == 0])
 
 
-def test_eos_has_no_target_and_a_cut_keeps_its_own():
+def test_eos_has_no_target_and_the_token_before_a_split_has_one():
     rows = list(packing.Packed([np.array([256, 97, 98, 257]), np.array([256, 99, 257])], 3))
     assert rows[0]["targets"].tolist() == [97, 98, 257] and rows[0]["weights"].tolist() == [1, 1, 1]
     assert rows[2]["tokens"].tolist() == [257, 256, 97] and rows[2]["weights"].tolist() == [0, 1, 1]
     assert rows[1]["tokens"].tolist() == [256, 99, 257] and rows[1]["weights"].tolist() == [1, 1, 0]
 
 
-def test_targets_of_its_own_stay_with_their_tokens():
-    """Whatever row they stand in, beside documents whose targets are the next tokens."""
+def test_explicit_targets_stay_with_their_tokens():
+    """In any row, together with documents whose targets are the next tokens."""
     documents = numbered([40, 7, 23])
-    own = documents[2] % 5 - 1      # -1 is none
-    rows = list(packing.Packed(documents, 9, [None, None, own]))
-    told = {int(t): int(y) for t, y in zip(documents[2], own) if y >= 0}
-    told |= {int(t): int(t) + 1 for d in documents[:2] for t in d[:-1]}
-    assert set(pairs(rows)) == set(told.items())
+    explicit = documents[2] % 5 - 1     # -1 is none
+    rows = list(packing.Packed(documents, 9, [None, None, explicit]))
+    wanted = {int(t): int(y) for t, y in zip(documents[2], explicit) if y >= 0}
+    wanted |= {int(t): int(t) + 1 for d in documents[:2] for t in d[:-1]}
+    assert set(pairs(rows)) == set(wanted.items())
     assert all(np.all(r["targets"] >= 0) and set(r["weights"]) <= {0, 1} for r in rows)
 
 
-def test_whole_rows_of_a_document_stand_alone():
+def test_full_rows_of_a_document_contain_only_that_document():
     rows = list(packing.Packed(numbered([100, 37, 5]), 16))
     assert sum(row["segments"].max() == 1 for row in rows) >= 100 // 16 + 37 // 16
 
@@ -80,20 +80,20 @@ def test_rows_are_random_access_and_bounded():
 
 
 @pytest.mark.parametrize("lengths,length", CASES)
-def test_who_has_own_targets_is_cut_only_where_longer_than_a_row(lengths, length):
-    """Beside text, every third document; nothing of text changes."""
+def test_documents_with_explicit_targets_are_split_only_if_longer_than_a_row(lengths, length):
+    """Every third document has explicit targets; the rows of the other documents do not change."""
     documents = numbered([n for n in lengths for _ in range(3)])
-    own = [d if i % 3 == 1 else None for i, d in enumerate(documents)]
-    rows = list(packing.Packed(documents, length, own))
-    told = collections.Counter({(int(t), int(t)): 1 for d in own if d is not None for t in d})
+    explicit = [d if i % 3 == 1 else None for i, d in enumerate(documents)]
+    rows = list(packing.Packed(documents, length, explicit))
+    wanted = {(int(t), int(t)) for d in explicit if d is not None for t in d}
     found = pairs(rows)
-    assert {pair for pair in found if pair[0] == pair[1]} == set(told)
-    for document in filter(lambda d: d is not None and len(d) <= length, own):
-        places = [(n, row["tokens"].tolist().index(document[0])) for n, row in enumerate(rows) if document[0] in row["tokens"]]
-        assert len(places) == 1 and found[int(document[0]), int(document[0])] == 1
-        [(n, at)] = places
+    assert {pair for pair in found if pair[0] == pair[1]} == wanted
+    for document in filter(lambda d: d is not None and len(d) <= length, explicit):
+        hits = [(n, row["tokens"].tolist().index(document[0])) for n, row in enumerate(rows) if document[0] in row["tokens"]]
+        assert len(hits) == 1 and found[int(document[0]), int(document[0])] == 1
+        [(n, at)] = hits
         np.testing.assert_array_equal(rows[n]["tokens"][at:at + len(document)], document)
-    text = [d for d, targets in zip(documents, own) if targets is None]
+    text = [d for d, targets in zip(documents, explicit) if targets is None]
     full = {row["tokens"].tobytes() for row in packing.Packed(text, length)}
     assert max(lengths) > length or full <= {row["tokens"].tobytes() for row in rows}
 
@@ -111,19 +111,19 @@ def test_evaluation_reads_every_target_once_with_context(count, context):
     assert all(np.all((row["segments"] == 0) == (row["tokens"] == 0)) for row in rows)
 
 
-def test_batches_hold_several_documents_and_are_filled_up():
+def test_batches_contain_several_documents_and_are_padded():
     documents = numbered([20, 3, 9])
-    seen = collections.defaultdict(collections.Counter)
+    counted = collections.defaultdict(collections.Counter)
     for document_B, batch in packing.batches(iter(documents), 8, batch=4):
         assert batch["tokens"].shape == (4, 8) and document_B.shape == (4,)
         for b, d in enumerate(document_B):
-            seen[int(d)] += pairs([{k: v[b] for k, v in batch.items()}])
-    assert dict(seen) == {d: {(int(t), int(t) + 1): 1 for t in document[:-1]} for d, document in enumerate(documents)}
+            counted[int(d)] += pairs([{k: v[b] for k, v in batch.items()}])
+    assert dict(counted) == {d: {(int(t), int(t) + 1): 1 for t in document[:-1]} for d, document in enumerate(documents)}
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.int64])
-def test_a_row_is_its_spans_one_by_one(kind):
-    """Of documents with targets of their own and without, empty spans, and what is left free."""
+def test_a_row_equals_its_spans_one_by_one(kind):
+    """Documents with and without explicit targets, empty spans, and padding at the end."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         spans, room = [], 40
@@ -132,7 +132,7 @@ def test_a_row_is_its_spans_one_by_one(kind):
             start = int(rng.integers(0, 12))
             stop = min(int(rng.integers(start, 13)), start + room)
             spans, room = [*spans, (document, start, stop, own)], room - (stop - start)
-        row = packing._lay(spans, 40)
+        row = packing._make_row(spans, 40)
         at = 0
         for segment, (document, start, stop, own) in enumerate(spans, 1):
             for position, place in enumerate(range(start, stop)):

@@ -25,13 +25,13 @@ def both(texts, **changes):
 
 
 def by_length(texts, **changes):
-    """Short and long documents of one folder and the other folder's, weights on a line from step 1 to step 5."""
+    """Short and long documents of one folder, and the other folder; weights are interpolated from step 1 to step 5."""
     return both((texts[0], *texts), **{"lengths": ((0, 150), (150, 0), (0, 0)), "interpolate": True,
                                        "weights": ((1, (1, 0, 0)), (5, (0, 3, 1))), **changes})
 
 
-def learned(folder):
-    """Prompts with completions in capitals, and ids whose targets are 300 above them, where they are odd."""
+def with_targets(folder):
+    """Prompts with completions in capitals, and token ids; odd ids have a target, the id minus 128."""
     random = np.random.default_rng(0)
     lines = [{"prompt": "".join(random.choice(list("abc"), random.integers(1, 90))),
               "completion": "".join(random.choice(list("XYZ"), random.integers(1, 50)))} for _ in range(40)]
@@ -45,8 +45,8 @@ def learned(folder):
 TRAIN = Train(batch=8, length=32, ramp=((0, 1), (1500, 3)))
 
 
-def globally(streams):
-    """The hosts' batches, concatenated in host order."""
+def next_global(streams):
+    """The next batches of the hosts, concatenated in host order."""
     parts = [s.next() for s in streams]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -64,12 +64,12 @@ def test_stream_does_not_depend_on_the_hosts(texts, batch, shards, hosts):
     whole = pipeline.stream(data, train)
     parts = [pipeline.stream(data, train, host=h, hosts=hosts) for h in range(hosts)]
     for _ in range(6):
-        assert_equal(whole.next(), globally(parts))
+        assert_equal(whole.next(), next_global(parts))
     assert all(part.state() == whole.state() for part in parts)
 
 
 @pytest.mark.parametrize("batch", [4, 8, 12])
-def test_a_host_reads_its_own_shards_alone(texts, batch):
+def test_a_host_reads_only_its_shards(texts, batch):
     stream = pipeline.stream(both(texts), Train(batch=batch, length=32), host=1, hosts=4)
     stream._shards = [{shard: shards[shard] for shard in (2, 3)} for shards in stream._shards]
     read = [stream.next() for _ in range(6)]
@@ -84,17 +84,17 @@ def test_resume_is_exact_with_any_number_of_hosts(texts, make, stop, before, aft
     whole = pipeline.stream(data, TRAIN)
     first = [pipeline.stream(data, TRAIN, host=h, hosts=before) for h in range(before)]
     for _ in range(stop):
-        assert_equal(whole.next(), globally(first))
+        assert_equal(whole.next(), next_global(first))
     state = json.loads(json.dumps(first[-1].state()))
     second = [pipeline.stream(data, TRAIN, host=h, hosts=after) for h in range(after)]
     for part in second:
         part.restore(state)
     for _ in range(6):
-        assert_equal(whole.next(), globally(second))
+        assert_equal(whole.next(), next_global(second))
 
 
 @pytest.mark.parametrize("batch", [1, 4, 8, 12])
-def test_shards_give_equally(texts, batch):
+def test_shards_give_equal_numbers_of_rows(texts, batch):
     stream = pipeline.stream(both(texts), Train(batch=batch, length=32))
     for _ in range(8):
         stream.next()
@@ -120,17 +120,17 @@ def test_an_epoch_reads_every_row_once_and_the_next_in_another_order(texts, shar
     assert sorted(one) == sorted(two) == wanted and one != two
 
 
-def test_what_is_to_be_learned_is_in_every_row(texts, tmp_path):
-    """Of prompts only completions and eos weigh, of ids what their targets say; so it is after a resume, on any hosts."""
-    data = both((texts[0], learned(tmp_path)), weights=((0, (0, 1)),))
+def test_the_loss_covers_completions_and_explicit_targets(texts, tmp_path):
+    """Prompts have weight 0, completions and eos 1; ids have the weights of their targets. Also after a resume on two hosts."""
+    data = both((texts[0], with_targets(tmp_path)), weights=((0, (0, 1)),))
     stream, batches = pipeline.stream(data, TRAIN), []
     for _ in range(30):
         batches.append(stream.next())
     tokens_N, targets_N, weights_N = (np.concatenate([b[name].ravel() for b in batches]) for name in
                                       ("tokens", "targets", "weights"))
-    said = set(b"XYZ") | {257}
+    completion = set(b"XYZ") | {257}
     text = (tokens_N < 128) | (tokens_N >= 256)
-    assert set(targets_N[text & (weights_N == 1)]) == said and not set(b"XYZ") & set(tokens_N[text & (weights_N == 0)])
+    assert set(targets_N[text & (weights_N == 1)]) == completion and not set(b"XYZ") & set(tokens_N[text & (weights_N == 0)])
     np.testing.assert_array_equal(weights_N[~text], tokens_N[~text] % 2)
     np.testing.assert_array_equal(targets_N[~text], np.where(tokens_N[~text] % 2, tokens_N[~text] - 128, 0))
     first = pipeline.stream(data, TRAIN)
@@ -138,23 +138,23 @@ def test_what_is_to_be_learned_is_in_every_row(texts, tmp_path):
     parts = [pipeline.stream(data, TRAIN, host=h, hosts=2) for h in range(2)]
     for part in parts:
         part.restore(first.state())
-    assert_equal(globally(parts), batches[1])
+    assert_equal(next_global(parts), batches[1])
     held_out = [raw for _, raw in pipeline.validation(data)]
     assert held_out and all(isinstance(raw, bytes) for raw in held_out)
 
 
-def test_ids_out_of_range_are_told(tmp_path):
+def test_ids_out_of_range_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"tokens": [1, 264], "targets": [-1, 2]}\n' * 60)
-    with pytest.raises(ConfigError, match="a.jsonl:.*: token id 264 is out of range, data.tokenizer has 264 ids"):
+    with pytest.raises(ConfigError, match="a.jsonl:.*: token id 264 is out of range: data.tokenizer has 264 ids"):
         pipeline.stream(Data(sources=(str(tmp_path / "a.jsonl"),)), TRAIN)
 
 
-def test_the_seed_makes_the_order_and_the_mixture(texts):
+def test_the_seed_decides_the_order_and_the_mixture(texts):
     def rows(**changes):
         return pipeline.stream(both(texts, **changes), TRAIN).next()["tokens"]
-    alone = {"sources": texts[:1], "weights": ()}
+    one = {"sources": texts[:1], "weights": ()}
     np.testing.assert_array_equal(rows(), rows())
-    assert np.any(rows(**alone) != rows(**alone, seed=1)) and np.any(rows(**alone) != rows(**alone, seed=-1))
+    assert np.any(rows(**one) != rows(**one, seed=1)) and np.any(rows(**one) != rows(**one, seed=-1))
     mixtures = [shares(pipeline.stream(both(texts, seed=seed), TRAIN), 6) for seed in (0, 1)]
     assert mixtures[0] != mixtures[1]
 
@@ -165,14 +165,14 @@ def test_first_batches_come_from_all_over_the_corpus():
     everything = b"".join(texts)
     stream = pipeline.stream(Data(), Train(batch=8, length=512))
     rows = [row.astype(np.uint8).tobytes() for _ in range(25) for row in stream.next()["tokens"]]
-    places = np.array([place for row in rows if (place := everything.find(row)) >= 0])
-    document = np.searchsorted(starts, places, side="right") - 1
-    assert len(places) > 180 and len(set(document)) > 80
-    assert abs(np.mean((places - starts[document]) / np.diff(starts)[document]) - 0.5) < 0.1
+    offsets = np.array([offset for row in rows if (offset := everything.find(row)) >= 0])
+    document = np.searchsorted(starts, offsets, side="right") - 1
+    assert len(offsets) > 180 and len(set(document)) > 80
+    assert abs(np.mean((offsets - starts[document]) / np.diff(starts)[document]) - 0.5) < 0.1
 
 
 def shares(stream, batches):
-    """The share of rows of the first source, batch by batch (its texts hold no letter of the second's)."""
+    """The share of rows of the first source, batch by batch (its texts contain no letter of the second source)."""
     return [np.mean([not set(b"bcfij") & set(row.tolist()) for row in stream.next()["tokens"]]) for _ in range(batches)]
 
 
@@ -183,19 +183,19 @@ def test_mixture_changes_at_its_step(texts):
     assert abs(np.mean(found[5:105]) - 0.25) < 0.05 and min(found[5:15]) < 1
 
 
-def test_mixture_moves_on_a_line(texts):
+def test_mixture_is_interpolated(texts):
     data = both(texts, weights=((10, (3, 0)), (210, (0, 1)), (211, (1, 0))), interpolate=True)
     found = np.array(shares(pipeline.stream(data, Train(batch=8, length=32)), 214))
     assert (found[:10] == 1).all() and found[209] < 0.3 and (found[211:] == 1).all()
     steps = np.arange(10, 210)
     left = (210 - steps) / 200
-    expected = 3 * left / (3 * left + (1 - left))       # the weights move on a line, and the shares are theirs
+    expected = 3 * left / (3 * left + (1 - left))       # weights are interpolated linearly, then normalized
     for part in np.split(np.arange(200), 4):
         assert abs(np.mean(found[steps[part]] - expected[part])) < 0.06
 
 
-def test_documents_of_a_length_make_up_a_source(texts):
-    """Bos and eos count; a folder that is there twice is held out once."""
+def test_sources_are_filtered_by_document_length(texts):
+    """Bos and eos count. A folder listed twice is held out once."""
     sizes = [len(raw) + 2 for _, raw in sources.documents(texts[0], "train")]
     bound = sizes[7]
     data = Data(sources=(texts[0],) * 2, lengths=((0, bound), (bound, 0)))
@@ -206,9 +206,9 @@ def test_documents_of_a_length_make_up_a_source(texts):
     text = bytes(read[read < 256].tolist())
     assert any(text[:20] in raw for _, raw in sources.documents(texts[0], "train") if len(raw) + 2 < bound)
     assert pipeline.validation(data) == sources.documents(texts[0], "validation")
-    with pytest.raises(ConfigError, match="no training document of 9,999 tokens or more; its .* have .* to "):
+    with pytest.raises(ConfigError, match="no training document of at least 9,999 tokens; its .* documents have .* to "):
         pipeline.stream(Data(sources=texts[:1], lengths=((9999, 0),)), TRAIN)
-    with pytest.raises(ConfigError, match="of 0 tokens or more and below 3; its"):
+    with pytest.raises(ConfigError, match="of at least 0 tokens and fewer than 3; its"):
         pipeline.stream(Data(sources=texts[:1], lengths=((0, 3),)), TRAIN)
 
 
@@ -240,8 +240,8 @@ def test_held_out_documents_of_all_sources(texts):
 
 
 @pytest.mark.parametrize("batch,shards,hosts,message", [
-    (6, 8, 4, "train.batch=6 does not divide among 4 hosts; 8 would"),
-    (8, 6, 4, "data.shards=6 does not divide among 4 hosts; 8 would")])
+    (6, 8, 4, r"train.batch=6 must be divisible by the number of hosts \(4\), such as 8"),
+    (8, 6, 4, r"data.shards=6 must be divisible by the number of hosts \(4\), such as 8")])
 def test_hosts_must_divide_rows_and_shards(texts, batch, shards, hosts, message):
     with pytest.raises(ConfigError, match=message):
         pipeline.stream(both(texts, shards=shards), Train(batch=batch, length=32), hosts=hosts)

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from mmx.config import ConfigError
-from mmx.data import corpus, records, sources
+from mmx.data import corpus, sources
+from mmx.data.document_types import ImageText, PromptCompletion
 
 PARTS = ("train", "validation", "test")
 
@@ -31,12 +32,12 @@ def test_jsonl_lines_are_texts_prompts_or_ids(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     found = [d for part in PARTS for d in sources.documents(str(tmp_path / "a.jsonl"), part)]
     found = [content for _, content in sorted(found, key=lambda d: int(d[0].split(":")[1]))]
-    assert found[0::3] == ["é".encode()] * 40 and found[1::3] == [records.Prompted(b"1 + 1 =", b" 2")] * 40
+    assert found[0::3] == ["é".encode()] * 40 and found[1::3] == [PromptCompletion(b"1 + 1 =", b" 2")] * 40
     assert [[x.tolist() for x in ids] for ids in found[2::3]] == [[[256, 7, 9], [-1, 9, -1]]] * 40
 
 
 def test_jsonl_lines_have_images(tmp_path):
-    """Their paths are below the line's file's folder; they are no text of the hold-out's size."""
+    """Paths are relative to the folder of the .jsonl file. Images do not count towards the size of the held-out text."""
     (tmp_path / "deep" / "shown").mkdir(parents=True)
     (tmp_path / "deep" / "shown" / "a.png").touch()
     lines = [{"text": "<image> é", "images": ["shown/a.png"]}, {"text": "none", "images": []},
@@ -45,29 +46,29 @@ def test_jsonl_lines_have_images(tmp_path):
     found = [d for part in PARTS for d in sources.documents(str(tmp_path), part)]
     found = [content for _, content in sorted(found, key=lambda d: int(d[0].split(":")[1]))]
     file = str(tmp_path / "deep" / "shown" / "a.png")
-    assert found[0::3] == [records.Pictured(b"", "<image> é".encode(), (file,))] * 20 and found[1::3] == [b"none"] * 20
-    assert found[2::3] == [records.Pictured(b"<image>?", b" <image>!", (file, file))] * 20
+    assert found[0::3] == [ImageText(b"", "<image> é".encode(), (file,))] * 20 and found[1::3] == [b"none"] * 20
+    assert found[2::3] == [ImageText(b"<image>?", b" <image>!", (file, file))] * 20
 
 
-def test_hold_out_cuts_no_completion(tmp_path):
+def test_hold_out_does_not_divide_completions(tmp_path):
     lines = [{"prompt": "p" * 90, "completion": "c" * 10}] * 5
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert all(corpus.split_of(f"a.jsonl:{n}") == "train" for n in range(1, 6))
     parts = {part: sources.documents(str(tmp_path / "a.jsonl"), part) for part in PARTS}
     assert [len(parts[part]) for part in PARTS] == [4, 1, 0]
-    assert all(content == records.Prompted(b"p" * 90, b"c" * 10) for part in PARTS for _, content in parts[part])
+    assert all(content == PromptCompletion(b"p" * 90, b"c" * 10) for part in PARTS for _, content in parts[part])
 
 
 @pytest.mark.parametrize("name", ["a.txt", "b.txt", "c.txt"] + [f"{i}.txt" for i in range(60)])
 def test_one_text_holds_out_its_last_twentieth_whatever_its_name(tmp_path, name):
-    raw = "é".encode() * 1000                           # the cut at byte 1900 must not fall inside a character
+    raw = "é".encode() * 1000                           # the boundary at byte 1900 must not be inside a character
     (tmp_path / name).write_bytes(raw + b"x")
     [(_, train)], [(_, held)] = (sources.documents(str(tmp_path / name), part) for part in PARTS[:2])
     assert train + held == raw + b"x" and len(train) == 1900 and train.decode()
     assert sources.documents(str(tmp_path / name), "test") == []
 
 
-def test_cut_steps_back_to_a_character(tmp_path):
+def test_hold_out_starts_at_a_character(tmp_path):
     (tmp_path / "a.txt").write_bytes("é".encode() * 10)             # 20 bytes: the twentieth begins inside the last é
     [(_, held)] = sources.documents(str(tmp_path / "a.txt"), "validation")
     assert held == "é".encode()
@@ -85,24 +86,24 @@ def test_hold_out_crosses_documents(tmp_path):
 @pytest.mark.parametrize("make,message", [
     (lambda d: "soto", "no file or folder 'soto'; did you mean sotu?"),
     (lambda d: (d / "speeches.txt").write_text("x" * 99) and str(d / "speech.txt"), "did you mean speeches.txt"),
-    (lambda d: str(d / "qqqqqqqq"), "name 'sotu', 'scenes', 'maps', 'words', a task as 'mqar:pairs=16', a .txt"),
-    (lambda d: str(d), "holds no .txt and no .jsonl"),
-    (lambda d: (d / "a.txt").touch() or str(d / "a.txt"), "is empty: no text in 1 file$"),
-    (lambda d: (d / "a.txt").touch() or str(d), "is empty"),
+    (lambda d: str(d / "qqqqqqqq"), "a source is 'sotu', 'scenes', 'maps', 'words', a task as 'mqar:pairs=16', a .txt"),
+    (lambda d: str(d), "contains no .txt or .jsonl"),
+    (lambda d: (d / "a.txt").touch() or str(d / "a.txt"), "contains no text in its 1 file$"),
+    (lambda d: (d / "a.txt").touch() or str(d), "contains no text in its 1 file"),
     (lambda d: (d / "a.txt").write_text("x") and str(d / "a.txt"), "too little text"),
-    (lambda d: (d / "a.csv").write_text("x") and str(d / "a.csv"), "neither a .txt, nor a .jsonl"),
+    (lambda d: (d / "a.csv").write_text("x") and str(d / "a.csv"), "must be a .txt file, a .jsonl file or a folder"),
     (lambda d: (d / "a.jsonl").write_text('{"text": "x"}\n{"txt": 1}') and str(d), 'a.jsonl:2: no "text" string'),
     (lambda d: (d / "a.jsonl").write_text('{"text": 1}') and str(d), 'a.jsonl:1: no "text" string'),
     (lambda d: (d / "a.jsonl").write_text('\n["text"]') and str(d), 'a.jsonl:2: no "text" string'),
     (lambda d: (d / "a.jsonl").write_text('{"prompt": "x"}') and str(d), 'a.jsonl:1: no "completion" string'),
     (lambda d: (d / "a.jsonl").write_text('{"prompt": 1, "completion": ""}') and str(d), 'a.jsonl:1: no "prompt" string'),
-    (lambda d: (d / "a.jsonl").write_text('{"tokens": [1, 2], "targets": [1]}') and str(d), "a.jsonl:1: tokens are ids, at"),
-    (lambda d: (d / "a.jsonl").write_text('{"tokens": [1, -1], "targets": [1, 2]}') and str(d), "a.jsonl:1: tokens are ids"),
-    (lambda d: (d / "a.jsonl").write_text('{"tokens": [1, 2]}') and str(d), "targets as many ids, -1 where nothing"),
+    (lambda d: (d / "a.jsonl").write_text('{"tokens": [1, 2], "targets": [1]}') and str(d), '1: "tokens" must be a list of'),
+    (lambda d: (d / "a.jsonl").write_text('{"tokens": [1, -1], "targets": [1, 2]}') and str(d), '1: "tokens" must be a list'),
+    (lambda d: (d / "a.jsonl").write_text('{"tokens": [1, 2]}') and str(d), '"targets" a list of the same length'),
     (lambda d: (d / "a.jsonl").write_text('{"text": "<image>", "images": ["no.png"]}') and str(d), "1: no image file '"),
-    (lambda d: (d / "a.jsonl").write_text('{"text": "x", "images": ["no.png"]}') and str(d), "0 <image> marks in"),
-    (lambda d: (d / "a.jsonl").write_text('{"text": "x", "images": "no.png"}') and str(d), "images are a list"),
-    (lambda d: (d / "a.jsonl").write_text('{"text": "x", "images": [1]}') and str(d), "images are a list"),
+    (lambda d: (d / "a.jsonl").write_text('{"text": "x", "images": ["no.png"]}') and str(d), "0 <image> placeholders in"),
+    (lambda d: (d / "a.jsonl").write_text('{"text": "x", "images": "no.png"}') and str(d), '"images" must be a list'),
+    (lambda d: (d / "a.jsonl").write_text('{"text": "x", "images": [1]}') and str(d), '"images" must be a list'),
     (lambda d: (d / "a.jsonl").write_text('{"text": "x"') and str(d), "a.jsonl:1: not JSON"),
     (lambda d: (d / "a.jsonl").write_bytes(b'{"text": "\xff"}') and str(d), "a.jsonl:1: not JSON"),
 ])
@@ -112,6 +113,6 @@ def test_mistakes_are_one_line(tmp_path, make, message):
     assert "\n" not in str(error.value)
 
 
-def test_what_stands_beside_a_text_is_about_it(tmp_path):
+def test_other_keys_beside_a_text_are_ignored(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one", "tokens": 123}\n{"text": "two", "prompt": "who?"}\n' * 9)
     assert {raw for part in PARTS for _, raw in sources.documents(str(tmp_path), part)} <= {b"one", b"two", b"on", b"e"}

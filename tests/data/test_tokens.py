@@ -19,7 +19,7 @@ def save(path, specials):
     return str(path)
 
 
-def test_bytes_round_trip_and_leave_specials_out():
+def test_bytes_round_trip_without_special_tokens():
     t = tokens.tokenizer("bytes")
     ids = t.encode("Fellow citizens — é\0".encode())
     assert ids.dtype == np.int32 and ids.tolist() == list("Fellow citizens — é\0".encode())
@@ -29,24 +29,24 @@ def test_bytes_round_trip_and_leave_specials_out():
     assert t.encode(bytes(range(256))).tolist() == list(range(256))
 
 
-def test_document_stands_between_bos_and_eos():
+def test_document_has_bos_and_eos():
     t = tokens.tokenizer("bytes")
     assert tokens.document(t, b"ab").tolist() == [256, 97, 98, 257]
 
 
-def test_a_prompt_is_read_and_its_completion_learned(tmp_path):
-    """Both are encoded alone, as in inference: no token crosses from one to the other."""
-    ids, targets = tokens.prompted(tokens.tokenizer("bytes"), b"ab", b"cd")
+def test_only_the_completion_of_a_prompt_has_targets(tmp_path):
+    """Both are encoded separately, as in inference: no token spans the boundary."""
+    ids, targets = tokens.prompt_completion(tokens.tokenizer("bytes"), b"ab", b"cd")
     assert ids.tolist() == [256, 97, 98, 99, 100, 257] and targets.tolist() == [-1, -1, 99, 100, 257, -1]
     t = tokens.tokenizer(save(tmp_path / "t.json", ["<s>", "</s>"]))
-    ids, targets = tokens.prompted(t, b"the sta", b"te of the union")
-    asked, said = t.encode(b"the sta").tolist(), t.encode(b"te of the union").tolist()
-    assert ids.tolist() == [t.bos, *asked, *said, t.eos] and len(said) > 1
-    assert targets.tolist() == [-1] * len(asked) + [*said, t.eos, -1]
-    assert tokens.prompted(t, b"", b"the union")[0].tolist() == tokens.document(t, b"the union").tolist()
+    ids, targets = tokens.prompt_completion(t, b"the sta", b"te of the union")
+    prompt, completion = t.encode(b"the sta").tolist(), t.encode(b"te of the union").tolist()
+    assert ids.tolist() == [t.bos, *prompt, *completion, t.eos] and len(completion) > 1
+    assert targets.tolist() == [-1] * len(prompt) + [*completion, t.eos, -1]
+    assert tokens.prompt_completion(t, b"", b"the union")[0].tolist() == tokens.document(t, b"the union").tolist()
 
 
-def test_file_round_trips_whole_texts_and_finds_its_specials(tmp_path):
+def test_file_round_trips_texts_and_finds_special_tokens(tmp_path):
     t = tokens.tokenizer(save(tmp_path / "t.json", ["<s>", "</s>", "<pad>"]))
     text = "the union — é of the states, and more words than four"
     ids = t.encode(text.encode())
@@ -60,12 +60,12 @@ def test_special_tokens_written_in_a_text_stay_text(tmp_path):
     assert t.eos not in ids and t.decode(ids) == "the </s> union"
 
 
-def test_eos_serves_as_bos_and_pad_where_there_is_none(tmp_path):
+def test_eos_replaces_missing_bos_and_pad(tmp_path):
     t = tokens.tokenizer(save(tmp_path / "t.json", ["<|endoftext|>"]))
     assert t.bos == t.eos == t.pad == 0
 
 
-def test_bytes_train_on_what_is_not_utf8_and_a_file_names_the_offset(tmp_path):
+def test_bytes_accept_invalid_utf8_and_a_file_names_the_offset(tmp_path):
     assert tokens.tokenizer("bytes").encode(b"ab\xff").tolist() == [97, 98, 255]
     with pytest.raises(ConfigError, match="speech.txt: not UTF-8 at byte 2"):
         tokens.tokenizer(save(tmp_path / "t.json", ["</s>"])).encode(b"ab\xff", "speech.txt")
@@ -77,7 +77,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model": 1}'])
-def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path, content):
+def test_other_files_are_refused_in_one_line(tmp_path, content):
     if content:
         (tmp_path / "t.json").write_text(content)
     with pytest.raises(ConfigError, match="is not 'bytes', 'numbers:COUNT' or a tokenizer.json") as error:

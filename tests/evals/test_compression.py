@@ -35,11 +35,11 @@ def logp_TW(params, window_T):
 
 
 def direct(params, raw, length, context):
-    """A document's windows one by one, after the first of which `context` tokens only serve as context."""
+    """Bits per byte, one window of a document at a time. In later windows the first `context` tokens are context only."""
     ids, nats, start = np.array([256, *raw, 257]), 0.0, 0
     while not start or start + context < len(ids) - 1:
         window, targets = ids[start:start + length], ids[start + 1:start + length + 1]
-        logps = np.array(logp_TW(params, np.pad(window, (0, length - len(window)))))   # causal: what follows is no matter
+        logps = np.array(logp_TW(params, np.pad(window, (0, length - len(window)))))   # causal: padding has no effect
         first = context if start else 0
         nats -= logps[np.arange(first, len(targets)), targets[first:]].sum()
         start += length - context
@@ -47,7 +47,7 @@ def direct(params, raw, length, context):
 
 
 @pytest.mark.parametrize("length,context,batch", [(64, 0, 2), (16, 8, 3), (12, 11, 4)])
-def test_bits_per_byte_are_those_of_the_logits(params, length, context, batch):
+def test_bits_per_byte_equal_those_of_the_logits(params, length, context, batch):
     evaluate = make_evaluator(MODEL, tokens.tokenizer("bytes"), length=length, batch=batch, context=context,
                                          loss_chunk=2 * batch)
     found = evaluate(params, DOCUMENTS)
@@ -73,14 +73,14 @@ def test_head_cuts_where_a_character_begins():
     assert first_bytes([("c", b"\x80" * 9)], 5) == [("c", b"\x80" * 5)]      # no UTF-8: cut anywhere
 
 
-def test_baselines_pack_each_file_alone():
+def test_baselines_compress_files_separately():
     documents = pipeline.validation(config.Data())[:2]
     (_, a), (_, b) = documents
     found, size = compression.baselines(documents), len(a) + len(b)
     assert found["gzip"] == 8 * (len(gzip.compress(a, 9, mtime=0)) + len(gzip.compress(b, 9, mtime=0))) / size
     assert found["xz"] == 8 * sum(len(lzma.compress(x, preset=9 | lzma.PRESET_EXTREME)) for x in (a, b)) / size
     assert len({found["xz"], found["gzip"], *compression.baselines([("", a + b)]).values()}) == 4
-    assert found["xz"] != 8 * sum(len(lzma.compress(x, preset=9)) for x in (a, b)) / size       # -9e, which is larger here
+    assert found["xz"] != 8 * sum(len(lzma.compress(x, preset=9)) for x in (a, b)) / size    # -9e is larger for these files
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def found(run):
     return compression.evaluate_checkpoint(run)
 
 
-def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(run, found, params, tmp_path):
+def test_a_checkpoint_is_evaluated_on_its_validation_documents(run, found, params, tmp_path):
     held_out = pipeline.validation(config.Data((str(run.parent / "text"),)))
     evaluate = make_evaluator(MODEL, tokens.tokenizer("bytes"), length=32, batch=8, context=16,
                                          loss_chunk=100)
@@ -119,8 +119,8 @@ def test_a_checkpoint_is_evaluated_on_what_its_run_held_out(run, found, params, 
     assert compression.plot_curve(run, found, tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_what_guards_did_is_drawn(run, found, tmp_path, monkeypatch):
-    """Steps that were skipped, rollbacks; a bit count that was no number is left out."""
+def test_skipped_steps_and_rollbacks_are_plotted(run, found, tmp_path, monkeypatch):
+    """Steps with a non-finite value are left out of the curve."""
     counts = [(0, 0, 3.0), (1, 0, math.nan), (2, 0, 2.9), (2, 1, 2.8)]
     monkeypatch.setattr(metrics, "read", lambda workdir, *names: [
         {"step": 1, "tokens": 100 * n, "bits_per_byte": bits, "skipped": skipped, "rollbacks": rollbacks}
@@ -139,13 +139,13 @@ def test_what_guards_did_is_drawn(run, found, tmp_path, monkeypatch):
     assert drawn["rollbacks (1)"] == [[4e-4, 2.8]]
 
 
-def test_an_earlier_step_has_its_own_figures(run, found):
+def test_an_earlier_checkpoint_is_evaluated(run, found):
     first = compression.evaluate_checkpoint(run / "checkpoints" / "1", limit=100)
     assert first["bytes"] == 100 < found["bytes"]
     assert (first["steps"], first["train_seconds"]) == (1, 0.5) and first["bits_per_byte"] != found["bits_per_byte"]
 
 
-def test_a_converted_checkpoint_has_no_run(run, found, tmp_path):
+def test_a_converted_checkpoint_has_no_training_curve(run, found, tmp_path):
     convert.to_hf(run, tmp_path / "hf", progress=False)
     theirs = compression.evaluate_checkpoint(tmp_path / "hf", source=str(run.parent / "text"))
     assert "steps" not in theirs and compression.plot_curve(tmp_path / "hf", theirs, tmp_path / "c.png") is None

@@ -1,4 +1,4 @@
-"""lm-eval's command and our model in it, against log-probabilities taken from whole logits one text at a time."""
+"""lm-eval's command with an mmx model, compared with log-probabilities computed from the logits of one text at a time."""
 import json
 import re
 import runpy
@@ -28,7 +28,7 @@ TEXTS = [("The state of the Union", " is strong."), ("", " Fellow citizens"), ("
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A workdir of untrained parameters."""
+    """A workdir with untrained parameters."""
     workdir = tmp_path_factory.mktemp("harness") / "run"
     params = jax.jit(MODEL.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     manager.check_config(workdir, config.Experiment(MODEL.config))
@@ -50,7 +50,7 @@ def lm(run):
 
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch):
-    """Logits of few tokens at a time: every row is scored in several chunks."""
+    """Lowers LOGITS, so that every row is scored in several chunks."""
     monkeypatch.setattr(harness, "LOGITS", 16)
 
 
@@ -60,17 +60,17 @@ def logp_TW(params, ids_T):
 
 
 def direct(loaded, ids, first):
-    """The summed log-probability of ids[first:], and whether each is the likeliest; what follows a token is no matter to it."""
+    """The summed log-probability of ids[first:], and whether each of them is the likeliest. Causal: padding has no effect."""
     ids = np.asarray(ids)
     logps = np.array(logp_TW(loaded.params, np.pad(ids, (0, 128 - len(ids)))))[first - 1:len(ids) - 1]
     return logps[np.arange(len(logps)), ids[first:]].sum(), bool((logps.argmax(1) == ids[first:]).all())
 
 
-def asked(kind, arguments):
+def instances(kind, arguments):
     return [Instance(kind, {}, args if isinstance(args, tuple) else (args,), i) for i, args in enumerate(arguments)]
 
 
-def test_the_command_gives_the_direct_accuracy_to_the_example(run, loaded, tmp_path, capsys, monkeypatch):
+def test_the_command_gives_the_direct_accuracy_of_every_example(run, loaded, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [
         "lm_eval", "--model", "mmx", "--model_args", f"path={run}", "--tasks", "blimp_local", "--include_path", str(TASKS),
         "--metadata", f"data={PAIRS_OF_BLIMP}", "--batch_size", "4", "--output_path", str(tmp_path), "--log_samples"])
@@ -90,15 +90,15 @@ def test_the_command_gives_the_direct_accuracy_to_the_example(run, loaded, tmp_p
 
 
 @pytest.mark.parametrize("batch_size", [1, "auto"])
-def test_log_probabilities_are_those_of_the_logits_in_the_order_asked(run, loaded, batch_size):
+def test_log_probabilities_equal_those_of_the_logits_in_request_order(run, loaded, batch_size):
     lm = harness.Mmx(path=run, batch_size=batch_size, max_batch_size=4)
-    found = lm.loglikelihood(asked("loglikelihood", TEXTS), disable_tqdm=True)
+    found = lm.loglikelihood(instances("loglikelihood", TEXTS), disable_tqdm=True)
     for (context, continuation), (logp, greedy) in zip(TEXTS, found):
         wanted = direct(loaded, [256, *(context + continuation).encode()], 1 + len(context.rstrip()))   # lm-eval moves spaces
         assert (logp, greedy) == (pytest.approx(wanted[0], rel=1e-5), wanted[1])
 
 
-def test_what_greedy_decoding_writes_is_greedy(lm, loaded):
+def test_greedy_continuations_are_marked_greedy(lm, loaded):
     ids_BT = np.array([[256, *b"The state"]])
     likeliest = mmx.generate(loaded, ids_BT, steps=3)[0].tolist()
     requests = [(("", ""), ids_BT[0].tolist(), likeliest[:2] + [last]) for last in (likeliest[2], (likeliest[2] + 1) % 256)]
@@ -112,45 +112,45 @@ def test_shapes_are_few(lm, monkeypatch):
         shapes.append(batch["tokens"].shape)
         return np.zeros(len(batch["tokens"])), np.ones(len(batch["tokens"]), bool)
     monkeypatch.setattr(harness, "_score", score)
-    lm.loglikelihood(asked("loglikelihood", [("", "x" * n) for n in range(1, 130)]), disable_tqdm=True)
+    lm.loglikelihood(instances("loglikelihood", [("", "x" * n) for n in range(1, 130)]), disable_tqdm=True)
     assert set(shapes) == {(1, 256), (4, 128), (4, 64), (4, 32)} and len(shapes) == 1 + 16 + 8 + 8
 
 
 def test_long_contexts_lose_their_beginning(run, loaded):
     short = harness.Mmx(path=run, max_length=16)
-    (logp, _), = short.loglikelihood(asked("loglikelihood", [("The state of the Union", " is strong.")]), disable_tqdm=True)
+    (logp, _), = short.loglikelihood(instances("loglikelihood", [("The state of the Union", " is strong.")]), disable_tqdm=True)
     assert logp == pytest.approx(direct(loaded, list(b"The state of the Union is strong."[-17:]), 17 - 11)[0], rel=1e-5)
     with pytest.raises(ConfigError, match="a continuation of 22 tokens does not fit max_length=16"):
-        short.loglikelihood(asked("loglikelihood", [("", "The state of the Union")]), disable_tqdm=True)
+        short.loglikelihood(instances("loglikelihood", [("", "The state of the Union")]), disable_tqdm=True)
 
 
 def test_whole_texts_are_scored_in_windows(run, loaded):
     texts = ["The state of the Union is strong.", "", "Fellow"]
-    found = harness.Mmx(path=run).loglikelihood_rolling(asked("rolling", texts), disable_tqdm=True)
+    found = harness.Mmx(path=run).loglikelihood_rolling(instances("rolling", texts), disable_tqdm=True)
     wanted = [direct(loaded, [256, *text.encode()], 1)[0] if text else 0 for text in texts]
     assert found == pytest.approx(wanted, rel=1e-5)
-    found = harness.Mmx(path=run, max_length=16).loglikelihood_rolling(asked("rolling", texts), disable_tqdm=True)
+    found = harness.Mmx(path=run, max_length=16).loglikelihood_rolling(instances("rolling", texts), disable_tqdm=True)
     ids = [256, *texts[0].encode()]         # 33 bytes: the last window is full and scores one token
     windows = [(ids[:17], 1), (ids[16:33], 1), (ids[17:34], 16)]
     assert found == pytest.approx([sum(direct(loaded, *window)[0] for window in windows), 0, wanted[2]], rel=1e-5)
 
 
-def test_texts_are_continued_up_to_a_stop(lm, loaded):
+def test_generation_ends_at_a_stop_string(lm, loaded):
     alone = mmx.generate(loaded, ["We the people", "Fellow"], steps=12)
     stop = alone[0][4:6]
     arguments = [("Fellow", {"until": [stop], "max_gen_toks": 12}), ("We the people", {"until": [], "max_gen_toks": 12}),
                  ("We the people", {"until": [stop], "max_gen_toks": 12, "do_sample": False, "num_beams": 1}),
                  ("Fellow", {"until": [], "max_gen_toks": 5})]
-    found = lm.generate_until(asked("generate_until", arguments), disable_tqdm=True)
+    found = lm.generate_until(instances("generate_until", arguments), disable_tqdm=True)
     assert found == [alone[1].split(stop)[0], alone[0], alone[0].split(stop)[0],
                      mmx.generate(loaded, "Fellow", steps=5)[0]] and len(set(found)) == 4
 
 
-def test_draws_take_the_arguments_of_the_task():
-    drawn = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 5, "until": "\n"}
-    assert harness._settings(drawn) == {"steps": 5, "temperature": 0.7, "top_p": 0.9, "stop": ("\n",)}
+def test_sampling_uses_the_arguments_of_the_task():
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 5, "until": "\n"}
+    assert harness._settings(sampling) == {"steps": 5, "temperature": 0.7, "top_p": 0.9, "stop": ("\n",)}
     assert harness._settings({"temperature": 0.0, "top_p": 0.9}) == {"steps": 256, "temperature": 0.0, "stop": ()}
-    with pytest.raises(ConfigError, match="{'num_beams': 4} are none of do_sample"):
+    with pytest.raises(ConfigError, match="{'num_beams': 4} are not supported; use do_sample"):
         harness._settings({"num_beams": 4})
 
 
@@ -173,11 +173,11 @@ def _write(folder, words):
 
 def test_a_tokenizer_of_words_works_like_bytes(converted, loaded):
     (logp, _), = harness.Mmx(path=converted).loglikelihood(
-        asked("loglikelihood", [("The state of the Union", " is strong.")]), disable_tqdm=True)
+        instances("loglikelihood", [("The state of the Union", " is strong.")]), disable_tqdm=True)
     assert logp == pytest.approx(direct(loaded, [1, 2, 3, 4, 0, 5, 6, 7, 8], 6)[0], rel=1e-5)
 
 
-def test_checkpoints_whose_tokenizer_serves_nobody(converted):
+def test_checkpoints_without_a_usable_tokenizer(converted):
     _write(converted, {"[UNK]": 0, "</s>": 1, "far": 999})
     with pytest.raises(ConfigError, match="ids reach 999, out of range of model.vocab=264"):
         harness.Mmx(path=converted)
@@ -185,17 +185,17 @@ def test_checkpoints_whose_tokenizer_serves_nobody(converted):
     (converted / "generation_config.json").write_text("{}")
     text = json.loads((converted / "config.json").read_text())
     (converted / "config.json").write_text(json.dumps({k: v for k, v in text.items() if not k.endswith("token_id")}))
-    with pytest.raises(ConfigError, match="has no tokenizer: put its tokenizer.json beside"):
+    with pytest.raises(ConfigError, match="has no tokenizer: put its tokenizer.json next to"):
         harness.Mmx(path=converted)
 
 
-@pytest.mark.parametrize("arguments, said", [
+@pytest.mark.parametrize("arguments, message", [
     ({}, "has no path: known are path"), ({"path": "RUN", "pth": 3}, "pth: known are path"),
     ({"path": "/nowhere"}, "/nowhere is no directory"), ({"path": "RUN", "dtype": "float8"}, "dtype 'float8' is none of"),
-    ({"path": "RUN", "max_length": -1.0}, "max_length=-1.0 must be a positive whole number"),
-    ({"path": "RUN", "batch_size": "many"}, "--batch_size=many must be a positive whole number")])
-def test_mistakes(run, arguments, said):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+    ({"path": "RUN", "max_length": -1.0}, "max_length=-1.0 must be a positive integer"),
+    ({"path": "RUN", "batch_size": "many"}, "--batch_size=many must be a positive integer")])
+def test_mistakes(run, arguments, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         harness.Mmx(**{name: run if value == "RUN" else value for name, value in arguments.items()})
 
 
@@ -206,12 +206,12 @@ def test_a_mistake_is_one_line_of_the_command(monkeypatch, capsys):
     assert harness.main() == 2 and capsys.readouterr() == ("", "mmx: so it is\n")
 
 
-def test_data_of_this_machine(tmp_path):
+def test_local_data(tmp_path):
     local = runpy.run_path(str(TASKS / "local.py"))
-    with pytest.raises(ConfigError, match="data=/nowhere paradigm=.*: give the folder of BLiMP's"):
+    with pytest.raises(ConfigError, match="data=/nowhere paradigm=.*: no such file; data must be the folder of BLiMP's"):
         local["blimp"]("/nowhere", num_fewshot=0)
     assert len(local["blimp"](PAIRS_OF_BLIMP, "wh_island")["test"]) == 6
-    with pytest.raises(ConfigError, match="data=None: give a file of WikiText"):
+    with pytest.raises(ConfigError, match="data=None: data must be a file of WikiText"):
         local["wikitext"]()
     (tmp_path / "test.txt").write_text(" \n = A = \n \n a = b \n = = Part = = \n\n = B = \n b \n")
     assert local["wikitext"](tmp_path / "test.txt")["test"]["page"] == [
@@ -221,7 +221,7 @@ def test_data_of_this_machine(tmp_path):
         local["wikitext"](tmp_path / "test.txt")
 
 
-def test_without_lm_eval_the_command_says_what_to_install(monkeypatch, capsys):
+def test_without_lm_eval_the_command_names_the_package(monkeypatch, capsys):
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit) as exit:

@@ -1,4 +1,4 @@
-"""The long-context suites, without a model: readers that find the answer by rule, and blind ones."""
+"""The long-context suites with stand-ins for a model: one solves each task by a rule, one ignores the text."""
 import collections
 import importlib.util
 import json
@@ -10,14 +10,14 @@ import tokenizers
 
 from mmx.config import ConfigError
 from mmx.data import sources, tokens
-from mmx.evals import dialogue, examples, haystack, longbench, needle, recall, ruler, runner
-from mmx.evals.examples import Ask
-from mmx.evals.runner import Reader, run
+from mmx.evals import examples, haystack, longbench, mqar, mr_niah, needle, ruler, runner
+from mmx.evals.examples import SuiteOptions
+from mmx.evals.runner import ModelInterface, run
 from mmx.evals.suites import SUITES
 
 BYTES = tokens.tokenizer("bytes")
-TEXT = [name for name in SUITES if name != "vision"]        # which needs a model that sees
-UNITS = {       # tokens (bytes) of the largest unit by which a prompt can be short of its length
+TEXT = [name for name in SUITES if name != "vision"]        # which needs a model with vision
+UNITS = {       # a prompt may be shorter than its length by less than this: the largest unit of text, in bytes
     "needle": 30, "mr-niah": 60, "position": 1, "mqar": 1, "niah_single_1": 90, "niah_single_2": 30, "niah_single_3": 30,
     "niah_multikey_1": 30, "niah_multikey_2": 70, "niah_multikey_3": 110, "niah_multivalue": 30, "niah_multiquery": 30,
     "vt": 90, "cwe": 55, "fwe": 60, "qa_1": 60, "qa_2": 600}
@@ -82,7 +82,7 @@ BY_RULE = {"needle": magic, "mr-niah": repeat, "vt": variables, "cwe": common, "
 
 
 def associated(ids_T, _):
-    """At each token, what followed it where it stood first."""
+    """The token that followed the first occurrence of each token."""
     first = {}
     for at, token in enumerate(ids_T[:-1]):
         first.setdefault(token, ids_T[at + 1])
@@ -91,16 +91,16 @@ def associated(ids_T, _):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A user's files: 40 questions, of which each choice, A to D, answers ten."""
+    """A user's files: 40 questions; each choice, A to D, is the answer to ten."""
     folder = tmp_path_factory.mktemp("data")
     lands = [f"Land{chr(97 + i)}{chr(97 + j)}" for i in range(5) for j in range(8)]
-    told = [(land, f"City{land[4:]}", f"The capital of {land} is City{land[4:]}.") for land in lands]
+    facts = [(land, f"City{land[4:]}", f"The capital of {land} is City{land[4:]}.") for land in lands]
     squad = [{"paragraphs": [{"context": text, "qas": [
         {"question": f"What is the capital of {land}?", "answers": [{"text": city}], "is_impossible": False},
-        {"question": "What is it?", "answers": [], "is_impossible": True}]}]} for land, city, text in told]
+        {"question": "What is it?", "answers": [], "is_impossible": True}]}]} for land, city, text in facts]
     hotpot = [{"question": f"What is the capital of {land}?", "answer": city,
                "context": [[land, [text]], *([f"{land} {n}", ["Nothing of note. "] * 3] for n in range(9))]}
-              for land, city, text in told]
+              for land, city, text in facts]
     longbench = [{"question": "Which?", "context": "So. The fact is red. " + "More. " * 90, "answer": "ABCD"[n % 4],
                   "difficulty": ("easy", "hard")[n // 4 % 2], "length": ("short", "medium", "long")[n % 3],
                   **{f"choice_{letter}": "red" if letter == "ABCD"[n % 4] else "blue" for letter in "ABCD"}} for n in range(40)]
@@ -125,14 +125,14 @@ def data(tmp_path_factory):
     return folder
 
 
-def ask(name, data, **more):
+def options_for(name, data, **more):
     lengths = {"mtob": (), "longbench2": ()}.get(name, (4096,))
-    return Ask(BYTES, **{"lengths": lengths, "data": data if name in ("ruler", "mtob", "longbench2") else None,
+    return SuiteOptions(BYTES, **{"lengths": lengths, "data": data if name in ("ruler", "mtob", "longbench2") else None,
                          "examples": 3, **more})
 
 
 def made(name, data, **more):
-    return [(task, task.make()) for task in SUITES[name].plan(ask(name, data, **more))]
+    return [(task, task.make()) for task in SUITES[name].plan(options_for(name, data, **more))]
 
 
 @pytest.mark.parametrize("name", TEXT)
@@ -148,16 +148,16 @@ def test_the_same_seed_gives_the_same_examples(name, data):
 
 
 @pytest.mark.parametrize("name", TEXT)
-def test_who_reads_by_rule_is_always_right_and_who_is_blind_by_chance(name, data, tmp_path):
+def test_a_rule_is_always_right_and_a_blind_guess_at_chance_level(name, data, tmp_path):
     rows = {example.prompt: task.row for task, example in made(name, data, examples=10)} if name == "ruler" else {}
 
-    def seeing(prompt, steps, stop):
+    def solve(prompt, steps, stop):
         output = BY_RULE[rows.get(prompt, name)](prompt)
-        assert len(output.encode()) <= steps, "the budget is too small for the answer"
+        assert len(output.encode()) <= steps, "too few steps for the answer"
         return output
 
     sure = lambda ids_T, next_T: (np.zeros(len(ids_T)), associated(ids_T, next_T)[1])
-    best = run(name, ask(name, data, examples=10), Reader(seeing, sure), tmp_path / "best", {})
+    best = run(name, options_for(name, data, examples=10), ModelInterface(solve, sure), tmp_path / "best", {})
     perfect = {"accuracy": 1, "chrF": 100, "perplexity": 1}[SUITES[name].unit]
     assert all(score == pytest.approx(perfect) for cells in best["scores"].values() for score in cells.values())
     assert best["score"] == pytest.approx(perfect)
@@ -165,14 +165,14 @@ def test_who_reads_by_rule_is_always_right_and_who_is_blind_by_chance(name, data
     chance = {"longbench2": 0.25, "mqar": 1 / 128, "position": 264}.get(name, 0)
     draw = np.random.default_rng(0)
     guess = lambda prompt, steps, stop: "The correct answer is A" if name == "longbench2" else prompt.rsplit("\n", 1)[-1]
-    blind = Reader(guess, lambda ids_T, next_T: (np.full(len(ids_T), np.log(264)), draw.integers(128, 256, len(ids_T))))
-    worst = run(name, ask(name, data, examples=10), blind, tmp_path / "blind", {})
-    assert worst["score"] == pytest.approx(chance, abs=12 if name == "mtob" else 0.03)       # chrF likes any letter
+    blind = ModelInterface(guess, lambda ids_T, next_T: (np.full(len(ids_T), np.log(264)), draw.integers(128, 256, len(ids_T))))
+    worst = run(name, options_for(name, data, examples=10), blind, tmp_path / "blind", {})
+    assert worst["score"] == pytest.approx(chance, abs=12 if name == "mtob" else 0.03)       # chrF gives points for any letter
 
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    """A tokenizer of words and of single signs, none of which it knows."""
+    """A tokenizer that splits a text into words and punctuation; all of them are unknown tokens."""
     path = tmp_path_factory.mktemp("words") / "tokenizer.json"
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -184,9 +184,9 @@ def words(tmp_path_factory):
 @pytest.mark.parametrize("name", [name for name in TEXT if name not in ("mtob", "longbench2", "mqar")])
 def test_prompts_have_the_length_asked_for(name, data, words):
     for tokenizer, lengths in ((BYTES, (3000, 4096, 9000)), (words, (1000, 5000))):
-        for task in SUITES[name].plan(ask(name, data, examples=2, lengths=lengths)._replace(tokenizer=tokenizer)):
+        for task in SUITES[name].plan(options_for(name, data, examples=2, lengths=lengths)._replace(tokenizer=tokenizer)):
             prompt = task.make().prompt
-            size = examples.count(prompt, tokenizer) if isinstance(prompt, str) else len(prompt)
+            size = examples.count_tokens(prompt, tokenizer) if isinstance(prompt, str) else len(prompt)
             unit = UNITS[task.row if name == "ruler" else name]
             assert int(task.column) - unit < size <= int(task.column), task
 
@@ -195,45 +195,45 @@ def test_fit_builds_few_prompts_and_finds_the_boundary():
     draw = np.random.default_rng(0)
     for length, sizes in ((10**6, draw.integers(1, 12, 10**6)), (10**5, np.r_[[1] * 20_000, [500] * 1000]), (50, [7] * 20)):
         ends, built = np.r_[0, np.cumsum(sizes)], []
-        n, text = examples.fit(lambda n: built.append(n) or "x" * (9 + ends[n]), length, BYTES, "x", len(sizes))
+        n, text = examples.fit_to_length(lambda n: built.append(n) or "x" * (9 + ends[n]), length, BYTES, "x", len(sizes))
         assert len(text) + 1 <= length < 10 + ends[n + 1] and len(built) < 40
-    found = [examples.fit(lambda n: "x" * n, 99, BYTES, "x", most)[0] for most in (0, 1, 5, 98, 99, 200)]
+    found = [examples.fit_to_length(lambda n: "x" * n, 99, BYTES, "x", most)[0] for most in (0, 1, 5, 98, 99, 200)]
     assert found == [0, 1, 5, 98, 98, 98]
     with pytest.raises(ConfigError, match="length 9 is too short for x, whose shortest prompt has 11 tokens"):
-        examples.fit(lambda n: "x" * (n + 10), 9, BYTES, "x")
-    with pytest.raises(ConfigError, match="the tokenizer makes 2 tokens of .* units of text"):
-        examples.fit(lambda n: "x", 9, BYTES, "x")
+        examples.fit_to_length(lambda n: "x" * (n + 10), 9, BYTES, "x")
+    with pytest.raises(ConfigError, match="the tokenizer does not split the text: it makes 2 tokens of"):
+        examples.fit_to_length(lambda n: "x", 9, BYTES, "x")
 
 
 def written(path, name, **asked):
-    """The documents that training reads of a written suite, in the file's order."""
-    count = runner.write(name, path, **{"examples": 4, **asked})
+    """Writes a suite's examples and returns the documents that training reads, in the file's order."""
+    count = runner.write_examples(name, path, **{"examples": 4, **asked})
     found = [d for part in ("train", "validation", "test") for d in sources.documents(str(path), part)]
     assert len(found) == count
     return [content for _, content in sorted(found, key=lambda d: int(d[0].split(":")[1]))]
 
 
-def test_a_file_stays_where_writing_fails(tmp_path):
+def test_a_file_is_kept_if_writing_fails(tmp_path):
     (tmp_path / "a.jsonl").write_text("kept")
     with pytest.raises(ConfigError, match="too short"):
-        runner.write("needle", tmp_path / "a.jsonl", lengths=(1000, 30), examples=1)
+        runner.write_examples("needle", tmp_path / "a.jsonl", lengths=(1000, 30), examples=1)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.jsonl", "kept")]
 
 
 @pytest.mark.parametrize("name", ["needle", "mr-niah", *ruler.NIAH, "vt", "cwe", "fwe"])
-def test_who_reads_by_rule_completes_what_is_written_to_train_on(name, tmp_path):
+def test_training_examples_are_solved_by_the_rule(name, tmp_path):
     suite, rows = ("ruler", (name,)) if name not in SUITES else (name, ())
     for prompt, completion in written(tmp_path / "a.jsonl", suite, rows=rows, lengths=(3000,)):
         found = BY_RULE[name](prompt.decode())
-        found = dialogue.components(found) if name == "mr-niah" else re.split(", | ", found)
+        found = mr_niah.components(found) if name == "mr-niah" else re.split(", | ", found)
         assert sorted(completion.decode().removeprefix(" ").split(", ")) == sorted(found)
 
 
-def test_what_is_written_hangs_on_the_seed_alone_and_is_none_of_the_evaluation(tmp_path):
+def test_training_examples_depend_on_the_seed_only_and_differ_from_evaluation(tmp_path):
     first, second, other = (written(tmp_path / f"{n}.jsonl", "needle", lengths=(600,), seed=seed)
                             for n, seed in enumerate((0, 0, 1)))
     assert first == second and not set(first) & set(other)
-    asked = ask("needle", None, lengths=(600,), examples=4)
+    asked = options_for("needle", None, lengths=(600,), examples=4)
     evaluated = [task.make() for task in SUITES["needle"].plan(asked)]
     assert not {e.answers[0] for e in evaluated} & {completion.decode()[1:] for _, completion in first}
     train, held_out = (" ".join(haystack._words(*parts)) for parts in (("train",), ("test", "validation")))
@@ -243,18 +243,18 @@ def test_what_is_written_hangs_on_the_seed_alone_and_is_none_of_the_evaluation(t
         assert longest in train and longest not in held_out
 
 
-def test_a_needle_again_is_written_to_train_on_alone(tmp_path):
+def test_the_row_again_is_for_training_only(tmp_path):
     gaps = set()
     for prompt, completion in written(tmp_path / "a.jsonl", "needle", rows=("again",), lengths=(256,), examples=20):
         number = re.fullmatch(rb"The special magic \w+ number is: (\d{7})\.", prompt)[1]
-        said = re.findall(rb" (\d+)(\.+)", completion)
-        assert {one for one, _ in said} == {number} and len(said) > 9 and len(prompt + completion) + 1 <= 256
-        gaps |= {len(dots) for _, dots in said}
+        repeats = re.findall(rb" (\d+)(\.+)", completion)
+        assert {one for one, _ in repeats} == {number} and len(repeats) > 9 and len(prompt + completion) + 1 <= 256
+        gaps |= {len(dots) for _, dots in repeats}
     assert gaps == set(range(1, 9))
     with pytest.raises(ConfigError, match="--rows: there is no row 'again'"):
         made("needle", None, rows=("again",))
-    with pytest.raises(ConfigError, match="mtob is to be evaluated on"):
-        runner.write("mtob", tmp_path / "b.jsonl")
+    with pytest.raises(ConfigError, match="mtob is for evaluation only"):
+        runner.write_examples("mtob", tmp_path / "b.jsonl")
 
 
 def test_mqar_is_written_as_ids_with_their_targets(tmp_path):
@@ -266,32 +266,33 @@ def test_mqar_is_written_as_ids_with_their_targets(tmp_path):
 
 def test_depth_is_where_the_needle_is():
     for depth in (0, 30, 50, 100):
-        found = needle.example(20_000, str(depth), (0, 0), Ask(BYTES))
+        found = needle.example(20_000, str(depth), (0, 0), SuiteOptions(BYTES))
         text = found.prompt.split("\n\n")[1]
         assert 100 * text.index("The special magic") / len(text) == pytest.approx(depth, abs=3)
 
 
-def test_text_of_the_training_part_is_marked():
+def test_text_of_the_training_split_is_marked():
     held_out = haystack._words("test", "validation")
-    found = needle.example(1_300_000, "70", (0, 0), Ask(BYTES))         # the held-out files are 1.04 MB
+    found = needle.example(1_300_000, "70", (0, 0), SuiteOptions(BYTES))         # the held-out files are 1.04 MB
     assert found.meta["seen"] and magic(found.prompt) == found.answers[0]
-    assert not needle.example(900_000, "70", (0, 1), Ask(BYTES)).meta["seen"]
-    essay = haystack.Essay(examples.draws(0), 10**9)
-    assert essay.take(len(held_out)) == held_out and not essay.seen(len(held_out)) and essay.seen(len(held_out) + 1)
+    assert not needle.example(900_000, "70", (0, 1), SuiteOptions(BYTES)).meta["seen"]
+    essay = haystack.Essay(examples.make_rng(0), 10**9)
+    assert essay.take(len(held_out)) == held_out and not essay.uses_training_text(len(held_out))
+    assert essay.uses_training_text(len(held_out) + 1)
     every = len(held_out) + len(haystack._words("train"))
-    assert essay.take(every + 5)[-5:] == held_out[:5]       # and then it begins again
+    assert essay.take(every + 5)[-5:] == held_out[:5]       # then the text starts again
 
 
 def test_ruler_has_its_parameters():
     def shape(task, length=8192):
-        return ruler.example(length, task, (0, 0), Ask(BYTES))
+        return ruler.example(length, task, (0, 0), SuiteOptions(BYTES))
     keys = lambda e: len(set(re.findall(r"One secret \w+ for ([\w-]+) is", e.prompt)))
     values = lambda e: len(re.findall(r"One secret \w+ for", e.prompt))
     counts = {task: (keys(shape(task)), values(shape(task)), len(shape(task).answers)) for task in ruler.NIAH}
     assert counts["niah_single_1"] == counts["niah_single_2"] == counts["niah_single_3"] == (1, 1, 1)
     assert counts["niah_multikey_1"] == (4, 4, 1) and counts["niah_multivalue"] == (1, 4, 4)
     assert counts["niah_multiquery"] == (4, 4, 4)
-    assert min(counts[f"niah_multikey_{n}"][0] for n in (2, 3)) > 50       # haystacks of needles
+    assert min(counts[f"niah_multikey_{n}"][0] for n in (2, 3)) > 50       # the haystack consists of needles
     assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", shape("niah_multikey_3").answers[0])
     assert re.fullmatch(r"\d{7}", shape("niah_multikey_2").answers[0])
     assert len(shape("vt").answers) == 5 and all(re.fullmatch("[A-Z]{5}", name) for name in shape("vt").answers)
@@ -304,22 +305,22 @@ def test_ruler_has_its_parameters():
     assert ranks == pytest.approx([ranks[0] / n**2 for n in (1, 2, 3, 4, 5)], abs=1)         # zeta with alpha 2
 
 
-def test_mqar_is_zoologys():
-    found = recall.example(65, "16", (0, 0), Ask(BYTES))
+def test_mqar_follows_zoology():
+    found = mqar.example(65, "16", (0, 0), SuiteOptions(BYTES))
     asked = np.flatnonzero(found.answers >= 0)
     keys, values = found.prompt[1:33:2], found.prompt[2:34:2]
     assert len(found.prompt) == 65 and found.prompt[0] == 256 and len(asked) == 16 and asked.min() >= 33
     assert len(set(keys)) == len(set(values)) == 16 and max(keys) < 128 <= min(values)
     assert dict(zip(found.prompt[asked], found.answers[asked])) == dict(zip(keys, values))
     with pytest.raises(ConfigError, match="16 pairs need 65 tokens, length 64 is too short"):
-        recall.example(64, "16", (0, 0), Ask(BYTES))
-    with pytest.raises(ConfigError, match="200 pairs are not among 1 to 128"):
-        recall.example(2000, "200", (0, 0), Ask(BYTES))
+        mqar.example(64, "16", (0, 0), SuiteOptions(BYTES))
+    with pytest.raises(ConfigError, match="--rows 200 must be between 1 and 128 pairs"):
+        mqar.example(2000, "200", (0, 0), SuiteOptions(BYTES))
 
 
-def test_dialogues_ask_for_one_of_two_alike():
+def test_dialogues_ask_for_one_of_two_equal_requests():
     for depth, place in (("25", "first"), ("50", "second"), ("75", "second")):
-        found = dialogue.example(20_000, depth, (0, 0), Ask(BYTES))
+        found = mr_niah.example(20_000, depth, (0, 0), SuiteOptions(BYTES))
         assert f"Please repeat the {place}" in found.prompt.rsplit("\n", 2)[1]
         at = found.prompt.index(found.answers[0])
         assert 100 * at / len(found.prompt) == pytest.approx(int(depth), abs=5)
@@ -334,42 +335,44 @@ def test_dialogues_ask_for_one_of_two_alike():
     ("身披黑衣，步伐缓慢，\n在风中，它们微笑。", ["身披黑衣", "步伐缓慢", "在风中", "它们微笑"]),
     ("蛙声阵阵，此起彼伏。\n树下，有人下棋。", ["蛙声阵阵，此起彼伏", "树下，有人下棋"]),
 ])
-def test_labels_fall_into_components(label, parts):
-    assert dialogue.components(label) == parts
+def test_labels_are_split_into_components(label, parts):
+    assert mr_niah.components(label) == parts
 
 
 def test_released_dialogues_are_read_and_scored(data):
-    tasks = SUITES["mr-niah"].plan(Ask(BYTES, data=data / "released"))
+    tasks = SUITES["mr-niah"].plan(SuiteOptions(BYTES, data=data / "released"))
     assert [task[:3] for task in tasks] == [(depth, "2048", index) for index in (0, 1) for depth in ("25", "50", "75")]
     found = tasks[0].make()
     assert found.prompt.startswith("User: A poem\nAssistant: Red as fire,\nsoft as snow.\nUser: Please")
     assert found.prompt.endswith("\nAssistant:") and found.answers == ("Red as fire", "soft as snow")
-    scores = [dialogue.score(said, found) for said in ("Red as fire, soft as snow", "soft as snow", "Sorry: Red as fire", "")]
+    scores = [mr_niah.score(said, found) for said in ("Red as fire, soft as snow", "soft as snow", "Sorry: Red as fire", "")]
     assert scores == [1, 0.5, 0, 0]
-    assert len(SUITES["mr-niah"].plan(Ask(BYTES, data=data / "released", rows=("25",), examples=1, lengths=(2048,)))) == 1
+    options = SuiteOptions(BYTES, data=data / "released", rows=("25",), examples=1, lengths=(2048,))
+    assert len(SUITES["mr-niah"].plan(options)) == 1
 
 
-@pytest.mark.parametrize("said, letter", [
+@pytest.mark.parametrize("output, letter", [
     ("The correct answer is (B)", "B"), ("The correct answer is **C**.", "C"), ("The correct answer is (A), not (B)", "A"),
     ("(D)", None), ("the correct answer is (A)", None), ("The correct answer is A or The correct answer is (D)", "D")])
-def test_longbench_answers_are_extracted_by_its_rule(said, letter):
-    assert longbench.extract(said) == letter
+def test_longbench_answers_are_extracted_by_its_rule(output, letter):
+    assert longbench.extract(output) == letter
 
 
 def test_longbench_prompts_lose_their_middle(data, words):
     (_, whole), *_ = made("longbench2", data)
     for tokenizer in (BYTES, words):
         text = whole.prompt if tokenizer is BYTES else "x " * 900
-        cut = longbench.without_middle(text, 400, tokenizer)
-        assert examples.count(cut, tokenizer) <= 400
-    ask = Ask(BYTES, data=data / "data.json", context=400)
-    found = next(iter(SUITES["longbench2"].plan(ask))).make()
-    assert examples.count(found.prompt, BYTES) == 399 and found.meta["cut"] and not whole.meta["cut"]
+        cut = longbench.remove_middle(text, 400, tokenizer)
+        assert examples.count_tokens(cut, tokenizer) <= 400
+    options = SuiteOptions(BYTES, data=data / "data.json", context=400)
+    found = next(iter(SUITES["longbench2"].plan(options))).make()
+    assert examples.count_tokens(found.prompt, BYTES) == 399 and found.meta["cut"] and not whole.meta["cut"]
     assert found.prompt[:199] == whole.prompt[:199] and found.prompt[-199:] == whole.prompt[-199:]
-    assert examples.count(longbench.without_middle("é" * 900, 400, BYTES), BYTES) <= 400      # 199 bytes are 99 é and a half
+    shortened = longbench.remove_middle("é" * 900, 400, BYTES)      # 199 bytes end in the middle of an é
+    assert examples.count_tokens(shortened, BYTES) <= 400
 
 
-def test_mtob_takes_as_much_of_the_book_as_fits(data):
+def test_mtob_uses_as_much_of_the_book_as_fits(data):
     books = [(len(e.prompt), e.meta["book"]) for task, e in made("mtob", data, lengths=(1200, 2000), rows=("ke",))]
     books += [(len(e.prompt), e.meta["book"]) for task, e in made("mtob", data, rows=("ke",))]
     assert 1190 < books[0][0] < 1200 and 1990 < books[1][0] < 2000 and books[2][0] > 4500
@@ -377,34 +380,34 @@ def test_mtob_takes_as_much_of_the_book_as_fits(data):
 
 
 def test_lengths():
-    shown = [examples.show_length(str(n)) for n in (512, 1024, 1536, 4 * 1024**2, 10**6)]
-    assert shown == ["512", "1k", "1536", "4m", "1000000"]
+    formatted = [examples.format_length(str(n)) for n in (512, 1024, 1536, 4 * 1024**2, 10**6)]
+    assert formatted == ["512", "1k", "1536", "4m", "1000000"]
 
 
 @pytest.mark.parametrize("name, broken, message", [
-    ("ruler", None, "qa_1 needs a file squad.json of yours: give its folder as --data DIR"),
-    ("ruler", {"squad.json": None}, "qa_1: no file "),
+    ("ruler", None, "qa_1 needs your file squad.json: give its folder as --data DIR"),
+    ("ruler", {"squad.json": None}, "qa_1: there is no file "),
     ("ruler", {"squad.json": {"rows": []}}, "squad.json: an entry lacks the column 'data' (list)"),
     ("ruler", {"squad.json": {"data": [{"paragraphs": [{"context": "a"}]}]}}, "squad.json: an entry lacks the column 'qas'"),
-    ("ruler", {"squad.json": {"data": []}}, "squad.json holds no question that has an answer"),
-    ("ruler", {"hotpotqa.json": {"data": 1}}, "hotpotqa.json needs an array of objects, this is dict"),
+    ("ruler", {"squad.json": {"data": []}}, "squad.json contains no question with an answer"),
+    ("ruler", {"hotpotqa.json": {"data": 1}}, "hotpotqa.json must contain an array of objects, this is dict"),
     ("ruler", {"hotpotqa.json": [{"question": "a", "context": []}]}, "an entry lacks the column 'answer' (str)"),
     ("mtob", {"wordlist.json": {"ek": {}}}, "wordlist.json: an entry lacks the column 'ke' (dict)"),
     ("mtob", {"test_examples_ek.json": [{"original": "a"}]}, "test_examples_ek.json: an entry lacks the column 'ground_truth'"),
-    ("mtob", {"grammar_book.txt": None}, "mtob: no file "),
-    ("ruler", {"hotpotqa.json": [{"context": [["a"]]}]}, "column 'context' needs [title, [sentence, ...]] for each document"),
+    ("mtob", {"grammar_book.txt": None}, "mtob: there is no file "),
+    ("ruler", {"hotpotqa.json": [{"context": [["a"]]}]}, "column 'context' must have [title, [sentence, ...]]"),
     ("mtob", {"test_examples_ek.json": [{"original": 3}]}, "test_examples_ek.json: an entry lacks the column 'original' (str)"),
-    ("mtob", {"test_examples_ek.json": '[{"original": "\\ud800"}]'}, "column 'original' is no text"),
+    ("mtob", {"test_examples_ek.json": '[{"original": "\\ud800"}]'}, "column 'original' is not valid text"),
     ("mr-niah", {"a.jsonl": b"\xff"}, "a.jsonl:1 is not JSON ("),
     ("longbench2", {"data.json": "{"}, "data.json is not JSON ("),
     ("longbench2", {"data.json": [{"question": "a"}]}, "entry 1: an entry lacks the column 'choice_A' (str)"),
-    ("longbench2", {"data.json": ["a"]}, "data.json: each entry needs an object, this one is str"),
-    ("longbench2", {}, "column 'difficulty' is 'fair', none of easy, hard"),
+    ("longbench2", {"data.json": ["a"]}, "data.json: each entry must be an object, this one is str"),
+    ("longbench2", {}, "column 'difficulty' is 'fair', but must be one of easy, hard"),
     ("mr-niah", {"a.jsonl": '{"label": "a"}\n'}, "a.jsonl:1: an entry lacks the column 'messages' (list)"),
     ("mr-niah", {"a.jsonl": "{}\n{"}, "a.jsonl:2 is not JSON ("),
     ("mr-niah", {}, "mr-niah: no .jsonl file in --data "),
 ])
-def test_what_is_wrong_with_the_users_files_is_named(name, broken, message, data, tmp_path):
+def test_errors_in_the_users_files_are_named(name, broken, message, data, tmp_path):
     for path in data.glob("*.*") if name != "mr-niah" else ():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     if "difficulty" in message:
@@ -417,20 +420,20 @@ def test_what_is_wrong_with_the_users_files_is_named(name, broken, message, data
             (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     rows = {"ruler": ("qa_1", "qa_2")}.get(name, ())
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
-        for task in SUITES[name].plan(Ask(BYTES, data=None if broken is None else tmp_path, rows=rows)):
+        for task in SUITES[name].plan(SuiteOptions(BYTES, data=None if broken is None else tmp_path, rows=rows)):
             task.make()
     assert "\n" not in str(error.value)
 
 
-def test_rows_that_are_not_there():
+def test_unknown_rows():
     for name, row, message in (("ruler", "niah_singl_1", "did you mean niah_single_1?"), ("needle", "101", "known: 0, 10"),
                                ("mr-niah", "30", "known: 25, 50, 75"), ("mqar", "many", "known: 4, 16, 64")):
         with pytest.raises(ConfigError, match=re.escape(message)):
-            list(SUITES[name].plan(Ask(BYTES, rows=(row,))))
-    assert {task.row for task in SUITES["needle"].plan(Ask(BYTES, rows=("33", "50")))} == {"33", "50"}
+            list(SUITES[name].plan(SuiteOptions(BYTES, rows=(row,))))
+    assert {task.row for task in SUITES["needle"].plan(SuiteOptions(BYTES, rows=("33", "50")))} == {"33", "50"}
 
 
-def test_a_missing_package_is_told_with_its_extra(monkeypatch, data):
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, data):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=re.escape("sacrebleu, which is not installed: pip install 'mmx[eval]'")):
-        SUITES["mtob"].plan(Ask(BYTES, data=data))
+        SUITES["mtob"].plan(SuiteOptions(BYTES, data=data))

@@ -160,7 +160,7 @@ def _record(path: Path) -> None:
         bos = int((rows["tokens"] == BOS).sum())
         sums = [zlib.crc32(b"".join(rows[name][row].tobytes() for name in sorted(rows))) for row in range(len(rows["tokens"]))]
         with path.open("a") as file:
-            file.write(json.dumps({"micro": micro, "first": self._own.start, "rows": sums, "bos": bos}) + "\n")
+            file.write(json.dumps({"micro": micro, "first": self._own_rows.start, "rows": sums, "bos": bos}) + "\n")
         return rows
     pipeline.Stream.next = next_
 

@@ -16,7 +16,8 @@ from PIL import Image
 from mmx import config
 from mmx.analysis.counts import count_params
 from mmx.checkpoints import hf_config, hf_layout, safetensors
-from mmx.data import captions, images, records, sources, tokens
+from mmx.data import captions, images, sources, tokens
+from mmx.data.document_types import ImageText, TokenIds
 from mmx.files import untrusted
 
 MODEL = config.Model(vocab=270, dim=4, layers=2, pattern="LS", heads=2, kv_heads=1, head_dim=2, rotary_dim=2, experts=2,
@@ -176,9 +177,9 @@ def source_files():
 def read_sources(folder: Path):
     found = sources.documents(str(folder), "train")
     for name, content in found:
-        if isinstance(content, records.Pictured):
+        if isinstance(content, ImageText):
             assert all(Path(image).resolve().is_relative_to(folder.resolve()) for image in content.images)
-        elif isinstance(content, records.Ids):
+        elif isinstance(content, TokenIds):
             tokens.check_ids(tokens.Bytes(), content.tokens_T.tolist(), name)
 
 
@@ -198,18 +199,18 @@ def suite_files():
 
 
 def read_suites(folder: Path):
-    from mmx.evals import dialogue, longbench, ruler, translation
-    from mmx.evals.examples import Ask
+    from mmx.evals import longbench, mr_niah, mtob, ruler
+    from mmx.evals.examples import SuiteOptions
 
     errors = []
-    for plan, where in ((longbench.plan, folder), (translation.plan, folder), (dialogue.plan, folder / "niah"),
+    for plan, where in ((longbench.plan, folder), (mtob.plan, folder), (mr_niah.plan, folder / "niah"),
                         (ruler.squad.__wrapped__, folder / "squad.json"), (ruler.hotpot.__wrapped__, folder / "hotpotqa.json"),
                         (untrusted.read_text, folder / "grammar_book.txt")):
         try:
             if plan in (ruler.squad.__wrapped__, ruler.hotpot.__wrapped__, untrusted.read_text):
                 plan(where)
             else:
-                for task in plan(Ask(tokenizer=tokens.Bytes(), data=where))[:3]:
+                for task in plan(SuiteOptions(tokenizer=tokens.Bytes(), data=where))[:3]:
                     task.make()
         except config.ConfigError as error:
             errors.append(error)

@@ -1,29 +1,29 @@
-"""Data sets that lie on this machine, for the tasks beside: lm-eval's `--metadata data=PATH` says where."""
+"""Loads local data sets for the tasks in this folder. lm-eval's `--metadata data=PATH` names the path."""
 from pathlib import Path
 
 import datasets
 from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer  # noqa: F401 (wikitext2_local.yaml)
 
 from mmx.config import ConfigError
-from mmx.evals.files import column, records
+from mmx.evals.user_files import column, records
 from mmx.files import untrusted
 
 
 def blimp(data=None, paradigm="*", **metadata):
-    """The minimal pairs of a folder of BLiMP's JSON lines, of one paradigm or of all."""
+    """The minimal pairs in a folder of BLiMP's .jsonl files, of one paradigm or of all."""
     files = sorted(Path(str(data)).glob(f"{paradigm}.jsonl"))
     if not files:
-        raise ConfigError(f"--metadata data={data} paradigm={paradigm}: give the folder of BLiMP's .jsonl files as data, and "
-                          "the name of one as paradigm, or none")
+        raise ConfigError(f"--metadata data={data} paradigm={paradigm}: no such file; data must be the folder of BLiMP's "
+                          ".jsonl files, and paradigm the name of one of them (or left out)")
     return {"test": datasets.Dataset.from_list([
         {key: column(pair, key, file, str) for key in ("sentence_good", "sentence_bad")}
         for file in files for pair in records(file)])}
 
 
 def wikitext(data=None, **metadata):
-    """The articles of a WikiText file, cut at their titles: lines such as " = Robert Boulter = "."""
+    """The articles of a WikiText file, split at their titles: lines such as " = Robert Boulter = "."""
     if not Path(str(data)).is_file():
-        raise ConfigError(f"--metadata data={data}: give a file of WikiText as data, such as wikitext-2/test.txt")
+        raise ConfigError(f"--metadata data={data}: data must be a file of WikiText, such as wikitext-2/test.txt")
     pages = [""]
     for line in untrusted.read_text(data).splitlines(keepends=True):
         words = line.split()

@@ -9,7 +9,8 @@ import re
 from mmx import config
 from mmx.analysis.counts import flops_training
 from mmx.config import ConfigError, Experiment
-from mmx.data import records, sources, tokens
+from mmx.data import sources, tokens
+from mmx.data.document_types import ImageText
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,4 +112,4 @@ def _check_experiment(e: Experiment, has_held_out) -> None:
 
 def _has_held_out(source: str) -> bool:
     """Whether a source has held-out text or ids; there is no loss on held-out images."""
-    return source == "sotu" or any(not isinstance(raw, records.Pictured) for _, raw in sources.documents(source, "validation"))
+    return source == "sotu" or any(not isinstance(raw, ImageText) for _, raw in sources.documents(source, "validation"))

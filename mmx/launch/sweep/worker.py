@@ -99,9 +99,9 @@ def _evaluate(e: Experiment, folder: Path) -> dict:
     """
     found = {"bits_per_byte": None}
     if pipeline.held_out_ids(e.data):
-        from mmx.evals import answers
+        from mmx.evals import accuracy
 
-        found |= answers.measure(folder)
+        found |= accuracy.measure(folder)
     if pipeline.validation(e.data):
         from mmx.evals import compression
 

@@ -1,4 +1,4 @@
-"""The share of held-out answers that a run gives: against a reading of each document by itself."""
+"""Accuracy on held-out documents, compared with a separate evaluation of each document."""
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from mmx import config
 from mmx.checkpoints.convert import load
 from mmx.data import pipeline
-from mmx.evals import answers
+from mmx.evals import accuracy
 from mmx.model import logits
 from mmx.training.run import train
 
@@ -26,20 +26,20 @@ def run(tmp_path_factory):
     return workdir
 
 
-def test_against_each_document_by_itself(run):
-    """Two documents of 8 fill a row of 18 with a half; targets without an answer and rows that fill a batch do not count."""
+def test_accuracy_equals_that_of_separate_documents(run):
+    """A row of 18 contains two documents of 8. Tokens without a target and rows that only pad the batch do not count."""
     loaded = load(run)
     forward = jax.jit(lambda ids_T: logits(loaded.params, loaded.model.apply({"params": loaded.params}, ids_T[None])[0])[0])
-    found, data = answers.measure(run), config.from_json((run / "config.json").read_text()).data
+    found, data = accuracy.measure(run), config.from_json((run / "config.json").read_text()).data
     assert list(found["by_source"]) == list(SOURCES)
     for source, documents in pipeline.held_out_ids(data).items():
-        met, nats = [], []
+        correct, nats = [], []
         for ids_T, targets_T in documents:
-            asked = np.flatnonzero(targets_T >= 0)
-            shares_TW = jax.nn.log_softmax(forward(jnp.asarray(ids_T)))[asked]
-            met += (shares_TW.argmax(1) == targets_T[asked]).tolist()
-            nats += (-shares_TW[np.arange(len(asked)), targets_T[asked]]).tolist()
-        assert len(met) == 2 * len(documents)
-        assert found["by_source"][source] == pytest.approx({"loss": np.mean(nats), "accuracy": np.mean(met)}, rel=1e-4)
-    for name in ("loss", "accuracy"):       # sources weigh alike
+            targets_at = np.flatnonzero(targets_T >= 0)
+            logp_TW = jax.nn.log_softmax(forward(jnp.asarray(ids_T)))[targets_at]
+            correct += (logp_TW.argmax(1) == targets_T[targets_at]).tolist()
+            nats += (-logp_TW[np.arange(len(targets_at)), targets_T[targets_at]]).tolist()
+        assert len(correct) == 2 * len(documents)
+        assert found["by_source"][source] == pytest.approx({"loss": np.mean(nats), "accuracy": np.mean(correct)}, rel=1e-4)
+    for name in ("loss", "accuracy"):       # sources have equal weight
         assert found[name] == pytest.approx(np.mean([found["by_source"][source][name] for source in SOURCES]))
