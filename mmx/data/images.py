@@ -262,8 +262,8 @@ def _open(source, whole: bool = True):
 def _open_file(path, whole: bool, stack):
     """A binary file object; `stack` closes it."""
     if not whole:
-        return stack.enter_context(untrusted.opened(path, FILE_BYTES))
-    raw = untrusted.content(path, FILE_BYTES)
+        return stack.enter_context(untrusted.open_file(path, FILE_BYTES))
+    raw = untrusted.read_bytes(path, FILE_BYTES)
     scans = raw.count(b"\xff\xda") if raw[:2] == b"\xff\xd8" else 0
     if scans > SCANS:
         raise ConfigError(f"image {str(path)!r} is a JPEG of {scans:,} scans, more than the limit of {SCANS}: save it again "

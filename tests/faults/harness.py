@@ -186,7 +186,7 @@ def checkpoint_state(workdir: Path) -> dict[str, bytes]:
     """Parameters, optimizer and data state of the last checkpoint, without the training time."""
     from mmx.checkpoints import manager
     step = manager.find_step(workdir)[1]
-    found = {f"{item}/{'.'.join(path)}": manager.read(array).tobytes()
+    found = {f"{item}/{'.'.join(path)}": manager.read_slice(array).tobytes()
              for item in ("params", "opt") for path, array in manager.open_arrays(step, item).items()}
     data = json.loads((step / "data" / "metadata").read_text())
     return found | {"step": step.name, "data": json.dumps({k: v for k, v in data.items() if k != "seconds"}, sort_keys=True)}
