@@ -1,6 +1,6 @@
 """Which layers find a needle: lightning, softmax, or both? Three kinds of one size learn at 1K and are read to 16K.
 
-    python benchmarks/needle.py --run needle            # documents, mmx sweep of nine runs, readings, tables; or one run:
+    python experiments/measure/needle.py --run needle            # documents, mmx sweep of nine runs, readings, tables; or one run:
     mmx examples --suite needle --rows again --lengths 128 --examples 4000 --seed 1 --out needle-data/again.jsonl
     mmx examples --suite needle --lengths 192,256,512,1k --examples 150 --seed 1 --out needle-data/needle.jsonl
     mmx train --config experiments/needle.py:hybrid --workdir needle-hybrid         # or softmax, or lightning

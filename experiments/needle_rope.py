@@ -1,6 +1,6 @@
 """Does a needle show how far half RoPE reaches? None, half and full RoPE, trained at 256 bytes, asked at up to 2,048.
 
-    python benchmarks/needle.py --experiment needle_rope --run needle-rope  # documents, mmx sweep of 18 runs, readings; or one:
+    python experiments/measure/needle.py --experiment needle_rope --run needle-rope  # documents, mmx sweep of 18 runs, readings; or one:
     mmx examples --suite needle --rows again --lengths 128 --examples 4000 --seed 1 --out needle-rope-data/again.jsonl
     mmx examples --suite needle --lengths 192,256 --examples 300 --seed 1 --out needle-rope-data/needle.jsonl
     mmx train --config experiments/needle_rope.py:hybrid,16,0 --workdir needle-rope-one

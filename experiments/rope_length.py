@@ -2,7 +2,7 @@
 
     mmx sweep --config experiments/rope_length.py --out rope_length --jobs 6            # or one run, and its reading:
     mmx train --config experiments/rope_length.py:8,S,3e-3,0 --workdir rope-one
-    python benchmarks/rope_length.py --run rope_length      # the sweep's rows with the loss by place: rope_length.jsonl
+    python experiments/measure/rope_length.py --run rope_length      # the sweep's rows with the loss by place: rope_length.jsonl
 
 Protocol: four layers, 64 wide, dense, heads of 16 dims of which 0, 8 or 16 turn, base 10,000; softmax alone (S), and the hybrid
 (LLLS), whose lightning layers know nothing of positions. Bytes of the embedded corpus in rows of 256; read are rows of 2,048

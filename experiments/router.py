@@ -1,6 +1,6 @@
 """What do dropped tokens cost, and does one capacity for all shards of a batch drop fewer than one for each? On real routing.
 
-    python benchmarks/router.py --run router        # mmx sweep of three seeds, readings of held-out text, rows; or one:
+    python experiments/measure/router.py --run router        # mmx sweep of three seeds, readings of held-out text, rows; or one:
     mmx train --config experiments/router.py:0 --workdir router-0
 
 Protocol: four layers LLLS, 64 wide, 8 experts of 64, top-2, aux 0.01, trained on bytes of the embedded corpus without dropping;

@@ -20,7 +20,7 @@ from mmx.model import Model, logits
 from mmx.training.loss import loss
 
 ROOT = Path(__file__).parent.parent
-PADDING = runpy.run_path(str(ROOT / "benchmarks" / "padding.py"))
+PADDING = runpy.run_path(str(ROOT / "experiments" / "measure" / "padding.py"))
 LENGTH = runpy.run_path(str(ROOT / "benchmarks" / "length.py"))
 
 
@@ -260,7 +260,7 @@ def test_rope_length_is_told_near_and_far(tmp_path, monkeypatch):
 
 def test_loss_by_place(monkeypatch):
     """Against each row's log-probabilities, one by one."""
-    rope = runpy.run_path(str(ROOT / "benchmarks" / "rope_length.py"))
+    rope = runpy.run_path(str(ROOT / "experiments" / "measure" / "rope_length.py"))
     of = rope["by_place"].__globals__
     for name, value in {"LENGTH": 64, "ROWS": 4, "BATCH": 2}.items():
         monkeypatch.setitem(of, name, value)
@@ -339,7 +339,7 @@ def test_one_capacity_drops_fewer(tmp_path, monkeypatch):
 
 def test_each_shard_has_its_own_capacity(monkeypatch):
     """A shard's losses and drops are those of its rows read as a batch of their own."""
-    router = runpy.run_path(str(ROOT / "benchmarks" / "router.py"))
+    router = runpy.run_path(str(ROOT / "experiments" / "measure" / "router.py"))
     monkeypatch.setitem(router["measure"].__globals__, "BATCH", 4)
     c = config.Model(vocab=264, layers=2, pattern="L", dim=16, heads=1, kv_heads=1, head_dim=16, rotary_dim=8, experts=4,
                      top_k=2, expert_dim=8, context=64)

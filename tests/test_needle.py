@@ -19,7 +19,7 @@ KINDS = ("hybrid", "softmax", "lightning")
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("needle_bench", ROOT / "benchmarks" / "needle.py")
+    spec = importlib.util.spec_from_file_location("needle_bench", ROOT / "experiments" / "measure" / "needle.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -314,7 +314,7 @@ def padding() -> list[Claim]:
     found = fixed(rows("padding"), "median")
     claims = []
     for median in sorted(median for median, in found) or [512]:
-        test = f"`python benchmarks/padding.py`: counted on 1,000 lognormal lengths a seed, median {median}"
+        test = f"`python experiments/measure/padding.py`: counted on 1,000 lognormal lengths a seed, median {median}"
         arm = found.get((median,))
         for words, name, more in (
                 ("Packing needs less than samples padded to 256, as the paper's kernel has them (ours)", "packed", ""),

@@ -1,6 +1,6 @@
 """Padding counted: samples padded to blocks of 256, packed end to end, and to blocks of several sizes.
 
-    python benchmarks/padding.py                # seconds; writes experiments/results/padding.jsonl
+    python experiments/measure/padding.py                # seconds; writes experiments/results/padding.jsonl
 
 1,000 lengths a seed, lognormal with a deviation of 1, cut at 1 and 8,192 tokens; the mix is ours, the paper names none. Of
 each: what padding adds, over the tokens themselves.
@@ -23,7 +23,7 @@ from mmx.data import packing
 from mmx.files import atomic
 
 MEDIANS, SEEDS, SAMPLES, ROW = (64, 512, 2048), (0, 1, 2), 1000, 8192
-OUT = Path(__file__).parents[1] / "experiments" / "results" / "padding.jsonl"
+OUT = Path(__file__).parents[1] / "results" / "padding.jsonl"
 
 
 def main():

@@ -1,8 +1,8 @@
 """The needle experiments: trains and reads experiments/needle.py's or needle_rope.py's models with three seeds; their tables.
 
-    python benchmarks/needle.py --run DIR       # mmx sweep, then the readings; what DIR has already is not done again
-    python benchmarks/needle.py                 # the tables, of the rows in experiments/results/needle.jsonl
-    python benchmarks/needle.py --experiment needle_rope --run DIR --jobs 2 --hours 2
+    python experiments/measure/needle.py --run DIR       # mmx sweep, then the readings; what DIR has already is not done again
+    python experiments/measure/needle.py                 # the tables, of the rows in experiments/results/needle.jsonl
+    python experiments/measure/needle.py --experiment needle_rope --run DIR --jobs 2 --hours 2
 
 A row is an example that was read: what the model is, the seed, the prompt's length in tokens, the needle's depth in percent,
 whether the answer was right, and what was written. `python -m experiments.findings` draws the figures.
@@ -22,7 +22,7 @@ from mmx import cli
 from mmx.files import atomic
 from mmx.launch import experiments, sweep
 
-FOLDER = Path(__file__).parents[1] / "experiments"
+FOLDER = Path(__file__).parents[1]
 DEPTHS = (0, 25, 50, 75, 100)
 
 

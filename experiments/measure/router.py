@@ -1,6 +1,6 @@
 """Dropped tokens and what they cost, by experiments/router.py: trains its seeds, then reads held-out text under capacities.
 
-    python benchmarks/router.py --run router        # writes experiments/results/router.jsonl
+    python experiments/measure/router.py --run router        # writes experiments/results/router.jsonl
 """
 import argparse
 import dataclasses
@@ -21,7 +21,7 @@ from mmx.launch import experiments, hugepages, sweep
 from mmx.model import Model
 from mmx.training.loss import loss
 
-EXPERIMENT = str(Path(__file__).parents[1] / "experiments" / "router.py")
+EXPERIMENT = str(Path(__file__).parents[1] / "router.py")
 CAPACITIES, SHARDS = (1.0, 1.25, 1.5, 2.0), (1, 4, 16, 32)
 BATCH, BATCHES = 32, 3
 

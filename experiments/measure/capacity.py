@@ -1,6 +1,6 @@
 """Dropped tokens: a capacity over the whole batch, as the paper's and ours, against one for each shard of its rows.
 
-    python benchmarks/capacity.py               # about 3 minutes on 2 cores; writes capacity.png
+    python experiments/measure/capacity.py               # about 3 minutes on 2 cores; writes capacity.png
 
 Trains experiments/tiny.py (8 experts, top-2), without dropping, for --seconds, or takes --checkpoint; then reads held-out
 text in batches of 32 rows of 512 tokens in random order, with the capacity over the whole batch, and counts by every layer's
@@ -28,7 +28,7 @@ from mmx.model import Model
 from mmx.parallel import routing
 from mmx.training import run
 
-EXPERIMENT = str(Path(__file__).parents[1] / "experiments" / "tiny.py")
+EXPERIMENT = str(Path(__file__).parents[1] / "tiny.py")
 CAPACITIES = 1.0, 1.25, 1.5
 SHARDS = 1, 2, 4, 8, 16, 32
 ROWS, LENGTH = SHARDS[-1], 512

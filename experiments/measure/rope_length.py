@@ -1,7 +1,7 @@
 """Loss by place, up to eight times the length of training, of the runs of experiments/rope_length.py.
 
     mmx sweep --config experiments/rope_length.py --out rope_length --jobs 6
-    python benchmarks/rope_length.py --run rope_length      # the sweep's rows and by_place: results/rope_length.jsonl
+    python experiments/measure/rope_length.py --run rope_length      # the sweep's rows and by_place: results/rope_length.jsonl
 
 Held-out text in rows of 2,048 bytes, each read alone; nats a byte are means over bytes 0 to 255, 256 to 511, 512 to 1,023 ...
 """
@@ -22,7 +22,7 @@ from mmx.launch import hugepages, sweep
 from mmx.model import Model
 from mmx.parallel.vocabulary import cross_entropy
 
-OUT = Path(__file__).parents[1] / "experiments" / "results" / "rope_length.jsonl"
+OUT = Path(__file__).parents[1] / "results" / "rope_length.jsonl"
 LENGTH, ROWS, BATCH = 2048, 64, 8
 
 
