@@ -43,8 +43,8 @@ def test_those_of_rope_differ_in_what_turns_alone():
 
 
 @pytest.mark.parametrize("arm, message", [
-    (f"{FILE}:mamba", "'mamba' is none of hybrid, softmax, lightning"),
-    (f"{ROPE}:hybrid,8", "hybrid,8 is no arm: give hybrid or softmax, and one of 0, 16, 32")])
+    (f"{FILE}:mamba", "unknown arm 'mamba': give one of hybrid, softmax, lightning"),
+    (f"{ROPE}:hybrid,8", "unknown arm hybrid,8: give hybrid or softmax, and one of 0, 16, 32")])
 def test_what_is_neither_is_one_line(arm, message, capsys):
     assert cli.main(["config", arm]) == 2
     assert capsys.readouterr().err == f"mmx: {arm.partition(':')[0]}: {message}\n"
