@@ -197,7 +197,7 @@ def test_speed_is_measured(tmp_path, monkeypatch, capsys):
     found = LENGTH["measure"]("L", 2, 64)
     assert found["tokens_per_s"] * found["seconds"] == pytest.approx(128) and found["peak_mib"] > 0
     for option, message in (("--lengths=1024,3000", "3000 does not divide"), ("--tokens=0", "does not divide"),
-                            ("--passes=0", "give one, or more")):
+                            ("--passes=0", "must be at least 1")):
         monkeypatch.setattr("sys.argv", ["length.py", option, f"--out={tmp_path / 'rows'}"])
         with pytest.raises(SystemExit):
             LENGTH["main"]()
@@ -239,15 +239,15 @@ def test_noise_scale():
 
 
 def test_padding_is_counted():
-    n_M = np.array([1, 32, 33, 200, 256, 300])
-    assert PADDING["levels"](n_M).tolist() == [32, 32, 64, 256, 256, 320]
-    assert PADDING["to"](256, n_M).tolist() == [256, 256, 256, 256, 256, 512]
-    found = PADDING["count"](n_M)
+    lengths = np.array([1, 32, 33, 200, 256, 300])
+    assert PADDING["round_up_in_levels"](lengths).tolist() == [32, 32, 64, 256, 256, 320]
+    assert PADDING["round_up"](lengths, 256).tolist() == [256, 256, 256, 256, 256, 512]
+    found = PADDING["padding_shares"](lengths)
     padded = {"blocks": 1792, "packed": 8192, "ring": 864, "levels": 960}
     assert found == pytest.approx({name: tokens / 822 - 1 for name, tokens in padded.items()})
     committed = [json.loads(line) for line in (ROOT / "experiments" / "results" / "padding.jsonl").read_text().splitlines()]
     first = committed[0]
-    assert PADDING["count"](PADDING["lengths"](first["median"], first["seed"])) == {k: first[k] for k in found}
+    assert PADDING["padding_shares"](PADDING["draw_lengths"](first["median"], first["seed"])) == {k: first[k] for k in found}
 
 
 def test_rope_length_within_and_beyond_training(tmp_path, monkeypatch):
@@ -270,15 +270,15 @@ def test_rope_length_within_and_beyond_training(tmp_path, monkeypatch):
 def test_loss_by_place(monkeypatch):
     """Equal to the loss computed from the log-probabilities of each row."""
     rope = runpy.run_path(str(ROOT / "experiments" / "measure" / "rope_length.py"))
-    of = rope["by_place"].__globals__
+    names = rope["loss_by_place"].__globals__
     for name, value in {"LENGTH": 64, "ROWS": 4, "BATCH": 2}.items():
-        monkeypatch.setitem(of, name, value)
+        monkeypatch.setitem(names, name, value)
     c = config.Model(vocab=264, layers=1, pattern="S", dim=16, heads=1, kv_heads=1, head_dim=16, rotary_dim=8, experts=1,
                      top_k=1, expert_dim=16, context=64)
     model = Model(c)
     params = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    found = rope["by_place"](convert.Loaded(model, params, c, "bytes"), trained=16)
-    rows = [batch[name] for batch in of["text"]() for name in ("tokens", "targets")]
+    found = rope["loss_by_place"](convert.Loaded(model, params, c, "bytes"), trained=16)
+    rows = [batch[name] for batch in names["held_out_batches"]() for name in ("tokens", "targets")]
     tokens_NT, targets_NT = np.concatenate(rows[::2]), np.concatenate(rows[1::2])
     assert tokens_NT.shape == (4, 64) and len(np.unique(tokens_NT, axis=0)) == 4
     np.testing.assert_array_equal(tokens_NT[:, 1:], targets_NT[:, :-1])
