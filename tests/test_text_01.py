@@ -51,8 +51,8 @@ def test_stages_follow_each_other():
 def test_what_is_no_pod_and_no_stage_is_one_line(argument, capsys):
     assert cli.main(["config", f"{FILE}:{argument}"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err == (f"mmx: {FILE}: '{argument.split(',')[-1]}' is no pod (v5p-512, v5p-2048, v6e-256, h100-512) "
-                                 "and no stage (8k, 128k, 512k, 1m)\n")
+    assert out == "" and err == (f"mmx: {FILE}: '{argument.split(',')[-1]}' is neither a pod "
+                                 "(v5p-512, v5p-2048, v6e-256, h100-512) nor a stage (8k, 128k, 512k, 1m)\n")
 
 
 def test_two_stages_at_toy_size(tmp_path, monkeypatch, capsys):

@@ -51,4 +51,4 @@ def test_stages_follow_each_other():
 def test_what_is_no_pod_and_no_stage_is_one_line(capsys):
     assert cli.main(["config", f"{FILE}:v5p-512,8k"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "'8k' is no pod (v5p-512" in err
+    assert out == "" and err.count("\n") == 1 and "'8k' is neither a pod (v5p-512" in err
