@@ -137,7 +137,7 @@ ENTRY %main (x: (s32[], s32[], f32[40,16])) -> (s32[], s32[], f32[40,16]) {{
 
 
 def test_a_loop_with_a_dynamic_bound_runs_once_per_slice_of_its_array():
-    """An array of 40 rows in slices of 8 gives five iterations. Of a conditional, the branch with the most matrix FLOPs counts."""
+    """40 rows in slices of 8 give five iterations. Of a conditional, the branch with the most matrix FLOPs counts."""
     assert hlo.analyse(RUN_TIME_LOOP, {}).flops == 5 * 2 * 8 * 16 * 16
 
 

@@ -114,7 +114,7 @@ def test_companion_flops_of_the_hybrid_and_of_experts():
                                           ("7B", 6476.5)])
 def test_the_ladder_has_the_published_parameters(size, params):
     found = count_params(experiments.read(f"{LADDER}:softmax,{size}", []).model).active / 1e6
-    assert found == pytest.approx(params, abs=0.11)        # ours have a router row in each layer; the published models are dense
+    assert found == pytest.approx(params, abs=0.11)        # ours add a router row to each dense layer
 
 
 def test_released_decay_horizons():
