@@ -22,7 +22,8 @@ PYTEST := JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pyt
 MMX := JAX_PLATFORMS=$(or $(JAX_PLATFORMS),cpu) $(BIN)/mmx
 
 # Fast tests: pure Python and small arrays.
-CHECK := $(addprefix tests/,@@)
+CHECK := $(patsubst %,tests/%.py,test_style test_imports test_config test_counts test_frozen test_guards test_metrics test_lock \
+  test_checksums test_optim test_security kernels/test_rope data/test_corpus data/test_packing data/test_sources data/test_tokens)
 
 .PHONY: setup demo check test notebooks findings docs faults fuzz clean
 

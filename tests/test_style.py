@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("mmx", "experiments", "benchmarks", "notebooks") for path in (ROOT / folder).rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 450, 70, 8
 
 
@@ -27,6 +28,12 @@ def test_files_and_functions_are_short(path):
     for name, length, parameters in functions(path):
         assert length <= MAX_FUNCTION_LINES, f"{name} has {length} lines, at most {MAX_FUNCTION_LINES}"
         assert parameters <= MAX_PARAMETERS, f"{name} has {parameters} parameters, at most {MAX_PARAMETERS}"
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_of_tests_are_short(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_FILE_LINES, f"{lines} lines, at most {MAX_FILE_LINES}: split the file by purpose"
 
 
 def test_the_readme_is_short():
