@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def ragged_on_cpu():
-    """Makes `jax.lax.ragged_all_to_all`, which JAX does not implement on CPUs, run there: by all-gathers, as documented."""
+    """Implements `jax.lax.ragged_all_to_all` on CPUs with all-gathers. JAX itself implements it only for TPUs and GPUs."""
     def exchange(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name, axis_index_groups):
         arguments = operand, input_offsets, send_sizes, output_offsets
         operands, *tables = (jax.lax.all_gather(x, axis_name) for x in arguments)       # first axis: the sending device

@@ -177,7 +177,8 @@ PODS = [pytest.param("v5p:2x2x1", marks=needs_compiler), pytest.param("h100:1x4"
 def test_an_expert_layer(topology, experiment, capfd):
     """Each token group is exchanged twice in the forward and twice in the backward pass, and not when the layer is recomputed.
 
-    Weights are gathered and their gradients reduce-scattered; no all-reduce sums a whole weight.
+    The routing weights of all groups are exchanged once per pass. Parameters are gathered and their gradients
+    reduce-scattered; no all-reduce sums a whole parameter.
     """
     assert cli.main(["aot", "--config", experiment, "--topology", topology, "--mesh", "edp=-1,ep=2", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
@@ -198,7 +199,7 @@ def test_an_expert_layer(topology, experiment, capfd):
 
 
 def test_a_ragged_exchange_counts_at_most_its_result():
-    """In the forms of TPUs and of GPUs, with and without a separate start."""
+    """Covers the forms that TPU and GPU compilers write, with and without a separate start."""
     takes = "(bf16[8,16], bf16[24,16], s32[2], s32[2], s32[2], /*index=5*/s32[2])"
     operands = "(%x, %empty, %at, %sent, %lands, /*index=5*/%came), replica_groups={{0,4},{1,5},{2,6},{3,7}}"
     text = f"""ENTRY %main () -> bf16[24,16] {{
@@ -226,8 +227,8 @@ def test_ragged_experts(topology, times, experiment, capfd):
 
 
 @needs_compiler
-def test_slices_exchange_only_gradients(experiment, capfd):
-    """Each device exchanges its shard of the gradients once. The rest are norm scales, counts and statistics."""
+def test_slices_exchange_gradients_once(experiment, capfd):
+    """Each device exchanges its shard of the gradients, and besides only norm scales, counts and statistics."""
     assert cli.main(["aot", "--config", experiment, "--topology", "v5e:2x2", "--slices", "2", "--mesh", "slice=2,edp=2,ep=2",
                      "--config.train.batch=8", "--config.model.layers=1", "--config.model.token_groups=1", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)

@@ -33,8 +33,8 @@ SHAPES = [Model(), Model(pattern="S", layers=3, heads=5, kv_heads=5, head_dim=6,
 @pytest.mark.parametrize("model", SHAPES, ids=["default", "softmax", "mixed", "vision"])
 def test_counts_match_the_parameters(model):
     """Compares with counts of the arrays that `Model.init` creates."""
-    made = jax.eval_shape(Module(model).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    sizes = {tuple(key.key for key in path): math.prod(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(made)}
+    created = jax.eval_shape(Module(model).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    sizes = {tuple(key.key for key in path): math.prod(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(created)}
     text = {path: size for path, size in sizes.items() if path[0] != "vision"}
     idle = sum(size for path, size in sizes.items() if path[-1][:2] in ("w1", "w2", "w3"))
     found = count_params(model)
@@ -52,8 +52,8 @@ def test_counts_match_the_parameters(model):
 def test_abstract_parameters_match_those_that_init_creates(model):
     """Covers a kernel and a dtype that this machine may not support."""
     portable = dataclasses.replace(model.portable(), dtype="float32")
-    made = jax.eval_shape(Module(portable).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    found, wanted = (jax.tree.map(lambda x: (x.shape, x.dtype), params) for params in (abstract_params(model), made))
+    created = jax.eval_shape(Module(portable).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    found, wanted = (jax.tree.map(lambda x: (x.shape, x.dtype), params) for params in (abstract_params(model), created))
     assert found == wanted
 
 

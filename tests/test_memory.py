@@ -31,7 +31,7 @@ def test_the_footprint_of_the_released_geometry():
 
 
 def test_deepseek_v3_has_the_published_size():
-    """It has 671 B parameters, 37 B of them active (abstract of its report)."""
+    """It has 671 B parameters, 37 B of them active (abstract of the DeepSeek-V3 report)."""
     d = DeepSeekV3()
     assert (d.params_total, d.params_active_all) == (671_026_419_200, 37_552_297_472)
     assert d.cache == 70_272

@@ -83,8 +83,8 @@ def test_config_and_memory_count_the_new_kind(capsys):
     assert cli.main(["config", "new.py", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     loaded = mmx.load("one")
-    made = sum(x.size for x in jax.tree.leaves(loaded.params))
-    assert found["params_total"] == made == count_params(loaded.config).total and found["flops_per_token_companion"] is None
+    created = sum(x.size for x in jax.tree.leaves(loaded.params))
+    assert found["params_total"] == created == count_params(loaded.config).total and found["flops_per_token_companion"] is None
     assert cli.main(["config", "new.py"]) == 0
     assert "4 = 2 x LA" in capsys.readouterr().out
     assert cli.main(["memory", "--config", "new.py", "--lengths", "1k", "--json"]) == 0

@@ -148,8 +148,8 @@ def test_lightning_states_after_the_prompt(case):
     model, (_, cache) = case.loaded.config, prefill(case)
     for layer, kind in enumerate(model.layer_kinds):
         if kind == "L":
-            group, place = divmod(layer, len(model.pattern))
-            state_BHKV = cache["layers"][f"layer_{place}"]["state_BHKV"][group]
+            group, position = divmod(layer, len(model.pattern))
+            state_BHKV = cache["layers"][f"layer_{position}"]["state_BHKV"][group]
             close(state_BHKV, case.want[f"state_{layer}"], STATE_ATOL[case.name], f"state_{layer}")
 
 

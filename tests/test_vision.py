@@ -98,12 +98,12 @@ def test_vl_01_has_the_released_names():
 
 
 def test_abstract_parameters_match_those_that_init_creates():
-    made = jax.eval_shape(Model(SMALL).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    assert jax.tree.map(lambda x: x.shape, made) == jax.tree.map(lambda x: x.shape, abstract_params(SMALL))
+    created = jax.eval_shape(Model(SMALL).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    assert jax.tree.map(lambda x: x.shape, created) == jax.tree.map(lambda x: x.shape, abstract_params(SMALL))
     text = dataclasses.replace(SMALL, vision=config.Vision())
     bare = jax.eval_shape(Model(text).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    assert made.keys() - bare.keys() == {"vision"} and jax.tree.structure(bare) == jax.tree.structure(
-        {name: leaf for name, leaf in made.items() if name != "vision"})
+    assert created.keys() - bare.keys() == {"vision"} and jax.tree.structure(bare) == jax.tree.structure(
+        {name: leaf for name, leaf in created.items() if name != "vision"})
 
 
 @pytest.mark.parametrize("dialect", convert.DIALECTS)

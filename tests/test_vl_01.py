@@ -37,7 +37,7 @@ def test_every_pod_and_stage(pod, stage):
     else:
         pairs, row = {"vit-224": (37e9, 4), "vit-336": (1.2e9, 2)}[stage]
         assert t.steps * t.batch * row == pytest.approx(pairs, rel=1e-4)
-        captions = 2 * (76 + 2)     # a caption with its begin and end tokens, once after its image and once alone
+        captions = 2 * (76 + 2)     # a caption with its begin and end tokens, once after its image and once without it
         assert t.length // (e.model.vision.side ** 2 + captions) == row
 
 
