@@ -137,7 +137,7 @@ def test_names_of_transformers_map_to_the_released_names(tmp_path, loaded):
     assert convert.open_source(tmp_path / "sharded").model == convert.open_source(tmp_path / "hf").model
     found = convert.open_source(tmp_path / "sharded").model
     assert (found.vision.token, found.vision.tile, found.vision.patch, found.pattern) == (90, 28, 7, "LLLS")
-    assert found.vision.grids == config.GRIDS
+    assert found.vision.grids == config.schema.GRIDS
 
 
 def test_the_released_config():
