@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from released_files import SHAPES, SMALL, all_tensors, write_released
 from safetensors.numpy import load_file, save_file
 
 from mmx import config
@@ -24,30 +25,6 @@ from mmx.model import abstract_params
 
 ORACLES = Path(__file__).parent / "oracles"
 CKPT = ORACLES / "c_partial_orig" / "ckpt"
-SMALL = config.Model(vocab=19, dim=12, layers=8, heads=4, kv_heads=2, head_dim=8, rotary_dim=4, experts=3,
-                     expert_dim=10, alpha_softmax=3.0, beta_moe=0.5, norm_eps=2e-5, rope_theta=5e5)
-SHAPES = {
-    "seven_to_one": SMALL,
-    "odd_heads": dataclasses.replace(SMALL, pattern="LLS", layers=6, heads=6, kv_heads=1, rotary_dim=2),
-    "all_softmax": dataclasses.replace(SMALL, pattern="S", layers=3, heads=5, kv_heads=5),
-    "all_lightning": dataclasses.replace(SMALL, pattern="L", layers=2),
-}
-
-
-def write_released(directory, model, dtype="F32", dialect="released", seed=0):
-    """A released directory of random tensors."""
-    directory.mkdir(parents=True)
-    rng, kind = np.random.default_rng(seed), safetensors.DTYPES[dtype]
-    tensors = {name: rng.standard_normal(leaf.tensor_shape).astype(kind)
-               for leaf in hf_layout.leaves(model) for _, name in leaf.tensors()}
-    save_file(tensors, directory / "model.safetensors")
-    text = hf_config.write_model(model, dialect, kind.name, dict.fromkeys(convert.BYTE_IDS))
-    (directory / "config.json").write_text(json.dumps(text))
-    return tensors
-
-
-def all_tensors(directory):
-    return {name: array for file in directory.glob("*.safetensors") for name, array in load_file(file).items()}
 
 
 def test_text_01_has_the_released_names_and_shapes():

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from harness import ROWS, Workspace, assert_same, checkpoint_state, fill, free_port, records, small_disk
+from harness import ROWS, Workspace, assert_one_line, assert_same, checkpoint_state, fill, free_port, records, small_disk
 
 from mmx import mesh as meshes
 from mmx.checkpoints import manager
@@ -43,12 +43,6 @@ def step_of(workdir: Path) -> int:
     """The last step in metrics.jsonl, or 0."""
     last = metrics.latest(workdir)
     return last["step"] if last else 0
-
-
-def assert_one_line(run, code: int, words: str) -> None:
-    """A process ended with an exit code and one line that matches `words`, besides its progress."""
-    lines = [line for line in run.lines if not re.match(r"step \d+|trained |written: | +\d+%\|", line)]
-    assert run.code == code and len(lines) == 1 and re.search(words, lines[0]), (run.code, lines)
 
 
 def kills(workspace: Workspace, signals: list, rng: random.Random, seconds: float = math.inf) -> str:
