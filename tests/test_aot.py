@@ -1,4 +1,4 @@
-"""Programs compiled for absent devices: what the analysis counts, and which bytes an expert layer exchanges."""
+"""Programs compiled for pods without their hardware: what the analysis counts, and what a layer of experts exchanges."""
 import json
 
 import jax
@@ -186,8 +186,8 @@ def test_an_expert_layer(topology, experiment, capfd):
     rows = {(row["kind"], row["axes"]): row for row in found["exchanges"]}
     assert found["fits"] and found["mesh"] == {"slice": 1, "edp": 2, "ep": 2, "etp": 1, "seq": 1}
     assert rows["all-to-all", "ep"]["runs"] == layers * (groups * 2 * 2 + 2)
-    assert rows["all-to-all", "ep"]["under"] > 0
-    # norm scales and counts; over ep alone the compiler also sums small parts of the step
+    assert rows["all-to-all", "ep"]["overlapped"] > 0
+    # scales and counts; of the step over ep alone the compiler sums some small parts
     assert sum(row["bytes"] for (kind, over), row in rows.items() if kind == "all-reduce" and "edp" in over) < 100_000
     if topology.startswith("h100"):     # this compiler merges gathers, and its kernels do not state FLOPs
         return
@@ -241,21 +241,21 @@ def test_slices_exchange_gradients_once(experiment, capfd):
     "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 39.80G of 31.25G hbm.",
     "Ran out of memory on HBM, the total memory required for HLO temporaries (39.80G) exceeds available HBM (31.25G).",
 ])
-def test_a_compiler_that_runs_out_of_memory(message):
-    assert aot._refused(message) == (39.8 * 2**30, 31.25 * 2**30)
+def test_the_sizes_in_an_out_of_memory_error_are_parsed(message):
+    assert aot._parse_out_of_memory(message) == (39.8 * 2**30, 31.25 * 2**30)
     with pytest.raises(RuntimeError, match="INTERNAL"):
-        aot._refused("INTERNAL: nothing about memory")
+        aot._parse_out_of_memory("INTERNAL: nothing about memory")
 
 
 @pytest.mark.parametrize("topology, mesh, message", [
-    ("v9:2x2", "edp=4", "'v9:2x2' is no CHIP:SHAPE such as v5p:8x8x8"),
-    ("v5p:2xx", "edp=4", "is no CHIP:SHAPE"),
-    pytest.param("v5p:2x2x2x2", "edp=16", "the compiler knows no such pod", marks=needs_compiler),
+    ("v9:2x2", "edp=4", "'v9:2x2' is not of the form CHIP:SHAPE, for example v5p:8x8x8"),
+    ("v5p:2xx", "edp=4", "is not of the form CHIP:SHAPE"),
+    pytest.param("v5p:2x2x2x2", "edp=16", "the compiler does not support this topology", marks=needs_compiler),
     pytest.param("v5p:2x2x1", "edp=3", "mesh.edp=3 must multiply to the 4 devices of the pod", marks=needs_compiler),
     ("v5p:2x2x1", "edp=2,tp=2", "'tp=2' is not of the form AXIS=SIZE; axes are slice, edp, ep, etp, seq"),
     ("v5p:2x2x1", "edp=-1,ep=-1", "at most one is -1"),
 ])
-def test_mistakes_are_one_line(experiment, capfd, topology, mesh, message):
+def test_an_invalid_argument_is_explained_in_one_line(experiment, capfd, topology, mesh, message):
     assert cli.main(["aot", "--config", experiment, "--topology", topology, "--mesh", mesh]) == 2
     out, err = capfd.readouterr()
     assert out == "" and message in err.splitlines()[-1]
