@@ -2,7 +2,7 @@
 
     python benchmarks/exchange.py --devices 8
 
-The heads are those of MiniMax-Text-01 (64 of 128; 8 KV heads in softmax layers), for one row, with bfloat16 keys and values
+The heads are as in MiniMax-Text-01 (64 of 128; 8 KV heads in softmax layers), for one row, with bfloat16 keys and values
 and float32 states. LASP+ exchanges the states of a lightning layer. Ring attention exchanges the keys and values of a softmax
 layer. The last column is what a lightning layer would receive if it gathered the keys and values of its whole sequence. Tests
 compare these formulas with the compiled programs (for example tests/parallel/test_lasp.py).

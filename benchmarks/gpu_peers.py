@@ -4,7 +4,7 @@
     python benchmarks/gpu_peers.py              # some minutes, mostly for the autotuning of the other kernels
 
 One sequence, 64 heads of 128, bfloat16, the decays of the first layer; all kernels run in turn in one process. Softmax
-attention is that of torch (cuDNN or FlashAttention). Prints medians. The error is ||o - o'|| / ||o'||, where o' is computed by
+attention is torch's (cuDNN or FlashAttention). Prints medians. The error is ||o - o'|| / ||o'||, where o' is computed by
 XLA in float32 from the same rounded inputs.
 """
 import argparse

@@ -115,7 +115,7 @@ def timed(run):
 
 
 def decode_seconds(run, prompt_BT):
-    """A function that measures STEPS greedy tokens after prompts: the time of STEPS + 1 tokens minus that of one token."""
+    """A function that measures STEPS greedy tokens after prompts: the time of STEPS + 1 tokens minus the time of one token."""
     return lambda: timed(lambda: run(prompt_BT, STEPS + 1))() - timed(lambda: run(prompt_BT, 1))()
 
 

@@ -8,7 +8,7 @@ tokens per step, one fixed learning rate for all. The training loss is used in p
 We did not train these models. The file documents shapes, counts and schedules. The FLOPs of a step, counted by
 `flops_companion`, equal the published ones. Corpus and tokenizer are not public: data.sources and data.tokenizer are paths to
 your own. In the comments, "P" is the paper (arXiv 2501.08313, section 2.2.2) and "S" its companion (arXiv 2406.16690, Table 7),
-which has the same softmax and lightning runs. "Ours" is our choice where neither states a value. Our blocks are those of
+which has the same softmax and lightning runs. "Ours" is our choice where neither states a value. Our blocks are the blocks of
 MiniMax-01: DeepNorm, and a full-rank gate.
 """
 from mmx.config import ConfigError, default

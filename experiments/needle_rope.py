@@ -9,7 +9,7 @@
     mmx eval --checkpoint needle-rope-one --suite needle --lengths 256,512,1k,2k --rows 0,25,50,75,100 --examples 10
 
 Protocol: the models of needle.py, hybrid 3:1 (LLLS) and softmax alone. RoPE rotates 0, 16 or 32 of a head's 32 dims, with the
-paper's base of 10,000. The documents are those of needle.py with prompts of 192 and 256 tokens (bytes). Three seeds.
+paper's base of 10,000. The documents are as in needle.py, with prompts of 192 and 256 tokens (bytes). Three seeds.
 Time: 18 runs of 3 to 6 minutes and 18 evaluations of a minute, on one core; 1.4 hours in all, on 2026-11-28.
 Result: at 2,048 tokens the hybrid answers 91 % correctly without RoPE (86 to 100), 26 % with half RoPE (20 to 30) and 17 % with
 full RoPE (16 to 20); at 256 tokens 99 to 100 %. That half RoPE works beyond the training length is contradicted. Whether it is

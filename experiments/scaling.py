@@ -11,7 +11,7 @@ rate. One seed. One learning rate, 0.01: at 100k parameters and 131,072 tokens i
 loss of the results is measured on 65,536 bytes of validation text. FLOPs include the head.
 Time: 1.2 hours for the 45 runs, 0.6 of them training, at the lowest priority on one core of a busy machine.
 Result, 2026-11-25: cannot tell. On the envelope, L(C) = a C^-b has b = 0.131 (95 %: 0.065 to 0.198) for softmax, 0.090 (0.059
-to 0.121) for lightning and 0.093 (0.070 to 0.116) for the hybrid. All intervals of b overlap, and so do those of a. In six of
+to 0.121) for lightning and 0.093 (0.070 to 0.116) for the hybrid. All intervals of b overlap, as do those of a. In six of
 nine pairs of runs, 400k is worse than 200k: one seed and one learning rate for all sizes do not show what a size can reach.
 """
 from mmx.config import ConfigError, default

@@ -68,7 +68,7 @@ def set_vit_stage(config, stage):
     model.context = train.length = 2_048
     tile, pairs, row = PAIRS[stage]
     model.vision.tile, model.vision.grids = tile, ()
-    train.contrastive = 0.5             # P 6.1: CoCa; the weight is that of its paper
+    train.contrastive = 0.5             # P 6.1: CoCa, with the weight of its paper
     train.batch = 16_384                # ours: 65,536 pairs per step, as in CoCa; half as many at 336 pixels
     train.steps = pairs // (train.batch * row)
     train.lr, train.warmup = 5e-4, 2_000            # ours

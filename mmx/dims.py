@@ -6,8 +6,8 @@
     I tiles      Y, X pixels down and across          Z colours    P positions of a tile, the class token first
     J ViT model  A ViT heads     U ViT hidden        O projector hidden (as wide as D)
 
-Lower-case letters are axes that only one package or file has; its docstring explains them. Layer kinds (`layers.kinds`) are an
-alphabet of their own. Inside `shard_map` a letter means the local extent.
+Lower-case letters are axes that only one package or file has; its docstring explains them. Layer kinds (`layers.kinds`) are a
+separate alphabet. Inside `shard_map` a letter means the local extent.
 """
 
 

@@ -196,7 +196,7 @@ def test_a_layer_of_experts(topology, experiment, capfd):
 
 
 def test_a_ragged_exchange_counts_at_most_its_result():
-    """Of TPUs and of GPUs, with a start and by itself."""
+    """Of TPUs and of GPUs, with a start and alone."""
     takes = "(bf16[8,16], bf16[24,16], s32[2], s32[2], s32[2], /*index=5*/s32[2])"
     operands = "(%x, %empty, %at, %sent, %lands, /*index=5*/%came), replica_groups={{0,4},{1,5},{2,6},{3,7}}"
     text = f"""ENTRY %main () -> bf16[24,16] {{

@@ -1,4 +1,4 @@
-"""The experiments behind the findings: one step is reproducible and depends on the seed; arms have equal FLOPs; sweeps."""
+"""The experiments of the findings: one step is reproducible and depends on the seed; arms have equal FLOPs; sweeps."""
 import itertools
 import json
 import re

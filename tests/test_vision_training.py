@@ -75,7 +75,7 @@ def test_packed_equals_separate(folder):
     assert packed["segments"].max() > 2
     params = jax.jit(Model(BOTH).init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     step = jax.jit(jax.value_and_grad(lambda params, batch: loss.loss(Model(BOTH), params, batch, 512)[0]))
-    rows = len(unpacked["tokens"])     # empty rows pad the packed batch, so that one program serves both
+    rows = len(unpacked["tokens"])     # empty rows pad the packed batch, so that both use one program
     packed = {k: x if k == "pixels" else np.pad(x, [(0, rows - t.batch), (0, 0)]) for k, x in packed.items() if k in unpacked}
     (one, grads), (many, grads_unpacked) = (step(params, batch) for batch in (packed, unpacked))
     np.testing.assert_allclose(one, many, rtol=1e-6)

@@ -263,7 +263,7 @@ def norm() -> list[Claim]:
 
 
 def gradient_fading(row: dict) -> float:
-    """log10 of the mean gradient norm of the last quarter of the layers over that of the first quarter."""
+    """log10 of the mean gradient norm of the last quarter of the layers, relative to the first quarter."""
     norms = [math.nan if x is None else x for x in row["layer_norms"]]
     quarter = len(norms) // 4
     if not quarter:

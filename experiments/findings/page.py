@@ -29,7 +29,7 @@ def format_tables() -> str:
 
 
 def update_page(text: str) -> str:
-    """Returns the page's text with its tables replaced by those of the current rows."""
+    """Returns the page's text with the tables of the current rows."""
     head, _, rest = text.partition(BEGIN)
     return head + BEGIN + format_tables() + END + rest.partition(END)[2]
 

@@ -46,7 +46,7 @@ def main():
 
 @functools.cache
 def held_out_batches() -> list[dict]:
-    """ROWS rows of held-out text in batches. Most rows begin inside a document, like those of training."""
+    """ROWS rows of held-out text in batches. Most rows begin inside a document, like the rows of training."""
     documents = [tokens.document(tokens.tokenizer("bytes"), raw, name) for name, raw in pipeline.validation(Data())]
     parts = [document[at:at + LENGTH + 1] for document in documents for at in range(0, len(document) - LENGTH, LENGTH)]
     order = np.random.default_rng(0).permutation(len(parts))[:ROWS]

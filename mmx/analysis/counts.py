@@ -1,6 +1,6 @@
 """Parameters and FLOPs of a model, counted from the shapes that its modules create and from its kinds' records.
 
-FLOPs are those of the model's function: two for each multiplication with a matrix parameter, and what a kind's record says that
+FLOPs count the model's function: two for each multiplication with a matrix parameter, and what a kind's record says that
 its mixer computes besides. Embedding lookup, norms, routing and recomputation count nothing.
 """
 import dataclasses

@@ -22,7 +22,7 @@ from mmx.analysis.deepseek import DeepSeekV3
 from mmx.chips import CHIPS, Chip
 from mmx.config import ConfigError
 
-WEIGHTS = {"bf16": 2, "int8": 1}            # bytes a parameter; the paper serves its model in 8 bits (section 2.4)
+WEIGHTS = {"bf16": 2, "int8": 1}            # bytes a parameter; the paper runs inference in 8 bits (section 2.4)
 BATCHES = (1, 8, 64)                        # sequences that decode together
 CLAIM = ("The paper claims an MFU over 75 % on H20 in end-to-end inference (arXiv 2501.08313, section 3). The figures here are "
          "bounds from the model's FLOPs and bytes.")

@@ -9,7 +9,7 @@ parameters and 1 trillion tokens are the same problem. The constant term has e_m
 runs `descend` on all resamples at once. scipy.optimize.least_squares finds the same minima (exponents within 1e-8), but one
 resample at a time, which takes 8 to 20 times as long.
 
-Array axes, which belong to the analysis only (those of the model are in mmx/dims.py): R resamples or starting points, I runs,
+Array axes, which belong to the analysis only (the model's axes are in mmx/dims.py): R resamples or starting points, I runs,
 K powers, M terms of the sum (powers, then the constant), J fitted parameters (theta: the M numbers u_m, then the K exponents).
 """
 import itertools

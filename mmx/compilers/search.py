@@ -19,7 +19,7 @@ It estimates the seconds of a step as max(compute, overlapped exchanges) + expos
 - An exchange takes its bytes divided by the bandwidth of all links of a chip. An all-to-all over n devices on a torus with d
   dimensions takes d n^(1/d) / 4 hops.
 
-The estimates serve to rank meshes; they are not measurements.
+The estimates rank meshes; they are not measurements.
 """
 import collections
 import dataclasses

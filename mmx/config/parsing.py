@@ -9,7 +9,7 @@ LIMIT = 1 << 40                     # whole numbers are below it
 
 
 def typed(key: str, value, kind: type):
-    """The value as the field's type; an int serves as a float and a list as a tuple, anything else raises ConfigError."""
+    """The value as the field's type; an int becomes a float and a list a tuple, anything else raises ConfigError."""
     if kind is tuple and isinstance(value, (list, tuple)):
         return tuple(typed(key, v, tuple) if isinstance(v, (list, tuple)) else v for v in value)
     if kind is float and type(value) is int and abs(value) < 2 ** 1023:

@@ -39,7 +39,7 @@ def comments() -> dict[tuple[str, str], str]:
 
 
 def rows(section: type, prefix: str):
-    """(key, type, unit, default, meaning) of each key of a section, those of nested sections after it."""
+    """(key, type, unit, default, meaning) of each key of a section; nested sections follow."""
     meanings, nested = comments(), []
     for field in dataclasses.fields(section):
         if dataclasses.is_dataclass(field.type):

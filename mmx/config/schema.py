@@ -37,7 +37,7 @@ class Vision:
     # (rows, columns) of tiles that an image may be cut into; (): every image is one tile
     grids: tuple = dataclasses.field(default=GRIDS, repr=False)
     norm_eps: float = 1e-5          # epsilon of the ViT's layer norms
-    token: int = 200_025            # token id that stands in a text for each place of an image
+    token: int = 200_025            # token id that represents each place of an image in a text
 
     def validate(self, vocab: int):
         v = self

@@ -23,7 +23,7 @@ class Context(NamedTuple):
 
 class Layout(NamedTuple):
     """A tensor of the released checkpoint form."""
-    name: str           # below its layer's name; {e} stands for the expert's number
+    name: str           # below its layer's name; {e} is replaced by the expert's number
     axes: str           # a space separates the tensor's own axes: "HK D" is a matrix [H * K, D]
     part: int = 0       # number of this array among the `parts` arrays that the first letter interleaves
     parts: int = 1      # qkv_proj interleaves 3: its rows are [q | k | v], head by head

@@ -10,7 +10,7 @@ To add a kind, write one file with a Flax module and a `Kind`, and add one line 
 `u_BTD` is the layer's normed input, `context` a `layers.common.Context`, `cache` None or a dict of what `kind.cache` lists,
 and `constants` what `kind.constants` returns for the layer. `new_cache` is None without a cache. An entry whose name ends in
 axes with S grows with the length: the mixer returns the entries of its T new tokens, and `parallel.cache.append` writes them
-behind the earlier ones. Any other entry is a state: the mixer returns its new value.
+after the earlier ones. Any other entry is a state: the mixer returns its new value.
 """
 from mmx.config import ConfigError
 from mmx.layers import lightning, softmax

@@ -16,7 +16,7 @@ Router weights are sent ahead of the tokens, and the experts' devices multiply b
 computed on the experts' devices too. So no gradient needs the outputs on the tokens' devices, and a backward pass that
 recomputes the layer does not send the outputs back again.
 
-Upper-case letters are those of `mmx.dims`, with local extents; E counts the experts of all devices. Lower-case letters:
+Upper-case letters are defined in `mmx.dims`, with local extents; E counts the experts of all devices. Lower-case letters:
 
     j choices of a token                    a assignments (see `parallel.routing`)
     p peers, the devices of an ep group     t devices of an etp group           d devices of both axes

@@ -9,7 +9,7 @@ A token passes through these steps, which `_local` takes in this order:
     5. The outputs are sent back and summed.                                        exchange.combine
 
 One device needs no steps 3 and 5. If the mesh does not shard the tokens (decoding a few rows), every device has all tokens:
-each computes the outputs of its own experts, and the outputs are summed over the devices. Letters: see `parallel.routing`.
+each computes the outputs of its experts, and the outputs are summed over the devices. Letters: see `parallel.routing`.
 """
 import functools
 from typing import NamedTuple
@@ -42,7 +42,7 @@ def moe(x_BTD, live_BT, router_DE, weights, routing: Routing):
     """Routes each token to its top-k experts and sums their outputs, weighted by the renormalised router probabilities.
 
     Under a mesh (jax.set_mesh) the arrays are sharded as `parallel.sharding` says. If rows or time do not divide by the mesh,
-    every device gets all tokens and computes the outputs of its own experts.
+    every device gets all tokens and computes the outputs of its experts.
 
     Args:
       x_BTD: tokens.

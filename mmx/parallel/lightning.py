@@ -23,7 +23,7 @@ Each pass uses the cheaper of two exchanges of float32 states with B H K V numbe
     prefix sum by ppermute, log steps   1 + ceil(log2(n - 1)), and 2 (n - 1) / n more for the state after the last token
 
 All-gather is cheaper up to n = 6. With documents, the devices also exchange their boundaries once, 16 bytes a row and device,
-and keep them for the backward pass. Letters are those of `mmx.dims` with local extents, and d for the devices of the mesh axis.
+and keep them for the backward pass. Letters are defined in `mmx.dims`, with local extents; d counts devices of the mesh axis.
 """
 import functools
 import math

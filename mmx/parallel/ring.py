@@ -17,10 +17,10 @@ step saves anything for the backward pass.
 Balance: no query attends to keys of later devices. With the sequence sharded in order, device x therefore computes x + 1/2
 squares of T x T scores, n / 2 on average, and the last device determines the time. With `balanced`, the sequence is split into
 2 n blocks, and device x has blocks x and 2 n - 1 - x (`zigzag`). Then every device computes half a square in every step, and
-needs no mask except that of the documents:
+needs no mask except the documents' mask:
 
     keys of an earlier device       all queries attend to its first block, none to its second
-    keys of a later device          the queries of the second block attend to all keys, those of the first to none
+    keys of a later device          the second block's queries attend to all keys, the first block's to none
     the device's own keys           causal attention in the order in which they are stored
 
 Keys that no query of a step can attend to (later keys, or keys of documents that have ended) cost no product: the products are

@@ -5,7 +5,7 @@ assignments for the whole batch: all tokens' first choices come before all secon
 the order of rows and time. Assignments beyond the expert's capacity are dropped. Positions in the queues are counted over all
 devices, so the same assignments are dropped on every mesh (paper section 2.2.3).
 
-Upper-case letters are those of `mmx.dims`, with local extents. Lower-case letters are axes that only routing and exchange have:
+Upper-case letters are defined in `mmx.dims`, with local extents. Lower-case letters are axes of routing and exchange:
 
     j choices of a token, the first is the best       a assignments in the order of the queues, a = j x M
 """

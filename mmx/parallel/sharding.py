@@ -7,7 +7,7 @@ store the same weights and sum their gradients.
 
 Activations between layers are sharded by rows over the data axes and by time over the sequence axis (seq) and the tensor axis
 (Megatron's sequence parallelism). Inside layers, heads, experts' hidden units and the vocabulary are sharded over the tensor
-axis. An array axis that its mesh axes do not divide is not sharded. Letters are those of `mmx.dims`.
+axis. An array axis that its mesh axes do not divide is not sharded. Letters are defined in `mmx.dims`.
 """
 import math
 
@@ -108,7 +108,7 @@ def gather_weight(w, letters: str, spec: P, axes):
     # The pcast comes before the gathers: gradients are then summed over the rest of `axes` after they are scattered.
     w = jax.lax.pcast(w, gradient_sum_axes(spec, axes), to="varying")
     # One axis after the other, the nearest devices first: over several axes at once, TPUs gather by a sum of complete arrays,
-    # which is twice the bytes. all_gather without `tiled` gives the parts an axis of their own, so no part needs padding.
+    # which is twice the bytes. all_gather without `tiled` gives the parts a separate axis, so no part needs padding.
     for at, axis in fsdp_axes(letters, spec):       # 'D/(edp ep) -> D/edp -> D': receives (n - 1) / n of the result
         shape[at] *= jax.lax.axis_size(axis)
         w = jax.lax.all_gather(w, axis, axis=at).reshape(shape)

@@ -20,7 +20,7 @@ def insert_patches(x_BTD, places_BT, newline_D, patches_bpD):
       newline_D: the vector of the newline.
       patches_bpD: the p patches of each block.
 
-    On a mesh with b data shards, each shard needs the patches of its own block only. The devices that share the block's time
+    On a mesh with b data shards, each shard needs the patches of its block only. The devices that share the block's time
     each computed a part of them.
     """
     blocks, patches = patches_bpD.shape[:2]

@@ -2,7 +2,7 @@
 
     bits per byte = sum over all targets (end of text included) of -log2 p / bytes of the raw text
 
-Each document starts a row of its own, with its beginning-of-text token.
+Each document starts a new row, with its beginning-of-text token.
 """
 import functools
 import math

@@ -166,7 +166,7 @@ def lock_workdir(workdir: Path):
 
 
 def restore_state(checkpoints: Checkpoints, program: Program, initial: InitialCheckpoints, start: dict) -> State:
-    """The last checkpoint. Without one, a new run at position `start`, with new parameters or those of `initial`."""
+    """The last checkpoint. Without one, a new run at position `start`, with new parameters or the ones from `initial`."""
     restored = checkpoints.restore(*program.abstract)
     if restored is None and not any(initial):
         return State(0, *program.init(), start)

@@ -1,4 +1,4 @@
-"""The long-context suites with stand-ins for a model: one solves each task by a rule, one ignores the text."""
+"""The long-context suites with functions in place of a model: one solves each task by a rule, one ignores the text."""
 import collections
 import importlib.util
 import json

@@ -71,7 +71,7 @@ class Workspace:
                 *(f"--config.{key.replace('__', '.')}={value}" for key, value in options.items())]
 
     def start(self, arguments, **settings) -> "Run":
-        """Starts an mmx command; `settings` are those of `_child`."""
+        """Starts an mmx command; `_child` explains `settings`."""
         return Run(arguments, settings | {"x64": self.x64}, self.folder)
 
     def run(self, arguments, timeout: float = 300, **settings) -> "Run":

@@ -356,7 +356,7 @@ def elastic(workspace: Workspace, count: int, rng: random.Random, seconds: float
         notes.write_text(json.dumps({"plan": plan, "done": number + 1, "worst": worst}))
     assert worst <= (1e-9 if workspace.x64 else 1e-6), worst
     micros = _rows(workspace.folder.glob("parts.*"))
-    assert micros == _rows([rows]), "the rows differ from those of the uninterrupted run"
+    assert micros == _rows([rows]), "the rows differ from the rows of the uninterrupted run"
     epochs, layouts = _count_epochs(micros, workspace.documents), {json.dumps(layout) for _, *layout in plan}
     notes.unlink()
     return (f"{count} restarts, {len(layouts)} layouts; largest relative difference of a loss {worst:.1e}; {epochs} epochs, "

@@ -307,7 +307,7 @@ def override_files():
 
 
 def read_overrides(folder: Path):
-    """Reads overrides `--config.KEY=VALUE`, one a line: the first two each by itself, then all together. Then --lengths."""
+    """Reads overrides `--config.KEY=VALUE`, one a line: the first two separately, then all together. Then --lengths."""
     from mmx.launch import experiments
 
     errors = []

@@ -1,4 +1,4 @@
-"""Hostile files: random ones for every reader, each limit by itself, and the defects that `make fuzz` has found."""
+"""Hostile files: random ones for every reader, each limit separately, and the defects that `make fuzz` has found."""
 import contextlib
 import io
 import json

@@ -18,7 +18,7 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
     """Computes causal softmax attention with grouped KV heads (docs/model.md section 4).
 
     o_t = sum_s p_ts v_s, where p_t is the softmax of q_t . k_s / sqrt(K) over the keys s that query t sees. Each KV head
-    serves H / G consecutive query heads. Query t of row b has position start_b + t on the key axis. It sees the keys of its
+    is used by H / G consecutive query heads. Query t of row b has position start_b + t on the key axis. It sees the keys of its
     segment up to and including this position.
 
     Args:
