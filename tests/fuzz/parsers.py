@@ -314,7 +314,7 @@ def read_overrides(folder: Path):
     lines = [os.fsdecode(line) for line in untrusted.read_bytes(folder / "overrides.txt").split(b"\n")]
     for given in (*[[line] for line in lines[:2]], lines):
         try:
-            experiments._override(config.default(), given)
+            experiments._build(config.default(), given)
         except config.ConfigError as error:
             errors.append(error)
     config.parse_lengths(os.fsdecode(untrusted.read_bytes(folder / "lengths.txt")))

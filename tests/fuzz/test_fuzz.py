@@ -402,11 +402,11 @@ def test_a_pipe_as_text_source(tmp_path):
     ("-config.x=1", "unknown config key x"), ("--noconfig.train.x", "unknown config key train.x")])
 def test_overrides_of_unknown_keys(override, message):
     with pytest.raises(ConfigError, match=message):
-        experiments._override(config.default(), [override])
+        experiments._build(config.default(), [override])
 
 
 def test_a_message_quotes_only_the_start_of_long_lengths():
-    with pytest.raises(ConfigError, match="does not parse: give tokens with commas") as caught:
+    with pytest.raises(ConfigError, match="must be numbers of tokens with commas") as caught:
         config.parse_lengths("\udcff" * 10**6)
     assert len(str(caught.value)) < 1000
 
