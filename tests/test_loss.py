@@ -60,7 +60,7 @@ STATS = {"load_E": np.array([[0.5, 0.25, 0.25, 0], [0.1, 0.2, 0.3, 0.4]], np.flo
          "overflow": np.array([0.25, 0.0], np.float32)}
 
 
-@pytest.mark.parametrize("form", config.AUX_FORMS)
+@pytest.mark.parametrize("form", config.schema.AUX_FORMS)
 def test_router_losses(form):
     """Means over the layers. "hf", as in transformers, counts all top_k slots and averages the statistics of the layers."""
     f_LE, p_LE = STATS["load_E"], STATS["prob_E"]

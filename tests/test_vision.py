@@ -137,7 +137,7 @@ def test_what_transformers_saves_and_the_released_names_are_the_same(tmp_path, l
     assert convert.open_source(tmp_path / "sharded").model == convert.open_source(tmp_path / "hf").model
     found = convert.open_source(tmp_path / "sharded").model
     assert (found.vision.token, found.vision.tile, found.vision.patch, found.pattern) == (90, 28, 7, "LLLS")
-    assert found.vision.grids == config.GRIDS
+    assert found.vision.grids == config.schema.GRIDS
 
 
 def test_the_released_config():

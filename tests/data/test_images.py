@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmx.config import GRIDS, ConfigError, Vision
+from mmx.config import ConfigError, Vision
+from mmx.config.schema import GRIDS
 from mmx.data import images
 
 RELEASED, TINY = Vision(layers=24), Vision(layers=2, tile=28, patch=7)
