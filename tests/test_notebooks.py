@@ -78,6 +78,7 @@ def test_committed_outputs_are_clean(path):
         assert not re.search(r"Warning|/(home|root|tmp|work)/", str(output)), output
 
 
-def test_readme_lists_all_notebooks():
-    listed = re.findall(r"\]\(notebooks/(\S+\.ipynb)\)", (ROOT / "README.md").read_text())
+def test_readmes_list_all_notebooks():
+    assert "](notebooks)" in (ROOT / "README.md").read_text()
+    listed = re.findall(r"\]\((\S+\.ipynb)\)", (ROOT / "notebooks" / "README.md").read_text())
     assert listed == [path.name for path in NOTEBOOKS]
