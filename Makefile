@@ -1,8 +1,16 @@
-# make setup: .venv with pinned requirements.  make demo: train, evaluate, sample, export.  make test: the whole suite.
-# make notebooks: run them and write their outputs.  make faults N=100 MEMORY_SECONDS=3600 ONLY=kills,disk: docs/reliability.md.
-# make fuzz N=100000 ONLY=images,orbax: hostile files for every reader, SECURITY.md.
-# constraints.txt pins what Python 3.11 gets. Another one, as make test PYTHON=python3.12, gets the newest versions that
-# setup.cfg admits, and neither torch nor compilers: the tests of those are skipped, and listed.
+# make setup        creates .venv with mmx and its requirements
+# make demo         trains a small model for five minutes, evaluates it, generates text and exports it
+# make check        runs ruff and the fast tests, in under 3 minutes on two cores
+# make test         runs ruff and the whole suite, as continuous integration does
+# make notebooks    runs the notebooks and stores their outputs
+# make findings     draws the figures of the experiments and writes docs/findings.md
+# make docs         writes docs/configuration.md from the comments in mmx/config/schema.py
+# make faults       runs the fault scenarios of docs/reliability.md; options: N=100 MEMORY_SECONDS=3600 ONLY=kills,disk
+# make fuzz         gives malformed files to every reader (SECURITY.md); options: N=100000 ONLY=images,orbax
+# make clean        deletes .venv, the demo's files and the notebooks' runs
+#
+# Python 3.11 gets the versions that constraints.txt pins. Another Python, as in `make test PYTHON=python3.12`, gets the newest
+# versions that setup.cfg allows, without torch, the compilers and lm-eval. pytest skips the tests that need them and lists them.
 PYTHON ?= python3
 PINNED := $(shell $(PYTHON) -c 'import sys; print(*["pinned"] * (sys.version_info[:2] == (3, 11)))')
 DEMO_DIR ?= demo
@@ -10,9 +18,14 @@ DEMO_SECONDS ?= 290
 BIN := .venv/bin
 comma := ,
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(if $(PINNED),--constraint constraints.txt)
+PYTEST := JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 MMX := JAX_PLATFORMS=$(or $(JAX_PLATFORMS),cpu) $(BIN)/mmx
 
-.PHONY: setup demo test faults fuzz notebooks clean
+# Fast tests: pure Python and small arrays.
+CHECK := $(patsubst %,tests/%.py,test_style test_imports test_config test_counts test_frozen test_guards test_metrics test_lock \
+  test_checksums test_optim test_security kernels/test_rope data/test_corpus data/test_packing data/test_sources data/test_tokens)
+
+.PHONY: setup demo check test notebooks findings docs faults fuzz clean
 
 setup: .venv/ready
 
@@ -33,25 +46,35 @@ demo: setup
 	@rm -rf $(DEMO_DIR)/hf
 	$(MMX) convert to-hf --checkpoint $(DEMO_DIR) --out $(DEMO_DIR)/hf
 	@echo
-	@echo "$(DEMO_DIR)/eval.json     bits per byte beside gzip and xz"
+	@echo "$(DEMO_DIR)/eval.json     bits per byte, compared with gzip and xz"
 	@echo "$(DEMO_DIR)/curve.png     the training curve"
-	@echo "$(DEMO_DIR)/metrics.jsonl one line a step;  tensorboard --logdir $(DEMO_DIR)/tensorboard"
-	@echo "$(DEMO_DIR)/checkpoints   Orbax checkpoints: the same command goes on from the last"
-	@echo "$(DEMO_DIR)/hf            the model in Hugging Face form: mmx.torch.load('$(DEMO_DIR)/hf')"
+	@echo "$(DEMO_DIR)/metrics.jsonl one line for each step;  tensorboard --logdir $(DEMO_DIR)/tensorboard"
+	@echo "$(DEMO_DIR)/checkpoints   Orbax checkpoints: the same command resumes from the latest"
+	@echo "$(DEMO_DIR)/hf            the model in the Hugging Face format: mmx.torch.load('$(DEMO_DIR)/hf')"
+
+check: .venv/ready-to-test
+	$(BIN)/ruff check .
+	$(PYTEST) $(CHECK)
 
 test: .venv/ready-to-test
 	$(BIN)/ruff check .
-	JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+notebooks: .venv/ready-to-test
+	rm -rf notebooks/run*/
+	JAX_PLATFORMS=cpu $(BIN)/python notebooks/run.py notebooks/*.ipynb
+
+findings: .venv/ready-to-test
+	JAX_PLATFORMS=cpu $(BIN)/python -m experiments.findings
+
+docs: setup
+	$(BIN)/python -m mmx.config.reference > docs/configuration.md
 
 faults: .venv/ready-to-test
 	$(BIN)/python tests/faults/run.py --n $(or $(N),100) --memory-seconds $(or $(MEMORY_SECONDS),60) $(if $(ONLY),--only $(ONLY))
 
 fuzz: .venv/ready-to-test
 	$(BIN)/python tests/fuzz/fuzz.py --n $(or $(N),10000) $(if $(ONLY),--only $(ONLY))
-
-notebooks: .venv/ready-to-test
-	rm -rf notebooks/run*/
-	JAX_PLATFORMS=cpu $(BIN)/python notebooks/run.py notebooks/*.ipynb
 
 clean:
 	rm -rf .venv $(DEMO_DIR) notebooks/run*/

@@ -1,9 +1,9 @@
-"""Time and peak memory of converting a random 4 GB sharded checkpoint, whose largest stacked tensors are over 2 GB.
+"""Measures time and peak memory of converting a random sharded checkpoint of 4 GB, whose largest stacked tensors exceed 2 GB.
 
-    python benchmarks/convert.py [--dir FOLDER]     # needs 13 GB there for two minutes; it removes what it wrote
+    python benchmarks/convert.py [--dir FOLDER]     # needs 13 GB in FOLDER for two minutes, and removes its files
 
-Each direction runs in a process of its own, whose VmHWM (peak resident memory, Python and jax included) is printed. The
-tensors that come back are compared bit by bit with those that went in.
+Each direction runs in a separate process, and its VmHWM (peak resident memory, including Python and jax) is printed. After both
+conversions, the tensors are compared bit by bit with the original ones.
 """
 import argparse
 import json
@@ -19,7 +19,7 @@ import numpy as np
 from mmx import config
 from mmx.checkpoints import hf_config, hf_layout, safetensors
 
-# Softmax layers with wide heads: q and out, stacked over layers, are 2.08 GB each of 4.3 GB in all.
+# Softmax layers with wide heads: q and out, stacked over layers, have 2.08 GB each; the checkpoint has 4.3 GB.
 MODEL = config.Model(vocab=264, dim=4096, layers=31, pattern="S", heads=64, kv_heads=1, head_dim=128, rotary_dim=64,
                      experts=2, expert_dim=64)
 SHARD_BYTES = 500_000_000
@@ -32,7 +32,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 
 def random_checkpoint(directory: Path) -> int:
-    """Writes bfloat16 noise; returns bytes."""
+    """Writes a checkpoint of bfloat16 noise and returns its size in bytes."""
     dtype = safetensors.DTYPES["BF16"]
     noise = np.random.default_rng(0).standard_normal(1 << 22, np.float32).astype(dtype).view(np.uint8)
     tensors = {name: (dtype, leaf.tensor_shape) for leaf in hf_layout.leaves(MODEL) for _, name in leaf.tensors()}
@@ -41,15 +41,16 @@ def random_checkpoint(directory: Path) -> int:
     (directory / "config.json").write_text(json.dumps(hf_config.write_model(MODEL, "released", "bfloat16", ids)))
     with safetensors.Files(os.O_WRONLY) as files:
         for i, tensor in enumerate(safetensors.plan_files(directory, tensors, SHARD_BYTES).values()):
-            left, offset = np.prod(tensor.shape, dtype=np.int64) * dtype.itemsize, tensor.offset
-            while left:
-                part = np.roll(noise, 2 * i)[:left]
+            remaining, offset = np.prod(tensor.shape, dtype=np.int64) * dtype.itemsize, tensor.offset
+            while remaining:
+                part = np.roll(noise, 2 * i)[:remaining]
                 files.write(tensor.file, memoryview(part), offset)
-                left, offset = left - len(part), offset + len(part)
+                remaining, offset = remaining - len(part), offset + len(part)
     return sum(file.stat().st_size for file in directory.iterdir())
 
 
 def equal(a: Path, b: Path) -> bool:
+    """Whether two checkpoints have the same tensors, bit by bit."""
     first, second = safetensors.find_tensors(a), safetensors.find_tensors(b)
     with safetensors.Files(os.O_RDONLY) as files:
         for name, tensor in first.items():
@@ -63,7 +64,7 @@ def equal(a: Path, b: Path) -> bool:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", help="folder for the files (a temporary one)")
+    parser.add_argument("--dir", help="folder for the files (default: a temporary folder)")
     with tempfile.TemporaryDirectory(dir=parser.parse_args().dir) as folder:
         folder = Path(folder)
         size = random_checkpoint(folder / "source")
@@ -77,7 +78,7 @@ def main():
             peak = int(done.stdout.split()[-1]) * 1024
             print(f"{call:10}{size / 1e9:8.2f}{time.monotonic() - start:10.1f}{peak / 1e9:10.2f}", flush=True)
         same = equal(folder / "source", folder / "export")
-        print("every tensor came back bit by bit" if same else "TENSORS DIFFER")
+        print("all tensors are unchanged, bit by bit" if same else "TENSORS DIFFER")
         return 0 if same else 1
 
 

@@ -1,10 +1,11 @@
-"""Lightning attention on a GPU beside the published kernels: flash-linear-attention's and the paper's own (lightning_attn).
+"""Compares lightning attention on a GPU with the published kernels of flash-linear-attention and of the paper (lightning_attn).
 
-    pip install fla-core lightning-attn         # and torch, triton, einops: peers to measure, mmx does not need them
-    python benchmarks/gpu_peers.py              # some minutes, most of them the peers' tuning of themselves
+    pip install fla-core lightning-attn         # and torch, triton, einops; mmx itself needs none of them
+    python benchmarks/gpu_peers.py              # some minutes, mostly for the autotuning of the other kernels
 
-One sequence, 64 heads of 128, bfloat16, the decays of a first layer, all in one process, in turn. Softmax attention is torch's,
-by cuDNN or FlashAttention. Medians; the error is ||o - o'|| / ||o'|| against float32 by XLA from the same rounded inputs.
+One sequence, 64 heads of 128, bfloat16, the decays of the first layer; all kernels run in turn in one process. Softmax
+attention is that of torch (cuDNN or FlashAttention). Prints medians. The error is ||o - o'|| / ||o'||, where o' is computed by
+XLA in float32 from the same rounded inputs.
 """
 import argparse
 import functools
@@ -30,13 +31,13 @@ CALLS, ROUNDS = 5, 7
 
 def main():
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--lengths", default="2k,8k,32k", help="tokens, with commas (default %(default)s)")
-    flags.add_argument("--forms", default="gpu,triton,xla", help="ours, with commas (default %(default)s)")
-    flags.add_argument("--documents", type=int, default=8, help="of the packed case (default 8)")
+    flags.add_argument("--lengths", default="2k,8k,32k", help="tokens, separated by commas (default %(default)s)")
+    flags.add_argument("--forms", default="gpu,triton,xla", help="back ends of mmx, separated by commas (default %(default)s)")
+    flags.add_argument("--documents", type=int, default=8, help="documents of the packed case (default 8)")
     args = flags.parse_args()
     cases = [(T, documents) for T in config.parse_lengths(args.lengths) for documents in (1, args.documents)]
     for T, documents in tqdm(cases, "cases"):
-        table = Table("form", "forward ms", "and backward ms", "error",
+        table = Table("kernel", "forward ms", "forward and backward ms", "error",
                       title=f"{jax.devices()[0].device_kind}, {T:,} tokens, documents: {documents}")
         for name, cells in measure(T, documents, args.forms.split(",")).items():
             table.add_row(name, *(x if isinstance(x, str) else f"{x:.3g}" for x in cells))
@@ -44,7 +45,7 @@ def main():
 
 
 def measure(T, documents, forms):
-    """{form: (ms of a forward pass, ms of a forward and a backward pass, relative error)}."""
+    """{kernel: (ms of a forward pass, ms of a forward and a backward pass, relative error)}."""
     rng = np.random.default_rng(T)
     x_HTD = [rng.standard_normal((1, H, T, D), np.float32) for _ in range(4)]
     edges = np.linspace(0, T, documents + 1).astype(int)
@@ -65,21 +66,21 @@ def measure(T, documents, forms):
         def both(do, *args, forward=forward):
             leaves = [x.detach().requires_grad_() for x in args]
             return torch.autograd.grad(forward(*leaves), leaves, do)
-        want_ = np.moveaxis(want, 1, 2) if layout == "BTHD" else want
+        expected = np.moveaxis(want, 1, 2) if layout == "BTHD" else want
         try:
-            found[name] = timed(forward, both, args, cotangent, want_ if name != "softmax, torch" else None, synchronize)
-        except Exception as fault:      # its kernels may not take the shape, or the memory; ours have to
-            found[name] = (" ".join(str(fault).split())[:40],) * 2 + ("",)
+            found[name] = timed(forward, both, args, cotangent, expected if name != "softmax, torch" else None, synchronize)
+        except Exception as error:      # these kernels may not support the shape or may run out of memory; mmx's must run
+            found[name] = (" ".join(str(error).split())[:40],) * 2 + ("",)
     return found
 
 
 def with_gradients(forward, do, *args):
     o, pull = jax.vjp(forward, *args)
-    return o, pull(do)          # o too: XLA leaves out what nobody asks for
+    return o, pull(do)          # returns o too, so that XLA does not remove its computation
 
 
 def peers(edges):
-    """{name: (function of q, k, v, its layout)} of what is installed."""
+    """{name: (function of q, k and v, layout)} of the installed kernels."""
     gamma_H, found = torch.tensor(LOG_DECAY_H, device="cuda", dtype=torch.float32), {}
     packed = {} if len(edges) == 2 else {"cu_seqlens": torch.tensor(edges, device="cuda", dtype=torch.int32)}
     try:
@@ -89,7 +90,7 @@ def peers(edges):
     except ImportError:
         pass
     if packed:
-        return found            # the others know no documents
+        return found            # the other kernels do not support packed documents
     try:
         from lightning_attn.ops import lightning_attn_func
         found["lightning_attn"] = lambda q, k, v: lightning_attn_func(q, k, v, -gamma_H), "BHTD"
@@ -100,6 +101,7 @@ def peers(edges):
 
 
 def timed(forward, both, args, do, want, wait):
+    """(ms of `forward`, ms of `both`, relative error of the output, or nan if `want` is None)."""
     o = wait(forward(*args))
     o = np.asarray(o.float().cpu() if isinstance(o, torch.Tensor) else o, np.float32)
     error = np.linalg.norm(o - want) / np.linalg.norm(want) if want is not None else float("nan")

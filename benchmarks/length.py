@@ -1,13 +1,14 @@
-"""Tokens/s and memory of one attention layer, forward and backward, over the sequence's length, at equal tokens a call.
+"""Measures tokens/s and memory of one attention layer, forward and backward, by sequence length, at equal tokens per call.
 
     python benchmarks/length.py             # a quarter of an hour on two idle cores; writes experiments/results/length.jsonl
 
-Hidden 256, 8 heads x 32 (softmax: 2 KV heads), float32. A call reads 131,072 tokens, of many sequences or of one, so that the
-length alone changes: calls that are larger need new memory, and are slower for that. Each point is a process of its own, in
-turn, pass after pass: the median of several calls, after as many as still take new memory, and the peak of the call's buffers
-beyond its inputs as XLA lays them out. Softmax attention's time grows with the length: it stops where four times its last call
-is over --limit. `python -m experiments.findings` draws the figure.
-Result: lightning keeps 97 % of its tokens/s (91 to 102) from 1,024 to 131,072 tokens; a loss of 5 % being none: cannot tell.
+Width 256, 8 heads of 32 (softmax: 2 KV heads), float32. Every call processes 131,072 tokens, as many short sequences or one
+long one. Calls with more tokens would need more memory, which alone makes them slower. Each point is measured in a separate
+process: the median time of several calls, after a warm-up that lasts until calls allocate no new memory, and the peak size of
+XLA's buffers without the inputs. All points are measured once per pass. Softmax attention slows down with the length; a length
+is skipped if four times the previous call exceeds --limit. `python -m experiments.findings` draws the figure.
+Result: from 1,024 to 131,072 tokens, lightning keeps 97 % of its tokens/s (91 to 102). Up to 5 % slower counts as equal:
+cannot tell.
 """
 import argparse
 import itertools
@@ -34,11 +35,13 @@ OUT = Path(__file__).parents[1] / "experiments" / "results" / "length.jsonl"
 
 def main():
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--tokens", type=int, default=131072, help="of a call (default 131072)")
-    flags.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default=LENGTHS)
-    flags.add_argument("--limit", type=float, default=30, help="longest call, in seconds (default 30)")
-    flags.add_argument("--passes", type=int, default=3, help="how often all is measured (default 3)")
-    flags.add_argument("--out", default=OUT, help="the points, a line of JSON each (default experiments/results/length.jsonl)")
+    flags.add_argument("--tokens", type=int, default=131072, help="tokens per call (default 131072)")
+    flags.add_argument("--lengths", type=lambda s: [int(n) for n in s.split(",")], default=LENGTHS,
+                       help="sequence lengths, separated by commas (default 1024,4096,16384,65536,131072)")
+    flags.add_argument("--limit", type=float, default=30, help="longest expected softmax call, in seconds (default 30)")
+    flags.add_argument("--passes", type=int, default=3, help="measurements of each point (default 3)")
+    flags.add_argument("--out", default=OUT,
+                       help="file to write the rows to (default experiments/results/length.jsonl)")
     flags.add_argument("--point", help=argparse.SUPPRESS)
     args = flags.parse_args()
     if args.point:
@@ -46,9 +49,9 @@ def main():
         print(json.dumps(measure(kind, int(sequences), int(length))))
         return
     if args.passes < 1:
-        flags.error(f"--passes {args.passes}: give one, or more")
+        flags.error(f"--passes {args.passes}: must be at least 1")
     if uneven := [n for n in args.lengths if n < 1 or args.tokens < 1 or args.tokens % n]:
-        flags.error(f"--lengths: {uneven[0]} does not divide the {args.tokens:,} tokens of a call; give others, or --tokens")
+        flags.error(f"--lengths: {uneven[0]} does not divide --tokens {args.tokens:,}; change --lengths or --tokens")
     rows, last = [], {}
     for number, length in tqdm(list(itertools.product(range(args.passes), args.lengths)), "lengths"):
         for kind in NAMES:
@@ -65,11 +68,12 @@ def main():
                 last[number] = rows[-1]["seconds"]
             with atomic.replacing(args.out) as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)
-    show(rows, args.lengths)
+    print_table(rows, args.lengths)
     print(f"{len(rows)} rows: {args.out}")
 
 
 def measure(kind: str, sequences: int, length: int) -> dict:
+    """Measures one point: seconds per call, tokens_per_s and peak_mib of a layer of this kind."""
     import jax
     import jax.numpy as jnp
 
@@ -85,11 +89,11 @@ def measure(kind: str, sequences: int, length: int) -> dict:
     step = jax.jit(jax.grad(lambda p, u: jnp.mean(mixer.apply(p, u, context, None, constants)[0] ** 2), (0, 1)))
     compiled = step.lower(params, u_BTD).compile()
     memory = compiled.memory_analysis()
-    touched = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(12):                 # warm-up: until a call finds all its memory there
-        before = touched()
+    page_faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(12):                 # warm-up, until a call allocates almost no new memory
+        before = page_faults()
         jax.block_until_ready(compiled(params, u_BTD))
-        if touched() - before < 100:
+        if page_faults() - before < 100:
             break
     seconds = []
     begin = time.perf_counter()
@@ -102,8 +106,8 @@ def measure(kind: str, sequences: int, length: int) -> dict:
             "peak_mib": (memory.temp_size_in_bytes + memory.output_size_in_bytes) / 2 ** 20}
 
 
-def show(rows, lengths):
-    """A table of the passes' medians."""
+def print_table(rows, lengths):
+    """Prints a table of medians over the passes."""
     table = Table("length", *(f"{name} {what}" for name in NAMES.values() for what in ("tokens/s", "peak MiB")),
                   title="one layer, forward and backward")
     for length in lengths:

@@ -1,10 +1,11 @@
-"""mmx beside PyTorch's transformers on the same weights, alternating on this machine's CPU, each in its process.
+"""Compares mmx with transformers (PyTorch) on this machine's CPU: the same weights, separate processes, in alternation.
 
     python benchmarks/vs_transformers.py            # about 2 minutes on 2 cores
 
 28 M parameters (hidden 256, LLLLLLLS, 8 heads x 32, 2 KV heads, 8 experts top-2 x 512, vocabulary 1,024), float32, no
-dropping. RoPE turns whole heads and their number is a power of two, so that stock transformers computes the same
-function, which is checked first. Medians of alternating rounds; a ratio over 1 means mmx is faster.
+dropping. RoPE rotates all dims of a head and the number of heads is a power of two, because transformers computes the same
+function only then; the script first compares the logits. It prints medians of the rounds. A ratio above 1 means that mmx is
+faster.
 """
 import argparse
 import functools
@@ -36,8 +37,8 @@ TARGET = {"prefill 2,048": 1.3, "prefill 8,192": 1.3, "train step 4x512": 1.1, "
 
 def main():
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--rounds", type=int, default=7, help="alternating rounds, medians are shown (default 7)")
-    flags.add_argument("--threads", type=int, default=2, help="torch's threads; XLA takes the cores it sees (default 2)")
+    flags.add_argument("--rounds", type=int, default=7, help="alternating rounds; prints medians (default 7)")
+    flags.add_argument("--threads", type=int, default=2, help="threads of torch; XLA uses all visible cores (default 2)")
     args = flags.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         stock().save_pretrained(folder)
@@ -46,10 +47,10 @@ def main():
         times = {name: {side: [] for side in run} for name in TOKENS}
         for number in tqdm(range(args.rounds + 1), "rounds"):
             for name in TOKENS:
-                for side, kept in times[name].items():
+                for side, measured in times[name].items():
                     seconds = run[side](name)
                     if number:                                  # round 0 compiles and warms up
-                        kept.append(seconds)
+                        measured.append(seconds)
     table = Table("", "transformers tokens/s", "mmx tokens/s", "mmx / transformers", "target",
                   title=f"medians of {args.rounds} alternating rounds, {args.threads} threads, torch "
                         f"{torch.__version__}, transformers {transformers.__version__}, jax {jax.__version__}")
@@ -60,19 +61,24 @@ def main():
 
 
 def start(side, folder, threads):
-    """A process of its own, so that neither side's threads or memory disturb the other's; returns what asks it. `side`
-    makes its cases, {name: run}, of the checkpoint's folder and tokens."""
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    multiprocessing.get_context("spawn").Process(target=serve, args=(side, folder, threads, there), daemon=True).start()
+    """Starts a process that runs the cases of `side`, so that the threads and the memory of the sides do not interfere.
 
-    def ask(name):
-        here.send(name)
-        return here.recv()
-    return ask
+    Args:
+      side: a function of the checkpoint's folder and prompt tokens that returns the cases, {name: function}.
+    Returns:
+      a function that runs a case by name and returns its result.
+    """
+    pipe, child_pipe = multiprocessing.get_context("spawn").Pipe()
+    multiprocessing.get_context("spawn").Process(target=serve, args=(side, folder, threads, child_pipe), daemon=True).start()
+
+    def run_case(name):
+        pipe.send(name)
+        return pipe.recv()
+    return run_case
 
 
 def serve(side, folder, threads, pipe):
-    """Answers a case's name with its seconds, "logits" with those of 512 tokens."""
+    """Receives names of cases and sends their results: seconds, or the logits of 512 tokens for "logits"."""
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
     tokens_BT = np.random.default_rng(0).integers(0, MODEL.vocab, (1, 8192))
@@ -80,12 +86,12 @@ def serve(side, folder, threads, pipe):
     try:
         while True:
             pipe.send(cases[pipe.recv()]())
-    except EOFError:        # nobody asks any more
+    except EOFError:        # the parent process has closed the pipe
         pass
 
 
 def stock():
-    """A random model of stock transformers."""
+    """A transformers model with random weights."""
     torch.manual_seed(0)
     layer_types = ["linear_attention" if kind == "L" else "full_attention" for kind in MODEL.layer_kinds]
     factors = {f"{branch}_{kind}_factor": getattr(MODEL, f"{kind}_{ours}") for kind in ("alpha", "beta")
@@ -100,6 +106,7 @@ def stock():
 
 
 def timed(run):
+    """A function that runs `run` once and returns its seconds."""
     def seconds() -> float:
         begin = time.perf_counter()
         run()
@@ -107,8 +114,8 @@ def timed(run):
     return seconds
 
 
-def after(run, prompt_BT):
-    """The time of STEPS greedy tokens behind prompts: that of one more less that of one."""
+def decode_seconds(run, prompt_BT):
+    """A function that measures STEPS greedy tokens after prompts: the time of STEPS + 1 tokens minus that of one token."""
     return lambda: timed(lambda: run(prompt_BT, STEPS + 1))() - timed(lambda: run(prompt_BT, 1))()
 
 
@@ -149,7 +156,7 @@ def theirs(folder, tokens_BT):
 
     return {"logits": logits, "prefill 2,048": timed(lambda: prefill(tokens_BT[:, :2048])),
             "prefill 8,192": timed(lambda: prefill(tokens_BT)),
-            "decode from 2,048": after(greedy(model), tokens_BT[:, :2048]), "train step 4x512": timed(step)}
+            "decode from 2,048": decode_seconds(greedy(model), tokens_BT[:, :2048]), "train step 4x512": timed(step)}
 
 
 def ours(folder, tokens_BT):
@@ -173,7 +180,7 @@ def ours(folder, tokens_BT):
     return {"logits": lambda: np.asarray(mmx.forward(loaded, tokens_BT[:, :512])),
             "prefill 2,048": timed(lambda: generate(tokens_BT[:, :2048], 1)),
             "prefill 8,192": timed(lambda: generate(tokens_BT, 1)),
-            "decode from 2,048": after(generate, tokens_BT[:, :2048]), "train step 4x512": timed(step)}
+            "decode from 2,048": decode_seconds(generate, tokens_BT[:, :2048]), "train step 4x512": timed(step)}
 
 
 SIDES = theirs, ours

@@ -1,17 +1,18 @@
-"""Does the critical batch grow as the loss falls? Gradient noise scale against loss, at three sizes.
+"""Does the critical batch grow as the loss falls? Gradient noise scale against loss, for three model sizes.
 
-    mmx sweep --config experiments/critical_batch.py --out critical_batch --executor inline         # or one run:
+    mmx sweep --config experiments/critical_batch.py --out critical_batch --executor inline         # or a single run:
     mmx train --config experiments/critical_batch.py:48,0 --workdir critical-one
 
-Protocol: four layers LLLS, dense, 32 to 64 wide; bytes of the embedded corpus, eight micro-batches of 2 x 128 a step. The noise
-scale (McCandlish et al., arXiv 1812.06162, appendix A: the batch at which noise and gradient are alike) comes from the norms of
-micro-batches' gradients and of their mean's, each a root mean square over a twentieth of the run. The rate does not decay. The
-paper's doublings (at 2.22, 1.98, 1.77, 1.58 nats) are of models of 50 to 600 M active parameters, and by critical batches, of
-which the noise scale is a stand-in.
-Hours: 0.16, nine runs of one core each, four at a time, on 2026-11-27.
-Result: the noise scale goes as loss^-2.6 (2.3 to 2.9), the mean of 2.1 (1.7 to 2.6), 2.6 (2.2 to 3.0) and 3.1 (2.7 to 3.7) at
-32, 48 and 64: that it grows supports the paper, whose four points go as loss^-6.1, which these widths contradict. The power
-rises with the width, by 1.0 (0.5 to 2.0) from 32 to 64: what larger models do is not shown.
+Protocol: four layers (LLLS, hybrid 3:1), dense, 32 to 64 wide. The data is the bytes of the embedded corpus. A step has eight
+micro-batches of 2 x 128 bytes. The gradient noise scale is the batch size at which noise and gradient are equally large
+(McCandlish et al., arXiv 1812.06162, appendix A). It is computed from the gradient norms of the micro-batches and of their
+mean, each a root mean square over a twentieth of the run. The learning rate does not decay. The paper doubles its batch at
+losses of 2.22, 1.98, 1.77 and 1.58 nats, from the critical batches of models with 50 to 600 M active parameters; the noise
+scale is only an estimate of the critical batch.
+Time: 0.16 hours for nine runs of one core each, four at a time, on 2026-11-27.
+Result: the noise scale is proportional to loss^-2.6 (2.3 to 2.9), the mean of the exponents 2.1 (1.7 to 2.6), 2.6 (2.2 to 3.0)
+and 3.1 (2.7 to 3.7) at widths 32, 48 and 64. That it grows supports the paper. The exponent contradicts the paper's, whose four
+points follow loss^-6.1. The exponent rises with the width, by 1.0 (0.5 to 2.0) from 32 to 64; larger models were not tested.
 """
 from mmx.config import default
 

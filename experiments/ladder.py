@@ -1,35 +1,36 @@
-"""The published ladder: softmax, lightning and hybrid, dense, 70M to 7B, whose losses over FLOPs chose the architecture.
+"""The paper's model ladder: softmax, lightning and hybrid models, dense, 70M to 7B, compared by loss over FLOPs.
 
     mmx config experiments/ladder.py:softmax,410M           # parameters, FLOPs
     mmx sweep --config experiments/ladder.py --out ladder --executor slurm --slurm partition=gpu,gpus_per_node=8
 
-Question: which architecture has the lower loss at equal FLOPs? Protocol: 300B tokens each, rows of 8,192 tokens, 4M tokens a
-step, one fixed learning rate for all; the training loss stands for the test loss.
-Not run here: it is the reference for shapes, counts and schedules. The FLOPs of a step are those printed, with
-`Model.flops_companion`. Corpus and tokenizer are not public: data.sources and data.tokenizer below are paths to your own.
-"P" is the paper (arXiv 2501.08313, section 2.2.2), "S" its companion (2406.16690, Table 7), which has the same softmax and
-lightning runs; "ours" is a choice where neither states one. Our blocks are MiniMax-01's: DeepNorm, and a gate of full rank.
+Question: which architecture has the lowest loss at equal FLOPs? Protocol: 300B tokens for each model, rows of 8,192 tokens, 4M
+tokens per step, one fixed learning rate for all. The training loss is used in place of the test loss.
+We did not train these models. The file documents shapes, counts and schedules. The FLOPs of a step, counted by
+`flops_companion`, equal the published ones. Corpus and tokenizer are not public: data.sources and data.tokenizer are paths to
+your own. In the comments, "P" is the paper (arXiv 2501.08313, section 2.2.2) and "S" its companion (arXiv 2406.16690, Table 7),
+which has the same softmax and lightning runs. "Ours" is our choice where neither states a value. Our blocks are those of
+MiniMax-01: DeepNorm, and a full-rank gate.
 """
 from mmx.config import ConfigError, default
 
 ARCHITECTURES = ("softmax", "lightning", "hybrid")
-SIZES = {       # S: layers, width, heads, width of the dense feed-forward part; head dim 128
+SIZES = {       # S: layers, width, heads, dense feed-forward width; the head dim is 128
     "70M": (6, 512, 4, 1_536), "160M": (12, 768, 6, 2_048), "410M": (26, 1_024, 8, 2_816),
-    "1B": (32, 1_536, 12, 4_096),       # S prints 16 and 5,632; its FLOPs say 12 heads, its 906.2M parameters 4,096
+    "1B": (32, 1_536, 12, 4_096),       # S prints 16 and 5,632, but its FLOPs need 12 heads, its 906.2M parameters 4,096
     "3B": (35, 2_560, 20, 6_912), "7B": (32, 4_096, 32, 11_008),
 }
 
 
 def get_config(arch="hybrid", size="410M"):
     if arch not in ARCHITECTURES or size not in SIZES:
-        raise ConfigError(f"{arch},{size} is no rung: give one of {', '.join(ARCHITECTURES)} and one of {', '.join(SIZES)}")
+        raise ConfigError(f"unknown model {arch},{size}: give one of {', '.join(ARCHITECTURES)} and one of {', '.join(SIZES)}")
     config = default()
     model, train, data = config.model, config.train, config.data
 
     model.layers, model.dim, model.heads, model.expert_dim = SIZES[size]
     if (arch, size) == ("lightning", "410M"):
         model.layers = 25               # S
-    model.pattern = {"softmax": "S", "lightning": "L", "hybrid": hybrid(model.layers)}[arch]
+    model.pattern = {"softmax": "S", "lightning": "L", "hybrid": hybrid_pattern(model.layers)}[arch]
     model.vocab = 100_280               # S: tiktoken
     model.kv_heads, model.head_dim, model.rotary_dim = model.heads, 128, 128        # S
     model.experts, model.top_k = 1, 1   # dense
@@ -48,8 +49,8 @@ def get_config(arch="hybrid", size="410M"):
     return config
 
 
-def hybrid(layers):
-    """One softmax layer after every seven lightning layers (P); ours: the last of fewer than eight."""
+def hybrid_pattern(layers):
+    """Returns a pattern with a softmax layer after every seven lightning layers (P); below 8 layers the last one (ours)."""
     return "".join("S" if i % 8 == 7 or i == layers - 1 < 7 else "L" for i in range(layers))
 
 

@@ -1,29 +1,31 @@
-"""Does a needle show how far half RoPE reaches? None, half and full RoPE, trained at 256 bytes, asked at up to 2,048.
+"""Does half RoPE retrieve beyond the training length? No, half and full RoPE, trained on 256 bytes, evaluated to 2,048.
 
-    python benchmarks/needle.py --experiment needle_rope --run needle-rope  # documents, mmx sweep of 18 runs, readings; or one:
+    # documents, a sweep of 18 runs, evaluation:
+    python experiments/measure/needle.py --experiment needle_rope --run needle-rope
+    # or a single run:
     mmx examples --suite needle --rows again --lengths 128 --examples 4000 --seed 1 --out needle-rope-data/again.jsonl
     mmx examples --suite needle --lengths 192,256 --examples 300 --seed 1 --out needle-rope-data/needle.jsonl
     mmx train --config experiments/needle_rope.py:hybrid,16,0 --workdir needle-rope-one
     mmx eval --checkpoint needle-rope-one --suite needle --lengths 256,512,1k,2k --rows 0,25,50,75,100 --examples 10
 
-Protocol: needle.py's models, hybrid (LLLS) and softmax alone, heads of 32 dims of which 0, 16 or 32 turn, base 10,000 as the
-paper's, and its documents, but of 192 and 256 tokens (bytes), prompt and all. Three seeds.
-Hours: 18 runs of 3 to 6 minutes and as many readings of a minute, one core, 1.4 in all by the clock, on 2026-11-28.
-Result: asked at 2,048 tokens, right answers of the hybrid 91 % without RoPE (86 to 100), 26 % with half (20 to 30), 17 % with
-all of it (16 to 20), at 256 tokens 99 to 100 %: that half RoPE reaches further than was trained is contradicted. Whether it
-keeps more than full RoPE cannot be told: at 512 tokens 66 % (62 to 72) against 60 % (54 to 68), at 1,024 44 % (32 to 58)
-against 28 % (24 to 34), and at 2,048 both find the needles at the end, a fifth of all, and few others. Softmax alone has 0 to 3
-% there; without RoPE it had not learned to find one at 256 either.
+Protocol: the models of needle.py, hybrid 3:1 (LLLS) and softmax alone. RoPE rotates 0, 16 or 32 of a head's 32 dims, with the
+paper's base of 10,000. The documents are those of needle.py with prompts of 192 and 256 tokens (bytes). Three seeds.
+Time: 18 runs of 3 to 6 minutes and 18 evaluations of a minute, on one core; 1.4 hours in all, on 2026-11-28.
+Result: at 2,048 tokens the hybrid answers 91 % correctly without RoPE (86 to 100), 26 % with half RoPE (20 to 30) and 17 % with
+full RoPE (16 to 20); at 256 tokens 99 to 100 %. That half RoPE works beyond the training length is contradicted. Whether it is
+better there than full RoPE cannot be told: 66 % (62 to 72) against 60 % (54 to 68) at 512 tokens, 44 % (32 to 58) against 28 %
+(24 to 34) at 1,024; at 2,048 both find the needles at the end, a fifth of all, and few others. Softmax alone answers 0 to 3 %
+correctly at 2,048. Without RoPE it had not learned the task at 256 either.
 """
 from mmx.config import ConfigError, default
 
-KINDS = {"hybrid": ("LLLS", 139), "softmax": ("S", 171)}        # pattern, hidden part: equal in size
+KINDS = {"hybrid": ("LLLS", 139), "softmax": ("S", 171)}        # pattern, feed-forward width: equal in size
 TURNED = (0, 16, 32)
 
 
 def get_config(kind="hybrid", turned=16, seed=0):
     if kind not in KINDS or int(turned) not in TURNED:
-        raise ConfigError(f"{kind},{turned} is no arm: give hybrid or softmax, and one of {', '.join(map(str, TURNED))}")
+        raise ConfigError(f"unknown arm {kind},{turned}: give hybrid or softmax, and one of {', '.join(map(str, TURNED))}")
     config = default()
     model, train, data = config.model, config.train, config.data
     model.pattern, model.expert_dim = KINDS[kind]
@@ -32,7 +34,7 @@ def get_config(kind="hybrid", turned=16, seed=0):
     model.experts, model.top_k, model.aux_weight = 1, 1, 0.0
     model.init, model.embed_std = "fan_in", 1.0
 
-    train.steps, train.batch, train.length = 750, 8, 272        # a prompt of 256 tokens, its answer and its end fit a row
+    train.steps, train.batch, train.length = 750, 8, 272        # a prompt of 256 tokens, its answer and its end fit in a row
     train.lr, train.warmup, train.decay = 4e-3, 50, 0.3
     train.loss_chunk = train.batch * train.length
     train.seed = data.seed = int(seed)

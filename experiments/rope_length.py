@@ -1,19 +1,20 @@
-"""Does half RoPE reach further than was trained? None, half and full RoPE, learned at 256 bytes, read at up to 2,048.
+"""Does half RoPE work beyond the training length? No, half and full RoPE, trained on 256 bytes, evaluated to 2,048.
 
-    mmx sweep --config experiments/rope_length.py --out rope_length --jobs 6            # or one run, and its reading:
+    mmx sweep --config experiments/rope_length.py --out rope_length --jobs 6            # or a single run:
     mmx train --config experiments/rope_length.py:8,S,3e-3,0 --workdir rope-one
-    python benchmarks/rope_length.py --run rope_length      # the sweep's rows with the loss by place: rope_length.jsonl
+    python experiments/measure/rope_length.py --run rope_length     # adds the loss by place; writes results/rope_length.jsonl
 
-Protocol: four layers, 64 wide, dense, heads of 16 dims of which 0, 8 or 16 turn, base 10,000; softmax alone (S), and the hybrid
-(LLLS), whose lightning layers know nothing of positions. Bytes of the embedded corpus in rows of 256; read are rows of 2,048
-held-out bytes. A needle has to be trained for (needle_rope.py). Two learning rates, three seeds.
-Hours: 0.04 of one H100 by the clock, 36 runs, 15 at a time, on 2026-11-27.
-Result: that half RoPE reaches further than was trained is contradicted: bytes 1,024 to 2,047 cost the hybrid 1.58 nats more
-(1.14 to 1.96) than the best part before them, the first 256; without RoPE 0.007 more (0.003 to 0.008): supports. Whether half
-RoPE keeps more than full beyond 256 cannot be told: each has 2.9 nats or more there in some seed, near the 3.02 that a byte's
-frequency tells. The hybrid has less with half RoPE than with full in all seeds, by 0.26 (0.07 to 0.40) in bytes 256 to 511,
-softmax alone more, by 0.36 (0.25 to 0.45). Within 256 bytes half RoPE is better than full for the hybrid, by 0.016 (0.009 to
-0.022): supports that it costs nothing.
+Protocol: four layers, 64 wide, dense, heads of 16. RoPE rotates 0, 8 or 16 dims of a head, with a base of 10,000. The models
+are softmax alone (S) and the hybrid 3:1 (LLLS), whose lightning layers have no positional encoding. They train on bytes of the
+embedded corpus in rows of 256, and are evaluated on held-out rows of 2,048 bytes. This experiment measures the loss;
+needle_rope.py measures retrieval, which needs its own training data. Two learning rates, three seeds.
+Time: 0.04 hours on one H100 for 36 runs, 15 at a time, on 2026-11-27.
+Result: that half RoPE works beyond the training length is contradicted: the hybrid's loss in bytes 1,024 to 2,047 is 1.58 nats
+higher (1.14 to 1.96) than in its best earlier span, the first 256 bytes. Without RoPE it is 0.007 higher (0.003 to 0.008):
+supports. Whether half RoPE is better than full RoPE beyond 256 bytes cannot be told: both have 2.9 nats or more there in some
+seed, near the 3.02 of byte frequencies alone. In bytes 256 to 511 and in all seeds, the hybrid is better with half RoPE than
+with full RoPE, by 0.26 (0.07 to 0.40), and softmax alone is worse, by 0.36 (0.25 to 0.45). Within 256 bytes, half RoPE is
+better than full RoPE for the hybrid, by 0.016 (0.009 to 0.022): supports that it costs nothing.
 """
 from mmx.config import ConfigError, default
 
@@ -23,7 +24,7 @@ RATES, SEEDS = (3e-3, 1e-2), (0, 1, 2)
 
 def get_config(turned=8, pattern="S", lr=3e-3, seed=0):
     if int(turned) not in TURNED or pattern not in PATTERNS:
-        raise ConfigError(f"{turned},{pattern} is no arm: give one of {', '.join(map(str, TURNED))} and S or LLLS")
+        raise ConfigError(f"unknown arm {turned},{pattern}: give one of {', '.join(map(str, TURNED))} and S or LLLS")
     config = default()
     model, train = config.model, config.train
     model.layers, model.pattern, model.dim = 4, pattern, 64

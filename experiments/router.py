@@ -1,18 +1,19 @@
-"""What do dropped tokens cost, and does one capacity for all shards of a batch drop fewer than one for each? On real routing.
+"""What do dropped tokens cost, and does one capacity for the whole batch drop fewer than one for each shard?
 
-    python benchmarks/router.py --run router        # mmx sweep of three seeds, readings of held-out text, rows; or one:
-    mmx train --config experiments/router.py:0 --workdir router-0
+    python experiments/measure/router.py --run router       # a sweep of three seeds, evaluation on held-out text, rows
+    mmx train --config experiments/router.py:0 --workdir router-0       # a single run
 
-Protocol: four layers LLLS, 64 wide, 8 experts of 64, top-2, aux 0.01, trained on bytes of the embedded corpus without dropping;
-then 96 rows of 256 held-out bytes, in random order, are read in batches of 32 with capacity factors of 1 to 2, over the whole
-batch (the paper's global router) and over each of 4, 16 and 32 shards of its rows by itself. What is dropped by one layer is
-missed by the next. The model never met a drop in training: what a run that trains with drops would lose is not asked here.
-Hours: 0.3 of a core, on 2026-11-27.
-Result: supports that fewer are dropped. At a capacity factor of 1.25 the whole batch's capacity drops 3.85 % of the assignments
-(2.22 to 5.71), that of 32 shards of a row each 4.54 % (3.06 to 6.21), 0.69 points more (0.51 to 0.85), which costs 0.0010 nats
-a byte (0.0004 to 0.0015), that of 4 shards 0.08 points more (0.06 to 0.10), with a loss that is no higher (0.0005
-lower, 0.0000 to 0.0011). At 1.0 32 shards drop 1.07 points more (0.97 to 1.24) and cost 0.0083 nats (0.0042 to
-0.0115), at 2.0 next to nothing is dropped by any.
+Protocol: four layers (LLLS, hybrid 3:1), 64 wide, 8 experts of width 64, top-2, auxiliary weight 0.01, trained on bytes of the
+embedded corpus without dropping. Then 96 held-out rows of 256 bytes, in random order, are evaluated in batches of 32 with
+capacity factors of 1 to 2. The capacity holds for the whole batch (the paper's global router) or for each of 4, 16 or 32
+shards of its rows. A token that one layer drops also changes the input of the next layer. The models never dropped tokens in
+training; the effect of training with drops was not measured.
+Time: 0.3 hours on one core, on 2026-11-27.
+Result: supports that a global capacity drops fewer. At a capacity factor of 1.25 it drops 3.85 % of the assignments (2.22 to
+5.71). A capacity for each of 32 shards (one row each) drops 4.54 % (3.06 to 6.21): 0.69 percentage points more (0.51 to 0.85),
+and a loss that is 0.0010 nats per byte higher (0.0004 to 0.0015). With 4 shards it drops 0.08 points more (0.06 to 0.10), and
+the loss is 0.0005 lower (0.0000 to 0.0011). At a factor of 1.0, 32 shards drop 1.07 points more (0.97 to 1.24) and the loss is
+0.0083 higher (0.0042 to 0.0115). At 2.0 almost nothing is dropped.
 """
 from mmx.config import default
 

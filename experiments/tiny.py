@@ -1,15 +1,15 @@
-"""The whole job on two CPU cores: how well does a 2 M-parameter hybrid learn English from 4 MB of it in five minutes?
+"""The whole workflow on two CPU cores: how well does a 2 M-parameter hybrid learn English from 4 MB of text in five minutes?
 
     make demo                                                   # or:
     mmx train --config experiments/tiny.py --workdir demo --config.train.seconds=290
 
-Bytes of the State of the Union corpus, a third of one epoch. With train.seconds the schedule follows the clock and the
-run ends on time on any machine; without it, 2,000 steps, which take about as long on two cores.
-Result on 2 CPU cores, 2026-11-23: 1.682 bits per byte on all validation files after 290 s (1,934 steps, 4.0 M tokens),
-1.719 on a slower day (1,542 steps);
-xz -9e 2.727, gzip -9 2.932 on the same files.
-Tried and worse after 0.8 M tokens (bits per byte of training): learning rate 3e-3 2.04, 12e-3 2.24 against 2.03 at 6e-3;
-4 experts of 256 (2.03 at 10,200 tokens/s) against 8 of 128 (2.05 at 14,000): the faster one learns more in the time.
+Trains on bytes of the State of the Union corpus, a third of an epoch. With train.seconds, the schedule follows the clock and
+the run ends on time on any machine. Without it, the run has 2,000 steps, which take about as long on two cores.
+Result on 2 CPU cores, 2026-11-23: 1.682 bits per byte on all validation files after 290 s (1,934 steps, 4.0 M tokens), and
+1.719 when the machine was slower (1,542 steps). On the same files, xz -9e has 2.727 and gzip -9 2.932.
+Other settings were worse after 0.8 M tokens (training bits per byte): learning rates 3e-3 (2.04) and 12e-3 (2.24) against 6e-3
+(2.03). Four experts of 256 reach 2.03 at 10,200 tokens/s, eight of 128 reach 2.05 at 14,000 tokens/s: the faster model learns
+more in the same time.
 """
 from mmx.config import default
 

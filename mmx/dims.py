@@ -1,13 +1,13 @@
 """The one alphabet of dimensions: array names, einsums, parameter axes and sharding rules share it.
 
     B batch      T query tokens  S key/cache tokens  D model      H query heads   G KV heads   R = H/G
-    K key dim    V value dim     F expert hidden     E experts    C expert capacity
-    N chunks     Q tokens/chunk  L scanned groups    W vocabulary M token rows (B x T, flattened)
-    I tiles      Y, X pixels down and across          Z colours    P a tile's places, its class token first
-    N, of images: equal blocks of a batch's rows, each with tiles of its own, and M a block's patches
+    K key dim    V value dim     F expert hidden     E experts    C slots of an exchange buffer
+    N chunks     Q tokens/chunk  L scanned groups or layers       W vocabulary    M token rows (B x T, flattened)
+    I tiles      Y, X pixels down and across          Z colours    P positions of a tile, the class token first
     J ViT model  A ViT heads     U ViT hidden        O projector hidden (as wide as D)
 
-Inside `shard_map` a letter means the local extent.
+Lower-case letters are axes that only one package or file has; its docstring explains them. Layer kinds (`layers.kinds`) are an
+alphabet of their own. Inside `shard_map` a letter means the local extent.
 """
 
 

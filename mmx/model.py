@@ -15,6 +15,7 @@ import numpy as np
 
 from mmx import config
 from mmx.dims import axes_of
+from mmx.kernels.dtypes import wide_dtype
 from mmx.layers.common import Context, param, rms_norm
 from mmx.layers.kinds import kind_of
 from mmx.layers.moe import MoE
@@ -130,15 +131,15 @@ def _constants(c: config.Model) -> dict:
     return found
 
 
-def encode_images(c: config.Model, params, pixels_NIYXZ):
-    """What `Model` takes as `images`: the vision encoder's newline_D, and patches_NMD of each block's tiles (`data.images`)."""
-    return Vision(c).apply({"params": params["vision"]}, pixels_NIYXZ)
+def encode_images(c: config.Model, params, pixels_bIYXZ):
+    """What `Model` takes as `images`: the vision encoder's newline_D, and patches_bpD of each block's tiles (`data.images`)."""
+    return Vision(c).apply({"params": params["vision"]}, pixels_bIYXZ)
 
 
 def logits(params, x_BTD):
     """logits_BTW of the model's hidden states, float32."""
     return jnp.einsum("BTD,WD->BTW", x_BTD, params["head_WD"].astype(x_BTD.dtype),
-                      preferred_element_type=jnp.promote_types(x_BTD.dtype, jnp.float32))
+                      preferred_element_type=wide_dtype(x_BTD.dtype))
 
 
 @functools.partial(jax.jit, static_argnums=range(4))

@@ -38,7 +38,7 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, **options) -
         raise ConfigError(f"{directory} is an mmx workdir: export it first, by mmx convert to-hf --checkpoint {directory} "
                           "--out DIR")
     config_file = directory / "config.json"
-    config = untrusted.read_json(untrusted.own_file(config_file))
+    config = untrusted.read_json(untrusted.check_link(config_file))
     model = build({"model": hf_config.read_model(config, config_file)}).model
     if model.vision.layers:
         raise ConfigError(f"{directory} contains a vision model: mmx.torch supports text models only")

@@ -1,7 +1,6 @@
-"""Oracles out of transformers' MiniMax: random models, and the released function made of the stock classes.
+"""Oracles from transformers' MiniMax: random models, and the stock classes changed to the released function.
 
-Written apart from mmx.torch, and by another way (rotation inside the rotary slice, slopes from the published rule), so
-that the two check each other.
+This code does not use mmx.torch and computes RoPE and the decay slopes in another way, so that the two check each other.
 """
 import contextlib
 import math
@@ -17,7 +16,7 @@ torch.set_num_threads(1)
 
 def random_model(pattern="LLLS", hidden=32, heads=4, kv=2, head_dim=8, rotary=4, ffn=24, experts=4, top_k=2, vocab=61,
                  theta=1e4, alpha=2.0, beta=0.75, block=16, seed=0):
-    """A stock MiniMaxForCausalLM with random weights, far from the initialisation so that every part matters."""
+    """A stock MiniMaxForCausalLM with random weights, much larger than initial ones so that every part affects the output."""
     config = transformers.MiniMaxConfig(
         vocab_size=vocab, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=len(pattern),
         num_attention_heads=heads, num_key_value_heads=kv, head_dim=head_dim, max_position_embeddings=512,
@@ -28,11 +27,11 @@ def random_model(pattern="LLLS", hidden=32, heads=4, kv=2, head_dim=8, rotary=4,
         linear_attn_beta_factor=1.0, mlp_alpha_factor=alpha - 0.5, mlp_beta_factor=beta + 0.5,
         attn_implementation="eager")
     torch.manual_seed(seed)
-    return randomised(transformers.MiniMaxForCausalLM(config).eval())
+    return randomise(transformers.MiniMaxForCausalLM(config).eval())
 
 
 @torch.no_grad()
-def randomised(model):
+def randomise(model):
     for name, weight in model.named_parameters():
         weight.normal_()
         if "norm" in name and name.endswith("weight"):
@@ -45,8 +44,12 @@ def randomised(model):
 
 
 def random_vision_model(grids, vision, tile=24, patch=8, token=60, seed=0, **text):
-    """LlavaNext around `random_model`, with the released tower's options; `grids` are (rows, columns) of tiles, `vision` the
-    tower's (width, hidden width, layers, heads)."""
+    """A stock LlavaNext with random weights, the options of the released vision tower and a text model as in `random_model`.
+
+    Args:
+      grids: (rows, columns) of tiles that an image may have.
+      vision: the tower's (width, hidden width, layers, heads).
+    """
     inner = random_model(seed=seed, **text).config
     names = "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"
     vision = transformers.CLIPVisionConfig(image_size=tile, patch_size=patch, hidden_act="gelu", **dict(zip(names, vision)))
@@ -55,14 +58,16 @@ def random_vision_model(grids, vision, tile=24, patch=8, token=60, seed=0, **tex
         image_grid_pinpoints=[[rows * tile, columns * tile] for rows, columns in grids], vision_feature_layer=-1,
         vision_feature_select_strategy="default", tie_word_embeddings=False)
     torch.manual_seed(seed)
-    return randomised(transformers.LlavaNextForConditionalGeneration._from_config(config, attn_implementation="eager").eval())
+    return randomise(transformers.LlavaNextForConditionalGeneration._from_config(config, attn_implementation="eager").eval())
 
 
 @contextlib.contextmanager
 def released_vision(model):
-    """Makes the text model of a LlavaNext the released function, in place, and LlavaNext's cropping for the time being: the
-    margin is counted in whole numbers."""
-    def cropped(image_DYX, size):
+    """Changes the text model of a LlavaNext to the released function, and LlavaNext's cropping to integer margins.
+
+    The text model is changed in place. The cropping is restored at the end of the `with` block.
+    """
+    def crop(image_DYX, size):
         (height, width), (rows, columns) = [int(n) for n in size], image_DYX.shape[1:]
         if width * rows > columns * height:
             margin = (rows - height * columns // width) // 2
@@ -71,7 +76,7 @@ def released_vision(model):
         return image_DYX[:, :, margin:columns - margin]
 
     make_released(SimpleNamespace(config=model.config.text_config, model=model.model.language_model))
-    stock, modeling_llava_next.unpad_image = modeling_llava_next.unpad_image, cropped
+    stock, modeling_llava_next.unpad_image = modeling_llava_next.unpad_image, crop
     try:
         yield model
     finally:
@@ -79,7 +84,7 @@ def released_vision(model):
 
 
 def make_released(model):
-    """Turns a stock model, in place, into the released function: partial RoPE and the released decay."""
+    """Changes a stock model, in place, to compute the released function: partial RoPE and the released decay."""
     config = model.config
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     power = 2 ** math.floor(math.log2(heads))
@@ -91,7 +96,7 @@ def make_released(model):
     for i, layer in enumerate(model.model.layers):
         attention = layer.self_attn
         if config.layer_types[i] == "full_attention":
-            attention.forward = _partial(attention)
+            attention.forward = partial_rope_forward(attention)
             continue
         rate = torch.tensor([s * (1 - i / (layers - 1) + 1e-5) for s in slopes]).reshape(-1, 1, 1)
         attention.slope_rate = rate
@@ -99,21 +104,21 @@ def make_released(model):
     return model
 
 
-def _partial(attention):
-    """`attention`'s eager forward with the rotation on the first dimensions of each head."""
+def partial_rope_forward(attention):
+    """Returns a forward of `attention` that rotates only the first dimensions of each head, eagerly."""
     def forward(hidden_states, position_embeddings, attention_mask, past_key_values=None, **_):
         cos, sin = (part.unsqueeze(1) for part in position_embeddings)
 
         def heads(projection):
             return projection(hidden_states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
-        def turn(x):
+        def rotate(x):
             width = cos.shape[-1]
             low, high = x[..., :width // 2], x[..., width // 2:width]
             half_cos, half_sin = cos[..., :width // 2], sin[..., :width // 2]
             return torch.cat([low * half_cos - high * half_sin, high * half_cos + low * half_sin, x[..., width:]], -1)
 
-        q, k, v = turn(heads(attention.q_proj)), turn(heads(attention.k_proj)), heads(attention.v_proj)
+        q, k, v = rotate(heads(attention.q_proj)), rotate(heads(attention.k_proj)), heads(attention.v_proj)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, attention.layer_idx)
         o, weights = modeling_minimax.eager_attention_forward(attention, q, k, v, attention_mask, attention.scaling)

@@ -29,17 +29,17 @@ def answer(question, objects):
         for shape, colour, x, y in objects:
             cells[int(y // 28 * 3 + x // 28)] = colour[:1] + shape[:2]
         return "".join(cells)
-    kinds = Counter(of[:2] for of in objects)
-    if many := re.fullmatch(r"How many (\w+?)(es)?s?\?", question):
-        return str(sum(n for (shape, _), n in kinds.items() if many[1].startswith(shape[:4])))
-    if of := re.fullmatch(r"What colour are the (\w+)\?", question):
-        [said] = {colour for shape, colour in kinds if of[1].startswith(shape)}
-        return said
-    if of := re.fullmatch(r"What shape are the (\w+) ones\?", question):
-        [said] = {shape for shape, colour in kinds if colour == of[1]}
-        return said
-    of = re.fullmatch(r"Is the (\w+) (\w+) left or right\?", question)
-    [x] = [x for shape, colour, x, _ in objects if (colour, shape) == (of[1], of[2])]
+    kinds = Counter(one[:2] for one in objects)
+    if match := re.fullmatch(r"How many (\w+?)(es)?s?\?", question):
+        return str(sum(n for (shape, _), n in kinds.items() if match[1].startswith(shape[:4])))
+    if match := re.fullmatch(r"What colour are the (\w+)\?", question):
+        [colour] = {colour for shape, colour in kinds if match[1].startswith(shape)}
+        return colour
+    if match := re.fullmatch(r"What shape are the (\w+) ones\?", question):
+        [shape] = {shape for shape, colour in kinds if colour == match[1]}
+        return shape
+    match = re.fullmatch(r"Is the (\w+) (\w+) left or right\?", question)
+    [x] = [x for shape, colour, x, _ in objects if (colour, shape) == (match[1], match[2])]
     assert abs(x - scenes.SIDE / 2) > 10
     return "left" if x < scenes.SIDE / 2 else "right"
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit by bit, half-written steps are ignored, another config is refused."""
+"""Checkpoints: restored arrays equal the saved ones, incomplete steps are ignored, another config is refused."""
 import contextlib
 import dataclasses
 import errno
@@ -40,9 +40,9 @@ def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def test_a_hugging_face_folder_is_no_workdir(tmp_path):
+def test_a_hugging_face_folder_is_not_a_workdir(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "minimax"}')
-    with pytest.raises(ConfigError, match="is no run's config"):
+    with pytest.raises(ConfigError, match="is not the config of a run"):
         check_config(tmp_path, config.build({}))
     assert (tmp_path / "config.json").read_text() == '{"model_type": "minimax"}'
 
@@ -56,7 +56,7 @@ def equal(a, b):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """Steps 0 to 5, due every second, the last forced."""
+    """A run whose steps 0, 2 and 4 are saved when due, and step 5 because it is forced."""
     path = tmp_path_factory.mktemp("run")
     check_config(path, config.Experiment(model=MODEL))
     checkpoints = Checkpoints(path, every=2, keep=2)
@@ -81,7 +81,7 @@ def workdir(tmp_path_factory):
     return path, kept, saved, saved_again, empty
 
 
-def test_no_step_is_none_and_saves_fall_due(workdir):
+def test_an_empty_run_restores_none_and_due_steps_are_saved(workdir):
     path, _, saved, saved_again, empty = workdir
     assert empty is None
     assert saved == [True, False, True, False, True, True] and not saved_again
@@ -98,13 +98,13 @@ def test_restores_bit_by_bit(workdir):
     equal(opt_back, opt)
 
 
-def test_half_written_steps_are_ignored_damaged_ones_are_not(workdir, tmp_path):
+def test_incomplete_steps_are_ignored_and_damaged_ones_set_aside(workdir, tmp_path):
     path, (params, opt), *_ = workdir
     shutil.copytree(path, tmp_path / "run")
     steps = tmp_path / "run" / "checkpoints"
     shutil.copytree(steps / "5", steps / "6.orbax-checkpoint-tmp")
     (steps / "7").mkdir()
-    assert checkpoint.find_step(tmp_path / "run") == (tmp_path / "run", steps / "7")    # damaged, and never passed over
+    assert checkpoint.find_step(tmp_path / "run") == (tmp_path / "run", steps / "7")    # damaged, but not skipped
     checkpoints = Checkpoints(tmp_path / "run", every=2, keep=2)
     assert checkpoints.restore(abstract(params), abstract(opt))[0] == 5
     checkpoints.save(7, params, opt, {}, force=True)
@@ -123,7 +123,7 @@ def test_params_are_read_by_slices(workdir):
 
 
 def test_large_leaves_are_saved_in_chunks(tmp_path, monkeypatch):
-    """So that a conversion of a trained checkpoint decodes a chunk, not a tensor."""
+    """So the conversion of a trained checkpoint decodes single chunks, not whole tensors."""
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 256)
     params = random_params()
     checkpoints = Checkpoints(tmp_path, every=1, keep=1)
@@ -134,7 +134,7 @@ def test_large_leaves_are_saved_in_chunks(tmp_path, monkeypatch):
     assert arrays[("groups", "layer_0", "moe", "w1_EDF")].chunk_layout.read_chunk.shape[:2] == (1, 1)
 
 
-def test_a_converted_checkpoint_restores_parameters_alone(workdir, tmp_path):
+def test_a_converted_checkpoint_restores_only_parameters(workdir, tmp_path):
     path, (params, opt), *_ = workdir
     run = convert.from_hf(path, tmp_path / "run", progress=False)
     check_config(run, config.Experiment(model=MODEL))
@@ -148,13 +148,13 @@ def test_a_converted_checkpoint_restores_parameters_alone(workdir, tmp_path):
 
 
 def chunk(item, name, value=None):
-    """Removes what an item's database holds under a name, or puts other bytes there."""
-    def spoil(step):
+    """Removes the entries of an item's database that begin with a name, or replaces their bytes."""
+    def damage(step):
         base = {"driver": "file", "path": f"{step / item}/"}
         store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
         for key in [key for key in store.list().result() if key.decode().startswith(name)]:
             store.write(key, value).result()        # None removes the key
-    return spoil
+    return damage
 
 
 def cut(name):
@@ -171,22 +171,22 @@ DAMAGES = {
     "chunk of opt": (chunk("opt", "0.nu.head_WD/0"), "damaged: .*0.nu.head_WD/0.0.* is missing"),
     "no opt": (lambda step: shutil.rmtree(step / "opt"), "opt/_METADATA is missing"),
     "data": (cut("data/metadata"), "data/metadata cannot be read as JSON"),
-    "config": (lambda step: (step.parents[1] / "config.json").write_text("{}"), "config.json is no run's config"),
+    "config": (lambda step: (step.parents[1] / "config.json").write_text("{}"), "config.json is not the config of a run"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_one_line_that_names_the_place(workdir, tmp_path, damage):
-    """In steps without checksums, the only ones of a run."""
+def test_damage_is_reported_in_one_line_with_its_place(workdir, tmp_path, damage):
+    """For a run whose only step has no checksums."""
     path, (params, opt), *_ = workdir
-    spoil, message = DAMAGES[damage]
+    apply, message = DAMAGES[damage]
     run = shutil.copytree(path, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "4")
     (run / "checkpoints" / "5" / checksums.NAME).unlink()
-    spoil(run / "checkpoints" / "5")
-    if damage != "config":          # where `check_config` comes first
+    apply(run / "checkpoints" / "5")
+    if damage != "config":          # there `check_config` raises first
         checkpoints = Checkpoints(run, every=2, keep=2)
-        with pytest.raises(ConfigError, match=f"has no whole step \\(5: .*{message}") as caught:
+        with pytest.raises(ConfigError, match=f"are damaged \\(5: .*{message}") as caught:
             checkpoints.restore(abstract(params), abstract(opt))
         checkpoints.close()
         assert "\n" not in str(caught.value)
@@ -197,8 +197,8 @@ def test_damage_is_one_line_that_names_the_place(workdir, tmp_path, damage):
 
 
 @pytest.mark.parametrize("checked", [True, False], ids=["checksums", "no checksums"])
-def test_a_damaged_step_is_passed_over(checked, workdir, tmp_path, capfd):
-    """And set aside: the run saves that step again."""
+def test_a_damaged_step_is_set_aside(checked, workdir, tmp_path, capfd):
+    """The run resumes from the step before and saves the damaged one again."""
     path, (params, opt), *_ = workdir
     run = shutil.copytree(path, tmp_path / "run")
     chunk("opt", "0.nu.head_WD/0")(run / "checkpoints" / "5")
@@ -207,18 +207,17 @@ def test_a_damaged_step_is_passed_over(checked, workdir, tmp_path, capfd):
     checkpoints = Checkpoints(run, every=2, keep=2)
     capfd.readouterr()
     step, _, _, data = checkpoints.restore(abstract(params), abstract(opt))
-    told = capfd.readouterr().err
+    output = capfd.readouterr().err
     named = "opt/manifest.ocdbt .*" if checked else ".*0.nu.head_WD/0.0.* is missing.*"
-    assert re.fullmatch(rf"mmx: {run}/checkpoints/5 is damaged, {named}: it is now 5.damaged, and the run goes on from step 4"
-                        "\n", told), told
+    assert re.fullmatch(rf"mmx: {run}/checkpoints/5 is damaged, {named}: renamed to 5.damaged; the run resumes from step 4"
+                        "\n", output), output
     assert step == data["at"] == 4
     assert checkpoints.save(5, params, opt, {"at": 5}, force=True)
     checkpoints.close()
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["4", "5", "5.damaged"]
 
 
-def test_what_is_not_verified_is_read(workdir, tmp_path, capfd):
-    """checkpoint.verify=False: what nothing reads may be damaged."""
+def test_without_verification_damage_in_unused_files_is_ignored(workdir, tmp_path, capfd):
     path, (params, opt), *_ = workdir
     run = shutil.copytree(path, tmp_path / "run")
     (run / "checkpoints" / "5" / "params" / "_sharding").write_text("")
@@ -228,16 +227,16 @@ def test_what_is_not_verified_is_read(workdir, tmp_path, capfd):
         checkpoints.close()
 
 
-def test_orbax_reads_what_is_saved(workdir):
-    """Without mmx's own handler."""
+def test_orbax_restores_saved_steps(workdir):
+    """With its own handler instead of mmx's."""
     path, (params, _), *_ = workdir
     manager = ocp.CheckpointManager(path / "checkpoints")
     back = manager.restore(5, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract(params))))
     equal(back["params"], params)
 
 
-def test_a_save_that_fails_is_told_and_removes_nothing(tmp_path, monkeypatch):
-    """Behind the loop's back, in Orbax's thread; what it left is cleaned up."""
+def test_a_failed_save_is_reported_and_removes_nothing(tmp_path, monkeypatch):
+    """The save fails in Orbax's background thread; its incomplete files are removed later."""
     params, opt = random_params(), {"step": jnp.zeros(())}
     checkpoints = Checkpoints(tmp_path, every=1, keep=1)
     checkpoints.save(1, params, opt, {})
@@ -248,7 +247,7 @@ def test_a_save_that_fails_is_told_and_removes_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checksums, "write", full)
     checkpoints.save(2, params, opt, {})
-    with pytest.raises(ConfigError, match="^step 2 could not be saved in .*No space left on device.* goes on from the last$"):
+    with pytest.raises(ConfigError, match="^step 2 could not be saved in .*No space left on device.* to resume from the last$"):
         for _ in range(600):
             checkpoints.check_saved()
             time.sleep(0.1)
@@ -262,20 +261,20 @@ def test_a_save_that_fails_is_told_and_removes_nothing(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["3"]
 
 
-def test_saves_hold_nothing(tmp_path):
-    """Python's blocks; that TensorStore's answers stay was 540 a save, and 4 an array."""
-    checkpoints, held = Checkpoints(tmp_path, every=1, keep=1), []
+def test_saves_leak_no_memory(tmp_path):
+    """Counts Python's memory blocks. TensorStore's results leaked 540 a save, and 4 an array."""
+    checkpoints, blocks = Checkpoints(tmp_path, every=1, keep=1), []
     for step in range(15):
         checkpoints.save(step, {f"a{n}_D": jnp.zeros(3) for n in range(60)}, {"step": jnp.zeros(())}, {})
         checkpoints.wait()
         if step in (4, 14):
             gc.collect()
-            held.append(sys.getallocatedblocks())
+            blocks.append(sys.getallocatedblocks())
     checkpoints.close()
-    assert held[1] - held[0] < 10 * 150
+    assert blocks[1] - blocks[0] < 10 * 150
 
 
-def test_room_is_asked_for_before_it_is_needed(tmp_path, monkeypatch):
+def test_disk_space_is_checked_before_a_save(tmp_path, monkeypatch):
     params, opt = random_params(), {"step": jnp.zeros(())}
     checkpoints = Checkpoints(tmp_path, every=1, keep=1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1e6))
@@ -302,7 +301,7 @@ def test_a_run_keeps_its_tokenizer(tmp_path):
             check(tokenizer)
 
 
-def test_restoring_on_other_devices_gives_the_same(workdir):
+def test_restoring_with_another_sharding_gives_the_same_arrays(workdir):
     path, (params, opt), *_ = workdir
     sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("edp",)), jax.sharding.PartitionSpec("edp"))
     checkpoints = Checkpoints(path, every=2, keep=2)
@@ -313,11 +312,11 @@ def test_restoring_on_other_devices_gives_the_same(workdir):
     assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(params_back))
 
 
-def test_config_is_written_and_guarded(tmp_path):
+def test_config_is_written_and_compared(tmp_path):
     first = config.Experiment(model=MODEL)
     check_config(tmp_path, first)
     assert config.from_json((tmp_path / "config.json").read_text()) == first
-    assert "vision" not in json.loads((tmp_path / "config.json").read_text())["model"]       # as before there was any
+    assert "vision" not in json.loads((tmp_path / "config.json").read_text())["model"]       # as in versions without images
 
     def changed(section, **changes):
         return dataclasses.replace(first, **{section: dataclasses.replace(getattr(first, section), **changes)})
@@ -341,8 +340,8 @@ def test_config_is_written_and_guarded(tmp_path):
         check_config(tmp_path, first)
 
 
-def test_a_window_is_guarded_where_there_is_one(tmp_path):
-    """The default's is not written; without W it is no matter."""
+def test_the_window_is_compared_only_for_window_layers(tmp_path):
+    """Although config.json leaves out a window of the default size."""
     for pattern, refused in (("LW", True), ("LS", False)):
         model = dataclasses.replace(MODEL, pattern=pattern, layers=2)
         check_config(tmp_path / pattern, config.Experiment(model=model))
@@ -351,11 +350,11 @@ def test_a_window_is_guarded_where_there_is_one(tmp_path):
             check_config(tmp_path / pattern, other)
 
 
-def test_a_converted_config_says_the_function_only(tmp_path):
+def test_a_converted_config_fixes_only_the_function(tmp_path):
     text = {"model": {k: v for k, v in dataclasses.asdict(MODEL).items() if k in ("vocab", "dim", "layers", "pattern", "aux")}}
     (tmp_path / "config.json").write_text(json.dumps(text))
     with pytest.raises(ConfigError, match="model.vocab"):
         check_config(tmp_path, config.Experiment(model=dataclasses.replace(MODEL, vocab=20)))
     check_config(tmp_path, config.Experiment(model=dataclasses.replace(MODEL, capacity=1.5, aux="paper")))
-    with pytest.raises(ConfigError, match="model.aux"):     # which from then on is its first run's
+    with pytest.raises(ConfigError, match="model.aux"):     # from then on, it is fixed by the first run
         check_config(tmp_path, config.Experiment(model=dataclasses.replace(MODEL, capacity=1.5)))

@@ -1,4 +1,4 @@
-"""Configs: what is counted agrees with what is built; mistakes are named."""
+"""Configs: defaults, conversion to and from JSON, messages for mistakes, and the generated page."""
 import dataclasses
 import math
 import re
@@ -12,12 +12,12 @@ from mmx.config import ConfigError, build, reference
 from mmx.launch import experiments
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.py"))
-LADDER = str(Path(__file__).parent.parent / "experiments" / "ladder.py")
 
-def test_alphas_follow_the_layers_unless_they_are_given():
+
+def test_alphas_follow_from_the_layers_unless_given():
     found = build({"model": {"layers": 4, "pattern": "LS", "alpha_moe": 1.0}}).model
     assert (found.alpha_lightning, found.alpha_softmax, found.alpha_moe) == (8**0.25, 8**0.25, 1.0)
-    assert config.default().model.alpha_moe == 0        # still open: an override of model.layers moves it
+    assert config.default().model.alpha_moe == 0        # not derived yet, so an override of model.layers changes it
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
@@ -27,29 +27,29 @@ def test_json_restores_each_experiment(path):
     assert hash(experiment.model) == hash(dataclasses.replace(experiment.model))
 
 
-def test_a_window_comes_back_and_one_that_is_the_default_is_not_told():
+def test_json_restores_a_window_and_omits_the_default():
     for window in (256, 32):
         experiment = build({"model": {"layers": 8, "window": window}})
         assert config.from_json(config.to_json(experiment)) == experiment
         assert ("window" in config.sections(experiment)["model"]) == (window != 256)
 
 
-def test_lengths():
+def test_parse_lengths():
     assert config.parse_lengths("512,1k, 128K,1M,4m,1024") == [512, 1024, 131_072, 2 ** 20, 2 ** 22]
 
 
 @pytest.mark.parametrize("text", ["", "0", "8k,", "1.5k", "4x", "-1", "8kk", "k"])
-def test_lengths_that_are_none(text):
+def test_invalid_lengths(text):
     with pytest.raises(ConfigError, match=f"--lengths {text!r} must be numbers of tokens with commas, such as 512,1k,4M"):
         config.parse_lengths(text)
 
 
-def test_defaults_stand_in_one_place():
+def test_default_equals_an_empty_config():
     assert build(config.default()) == build({}) == config.Experiment()
 
 
 def test_vision_is_a_section_of_the_model():
-    """What is not given is the released model's; a config of before there was any reads as one of text alone."""
+    """Missing keys get the released model's values. A config without the section describes a text model."""
     assert build({"model": {"vision": {"layers": 24}, "vocab": 200_064}}).model.vision == config.Vision(layers=24)
     assert build({"model": {"dim": 64}}).model == config.Model(dim=64) and not config.Model().vision.layers
     experiment = build({"model": {"vision": {"layers": 2, "grids": [[1, 2]], "token": 259}}})
@@ -59,7 +59,7 @@ def test_vision_is_a_section_of_the_model():
     assert (found.model.vision.layers, found.model.vision.token, found.model.vision.dim) == (3, 260, 1024)
 
 
-def test_what_is_bent_and_what_is_not():
+def test_integers_become_floats_and_lists_become_tuples():
     found = build(ConfigDict({"train": {"lr": 1, "ramp": [[0, 1], [100, 2]]}})).train
     assert type(found.lr) is float and found.ramp == ((0, 1), (100, 2))
 

@@ -1,4 +1,4 @@
-"""Conversion: the table, both directions bit by bit, both dialects, bounded memory, and every mistake in one line."""
+"""Conversion: layouts, bit-exact round trips in both dialects, bounded memory, and a one-line error for every mistake."""
 import dataclasses
 import json
 import os
@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from released_files import SHAPES, SMALL, all_tensors, write_released
 from safetensors.numpy import load_file, save_file
 
 from mmx import config
@@ -24,30 +25,6 @@ from mmx.model import abstract_params
 
 ORACLES = Path(__file__).parent / "oracles"
 CKPT = ORACLES / "c_partial_orig" / "ckpt"
-SMALL = config.Model(vocab=19, dim=12, layers=8, heads=4, kv_heads=2, head_dim=8, rotary_dim=4, experts=3,
-                     expert_dim=10, alpha_softmax=3.0, beta_moe=0.5, norm_eps=2e-5, rope_theta=5e5)
-SHAPES = {
-    "seven_to_one": SMALL,
-    "odd_heads": dataclasses.replace(SMALL, pattern="LLS", layers=6, heads=6, kv_heads=1, rotary_dim=2),
-    "all_softmax": dataclasses.replace(SMALL, pattern="S", layers=3, heads=5, kv_heads=5),
-    "all_lightning": dataclasses.replace(SMALL, pattern="L", layers=2),
-}
-
-
-def write_released(directory, model, dtype="F32", dialect="released", seed=0):
-    """A released directory of random tensors."""
-    directory.mkdir(parents=True)
-    rng, kind = np.random.default_rng(seed), safetensors.DTYPES[dtype]
-    tensors = {name: rng.standard_normal(leaf.tensor_shape).astype(kind)
-               for leaf in hf_layout.leaves(model) for _, name in leaf.tensors()}
-    save_file(tensors, directory / "model.safetensors")
-    text = hf_config.write_model(model, dialect, kind.name, dict.fromkeys(convert.BYTE_IDS))
-    (directory / "config.json").write_text(json.dumps(text))
-    return tensors
-
-
-def all_tensors(directory):
-    return {name: array for file in directory.glob("*.safetensors") for name, array in load_file(file).items()}
 
 
 def test_text_01_has_the_released_names_and_shapes():
@@ -63,7 +40,7 @@ def test_text_01_has_the_released_names_and_shapes():
 
 
 def test_layouts_by_hand(tmp_path):
-    """Every kind of leaf against the released layout, written out."""
+    """Each kind of leaf equals the released tensor in a layout written out in the test."""
     model = dataclasses.replace(SMALL, pattern="LS", layers=4)
     tensors = write_released(tmp_path / "hf", model)
     source = convert.open_source(tmp_path / "hf")
@@ -114,15 +91,15 @@ def test_round_trip_is_bit_exact(tmp_path, monkeypatch, shape, dialect):
     assert index["weight_map"].keys() == back.keys()
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in back.values())
     for file in (tmp_path / "back").glob("*.safetensors"):
-        held = load_file(file).values()
-        assert sum(array.nbytes for array in held) <= 9000 or len(held) == 1
+        arrays = load_file(file).values()
+        assert sum(array.nbytes for array in arrays) <= 9000 or len(arrays) == 1
         assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0      # the data is aligned
     assert hf_config.read_model(json.loads((tmp_path / "back" / "config.json").read_text()), "x") == hf_config.read_model(
         json.loads((tmp_path / "hf" / "config.json").read_text()), "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "run"]
 
 
-def test_orbax_restores_what_from_hf_wrote(tmp_path):
+def test_orbax_restores_a_converted_checkpoint(tmp_path):
     convert.from_hf(CKPT, tmp_path / "run", progress=False)
     loaded = convert.open_source(CKPT)
     with safetensors.Files(0) as files:
@@ -136,7 +113,7 @@ def test_orbax_restores_what_from_hf_wrote(tmp_path):
         np.testing.assert_array_equal(leaf, wanted[path])
 
 
-def test_sharded_equals_unsharded(tmp_path):
+def test_several_files_convert_like_a_single_one(tmp_path):
     one = convert.from_hf(CKPT, tmp_path / "one", progress=False)
     many = convert.from_hf(CKPT.with_name("ckpt_sharded"), tmp_path / "many", progress=False)
     first, second = (checkpoint.open_arrays(run / "checkpoints" / "0") for run in (one, many))
@@ -145,8 +122,8 @@ def test_sharded_equals_unsharded(tmp_path):
         np.testing.assert_array_equal(first[path].read().result(), second[path].read().result())
 
 
-def test_a_stacked_source_and_a_released_one_are_the_same(tmp_path):
-    """transformers' in-memory names, experts stacked as [w1; w3]."""
+def test_stacked_experts_convert_like_released_ones(tmp_path):
+    """With the names that transformers has in memory, and w1 and w3 stacked."""
     model = SMALL
     tensors = write_released(tmp_path / "hf", model)
     (tmp_path / "stacked").mkdir()
@@ -172,46 +149,46 @@ def test_dtype_is_cast_on_request(tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_a_checkpoint_of_another_machine_runs_here(tmp_path, monkeypatch):
-    """Its kernels were named for there; its model is known of its config, with no tensor read."""
+def test_a_checkpoint_of_another_machine_loads(tmp_path, monkeypatch):
+    """Its choice of kernels is dropped. `find_model` reads no tensor."""
     write_released(tmp_path / "hf", SMALL)
     convert.from_hf(tmp_path / "hf", tmp_path / "run", progress=False)
-    told = json.loads((tmp_path / "run" / "config.json").read_text())
-    told["model"] |= {"impl": "gpu", "chunk": 7, "ragged": True, "token_groups": 2, "remat": True}
-    (tmp_path / "run" / "config.json").write_text(json.dumps(told))
-    here = convert.load(tmp_path / "run").config
-    assert [getattr(here, name) for name in config.IMPLEMENTATION_KEYS] == ["", 0, False, False, 1, False]
+    text = json.loads((tmp_path / "run" / "config.json").read_text())
+    text["model"] |= {"impl": "gpu", "chunk": 7, "ragged": True, "token_groups": 2, "remat": True}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(text))
+    loaded = convert.load(tmp_path / "run").config
+    assert [getattr(loaded, name) for name in config.IMPLEMENTATION_KEYS] == ["", 0, False, False, 1, False]
     with meshes.inference_mesh(convert.find_model(tmp_path / "run"), "etp=2"):
         pass
-    monkeypatch.setattr(checkpoint, "check", None)
-    assert convert.find_model(tmp_path / "run").impl == "gpu" and convert.find_model(tmp_path / "hf").dim == here.dim
+    monkeypatch.setattr(checkpoint, "verify_item", None)
+    assert convert.find_model(tmp_path / "run").impl == "gpu" and convert.find_model(tmp_path / "hf").dim == loaded.dim
 
 
 @pytest.mark.parametrize("pattern, keys", [
     ("LW", ["window", "rotary_dim", "head_norm_eps"]), ("LS", ["rotary_dim", "head_norm_eps"]), ("L", ["head_norm_eps"]),
     ("S", ["rotary_dim"]), ("W", ["window", "rotary_dim"])])
-def test_two_functions_differ_by_keys_that_count(pattern, keys):
-    there = dataclasses.replace(SMALL, pattern=pattern)
-    here = dataclasses.replace(there, rotary_dim=2, window=7, head_norm_eps=1e-3, aux_weight=0.5, capacity=1.5, impl="xla")
-    assert [words.split(" is ")[0] for words in convert.differ(there, here)] == [f"model.{key}" for key in keys]
-    assert not convert.differ(there, there)
+def test_settings_differ_only_by_keys_that_change_the_function(pattern, keys):
+    saved = dataclasses.replace(SMALL, pattern=pattern)
+    new = dataclasses.replace(saved, rotary_dim=2, window=7, head_norm_eps=1e-3, aux_weight=0.5, capacity=1.5, impl="xla")
+    assert [text.split(" is ")[0] for text in convert.differing_settings(saved, new)] == [f"model.{key}" for key in keys]
+    assert not convert.differing_settings(saved, saved)
 
 
-def test_decay_buffers_are_the_oracles():
+def test_decay_buffers_equal_the_oracles():
     found = load_file(CKPT / "model.safetensors")
     model = convert.open_source(CKPT).model
     for layer in (0, 4):
         for name, ours in hf_layout.decay_buffers(model, layer).items():
             theirs = found[f"model.layers.{layer}.self_attn.{name}"]
-            block = 32                                      # the oracle's; ours are longer
-            if name == "key_decay":                         # counted from the block's end
+            block = 32                                      # of the oracle; the buffers of mmx are longer
+            if name == "key_decay":                         # decays from the end of the block
                 ours = ours[:, -block:]
             elif name != "slope_rate":
                 ours = ours[..., :block, :block] if name == "diagonal_decay" else ours[:, :block]
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7, err_msg=name)
 
 
-def test_both_dialects_say_the_same():
+def test_both_dialects_describe_the_same_model():
     stock = json.loads((CKPT / "config.json").read_text())
     model = config.Model(**hf_config.read_model(stock, "x"))
     assert (model.pattern, model.rotary_dim, model.rope_theta, model.heads) == ("LLS", 8, 1e7, 5)
@@ -244,7 +221,7 @@ def test_tokenizer_ids_are_written(tmp_path):
 
 
 def test_memory_is_bounded_by_slices(tmp_path):
-    """0.4 GB, nearly all of it in three matrices, both ways under 80 MB above what the imports take."""
+    """Converting 0.4 GB, nearly all in three matrices, takes under 80 MB more than imports and tracing the model, both ways."""
     model = dataclasses.replace(SMALL, pattern="S", layers=1, dim=1024, expert_dim=32768, experts=1, top_k=1)
     directory = tmp_path / "hf"
     directory.mkdir()
@@ -254,10 +231,11 @@ def test_memory_is_bounded_by_slices(tmp_path):
     (directory / "config.json").write_text(json.dumps(hf_config.write_model(model, "released", "float32", {})))
     code = """
 import sys
-from mmx import convert, released
-released.SLICE_BYTES = 4 << 20
+from mmx.checkpoints import convert, hf_layout
+hf_layout.SLICE_BYTES = 4 << 20
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+convert.open_source(sys.argv[1] + "/hf")
 before = peak()
 convert.from_hf(sys.argv[1] + "/hf", sys.argv[1] + "/run", progress=False)
 convert.to_hf(sys.argv[1] + "/run", sys.argv[1] + "/back", progress=False)
@@ -324,15 +302,15 @@ def drop_w1(tensors):
 
 
 MISTAKES = {
-    "missing": (edit_tensors(lambda t: t.pop("model.norm.weight")), "misses model.norm.weight"),
-    "many missing": (edit_tensors(drop_w1), r"misses (model\S+, ){4}model\S+ and 19 more"),
+    "missing": (edit_tensors(lambda t: t.pop("model.norm.weight")), "lacks model.norm.weight"),
+    "many missing": (edit_tensors(drop_w1), r"lacks (model\S+, ){4}model\S+ and 19 more"),
     "extra": (edit_tensors(lambda t: t.update({"model.layers.0.shared_mlp.up_proj.weight": np.zeros(2)})),
               "unknown model.layers.0.shared_mlp.up_proj.weight"),
     "misshapen": (edit_tensors(lambda t: t.update({"lm_head.weight": np.zeros((19, 11))})),
                   r"misshapen lm_head.weight \[19, 11\] instead of \[19, 12\]"),
     "truncated": (cut(-100), "is truncated: .* fetch the file again"),
-    "truncated header": (cut(300), "is truncated or no safetensors file: its header ends at byte"),
-    "empty file": (cut(0), "is truncated or no safetensors file"),
+    "truncated header": (cut(300), "is truncated or not a safetensors file: its header ends at byte"),
+    "empty file": (cut(0), "is truncated or not a safetensors file"),
     "no tensors": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read as JSON"),
     "postnorm": (edit_config(postnorm=False), "postnorm=false .* is not supported"),
@@ -343,7 +321,7 @@ MISTAKES = {
     "no layer list": (edit_config(attn_type_list=None), "needs attn_type_list"),
     "short layer list": (edit_config(attn_type_list=[0, 1]), "for 8 layers, got"),
     "no width": (edit_config(hidden_size=None), "config key hidden_size needs int, got None"),
-    "heads": (edit_config(num_key_value_heads=3), "kv_heads=3 does not divide"),
+    "heads": (edit_config(num_key_value_heads=3), "model.heads=4 must be divisible by model.kv_heads=3"),
     "eps": (edit_config(rms_norm_eps="abc"), "key rms_norm_eps needs float, got 'abc'"),
     "alpha": (edit_config(layernorm_mlp_alpha=None), "key layernorm_mlp_alpha needs float, got None"),
     "no residual": (edit_config(layernorm_mlp_alpha=0), "layernorm_mlp_alpha or mlp_alpha_factor is 0: .* not supported"),
@@ -352,7 +330,8 @@ MISTAKES = {
     "no heads": (edit_config(num_attention_heads=0, head_dim=None), "model.heads=0 must be positive"),
     "layer list": (edit_config(attn_type_list=[[0]] * 8), r"for 8 layers, got \[\[0\]"),
     "context": (edit_config(max_position_embeddings="8192"), "key max_position_embeddings needs int, got '8192'"),
-    "experts": (edit_config(num_local_experts=10**12), "holds 131 tensors, its config.json asks for 24000000000059"),
+    "experts": (edit_config(num_local_experts=60_000), "has 131 tensors, but its config.json needs more than 1440000"),
+    "too many experts": (edit_config(num_local_experts=10**12), "model.experts=1000000000000 must be at most 65,536"),
     "many digits": (edit_config(rope_theta=10**400), "key rope_theta needs float, got 1000"),
     "deep": (lambda d: (d / "config.json").write_text("[" * 10**5), "cannot be read as JSON: nested deeper than 64"),
     "header length": (edit_header(lambda h: None, length=2**63), "its header ends at byte 9223372036854775816 of"),
@@ -368,23 +347,23 @@ MISTAKES = {
                   "has unknown .*gate_up_proj"),
     "index outside": (index(lambda names: {names[0]: "../model.safetensors"}), "only files in the same directory"),
     "index absolute": (index(lambda names: {names[0]: "/etc/passwd"}), "only files in the same directory"),
-    "index of no file": (index(lambda names: {names[0]: "model-2.safetensors"}), "2.safetensors', which is not there"),
-    "index of no tensor": (index(lambda names: {"model.phantom": "model-1.safetensors"}), "do not hold: model.phantom"),
+    "index of no file": (index(lambda names: {names[0]: "model-2.safetensors"}), "2.safetensors', which does not exist"),
+    "index of no tensor": (index(lambda names: {"model.phantom": "model-1.safetensors"}), "do not contain: model.phantom"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path, mistake):
-    spoil, message = MISTAKES[mistake]
+def test_mistakes_are_reported_in_one_line_and_leave_no_files(tmp_path, mistake):
+    apply, message = MISTAKES[mistake]
     write_released(tmp_path / "hf", SMALL)
-    spoil(tmp_path / "hf")
+    apply(tmp_path / "hf")
     with pytest.raises(ConfigError, match=message) as caught:
         convert.from_hf(tmp_path / "hf", tmp_path / "run", progress=False)
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
-def test_bad_places_and_options(tmp_path):
+def test_wrong_paths_and_options(tmp_path):
     write_released(tmp_path / "hf", SMALL)
     hf, new = tmp_path / "hf", tmp_path / "new"
     for call, message in ((lambda: convert.from_hf(tmp_path / "none", new), "is no directory"),
@@ -396,12 +375,12 @@ def test_bad_places_and_options(tmp_path):
         with pytest.raises(ConfigError, match=message):
             call()
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="no committed step"):
+    with pytest.raises(ConfigError, match="contains no saved step"):
         convert.open_source(tmp_path / "empty")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "hf"]
 
 
-def test_a_workdir_of_another_model_is_named(tmp_path):
+def test_a_workdir_with_the_config_of_another_model_is_refused(tmp_path):
     write_released(tmp_path / "hf", SMALL)
     run = convert.from_hf(tmp_path / "hf", tmp_path / "run", progress=False)
     arguments = json.loads((run / "config.json").read_text())["model"]
@@ -410,7 +389,7 @@ def test_a_workdir_of_another_model_is_named(tmp_path):
         convert.to_hf(run, tmp_path / "x", progress=False)
 
 
-def test_interruption_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_conversion_leaves_no_files(tmp_path, monkeypatch):
     write_released(tmp_path / "hf", SMALL)
     monkeypatch.setattr(convert.ReleasedSource, "read", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     for call in (convert.from_hf, convert.to_hf):
@@ -419,10 +398,10 @@ def test_interruption_leaves_nothing(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
-def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
+def test_a_failed_write_is_reported_in_one_line_and_leaves_no_files(tmp_path):
     write_released(tmp_path / "hf", dataclasses.replace(SMALL, vocab=4000))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))         # as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))         # like a full disk
     try:
         with pytest.raises(ConfigError, match=r"out cannot be written: .*embed_WD") as caught:
             convert.from_hf(tmp_path / "hf", tmp_path / "out", progress=False)
@@ -432,7 +411,7 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
-def test_what_a_killed_conversion_left_is_removed(tmp_path):
+def test_files_of_a_killed_conversion_are_removed(tmp_path):
     write_released(tmp_path / "hf", SMALL)
     done = subprocess.Popen(["true"])
     done.wait()
@@ -446,7 +425,7 @@ def test_what_a_killed_conversion_left_is_removed(tmp_path):
 
 @pytest.mark.parametrize("aux, coefficient", [("hf", 0.02), ("switch", 0.01), ("paper", 0.02 / 18)])
 def test_the_balance_loss_keeps_its_weight(aux, coefficient):
-    """balanced, "hf" is top_k = 2, "switch" 1, "paper" 1/9; what is absent is transformers' 0.001."""
+    """Balanced, "hf" has the value top_k = 2, "switch" 1, "paper" 1/9. transformers' default weight is 0.001."""
     model = dataclasses.replace(SMALL, aux=aux, aux_weight=0.02)
     for dialect in convert.DIALECTS:
         text = hf_config.write_model(model, dialect, "float32", {})
@@ -458,11 +437,11 @@ def test_the_balance_loss_keeps_its_weight(aux, coefficient):
     assert hf_config.read_model(text, "x")["aux_weight"] == 0.001
 
 
-def test_head_norm_eps_has_no_released_place(tmp_path):
+def test_another_head_norm_eps_cannot_be_released(tmp_path):
     write_released(tmp_path / "hf", SMALL)
     run = convert.from_hf(tmp_path / "hf", tmp_path / "run", progress=False)
     other = dataclasses.replace(convert.open_source(run).model, head_norm_eps=1e-5)
     (run / "config.json").write_text(json.dumps({"model": dataclasses.asdict(other)}))
-    with pytest.raises(ConfigError, match="head_norm_eps=1e-05 has no place"):
+    with pytest.raises(ConfigError, match="head_norm_eps=1e-05 cannot be expressed"):
         convert.to_hf(run, tmp_path / "x", progress=False)
     assert not (tmp_path / "x").exists()

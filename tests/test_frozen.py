@@ -1,10 +1,10 @@
 """Files that an earlier version saved still load, resume and continue with the same numbers.
 
-`tests/frozen` was written once, by commit b8eceef, on jax 0.10.2 and a CPU, and is not written again. `workdir` is a run of
-CONFIG that a signal stopped after STOPPED of its eight steps; `prefix.npz` is what its model keeps of PROMPT.
+Commit b8eceef wrote `tests/frozen` with jax 0.10.2 on a CPU; do not write it again. `workdir` is a run of CONFIG that a signal
+stopped after STOPPED of its eight steps; `prefix.npz` is its model's prefilled prefix for PROMPT.
 `expected.json` contains the losses of the uninterrupted run, logits of the stopped one, the tokens and log-probabilities that
 it generates after the prefix, and the initial parameters of experiments/tiny.py at seed 0: a digest, and a few values of each.
-A change that moves any of these breaks users' checkpoints.
+A change that alters any of these values breaks users' checkpoints.
 """
 import hashlib
 import json
@@ -51,7 +51,7 @@ def digest(params) -> str:
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
-    """A copy of the frozen run, in a folder from which its data.sources=("text",) is found."""
+    """A copy of the frozen run. The current folder contains its data.sources=("text",)."""
     shutil.copytree(FROZEN, tmp_path / "frozen")
     monkeypatch.chdir(tmp_path / "frozen")
     return Path("workdir")
@@ -64,7 +64,7 @@ def test_a_frozen_workdir_loads(workdir):
     np.testing.assert_allclose(np.asarray(logits_BTW)[:, ::12, :8], EXPECTED["logits"], rtol=0, atol=1e-4)
 
 
-def test_a_frozen_run_resumes_as_the_uninterrupted_one(workdir):
+def test_a_frozen_run_resumes_like_the_uninterrupted_one(workdir):
     done = train(config.build(CONFIG), workdir)
     assert (done["step"], done["new"]) == (8, 8 - STOPPED)
     records = metrics.read(workdir)
@@ -75,22 +75,22 @@ def test_a_frozen_run_resumes_as_the_uninterrupted_one(workdir):
 
 def test_a_frozen_prefix_continues(workdir):
     loaded = mmx.load(workdir)
-    kept = prefix.load("prefix.npz", loaded)
-    pieces = list(engine.stream(loaded, [engine.Request(QUESTION, STEPS)], prefix=kept))
+    saved = prefix.load("prefix.npz", loaded)
+    pieces = list(engine.stream(loaded, [engine.Request(QUESTION, STEPS)], prefix=saved))
     assert np.concatenate([piece.ids_T for piece in pieces]).tolist() == EXPECTED["ids"]
     np.testing.assert_allclose(np.concatenate([piece.logprobs_T for piece in pieces]), EXPECTED["logprobs"], rtol=0, atol=1e-4)
-    again = engine.make_prefix(loaded, PROMPT)
-    for new, old in zip(jax.tree.leaves(again), jax.tree.leaves(kept), strict=True):
+    recomputed = engine.make_prefix(loaded, PROMPT)
+    for new, old in zip(jax.tree.leaves(recomputed), jax.tree.leaves(saved), strict=True):
         np.testing.assert_allclose(new, old, rtol=0, atol=1e-4)
 
 
-def test_the_frozen_workdir_converts_there_and_back(workdir):
+def test_a_frozen_workdir_survives_conversion_and_back(workdir):
     convert.to_hf(workdir, "hf", progress=False)
     convert.from_hf("hf", "back", progress=False)
     assert digest(mmx.load("back").params) == EXPECTED["params"]
 
 
-def test_tiny_begins_with_the_same_parameters():
+def test_tiny_starts_with_the_same_parameters():
     e = experiments.read(str(FROZEN.parents[1] / "experiments" / "tiny.py"), [])
     params, _ = jax.jit(lambda: init(Model(e.model), optim.adamw(e.train), e.train))()
     leaves = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(params)}
@@ -98,4 +98,4 @@ def test_tiny_begins_with_the_same_parameters():
     for name, x in leaves.items():
         np.testing.assert_allclose(np.ravel(x)[:4], EXPECTED["tiny_values"][name], rtol=1e-5, err_msg=name)
     if jax.__version__ == EXPECTED["jax"] and "optimization_level=0" in os.environ["XLA_FLAGS"]:
-        assert digest(params) == EXPECTED["tiny"]       # compilers differ in the last bits
+        assert digest(params) == EXPECTED["tiny"]       # other compilers differ in the last bits

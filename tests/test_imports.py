@@ -1,4 +1,4 @@
-"""Who imports whom: one direction, and what needs no accelerator imports none."""
+"""Imports between packages go one way, and light modules do not import heavy packages."""
 import ast
 import configparser
 import graphlib
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ABOVE = {       # each package or module of mmx/, and those it may import; every one may import dims and config
+ALLOWED = {     # each package or module of mmx/, and those it may import; all of them may import dims and config
     "dims": "", "config": "", "chips": "",
     "files": "",
     "kernels": "",
@@ -29,7 +29,7 @@ ABOVE = {       # each package or module of mmx/, and those it may import; every
     "launch": "analysis data evals files training",
     "cli": "analysis checkpoints compilers data evals files inference launch layers mesh parallel training",
 }
-FOREIGN = {     # packages that a part, or one of its modules, does without
+FORBIDDEN = {   # external packages that a package of mmx, or one of its modules, may not import
     "dims": ("jax", "flax", "torch"), "config": ("jax", "flax", "torch"), "data": ("jax", "flax", "torch"),
     "files": ("jax", "flax", "torch"), "cli": ("jax", "flax", "torch"), "chips": ("jax", "flax", "torch"),
     "analysis": ("flax", "torch", "pandas", "sklearn"),
@@ -38,7 +38,7 @@ FOREIGN = {     # packages that a part, or one of its modules, does without
     "kernels": ("flax", "ml_collections", "torch"), "parallel": ("flax", "ml_collections", "torch"),
     "checkpoints": ("flax", "torch"),
 }
-LATER = {       # what a part imports only inside functions, so that it starts without the heavy packages
+DEFERRED = {    # packages that may be imported only inside functions, so that the importing package loads quickly
     "inference": "torch",
     "cli": "analysis checkpoints compilers data evals inference layers mesh parallel training", "launch": "evals",
 }
@@ -46,16 +46,17 @@ FILES = sorted((ROOT / "mmx").rglob("*.py"))
 
 
 def module(path: Path) -> str:
-    """The module's name below mmx: "training.loss"; a package's own name for its __init__."""
+    """The module's name below mmx, such as "training.loss"; for an __init__ file, the package's name."""
     return ".".join(path.relative_to(ROOT / "mmx").with_suffix("").parts).removesuffix(".__init__")
 
 
-def part(path: Path) -> str:
+def package(path: Path) -> str:
+    """The first component of the module's name."""
     return module(path).partition(".")[0]
 
 
 def imported(path: Path, inside: bool = True) -> set[str]:
-    """Full names of all that a file imports, `inside` functions too."""
+    """Full names of everything that a file imports; with `inside`, also inside functions."""
     found, tree = set(), ast.parse(path.read_text())
     for node in ast.walk(tree) if inside else tree.body:
         if isinstance(node, ast.Import):
@@ -68,21 +69,22 @@ def imported(path: Path, inside: bool = True) -> set[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path):
-    own = part(path)
-    if own == "__init__":       # names are resolved when first used
+    own = package(path)
+    if own == "__init__":       # imports its modules lazily, when a name is first used
         return
-    parts = {name.split(".")[1] for name in imported(path) if name.startswith("mmx.")}
-    below = {own, "dims", "config", "__version__", *ABOVE[own].split()}
-    assert parts <= below, f"{own} may not import {parts - below}"
+    packages = {name.split(".")[1] for name in imported(path) if name.startswith("mmx.")}
+    allowed = {own, "dims", "config", "__version__", *ALLOWED[own].split()}
+    assert packages <= allowed, f"{own} may not import {packages - allowed}"
     early = {name.split(".")[1] for name in imported(path, inside=False) if name.startswith("mmx.")}
-    assert not early & set(LATER.get(own, "").split()), f"{own} imports {early} before it is called"
-    without = (*FOREIGN.get(own, ()), *FOREIGN.get(module(path), ()))
-    foreign = {name.split(".")[0] for name in imported(path)} & set(without)
-    assert not foreign, f"{module(path)} does without {foreign}"
+    too_early = early & set(DEFERRED.get(own, "").split())
+    assert not too_early, f"{own} may import {too_early} only inside functions"
+    forbidden = {*FORBIDDEN.get(own, ()), *FORBIDDEN.get(module(path), ())}
+    found = {name.split(".")[0] for name in imported(path)} & forbidden
+    assert not found, f"{module(path)} may not import {found}"
 
 
-def test_no_modules_import_each_other():
-    """Not in a circle of any length, imports inside functions included."""
+def test_imports_have_no_cycles():
+    """Imports inside functions count too."""
     modules = {module(path): path for path in FILES if module(path) != "__init__"}
     graph = {}
     for name, path in modules.items():
@@ -94,21 +96,20 @@ def test_no_modules_import_each_other():
         pytest.fail(" -> ".join(error.args[1]))
 
 
-def test_few_modules_stand_outside_packages():
+def test_few_modules_are_outside_packages():
     assert len(list((ROOT / "mmx").glob("*.py"))) <= 8
 
 
-def test_kernels_are_found_under_the_package():
+def test_kernels_are_attributes_of_the_package():
     code = ("import mmx\nfunctions = mmx.kernels.lightning.lightning_attention, mmx.kernels.attention.softmax_attention\n"
             "print(*(f.__name__ for f in functions))")
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert said.split() == ["lightning_attention", "softmax_attention"]
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert output.split() == ["lightning_attention", "softmax_attention"]
 
 
-def test_kernels_hold_no_experiment():
-    """kernels/ are functions on arrays: no config object, no environment."""
+def test_kernels_use_neither_config_nor_environment():
     for path in FILES:
-        if part(path) == "kernels":
+        if package(path) == "kernels":
             assert not imported(path) & {"os", "mmx.config"}, path
 
 
@@ -117,21 +118,21 @@ def test_experiments_import_config_only(path):
     assert {name.rpartition(".")[0] for name in imported(path)} <= {"mmx.config", "mmx.analysis.counts"}
 
 
-@pytest.mark.parametrize("modules, without", [
+@pytest.mark.parametrize("modules, unloaded", [
     ("mmx, mmx.cli, mmx.config, mmx.launch.experiments", ("jax", "flax", "orbax", "grain", "torch", "matplotlib")),
     ("mmx.data.pipeline", ("flax", "transformers")),
     ("mmx.analysis.scaling, mmx.analysis.scaling_report", ("jax", "flax", "torch", "matplotlib", "pandas")),
     ("mmx.training.run, mmx.inference.engine, mmx.checkpoints.convert, mmx.evals.compression",
      ("transformers", "matplotlib", "torch")),
 ])
-def test_heavy_packages_come_when_needed(modules, without):
-    code = f"import sys, {modules}\nprint(*[m for m in {without} if m in sys.modules])"
+def test_heavy_packages_are_imported_when_needed(modules, unloaded):
+    code = f"import sys, {modules}\nprint(*[m for m in {unloaded} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
 
-def test_what_is_imported_is_declared():
-    """In setup.cfg, as what mmx needs; mmx.torch, a kernel and lm-eval's tasks need their extras."""
+def test_setup_cfg_declares_every_import():
+    """mmx.torch, the Triton kernel and the lm-eval tasks may also import packages of their extras."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     lines = setup["options"]["install_requires"].split("\n")
@@ -141,4 +142,4 @@ def test_what_is_imported_is_declared():
     for path in FILES:
         extra = {"torch": {"torch", "transformers"}, "kernels": {"jax_triton", "triton"}, "compilers": {"jax_triton"},
                  "evals": {"datasets", "lm_eval", "sacrebleu"}}
-        assert {name.partition(".")[0].lower() for name in imported(path)} - extra.get(part(path), set()) <= declared, path
+        assert {name.partition(".")[0].lower() for name in imported(path)} - extra.get(package(path), set()) <= declared, path

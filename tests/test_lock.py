@@ -1,4 +1,4 @@
-"""One run a workdir: who holds it is told, who died does not."""
+"""The lock of a workdir: a second run is refused, and the lock of a dead process is taken over."""
 import errno
 import json
 import multiprocessing
@@ -13,15 +13,15 @@ from mmx.files import lock
 
 
 def _hold(workdir, ready, die):
-    with lock.held(workdir):
+    with lock.acquire(workdir):
         ready.set()
         die.wait()
-        os._exit(1)         # as SIGKILL: nothing is cleaned up
+        os._exit(1)         # like SIGKILL: nothing is cleaned up
 
 
 @pytest.fixture
-def elsewhere(tmp_path):
-    """Another process that holds the workdir; `die` ends it."""
+def owner(tmp_path):
+    """Another process that has locked the workdir; `stop()` ends it."""
     context = multiprocessing.get_context("forkserver")
     ready, die = context.Event(), context.Event()
     process = context.Process(target=_hold, args=(tmp_path, ready, die))
@@ -32,57 +32,57 @@ def elsewhere(tmp_path):
     process.stop()
 
 
-def test_the_holder_is_told_and_a_dead_one_is_none(tmp_path, elsewhere):
-    told = rf"^{tmp_path} is in use: process {elsewhere.pid} on {socket.gethostname()}, since \d{{4}}-.*, trains there; wait"
-    with pytest.raises(ConfigError, match=told), lock.held(tmp_path):
+def test_a_live_owner_is_named_and_a_dead_one_is_replaced(tmp_path, owner):
+    message = rf"^{tmp_path} is in use: process {owner.pid} on {socket.gethostname()}, since \d{{4}}-.*, trains there; wait"
+    with pytest.raises(ConfigError, match=message), lock.acquire(tmp_path):
         pass
-    elsewhere.stop()
-    assert json.loads((tmp_path / "run.lock").read_text())["pid"] == elsewhere.pid
-    with lock.held(tmp_path):
+    owner.stop()
+    assert json.loads((tmp_path / "run.lock").read_text())["pid"] == owner.pid
+    with lock.acquire(tmp_path):
         assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_no_lock_is_taken_over(tmp_path):
+def test_an_invalid_lock_file_is_taken_over(tmp_path):
     for text in ("", "{", "[1]", "\0" * 100):
         (tmp_path / "run.lock").write_text(text)
-        with lock.held(tmp_path / "."):
+        with lock.acquire(tmp_path / "."):
             pass
 
 
-@pytest.mark.parametrize("beats", [True, False])
-def test_a_holder_on_another_machine_is_watched(beats, tmp_path, monkeypatch, capsys):
-    """Where the file system carries no locks between them."""
+@pytest.mark.parametrize("alive", [True, False])
+def test_an_owner_on_another_machine_must_send_heartbeats(alive, tmp_path, monkeypatch, capsys):
+    """If the file system supports no locks between machines."""
     monkeypatch.setattr(lock, "SILENT", 0.5)
     path = tmp_path / "run.lock"
     path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "since": "then"}))
-    if beats:
+    if alive:
         threading.Timer(0.2, lambda: os.utime(path)).start()
-        with pytest.raises(ConfigError, match="is in use: process 7 on elsewhere, since then, trains"), lock.held(tmp_path):
+        with pytest.raises(ConfigError, match="is in use: process 7 on elsewhere, since then, trains"), lock.acquire(tmp_path):
             pass
     else:
-        with lock.held(tmp_path):
+        with lock.acquire(tmp_path):
             pass
-    assert "was last held by process 7 on elsewhere, since then: waiting 0.5 s" in capsys.readouterr().err
+    assert "was last used by process 7 on elsewhere, since then: waiting 0.5 s" in capsys.readouterr().err
 
 
-def test_a_holder_that_ends_before_it_is_watched_is_none(tmp_path, capsys):
-    lock._wait(tmp_path / "run.lock", {})
-    assert "was last held by" in capsys.readouterr().err
+def test_an_owner_that_has_removed_its_file_is_dead(tmp_path, capsys):
+    lock._wait_for_heartbeat(tmp_path / "run.lock", {})
+    assert "was last used by" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_named_and_no_lock_stays(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_no_lock_remains(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(lock.json, "dump", full)
-    with pytest.raises(OSError, match="run.lock"), lock.held(tmp_path):
+    with pytest.raises(OSError, match="run.lock"), lock.acquire(tmp_path):
         pass
     assert not list(tmp_path.iterdir())
 
 
-def test_a_holder_renews_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "BEAT", 0.05)
+def test_the_owner_sends_heartbeats(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "HEARTBEAT", 0.05)
     renewed = threading.Event()
     monkeypatch.setattr(lock.os, "utime", lambda path: renewed.set())
-    with lock.held(tmp_path):
+    with lock.acquire(tmp_path):
         assert renewed.wait(10)

@@ -1,4 +1,4 @@
-"""The decoder's invariants: packing, chunks, causality, caches, remat, scan, padding, meshes, names, initial values."""
+"""Invariants of the decoder: packing, chunks, causality, caches, remat, scan, padding, names and initial values."""
 import dataclasses
 import functools
 import math
@@ -20,12 +20,12 @@ from mmx.training.loss import loss
 
 C = config.Model(vocab=40, dim=16, layers=4, pattern="LS", heads=4, kv_heads=2, head_dim=8, rotary_dim=4, experts=4,
                  expert_dim=12, z_weight=0.01, chunk=5)
-QUICK = {"xla_backend_optimization_level": 0}      # compiling is most of the time here
+QUICK = {"xla_backend_optimization_level": 0}      # these tests spend most of their time compiling
 T = 16
 
 
 def shape(pattern, kv_heads=2, rotary_dim=4):
-    """C with another pattern, repeated twice where it is short."""
+    """C with another pattern: once if it has more than four layers, else twice."""
     return dataclasses.replace(C, pattern=pattern, layers=len(pattern) * (1 if len(pattern) > 4 else 2), kv_heads=kv_heads,
                                rotary_dim=rotary_dim)
 
@@ -40,7 +40,7 @@ def abstract(c):
 
 
 def parameters(c):
-    """Random ones, norms' scales too: no two layers and no two channels are alike."""
+    """Random parameters, including the scales of norms, so that all layers and channels differ."""
     rng = np.random.default_rng(0)
 
     def leaf(path, shape):
@@ -67,7 +67,7 @@ def loss_and_grads(c, params, batch):
 
 
 def batch_of(rows):
-    """Rows of documents, padded to T on the right; a document's tokens hang on its length alone, padding's on its place."""
+    """A batch whose rows contain documents of these lengths. A document's tokens depend only on its length."""
     names = "tokens", "targets", "segments", "positions", "weights"
     batch = {name: np.zeros((len(rows), T), np.float32 if name == "weights" else np.int32) for name in names}
     batch["tokens"][:], batch["targets"][:] = ids(len(rows), T), 7
@@ -92,7 +92,7 @@ def assert_same(got, want, tolerance=1e-5):
 
 
 def test_packed_equals_separate():
-    """The loss, its metrics and every gradient: documents packed in rows, each a row of its own."""
+    """Packing documents into rows does not change the loss, its metrics or any gradient."""
     params = parameters(C)
     assert_same(loss_and_grads(C, params, PACKED), loss_and_grads(C, params, SEPARATE))
 
@@ -112,7 +112,7 @@ def test_remat_recomputes_a_layer():
 
 @pytest.mark.parametrize("pattern", ["L", "S", "LS"])
 def test_causality_by_gradient(pattern):
-    """A token hangs on itself, on what is before it in its document, and on nothing else, in its row or another."""
+    """A token depends only on itself and on earlier tokens of its document."""
     c = shape(pattern)
     params = parameters(c)
     tokens_BT = np.arange(16).reshape(2, 8)
@@ -127,13 +127,13 @@ def test_causality_by_gradient(pattern):
 
     t, real = np.arange(16), segments_BT.ravel() > 0
     document_T = 10 * (t // 8) + segments_BT.ravel()
-    sees_TS = (document_T[:, None] == document_T) & (t[:, None] >= t)
+    attends_TS = (document_T[:, None] == document_T) & (t[:, None] >= t)
     influence_TS = np.abs(jacobian(params["embed_WD"])[:, :16]).max(2)
-    np.testing.assert_array_equal(influence_TS[real] > 0, sees_TS[real])
+    np.testing.assert_array_equal(influence_TS[real] > 0, attends_TS[real])
 
 
 def test_a_window_by_gradient():
-    """A layer's token hangs on the last five before it in its own document, and on itself."""
+    """A token of one layer depends on itself and on the five tokens before it in its document."""
     c = dataclasses.replace(C, pattern="W", layers=1, window=6)
     params, tokens_BT = parameters(c), np.arange(T)[None].astype(np.int32)
     segments_BT = np.array([[1] * 10 + [2] * 4 + [0] * 2])
@@ -144,19 +144,19 @@ def test_a_window_by_gradient():
         return Model(c).apply({"params": params | {"embed_WD": embed_WD}}, tokens_BT, segments_BT)[0][0, :, 0]
 
     t, segments_T = np.arange(T), segments_BT[0]
-    sees_TS = (t[:, None] >= t) & (t[:, None] - t < 6) & (segments_T[:, None] == segments_T)
+    attends_TS = (t[:, None] >= t) & (t[:, None] - t < 6) & (segments_T[:, None] == segments_T)
     real = segments_T > 0
-    np.testing.assert_array_equal(np.abs(jacobian(params["embed_WD"])[:, :T]).max(2)[real] > 0, sees_TS[real])
+    np.testing.assert_array_equal(np.abs(jacobian(params["embed_WD"])[:, :T]).max(2)[real] > 0, attends_TS[real])
 
 
-# how many tokens each of three rows takes at a time; a call is padded on the right to 8, or to 1
+# numbers of tokens for each of three rows in successive calls; a call is padded on the right to 8 tokens, or to 1
 SPLITS = [((8, 5, 3), (1, 1, 1), (0, 8, 2), (1, 0, 1), (8, 2, 8), (1, 1, 1)), ((1, 1, 1),) * 12, ((8, 8, 0), (8, 8, 8))]
 
 
 @by_shape
 def test_prefill_and_decode_equal_forward(c):
     params, tokens_BT = parameters(c), ids(3, 20)
-    whole_BTD, _ = forward(c, params, tokens_BT)
+    expected_BTD, _ = forward(c, params, tokens_BT)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def step(tokens_BT, segments_BT, cache):
@@ -171,7 +171,7 @@ def test_prefill_and_decode_equal_forward(c):
                 chunk[b, :n], mask[b, :n] = tokens_BT[b, lengths[b]:lengths[b] + n], 1
             x_BTD, cache = step(chunk, mask, cache)
             for b, n in enumerate(counts):
-                np.testing.assert_allclose(x_BTD[b, :n], whole_BTD[b, lengths[b]:lengths[b] + n], atol=3e-5)
+                np.testing.assert_allclose(x_BTD[b, :n], expected_BTD[b, lengths[b]:lengths[b] + n], atol=3e-5)
                 lengths[b] += n
             assert cache["length_B"].tolist() == lengths
 
@@ -208,13 +208,13 @@ def test_padding_on_either_side_changes_nothing():
 
 
 def test_bfloat16_stays_near_float32():
-    """With all experts chosen: whom top-k picks may turn on a rounding."""
+    """All experts are chosen, because rounding may change the choice of the top-k."""
     c = dataclasses.replace(C, top_k=C.experts)
     params = parameters(c)
     want_BTD, _ = forward(c, params, ids(2, T))
-    near_BTD, _ = forward(dataclasses.replace(c, dtype="bfloat16"), params, ids(2, T))
-    assert near_BTD.dtype == jnp.bfloat16
-    assert 1e-4 < np.linalg.norm(near_BTD - want_BTD) / np.linalg.norm(want_BTD) < 0.03
+    found_BTD, _ = forward(dataclasses.replace(c, dtype="bfloat16"), params, ids(2, T))
+    assert found_BTD.dtype == jnp.bfloat16
+    assert 1e-4 < np.linalg.norm(found_BTD - want_BTD) / np.linalg.norm(want_BTD) < 0.03
 
 
 TEXT_01 = config.Model(vocab=200_064, dim=6144, layers=80, heads=64, kv_heads=8, head_dim=128, rotary_dim=64, experts=32,
@@ -233,8 +233,8 @@ def test_names_spell_their_axes(c):
 
 
 @pytest.mark.parametrize("postnorm, alpha", [(True, (2 * 4) ** 0.25), (False, 1)])
-def test_a_layer_by_its_formula(postnorm, alpha):
-    """y = alpha r + Mixer(norm x), x' = alpha r + MoE(norm y), where r is what was normed, in pre-norm what was not."""
+def test_a_layer_matches_its_formula(postnorm, alpha):
+    """y = alpha r + Mixer(norm x), x' = alpha r + MoE(norm y), where r is the norm's output (postnorm) or its input."""
     c = dataclasses.replace(shape("LS"), postnorm=postnorm, capacity=0.0, **dict.fromkeys(
         ("alpha_lightning", "alpha_softmax", "alpha_moe"), 0.0))
     params = parameters(c)

@@ -1,4 +1,4 @@
-"""A layer kind that is defined outside the package and added by one line works in every command."""
+"""A layer kind that is defined outside the package and registered in KINDS works in every command."""
 import json
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def registered():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, registered):
-    """A folder with the experiment, text, and two runs of 20 steps: on one device and on a 2x2 mesh."""
+    """A folder with the experiment, its text, and runs of 20 steps on one device ("one") and on a 2x2 mesh ("four")."""
     folder, rng = tmp_path_factory.mktemp("new"), np.random.default_rng(0)
     (folder / "new.py").write_text(EXPERIMENT)
     (folder / "text").mkdir()
@@ -56,7 +56,7 @@ def in_folder(folder, monkeypatch):
     monkeypatch.chdir(folder)
 
 
-def test_it_trains_alike_on_one_device_and_on_four():
+def test_training_is_the_same_on_one_device_and_on_four():
     one, four = ([record["loss"] for record in metrics.read(Path(workdir))] for workdir in ("one", "four"))
     assert len(one) == 20 and one[-1] < 0.8 * one[0]
     np.testing.assert_allclose(four, one, rtol=1e-4)
@@ -67,7 +67,7 @@ def test_generation_with_a_cache_equals_recomputation(capsys):
     command = ["generate", "--checkpoint", "one", "--prompt", "the state", "--steps", "12", "--temperature", "0", "--json"]
     assert cli.main(command) == 0
     found, loaded = json.loads(capsys.readouterr().out), mmx.load("one")
-    prompt = [256, *b"the state"]       # 256 begins a text
+    prompt = [256, *b"the state"]       # 256: beginning of text
     logits_BTW = np.asarray(mmx.forward(loaded, np.array([prompt + found["ids"]])))
     assert np.argmax(logits_BTW[0, len(prompt) - 1:-1], axis=-1).tolist() == found["ids"]
 
@@ -79,12 +79,12 @@ def test_packed_documents_equal_separate_ones():
         np.testing.assert_allclose(part, mmx.forward(loaded, alone_T[None])[0], atol=1e-4)
 
 
-def test_config_and_memory_count_it(capsys):
+def test_config_and_memory_count_the_new_kind(capsys):
     assert cli.main(["config", "new.py", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     loaded = mmx.load("one")
-    made = sum(x.size for x in jax.tree.leaves(loaded.params))
-    assert found["params_total"] == made == count_params(loaded.config).total and found["flops_per_token_companion"] is None
+    created = sum(x.size for x in jax.tree.leaves(loaded.params))
+    assert found["params_total"] == created == count_params(loaded.config).total and found["flops_per_token_companion"] is None
     assert cli.main(["config", "new.py"]) == 0
     assert "4 = 2 x LA" in capsys.readouterr().out
     assert cli.main(["memory", "--config", "new.py", "--lengths", "1k", "--json"]) == 0

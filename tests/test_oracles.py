@@ -1,7 +1,7 @@
-"""Parity with what transformers 5.23.0 computed (oracles/*/oracle.npz).
+"""Results agree with those that transformers 5.23.0 computed (oracles/*/oracle.npz).
 
-c_partial_orig is the released function, a_7to1_hf the stock port: the same function where RoPE turns whole heads and
-the number of heads is a power of two, but for the decay's last digits.
+c_partial_orig is the released function. a_7to1_hf is the function of transformers, which differs only in the last digits of the
+decay if RoPE rotates whole heads and the number of heads is a power of two.
 """
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from mmx.training.loss import loss, router_losses
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ORACLES = Path(__file__).parent / "oracles"
-STATE_ATOL = {"c_partial_orig": 5e-5, "a_7to1_hf": 2e-4}       # a_7to1_hf's depth factor divides by L - 1 + 1e-5
+STATE_ATOL = {"c_partial_orig": 5e-5, "a_7to1_hf": 2e-4}       # a_7to1_hf divides by layers - 1 + 1e-5 in the decay
 
 
 @dataclasses.dataclass
@@ -32,7 +32,7 @@ class Case:
     want: dict
 
     def __call__(self, tokens_BT, segments_BT=None, cache=None, trace=False):
-        """Hidden states, logits, cache and statistics."""
+        """Returns the hidden states, the logits, the cache and the statistics."""
         tokens_BT, model, params = jnp.asarray(tokens_BT, jnp.int32), self.loaded.model, self.loaded.params
         x_BTD, cache, stats = jitted(model, params, tokens_BT, segments_BT, cache, trace)
         return x_BTD, logits(params, x_BTD), cache, stats
@@ -68,7 +68,7 @@ def test_logits_hidden_states_and_router_logits(case):
 
 
 def batch_of(want):
-    """The oracle's labels are shifted inside transformers; -100 carries no loss."""
+    """The oracle's tokens and labels as a batch. transformers shifts labels inside the model; -100 means no loss."""
     tokens_BT = jnp.asarray(want["input_ids"], jnp.int32)
     targets_BT = np.concatenate([want["labels"][:, 1:], np.full((len(tokens_BT), 1), -100)], axis=1)
     return {"tokens": tokens_BT, "targets": jnp.asarray(np.maximum(targets_BT, 0), jnp.int32),
@@ -77,7 +77,7 @@ def batch_of(want):
 
 
 def as_released(params, model) -> dict:
-    """Every tensor under its released name."""
+    """The parameters as tensors with the released names and shapes."""
     tensors = {}
     for leaf in hf_layout.leaves(model):
         array = params
@@ -85,8 +85,8 @@ def as_released(params, model) -> dict:
             array = array[key]
         for index, name in leaf.tensors():
             block = leaf.to_released(np.asarray(array[index]))
-            lead = tensors.setdefault(name, np.zeros((len(block), leaf.layout.parts, *block.shape[1:]), block.dtype))
-            lead[:, leaf.layout.part] = block
+            tensor = tensors.setdefault(name, np.zeros((len(block), leaf.layout.parts, *block.shape[1:]), block.dtype))
+            tensor[:, leaf.layout.part] = block
     shapes = {name: leaf.tensor_shape for leaf in hf_layout.leaves(model) for _, name in leaf.tensors()}
     return {name: tensor.reshape(shapes[name]) for name, tensor in tensors.items()}
 
@@ -96,10 +96,10 @@ def test_losses_and_gradients(case):
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
-    def total(params):
+    def loss_and_gradients(params):
         return loss(case.loaded.model, params, batch_of(want), 64)
 
-    (value, metrics), grads = total(case.loaded.params)
+    (value, metrics), grads = loss_and_gradients(case.loaded.params)
     close(metrics["loss"], want["loss_ce"], 1e-5, "cross-entropy")
     close(metrics["aux_loss"], want["aux_loss"], 1e-5, "auxiliary loss")
     close(value, want["loss_total"], 1e-5, "total")
@@ -121,7 +121,7 @@ def test_losses_and_gradients(case):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding(case, side):
+def test_padding_is_ignored(case, side):
     mask_BT = case.want[f"pad_{side}_mask"]
     _, logits_BTW, _, stats = case(case.want["input_ids"], segments_BT=jnp.asarray(mask_BT, jnp.int32))
     real = mask_BT == 1
@@ -130,14 +130,14 @@ def test_padding(case, side):
     close(router_losses(stats, case.loaded.config)[0], case.want[f"pad_{side}_aux_loss"], 1e-5)
 
 
-def test_forward_is_the_same_with_a_mask(case):
+def test_forward_with_a_padding_mask(case):
     mask_BT = case.want["pad_left_mask"]
     logits_BTW = forward(case.loaded, case.want["input_ids"], mask_BT)
     close(logits_BTW[mask_BT == 1], case.want["pad_left_logits"][mask_BT == 1], 2e-5)
 
 
 def prefill(case):
-    """The cache after the prompt, with room for the greedy tokens, and the prompt's logits."""
+    """The prompt's logits, and the cache after the prompt with room for the greedy tokens."""
     prompt_BT = case.want["prompt"]
     B, T = prompt_BT.shape
     _, logits_BTW, cache, _ = case(prompt_BT, cache=empty_cache(case.loaded.config, B, T + 32))
@@ -148,8 +148,8 @@ def test_lightning_states_after_the_prompt(case):
     model, (_, cache) = case.loaded.config, prefill(case)
     for layer, kind in enumerate(model.layer_kinds):
         if kind == "L":
-            group, place = divmod(layer, len(model.pattern))
-            state_BHKV = cache["layers"][f"layer_{place}"]["state_BHKV"][group]
+            group, position = divmod(layer, len(model.pattern))
+            state_BHKV = cache["layers"][f"layer_{position}"]["state_BHKV"][group]
             close(state_BHKV, case.want[f"state_{layer}"], STATE_ATOL[case.name], f"state_{layer}")
 
 
@@ -158,29 +158,29 @@ def test_greedy_tokens(case):
     np.testing.assert_array_equal(new_BT, case.want["greedy_nocache"])
 
 
-# (of the oracle's prompt, behind so many of its greedy tokens, for so many steps): early ends, late entries, many lengths
-MIX = (0, 0, 32), (1, 0, 3), (0, 5, 20), (1, 17, 15), (0, 31, 1), (1, 1, 9)
+# requests: (row of the oracle's prompts, greedy tokens appended to the prompt, tokens to generate); they end at different times
+REQUESTS = (0, 0, 32), (1, 0, 3), (0, 5, 20), (1, 17, 15), (0, 31, 1), (1, 1, 9)
 
 
-def check_mix(loaded, want, rows):
-    """The engine's tokens are those that transformers recomputed, in any company."""
+def check_requests(loaded, want, rows):
+    """Checks that the engine generates the oracle's greedy tokens for REQUESTS, with `rows` requests at a time."""
     greedy_BT = want["greedy_nocache"]
-    asked = [engine.Request(np.append(want["prompt"][b], greedy_BT[b, :begin]), steps) for b, begin, steps in MIX]
-    told = [[] for _ in asked]
-    for piece in engine.stream(loaded, asked, rows=rows):
-        told[piece.request].extend(piece.ids_T)
-    assert told == [greedy_BT[b, begin:begin + steps].tolist() for b, begin, steps in MIX]
+    requests = [engine.Request(np.append(want["prompt"][b], greedy_BT[b, :begin]), steps) for b, begin, steps in REQUESTS]
+    found = [[] for _ in requests]
+    for piece in engine.stream(loaded, requests, rows=rows):
+        found[piece.request].extend(piece.ids_T)
+    assert found == [greedy_BT[b, begin:begin + steps].tolist() for b, begin, steps in REQUESTS]
 
 
-@pytest.mark.parametrize("levels, block, rows", [((32, 16, 8), 8, 2), ((64,), 24, 6)])
-def test_levels_blocks_and_batches_change_no_token(case, levels, block, rows, monkeypatch):
-    monkeypatch.setattr(engine, "PREFILL_CHUNKS", levels)
-    monkeypatch.setattr(engine, "DECODE_STEPS", block)
-    check_mix(case.loaded, case.want, rows)
+@pytest.mark.parametrize("chunks, steps, rows", [((32, 16, 8), 8, 2), ((64,), 24, 6)])
+def test_chunks_blocks_and_batches_do_not_change_tokens(case, chunks, steps, rows, monkeypatch):
+    monkeypatch.setattr(engine, "PREFILL_CHUNKS", chunks)
+    monkeypatch.setattr(engine, "DECODE_STEPS", steps)
+    check_requests(case.loaded, case.want, rows)
 
 
-def test_a_mesh_changes_no_token(monkeypatch):
-    """Parameters and cache are cut over eight devices: rows, time, experts and heads."""
+def test_a_mesh_does_not_change_tokens(monkeypatch):
+    """Parameters and cache are sharded over eight devices: by rows, time, experts and heads."""
     monkeypatch.setattr(engine, "PREFILL_CHUNKS", (16,))
     folder = ORACLES / "a_7to1_hf"
     with mesh.inference_mesh(convert.open_source(folder / "ckpt").model, "ep=2,etp=2,seq=2"):
@@ -188,18 +188,18 @@ def test_a_mesh_changes_no_token(monkeypatch):
         parts = [len({str(s.index) for s in w.addressable_shards}) for w in jax.tree.leaves(loaded.params)]
         assert max(parts) == 8 and np.mean(parts) > 4, parts
         with np.load(folder / "oracle.npz") as want:
-            check_mix(loaded, want, 4)
-            asked = engine.Request(want["prompt"][0], 32)
-        kept = sharding.cache_shardings(empty_cache(loaded.config, 4, 256), jax.sharding.get_mesh())
+            check_requests(loaded, want, 4)
+            request = engine.Request(want["prompt"][0], 32)
+        expected = sharding.cache_shardings(empty_cache(loaded.config, 4, 256), jax.sharding.get_mesh())
         batch = engine.Batch(loaded, 4)
-        batch.start(0, engine.Sequence(0, asked, None, loaded.config, after_prefix=False))
+        batch.start(0, engine.Sequence(0, request, None, loaded.config, after_prefix=False))
         list(batch.decode())
-        for x, place in zip(jax.tree.leaves(batch.cache), jax.tree.leaves(kept)):
-            assert x.sharding.is_equivalent_to(place, x.ndim), (x.sharding, place)
+        for x, wanted in zip(jax.tree.leaves(batch.cache), jax.tree.leaves(expected)):
+            assert x.sharding.is_equivalent_to(wanted, x.ndim), (x.sharding, wanted)
 
 
 def test_cached_equals_recomputed(case):
-    """The prompt, then token by token, against the oracle's recomputation of every step."""
+    """The logits of decoding token by token equal those that the oracle recomputes for every step."""
     greedy_BT, (logits_BTW, cache) = case.want["greedy_nocache"], prefill(case)
     steps = [logits_BTW[:, -1]]
     for t in range(31):
@@ -208,7 +208,7 @@ def test_cached_equals_recomputed(case):
     close(np.stack(steps, 1), case.want["greedy_nocache_logits"], 2e-5)
 
 
-def test_sharded_checkpoint_is_the_same(case):
+def test_a_sharded_checkpoint_loads_the_same_parameters(case):
     sharded = ORACLES / case.name / "ckpt_sharded"
     if not sharded.exists():
         pytest.skip("the oracle has one file")

@@ -89,7 +89,7 @@ def test_isoflop_recovers_exact_minima_and_their_line():
 
 
 def test_intervals_contain_the_true_value():
-    """At least 88 of 100 fits of the law power to 12 runs; benchmarks/fit.py counts all laws."""
+    """At least 88 of 100 fits of the law power to 12 runs; experiments/measure/fit_coverage.py counts all laws."""
     C_I, count = np.geomspace(1e17, 1e21, 12), 0
     for seed in range(100):
         noise_I = np.exp(0.005 * np.random.default_rng(seed).standard_normal(12))

@@ -1,4 +1,4 @@
-"""The limits that keep the code readable: lengths of files and functions, parameters, and the README's size."""
+"""Limits that keep the code readable: lengths of files and functions, numbers of parameters, and the size of the README."""
 import ast
 import re
 from pathlib import Path
@@ -7,11 +7,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("mmx", "experiments", "benchmarks", "notebooks") for path in (ROOT / folder).rglob("*.py"))
-MOST_FILE, MOST_FUNCTION, MOST_PARAMETERS = 450, 70, 8
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 450, 70, 8
 
 
 def functions(path: Path):
-    """(name, lines, parameters but for self) of each function in a file."""
+    """(name, number of lines, number of parameters without self) of each function in a file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
@@ -21,12 +22,18 @@ def functions(path: Path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_and_functions_are_short(path):
     lines = len(path.read_text().splitlines())
-    assert lines <= MOST_FILE, f"{lines} lines, at most {MOST_FILE}: split the file by purpose"
+    assert lines <= MAX_FILE_LINES, f"{lines} lines, at most {MAX_FILE_LINES}: split the file by purpose"
     if "kernels" in path.parts:         # kernels may be long and flat
         return
     for name, length, parameters in functions(path):
-        assert length <= MOST_FUNCTION, f"{name} has {length} lines, at most {MOST_FUNCTION}"
-        assert parameters <= MOST_PARAMETERS, f"{name} has {parameters} parameters, at most {MOST_PARAMETERS}"
+        assert length <= MAX_FUNCTION_LINES, f"{name} has {length} lines, at most {MAX_FUNCTION_LINES}"
+        assert parameters <= MAX_PARAMETERS, f"{name} has {parameters} parameters, at most {MAX_PARAMETERS}"
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_of_tests_are_short(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_FILE_LINES, f"{lines} lines, at most {MAX_FILE_LINES}: split the file by purpose"
 
 
 def test_the_readme_is_short():
@@ -35,13 +42,19 @@ def test_the_readme_is_short():
     assert len(" ".join(lines).split()) <= 1500
 
 
-def test_links_lead_to_files():
+def test_citations_of_the_specification_name_its_folder():
+    for path in [file for folder in ("mmx", "tests", "experiments", "benchmarks") for file in (ROOT / folder).rglob("*.py")]:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert not re.search(r"(?<!docs/)\bmodel\.md", line), f"{path}:{number}: write docs/model.md, with its folder"
+
+
+def test_links_point_to_existing_files():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "experiments").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}, which does not exist"
 
 
-def test_the_index_lists_every_page():
+def test_the_index_of_docs_lists_every_page():
     index = (ROOT / "docs" / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "README.md" or f"({page.name})" in index, f"docs/README.md has no line for {page.name}"

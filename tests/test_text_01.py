@@ -1,4 +1,4 @@
-"""The reference experiment: every pod and stage can be built and split, says what the paper says, and runs at toy size."""
+"""experiments/text_01.py: every pod and stage builds and fits its mesh, has the paper's settings, and trains at toy size."""
 import itertools
 import math
 from pathlib import Path
@@ -33,14 +33,14 @@ def test_every_pod_and_stage(pod, stage):
     assert ends == ([2**24, 2**25, 2**26, 2**27] if stage == "8k" else [2**27])
     if stage != "8k":
         assert 0 <= t.steps * 2**27 - tokens < 2**27
-        (begin, _), (moved, mix), (asked, same), (late, last) = e.data.weights
-        assert e.data.interpolate and mix == same == (*MIX[stage], 0) and (begin, asked) == (0, t.steps * 4 // 5)
-        assert 0 < moved < asked < late < t.steps
+        (begin, _), (reached, mix), (questions, same), (end, last) = e.data.weights
+        assert e.data.interpolate and mix == same == (*MIX[stage], 0) and (begin, questions) == (0, t.steps * 4 // 5)
+        assert 0 < reached < questions < end < t.steps
         assert last == (*(pytest.approx(0.9 * share) for share in MIX[stage]), 10)
         assert e.data.lengths[:3] == ((0, 32_768), (32_768, 131_073), (131_073, 0))
 
 
-def test_stages_follow_each_other():
+def test_stages_start_from_the_previous_stage():
     found = {stage: experiments.read(f"{FILE}:{stage}", []) for stage in STAGES}
     assert experiments.read(FILE, []) == found["8k"] == experiments.read(f"{FILE}:v5p-2048,8k", [])
     assert [e.train.init_from for e in found.values()] == ["", "8k", "128k", "512k"]
@@ -48,15 +48,15 @@ def test_stages_follow_each_other():
 
 
 @pytest.mark.parametrize("argument", ["v5p", "v5p-512,2m"])
-def test_what_is_no_pod_and_no_stage_is_one_line(argument, capsys):
+def test_unknown_arguments_are_one_line(argument, capsys):
     assert cli.main(["config", f"{FILE}:{argument}"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err == (f"mmx: {FILE}: '{argument.split(',')[-1]}' is no pod (v5p-512, v5p-2048, v6e-256, h100-512) "
-                                 "and no stage (8k, 128k, 512k, 1m)\n")
+    assert out == "" and err == (f"mmx: {FILE}: '{argument.split(',')[-1]}' is neither a pod "
+                                 "(v5p-512, v5p-2048, v6e-256, h100-512) nor a stage (8k, 128k, 512k, 1m)\n")
 
 
 def test_two_stages_at_toy_size(tmp_path, monkeypatch, capsys):
-    """The second starts from the first one's parameters, at twice its length and another base, and resumes."""
+    """The second stage starts from the parameters of the first, at twice the length and another RoPE base, and resumes."""
     monkeypatch.chdir(tmp_path)
     for folder, sizes in {"corpus": (20, 80, 300), "questions": (40,)}.items():
         (tmp_path / folder).mkdir()
@@ -64,8 +64,8 @@ def test_two_stages_at_toy_size(tmp_path, monkeypatch, capsys):
             (tmp_path / folder / f"{size}-{n}.txt").write_text(("The state of the Union is strong. " * 9)[:size])
 
     def train(stage, workdir, **overrides):
-        given = [f"--config.{key}={value}" for key, value in (TOY | overrides).items()]
-        return cli.main(["train", "--config", f"{FILE}:{stage}", "--workdir", workdir, *given])
+        flags = [f"--config.{key}={value}" for key, value in (TOY | overrides).items()]
+        return cli.main(["train", "--config", f"{FILE}:{stage}", "--workdir", workdir, *flags])
 
     assert train("v5p-512", "8k", **{"train.steps": 20, "train.warmup": 2, "train.lr": 0.01, "train.rates": "((0,0.01),)"}) == 0
     later = {"train.length": 64, "data.lengths": "((0,40),(40,100),(100,0),(0,0))", "train.warmup": 1,

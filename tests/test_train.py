@@ -235,8 +235,8 @@ def test_a_sample_prompt_that_does_not_encode_is_refused_at_once(text, tmp_path)
 
 @pytest.mark.parametrize("source, message", [
     ("nowhere", "is no directory"), ("", "neither a workdir"),
-    ("uninterrupted", r"uninterrupted' does not hold the tensors of this model: it has misshapen embed_WD \[264, 16\] instead "
-                      r"of \[264, 32\]")])
+    ("uninterrupted", r"uninterrupted' does not contain the tensors of this model: it has misshapen embed_WD \[264, 16\] "
+                      r"instead of \[264, 32\]")])
 def test_a_misfit_of_init_from_writes_nothing(source, message, uninterrupted, text, tmp_path):
     path = uninterrupted if source == "uninterrupted" else tmp_path / source
     with pytest.raises(ConfigError, match=message):

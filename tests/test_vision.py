@@ -1,4 +1,4 @@
-"""What the model sees: parity with the oracle of MiniMax-VL-01, names, conversion, images in prompts, every mistake."""
+"""The vision model: agreement with the oracle of MiniMax-VL-01, tensor names, conversion, images in prompts, mistakes."""
 import dataclasses
 import functools
 import hashlib
@@ -31,14 +31,14 @@ def loaded():
     return mmx.load(ORACLE / "ckpt")
 
 
-def oracle_pictures(v):
+def oracle_images(v):
     return [images.PreparedImage(np.moveaxis(WANT[f"{i}_pixel_values"], 1, -1), images.places(v, *map(int, size)))
             for i, size in enumerate(SIZES)]
 
 
 @functools.cache
 def batch():
-    """The oracle's five prompts, padded on the right, and which tokens are there."""
+    """The oracle's five prompts, padded on the right, and the mask of real tokens."""
     rows = [WANT[f"floor_{i}_input_ids"][0] for i in range(5)]
     tokens_BT, mask_BT = np.zeros((2, 5, -(-max(map(len, rows)) // 8) * 8), np.int32)
     for b, row in enumerate(rows):
@@ -47,23 +47,23 @@ def batch():
 
 
 def test_oracle_counts_and_features(loaded):
-    """All five images' tiles at once: the features are the rows that their places name."""
-    v, shown = loaded.config.vision, oracle_pictures(loaded.config.vision)
+    """The tiles of all five images are encoded at once. An image's features are the rows that its tokens' places select."""
+    v, prepared = loaded.config.vision, oracle_images(loaded.config.vision)
     assert [images.token_count(v, *size) for size in SIZES] == [WANT[f"floor_{i}_n_tokens"] for i in range(5)]
     for i, size in enumerate(SIZES):
         np.testing.assert_array_equal(np.multiply(images.best_grid(v, *size), v.tile), WANT[f"floor_{i}_best_res_hw"])
-        assert len(shown[i].pixels_IYXZ) == 1 + np.prod(images.best_grid(v, *size))
-    places_BT, pixels_NIYXZ = images.collate(v, batch()[0], [[picture] for picture in shown])
-    newline_D, (patches_MD,) = engine.encode_images(loaded.config, loaded.params, pixels_NIYXZ)
-    seen_MD = np.concatenate([newline_D[None], patches_MD])
+        assert len(prepared[i].pixels_IYXZ) == 1 + np.prod(images.best_grid(v, *size))
+    places_BT, pixels_bIYXZ = images.collate(v, batch()[0], [[image] for image in prepared])
+    newline_D, (patches_MD,) = engine.encode_images(loaded.config, loaded.params, pixels_bIYXZ)
+    features_MD = np.concatenate([newline_D[None], patches_MD])
     for i in range(5):
         places_T = places_BT[i][places_BT[i] > 0]
-        np.testing.assert_allclose(seen_MD[places_T - 1], WANT[f"floor_{i}_image_features"], atol=2e-5, rtol=0)
+        np.testing.assert_allclose(features_MD[places_T - 1], WANT[f"floor_{i}_image_features"], atol=2e-5, rtol=0)
 
 
 def test_oracle_logits(loaded):
     tokens_BT, mask_BT = batch()
-    logits_BTW = mmx.forward(loaded, tokens_BT, mask_BT, [[picture] for picture in oracle_pictures(loaded.config.vision)])
+    logits_BTW = mmx.forward(loaded, tokens_BT, mask_BT, [[image] for image in oracle_images(loaded.config.vision)])
     for b, count in enumerate(mask_BT.sum(1)):
         np.testing.assert_allclose(logits_BTW[b, count - 7:count], WANT[f"floor_{b}_last_logits"][0], atol=2e-5, rtol=0)
 
@@ -97,13 +97,13 @@ def test_vl_01_has_the_released_names():
     assert shapes["multi_modal_projector.linear_1.weight"] == (6144, 1024)
 
 
-def test_the_table_is_the_models_tree():
-    made = jax.eval_shape(Model(SMALL).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    assert jax.tree.map(lambda x: x.shape, made) == jax.tree.map(lambda x: x.shape, abstract_params(SMALL))
+def test_abstract_parameters_match_those_that_init_creates():
+    created = jax.eval_shape(Model(SMALL).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    assert jax.tree.map(lambda x: x.shape, created) == jax.tree.map(lambda x: x.shape, abstract_params(SMALL))
     text = dataclasses.replace(SMALL, vision=config.Vision())
     bare = jax.eval_shape(Model(text).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    assert made.keys() - bare.keys() == {"vision"} and jax.tree.structure(bare) == jax.tree.structure(
-        {name: leaf for name, leaf in made.items() if name != "vision"})
+    assert created.keys() - bare.keys() == {"vision"} and jax.tree.structure(bare) == jax.tree.structure(
+        {name: leaf for name, leaf in created.items() if name != "vision"})
 
 
 @pytest.mark.parametrize("dialect", convert.DIALECTS)
@@ -121,8 +121,8 @@ def test_round_trip_is_bit_exact(tmp_path, monkeypatch, dialect):
     assert convert.open_source(tmp_path / "hf").model == dataclasses.replace(SMALL, aux="hf", aux_weight=0.005)
 
 
-def test_what_transformers_saves_and_the_released_names_are_the_same(tmp_path, loaded):
-    """Its names leave vision_model out, and it has a norm that nothing reads; its own shards' index too."""
+def test_names_of_transformers_map_to_the_released_names(tmp_path, loaded):
+    """transformers omits `vision_model.` from names and saves an unused norm. The index of its shards also uses its names."""
     convert.to_hf(ORACLE / "ckpt", tmp_path / "hf", "released", progress=False)
     theirs, ours = load_file(ORACLE / "ckpt" / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
     assert {name.replace("vision_model.", "") for name in ours} == {
@@ -145,22 +145,22 @@ def test_the_released_config():
     assert (text["model_type"], text["text_config"]["model_type"]) == ("minimax_vl_01", "minimax_text_01")
     assert text["image_grid_pinpoints"] == [[28, 28], [28, 56], [56, 28]] and text["image_token_index"] == 259
     assert text["vision_config"]["hidden_act"] == "gelu" and text["vision_feature_layer"] == -1
-    with pytest.raises(ConfigError, match="has no place in the released form"):
+    with pytest.raises(ConfigError, match="cannot be expressed in the released form"):
         hf_config.write_model(dataclasses.replace(SMALL, vision=dataclasses.replace(SMALL.vision, grids=())), "released",
                              "float32", {})
 
 
-def test_ids_of_the_text_config_are_found(tmp_path):
+def test_token_ids_are_read_from_the_text_config(tmp_path):
     write_released(tmp_path / "hf")
     text = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps({k: v for k, v in text.items() if k not in convert.BYTE_IDS}))
     assert convert.open_source(tmp_path / "hf").tokenizer == "bytes"
 
 
-def test_int8_leaves_the_vit_as_it_is(loaded):
-    whole = mmx.load(ORACLE / "ckpt", weights_dtype="int8").params
-    assert isinstance(whole["groups"]["layer_0"]["mixer"]["q_DHK"], Int8)
-    jax.tree.map(np.testing.assert_array_equal, whole["vision"], loaded.params["vision"])
+def test_int8_does_not_quantize_the_vision_tower(loaded):
+    quantized = mmx.load(ORACLE / "ckpt", weights_dtype="int8").params
+    assert isinstance(quantized["groups"]["layer_0"]["mixer"]["q_DHK"], Int8)
+    jax.tree.map(np.testing.assert_array_equal, quantized["vision"], loaded.params["vision"])
 
 
 @pytest.mark.parametrize("change, message", [
@@ -176,7 +176,7 @@ def test_int8_leaves_the_vit_as_it_is(loaded):
     ({"vision_config": {"hidden_act": "quick_gelu"}}, "vision_config.hidden_act='quick_gelu' is not supported"),
     ({"vision_config": {"hidden_act": "gelu"}}, "num_hidden_layers is missing"),
 ])
-def test_configs_that_are_another_function(change, message):
+def test_unsupported_configs_are_refused(change, message):
     text = hf_config.write_model(SMALL, "released", "float32", {})
     with pytest.raises(ConfigError, match=message) as caught:
         hf_config.read_model(text | change, "config.json")
@@ -185,8 +185,8 @@ def test_configs_that_are_another_function(change, message):
 
 # ---- images in prompts ----
 
-def test_text_is_read_as_by_the_text_model(loaded):
-    """Without images it is the same program, and nothing that sees is asked for."""
+def test_text_alone_runs_the_program_of_a_text_model(loaded):
+    """Without images, the model needs no vision parameters."""
     params = {name: leaf for name, leaf in loaded.params.items() if name != "vision"}
     programs = {str(jax.make_jaxpr(functools.partial(Model(c).apply, {"params": params}))(batch()[0]))
                 for c in (loaded.config, dataclasses.replace(loaded.config, vision=config.Vision()))}
@@ -194,68 +194,70 @@ def test_text_is_read_as_by_the_text_model(loaded):
 
 
 def prompt(v, seed, counts=(3, 2, 4), sizes=((56, 56), (28, 56))):
-    """Ids around images of these sizes, and the images."""
+    """Random token ids (`counts` before, between and after the images), and random images of these sizes."""
     rng = np.random.default_rng(seed)
-    shown = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+    pictures = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
     ids = [rng.integers(0, v.token, counts[0])]
     for size, count in zip(sizes, counts[1:]):
         ids += [np.full(images.token_count(v, *size), v.token), rng.integers(0, v.token, count)]
-    return np.concatenate(ids).astype(np.int32), shown
+    return np.concatenate(ids).astype(np.int32), pictures
 
 
-def drawn(loaded, requests, prefix=None):
-    """(ids_BT, logprobs_BT) of requests that end in one block."""
+def generate_ids(loaded, requests, prefix=None):
+    """(ids_BT, logprobs_BT) that the engine generates for requests which end within one block of steps."""
     pieces = sorted(engine.stream(loaded, requests, prefix=prefix, rows=1), key=lambda piece: piece.request)
     return np.stack([piece.ids_T for piece in pieces]), np.stack([piece.logprobs_T for piece in pieces])
 
 
-def test_generation_is_recomputation(loaded, monkeypatch):
-    """Two prompts of two images each, read in chunks; and the second image behind a prefix with the first."""
+def test_generation_equals_recomputation(loaded, monkeypatch):
+    """Two prompts of two images are prefilled in chunks. Then the first image is in a prefix, the second after it."""
     monkeypatch.setattr(engine, "PREFILL_CHUNKS", (32,))
-    prompts, shown = zip(*(prompt(loaded.config.vision, seed) for seed in range(2)))
+    prompts, pairs = zip(*(prompt(loaded.config.vision, seed) for seed in range(2)))
     T, steps = len(prompts[0]), 5
-    new_BT, logprobs_BT = drawn(loaded, [engine.Request(ids_T, steps, images=pair) for ids_T, pair in zip(prompts, shown)])
-    np.testing.assert_array_equal(mmx.generate(loaded, np.stack(prompts), steps=steps, images=shown, rows=1), new_BT)
-    whole_BT = np.concatenate([np.stack(prompts), new_BT], axis=1)
-    logits_BTW = np.asarray(mmx.forward(loaded, whole_BT, None, shown)[:, T - 1:-1])
+    requests = [engine.Request(ids_T, steps, images=pair) for ids_T, pair in zip(prompts, pairs)]
+    new_BT, logprobs_BT = generate_ids(loaded, requests)
+    np.testing.assert_array_equal(mmx.generate(loaded, np.stack(prompts), steps=steps, images=pairs, rows=1), new_BT)
+    full_BT = np.concatenate([np.stack(prompts), new_BT], axis=1)
+    logits_BTW = np.asarray(mmx.forward(loaded, full_BT, None, pairs)[:, T - 1:-1])
     np.testing.assert_array_equal(new_BT, np.argmax(logits_BTW, axis=-1))
     want_BT = np.take_along_axis(jax.nn.log_softmax(logits_BTW), new_BT[..., None], axis=2)[..., 0]
     np.testing.assert_allclose(logprobs_BT, want_BT, atol=2e-5, rtol=0)
-    others_BTW = mmx.forward(loaded, whole_BT, None, shown[::-1])[:, T - 1:-1]
-    assert np.abs(others_BTW - logits_BTW).max() > 0.1
-    cut = T - 4 - images.token_count(loaded.config.vision, 28, 56)         # where the second image begins
-    kept = engine.make_prefix(loaded, prompts[0][:cut], images=shown[0][:1])
-    behind_BT, again_BT = drawn(loaded, [engine.Request(prompts[0][cut:], steps, images=shown[0][1:])], kept)
-    np.testing.assert_array_equal(behind_BT, new_BT[:1])
-    np.testing.assert_allclose(again_BT, want_BT[:1], atol=2e-5, rtol=0)
+    swapped_BTW = mmx.forward(loaded, full_BT, None, pairs[::-1])[:, T - 1:-1]
+    assert np.abs(swapped_BTW - logits_BTW).max() > 0.1
+    begin = T - 4 - images.token_count(loaded.config.vision, 28, 56)       # of the second image
+    prefix = engine.make_prefix(loaded, prompts[0][:begin], images=pairs[0][:1])
+    ids_BT, logprobs_BT = generate_ids(loaded, [engine.Request(prompts[0][begin:], steps, images=pairs[0][1:])], prefix)
+    np.testing.assert_array_equal(ids_BT, new_BT[:1])
+    np.testing.assert_allclose(logprobs_BT, want_BT[:1], atol=2e-5, rtol=0)
 
 
-def test_images_and_their_tokens_agree(loaded):
+def test_images_must_match_their_tokens(loaded):
     v = loaded.config.vision
-    ids_T, shown = prompt(v, 0)
+    ids_T, pictures = prompt(v, 0)
     for call, message in (
-            (lambda: mmx.forward(loaded, ids_T[None], images=[shown[:1]]), r"row 0 contains the image token 90 .* \(1\) need"),
+            (lambda: mmx.forward(loaded, ids_T[None], images=[pictures[:1]]),
+             r"row 0 contains the image token 90 .* \(1\) need"),
             (lambda: mmx.forward(loaded, ids_T[None], images=[[]]), r"its images \(0\) need 0"),
-            (lambda: mmx.forward(loaded, ids_T[None], images=[shown, shown]), "a list for each of 1 rows, got 2"),
-            (lambda: mmx.generate(loaded, ids_T[None], steps=1, images=[shown, shown]), "each of 1 prompts, got 2"),
-            (lambda: mmx.generate(loaded, ids_T[None, :-4], steps=1, images=[shown]), "the prompt ends in an image"),
+            (lambda: mmx.forward(loaded, ids_T[None], images=[pictures, pictures]), "a list for each of 1 rows, got 2"),
+            (lambda: mmx.generate(loaded, ids_T[None], steps=1, images=[pictures, pictures]), "each of 1 prompts, got 2"),
+            (lambda: mmx.generate(loaded, ids_T[None, :-4], steps=1, images=[pictures]), "the prompt ends in an image"),
             (lambda: mmx.forward(loaded, ids_T[None], images=[[3]]), "an image is a file's path or a PIL.Image, not int")):
         with pytest.raises(ConfigError, match=message):
             call()
 
 
-def test_tiles_are_padded_to_levels(loaded):
+def test_tiles_are_padded_to_few_sizes(loaded):
     v = loaded.config.vision
     assert [images.padded_tiles(n) for n in (0, 1, 2, 3, 4, 5, 6, 7, 9, 12, 13, 97)] == [
         1, 1, 2, 3, 4, 6, 6, 8, 12, 12, 16, 128]
     for sizes, tiles in (((), 1), (((28, 28),), 2), (((20, 30), (9, 70)), 8)):
-        ids_T, shown = prompt(v, 0, (3, *[2] * len(sizes)), sizes)
-        assert images.collate(v, ids_T[None], [images.prepare_all(v, shown)])[1].shape == (1, tiles, 28, 28, 3)
+        ids_T, pictures = prompt(v, 0, (3, *[2] * len(sizes)), sizes)
+        assert images.collate(v, ids_T[None], [images.prepare_all(v, pictures)])[1].shape == (1, tiles, 28, 28, 3)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A random small model with the byte tokenizer, and two images beside it."""
+    """A folder with a small random model that has the byte tokenizer, and two images."""
     folder = tmp_path_factory.mktemp("small")
     write_released(folder / "hf")
     for name, size in (("a.png", (30, 28)), ("b.png", (60, 28))):
@@ -263,16 +265,17 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-def generated(folder, capsys, *arguments):
+def run_generate(folder, capsys, *arguments):
+    """The exit code and the captured output of `mmx generate`."""
     code = cli.main(["generate", "--checkpoint", str(folder / "hf"), "--steps", "8", "--temperature", "0", *arguments])
     return code, capsys.readouterr()
 
 
-def test_the_command_line_shows_images(checkpoint, capsys):
+def test_the_command_line_accepts_images(checkpoint, capsys):
     a, b = str(checkpoint / "a.png"), str(checkpoint / "b.png")
-    code, said = generated(checkpoint, capsys, "--json", "--image", a, "--image", b, "--prompt", "<image> what?",
-                           "--prompt", "See <image>: ")
-    rows = [json.loads(line) for line in said.out.splitlines()]
+    code, output = run_generate(checkpoint, capsys, "--json", "--image", a, "--image", b, "--prompt", "<image> what?",
+                                "--prompt", "See <image>: ")
+    rows = [json.loads(line) for line in output.out.splitlines()]
     assert code == 0 and [row["prompt"] for row in rows] == ["<image> what?", "See <image>: "]
     loaded = mmx.load(checkpoint / "hf")
     texts = mmx.generate(loaded, ["<image> what?", "See <image>: "], steps=8, images=[[a], [Image.open(b)]])
@@ -289,11 +292,11 @@ def test_the_command_line_shows_images(checkpoint, capsys):
 ])
 def test_mistakes_of_the_command_line(checkpoint, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(checkpoint)
-    code, said = generated(checkpoint, capsys, *arguments)
-    assert code == 2 and message in said.err and said.err.count("\n") == 1
+    code, output = run_generate(checkpoint, capsys, *arguments)
+    assert code == 2 and message in output.err and output.err.count("\n") == 1
 
 
-def test_a_model_of_text_alone_takes_no_image_and_reads_the_mark_as_text(checkpoint, tmp_path):
+def test_a_text_model_refuses_images_and_reads_the_placeholder_as_text(checkpoint, tmp_path):
     write_released(tmp_path / "hf", dataclasses.replace(SMALL, vision=config.Vision()))
     text = mmx.load(tmp_path / "hf")
     with pytest.raises(ConfigError, match="this model reads only text"):

@@ -207,7 +207,7 @@ def test_a_text_model_learns_to_see(whole, tmp_path):
     written = hf_config.write_model(text, "released", "float32", convert.BYTE_IDS)
     (tmp_path / "hf" / "config.json").write_text(json.dumps(written))
     e = config.Experiment(C, TRAIN, mesh=config.Mesh(1))
-    initial = training.InitialCheckpoints(convert.open_start(tmp_path / "hf", C), convert.open_vision(whole, C))
+    initial = training.InitialCheckpoints(convert.open_initial(tmp_path / "hf", C), convert.open_initial_vision(whole, C))
     made = training.initial_params(training.build_program(e, meshes.make(e)), initial)
     vision, vit, new = made.pop("vision"), convert.load(whole).params["vision"], start()[0]["vision"]
     jax.tree.map(np.testing.assert_array_equal, made, convert.load(tmp_path / "hf").params)
@@ -218,18 +218,18 @@ def test_a_text_model_learns_to_see(whole, tmp_path):
 
 def test_a_vit_with_another_tile_size(whole):
     larger = dataclasses.replace(C, dim=24, vision=dataclasses.replace(V, tile=16))
-    source = convert.open_vision(whole, larger)
+    source = convert.open_initial_vision(whole, larger)
     blank = jax.tree.map(lambda x: jnp.zeros(x.shape), abstract_params(larger)["vision"])
-    made, vit = convert.start_vision(source, blank), convert.load(whole).params["vision"]
+    made, vit = convert.load_initial_vision(source, blank), convert.load(whole).params["vision"]
     jax.tree.map(np.testing.assert_array_equal, made["layers"], vit["layers"])
     assert made["place_PJ"].shape == (17, 8) and not made["in_JO"].any() and not made["newline_D"].any()
     np.testing.assert_array_equal(made["place_PJ"][0], vit["place_PJ"][0])
     corners = made["place_PJ"][1:].reshape(4, 4, 8)[::3, ::3].reshape(4, 8)
     assert np.abs(corners - vit["place_PJ"][1:]).max() < 0.3 * np.abs(vit["place_PJ"]).max()
     with pytest.raises(ConfigError, match="has model.vision.hidden=12, this model 13"):
-        convert.open_vision(whole, dataclasses.replace(C, vision=dataclasses.replace(V, hidden=13)))
+        convert.open_initial_vision(whole, dataclasses.replace(C, vision=dataclasses.replace(V, hidden=13)))
     with pytest.raises(ConfigError, match="train.init_vision=.*: this model reads text alone; set model.vision.layers"):
-        convert.open_vision(whole, dataclasses.replace(C, vision=config.Vision()))
+        convert.open_initial_vision(whole, dataclasses.replace(C, vision=config.Vision()))
 
 
 def test_optimizer_of_what_sees():
@@ -245,16 +245,16 @@ def test_optimizer_of_what_sees():
 
 def test_contrastive_loss_by_hand():
     rng = np.random.default_rng(0)
-    x_BTD, patches_NMD = rng.normal(size=(4, 6, 5)), rng.normal(size=(2, 3 * 4, 5))
-    ends_NI = np.array([[7, -1, 2], [-1, 11, -1]])
+    x_BTD, patches_bpD = rng.normal(size=(4, 6, 5)), rng.normal(size=(2, 3 * 4, 5))
+    ends_bI = np.array([[7, -1, 2], [-1, 11, -1]])
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
     pairs = [(0, 0), (0, 2), (1, 1)]
-    image = unit(np.stack([patches_NMD[n, 4 * i:4 * i + 4].mean(0) for n, i in pairs]))
-    text = unit(np.stack([x_BTD[2 * n + ends_NI[n, i] // 6, ends_NI[n, i] % 6] for n, i in pairs]))
+    image = unit(np.stack([patches_bpD[n, 4 * i:4 * i + 4].mean(0) for n, i in pairs]))
+    text = unit(np.stack([x_BTD[2 * n + ends_bI[n, i] // 6, ends_bI[n, i] % 6] for n, i in pairs]))
     p = np.exp(image @ text.T / 0.07)
     want = np.mean(-np.log(np.diag(p) / p.sum(0)) - np.log(np.diag(p) / p.sum(1)))
-    np.testing.assert_allclose(jax.jit(loss.contrastive_loss)(ends_NI, x_BTD, patches_NMD), want, rtol=1e-5)
-    assert loss.contrastive_loss(np.full((2, 3), -1), x_BTD, patches_NMD) == 0
+    np.testing.assert_allclose(jax.jit(loss.contrastive_loss)(ends_bI, x_BTD, patches_bpD), want, rtol=1e-5)
+    assert loss.contrastive_loss(np.full((2, 3), -1), x_BTD, patches_bpD) == 0
 
 
 def test_captions_are_repeated_without_their_image(folder):

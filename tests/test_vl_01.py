@@ -1,4 +1,4 @@
-"""MiniMax-VL-01's reference experiment: every pod and stage can be built and split, and says what the report says."""
+"""experiments/vl_01.py: every pod and stage builds and fits its mesh, and has the settings of the MiniMax-VL-01 report."""
 import itertools
 import math
 from pathlib import Path
@@ -37,18 +37,18 @@ def test_every_pod_and_stage(pod, stage):
     else:
         pairs, row = {"vit-224": (37e9, 4), "vit-336": (1.2e9, 2)}[stage]
         assert t.steps * t.batch * row == pytest.approx(pairs, rel=1e-4)
-        twice = 2 * (76 + 2)        # a caption with both ends, behind its image and alone
-        assert t.length // (e.model.vision.side ** 2 + twice) == row
+        captions = 2 * (76 + 2)     # a caption with its begin and end tokens, once after its image and once without it
+        assert t.length // (e.model.vision.side ** 2 + captions) == row
 
 
-def test_stages_follow_each_other():
+def test_stages_start_from_the_previous_stage():
     found = {stage: experiments.read(f"{FILE}:{stage}", []).train for stage in TOKENS}
     assert experiments.read(FILE, []).train == found["align"] == experiments.read(f"{FILE}:v5p-2048,align", []).train
     assert [(t.init_from, t.init_vision) for t in found.values()] == [("text-01", "vit-336"), ("align", ""), ("full", "")]
     assert experiments.read(f"{FILE}:vit-336", []).train.init_vision == "vit-224"
 
 
-def test_what_is_no_pod_and_no_stage_is_one_line(capsys):
+def test_unknown_arguments_are_one_line(capsys):
     assert cli.main(["config", f"{FILE}:v5p-512,8k"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "'8k' is no pod (v5p-512" in err
+    assert out == "" and err.count("\n") == 1 and "'8k' is neither a pod (v5p-512" in err

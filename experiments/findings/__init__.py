@@ -1,1 +1,1 @@
-"""Figures and verdicts of committed rows: `python -m experiments.findings`."""
+"""Turns the committed rows of the experiments into figures and verdicts: `python -m experiments.findings`."""

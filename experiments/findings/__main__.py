@@ -1,4 +1,4 @@
-"""`python -m experiments.findings` draws the figures and writes docs/findings.md."""
+"""`python -m experiments.findings` draws the figures and writes the tables of docs/findings.md."""
 from experiments.findings.page import main
 
 main()

@@ -1,14 +1,16 @@
-"""What rows say of a claim: arms at their best rate, intervals over seeds, and the rule of the verdicts.
+"""Compares arms by the rows of their runs: best learning rates, intervals over seeds, verdicts.
 
-A difference is taken seed by seed, and its interval is a bootstrap over seeds: the 2.5th to the 97.5th percentile of the means
-of all resamples (of more than six seeds, of 10,000). Of three seeds that is the lowest to the highest. Where an arm has several
-learning rates it is told at its best: of those with the most seeds, the one with the best mean over seeds. A claim says of two
-arms that the first has more of something, or less, by a bound:
+An arm is one variant of an experiment, such as "hybrid" or "softmax", run with several seeds. If it was run with several
+learning rates, it is represented by its best one: among the rates with the most seeds, the one with the best mean over seeds.
 
-    supports        the whole interval of the difference is beyond it
-    contradicts     the whole interval is short of it
-    cannot tell     the bound is within the interval; there are fewer than three seeds in common; neither arm has any for
-                    certain of what is measured or, where one should have more of it, both have all
+Two arms are compared seed by seed. The interval of their difference is a bootstrap over seeds: the 2.5th to the 97.5th
+percentile of the means of all resamples (of 10,000 resamples for more than six seeds). With three seeds, this is the lowest to
+the highest value. A claim states that the first arm is better than the second by more than a bound, or at most a bound worse:
+
+    supports        the whole interval of the difference is above the bound
+    contradicts     the whole interval is below the bound
+    cannot tell     the bound is inside the interval; or the arms share fewer than three seeds; or no arm is above the floor
+                    of the measure; or the first arm should be better and both reach the ceiling
     not run         there are no rows
 """
 import collections
@@ -23,27 +25,28 @@ from typing import NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-UNIFORM = math.log(256)         # nats of a byte that is not known at all: the loss of a run that diverged
+UNIFORM = math.log(256)         # nats per byte if all bytes are equally likely: counts as the loss of a diverged run
 
 
 class Claim(NamedTuple):
     text: str
-    test: str                   # what was done, with a link
+    test: str                   # the protocol, with a link to the experiment
     measured: str = ""
     verdict: str = "not run"
 
 
 class Measure(NamedTuple):
-    """What two arms are compared by."""
+    """The quantity by which two arms are compared."""
     name: str
-    lower: bool = False             # less of it is better
-    nothing: float | None = None    # an arm that is not wholly beyond this has learned nothing
-    all: float | None = None        # an arm that is wholly beyond this has no more to learn
-    scale: float = 1.0
+    lower: bool = False             # lower values are better
+    floor: float | None = None      # an arm has learned something if its whole interval is better than this
+    ceiling: float | None = None    # an arm has nothing left to learn if its whole interval is better than this
+    scale: float = 1.0              # factor for printed values: 100 for percent
     digits: int = 3
 
-    def beyond(self, found: "Interval", least: float | None) -> bool:
-        return least is not None and (found.high < least if self.lower else found.low > least)
+    def exceeds(self, found: "Interval", level: float | None) -> bool:
+        """Whether the whole interval is better than `level`."""
+        return level is not None and (found.high < level if self.lower else found.low > level)
 
 
 class Interval(NamedTuple):
@@ -52,18 +55,18 @@ class Interval(NamedTuple):
     high: float
     seeds: int
 
-    def told(self, scale=1.0, digits=3, unit="", sign="") -> str:
+    def format(self, scale=1.0, digits=3, unit="", sign="") -> str:
         mean, low, high = (f"{scale * x:{sign}.{digits}f}" for x in self[:3])
         return f"{mean}{unit} ({low} to {high})" if self.seeds else "no number"
 
 
 class Arm(NamedTuple):
     seeds: dict                 # the row of each seed
-    rate: str                   # the learning rate, and of which
+    rate: str                   # the learning rate, and which rates were tried
 
 
 def interval(values) -> Interval:
-    """The mean over seeds, and where 95 % of the resamples' means are."""
+    """The mean over seeds and its 95 % bootstrap interval."""
     values = np.array(list(values), float)
     n = len(values)
     if not n:
@@ -74,84 +77,96 @@ def interval(values) -> Interval:
     return Interval(float(values.mean()), float(low), float(high), n)
 
 
-def verdict(found: Interval, above: float = 0.0) -> str:
+def verdict(found: Interval, bound: float = 0.0) -> str:
     if found.seeds < 3:
         return "cannot tell"
-    return "supports" if found.low > above else "contradicts" if found.high < above else "cannot tell"
+    return "supports" if found.low > bound else "contradicts" if found.high < bound else "cannot tell"
 
 
-def compared(claim: Claim, measure: Measure, pair: dict[str, tuple[Arm | None, Callable | str]], bound: float = 0.0) -> Claim:
-    """The claim that of two arms, {name: (arm, a row's value, or its name)}, the first is better by over `bound`.
+def compare(claim: Claim, measure: Measure, pair: dict[str, tuple[Arm | None, Callable | str]], bound: float = 0.0) -> Claim:
+    """Fills in a claim that the first of two arms is better than the second by more than `bound`.
 
-    A bound below 0: it is as good, but for that. Seeds count that both have.
+    Args:
+      pair: {name: (arm, value)}; `value` is a function of a row or the name of one of its fields.
+      bound: if negative, the claim is that the first arm is worse by less than that.
+    Returns:
+      the claim with its measured values and its verdict. The difference uses the seeds that both arms have.
     """
-    test = claim.test + rates({name: arm for name, (arm, _) in pair.items() if arm})
-    words = "less" if (bound < 0) != measure.lower else "more"
-    test += f"; {abs(measure.scale * bound):g} {words} is none" * bool(bound)
+    test = claim.test + format_rates({name: arm for name, (arm, _) in pair.items() if arm})
+    if bound:
+        unit = " percentage points" if measure.scale == 100 else ""
+        direction = "less" if (bound < 0) != measure.lower else "more"
+        test += f"; up to {abs(measure.scale * bound):g}{unit} {direction} counts as equal"
     if not all(arm for arm, _ in pair.values()):
         return claim._replace(test=test)
-    values = {name: over(arm, value if callable(value) else operator.itemgetter(value)) for name, (arm, value) in pair.items()}
+    values = {name: values_by_seed(arm, value if callable(value) else operator.itemgetter(value))
+              for name, (arm, value) in pair.items()}
     common = sorted(set.intersection(*map(set, values.values())))
-    own = {name: interval(of[seed] for seed in common or of) for name, of in values.items()}
-    one, other = values.values()
-    more = interval(one[seed] - other[seed] for seed in common)
+    intervals = {name: interval(by_seed[seed] for seed in common or by_seed) for name, by_seed in values.items()}
+    first, second = values.values()
+    difference = interval(first[seed] - second[seed] for seed in common)
+    gain = interval(second[seed] - first[seed] for seed in common) if measure.lower else difference
+    word = verdict(gain, bound)
     measured = f"{measure.name}: " + ", ".join(
-        f"{name} {found.told(measure.scale, measure.digits)}" for name, found in own.items())
-    measured += f": {more.told(measure.scale, measure.digits, sign='+')}"
-    word = verdict(interval(other[seed] - one[seed] for seed in common) if measure.lower else more, bound)
-    if measure.nothing is not None and not any(measure.beyond(found, measure.nothing) for found in own.values()):
-        return Claim(claim.text, test, measured + "; neither has any for certain", "cannot tell")
-    if all(measure.beyond(found, measure.all) for found in own.values()):
-        return Claim(claim.text, test, measured + "; both have all of it", word if bound < 0 else "cannot tell")
+        f"{name} {found.format(measure.scale, measure.digits)}" for name, found in intervals.items())
+    measured += f"; difference {difference.format(measure.scale, measure.digits, sign='+')}"
+    if measure.floor is not None and not any(measure.exceeds(found, measure.floor) for found in intervals.values()):
+        return Claim(claim.text, test, measured + "; neither is above the floor", "cannot tell")
+    if all(measure.exceeds(found, measure.ceiling) for found in intervals.values()):
+        return Claim(claim.text, test, measured + "; both reach the ceiling", word if bound < 0 else "cannot tell")
     return Claim(claim.text, test, measured, word)
 
 
-def over(arm: Arm | None, value) -> dict:
-    """A number for each seed that has one."""
+def values_by_seed(arm: Arm | None, value: Callable) -> dict:
+    """{seed: value(row)} of the seeds whose value is finite."""
     found = {seed: value(row) for seed, row in arm.seeds.items()} if arm else {}
     return {seed: number for seed, number in found.items() if math.isfinite(number)}
 
 
-def rates(named: dict[str, Arm]) -> str:
-    """For a test's words: the learning rates of arms, once where they are the same."""
-    told = {name: arm.rate for name, arm in named.items() if arm.rate}
-    if len(set(told.values())) == 1:
-        return f"; rate {next(iter(told.values()))}"
-    return "; rates: " + ", ".join(f"{name} {rate}" for name, rate in told.items()) if told else ""
+def format_rates(named: dict[str, Arm]) -> str:
+    """The learning rates of arms, as the end of a test's description; stated once if they are the same."""
+    found = {name: arm.rate for name, arm in named.items() if arm.rate}
+    if len(set(found.values())) == 1:
+        return f"; learning rate {next(iter(found.values()))}"
+    return "; learning rates: " + ", ".join(f"{name} {rate}" for name, rate in found.items()) if found else ""
 
 
-def rows(name: str) -> list[dict]:
+def read_rows(name: str) -> list[dict]:
     path = ROOT / "experiments" / "results" / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def arms(found: list[dict], names: tuple, score) -> dict[tuple, Arm]:
-    """Each arm, by its values of `names`, at the learning rate whose mean of `score` is highest among those with most seeds."""
+def best_arms(rows: list[dict], fields: tuple, score: Callable) -> dict[tuple, Arm]:
+    """Groups rows into arms by the values of `fields`; each arm has the learning rate with the highest mean score.
+
+    Only the learning rates with the most seeds are considered.
+    """
     by_rate = collections.defaultdict(lambda: collections.defaultdict(dict))
-    for row in found:
-        by_rate[tuple(row[name] for name in names)][row["lr"]][row["seed"]] = row
+    for row in rows:
+        by_rate[tuple(row[name] for name in fields)][row["lr"]][row["seed"]] = row
     best = {arm: max(tried, key=lambda lr: (len(tried[lr]), np.mean([score(row) for row in tried[lr].values()])))
             for arm, tried in by_rate.items()}
-    return {arm: Arm(tried[best[arm]], _rate(best[arm], tried)) for arm, tried in by_rate.items()}
+    return {arm: Arm(tried[best[arm]], _format_rate(best[arm], tried)) for arm, tried in by_rate.items()}
 
 
-def _rate(best: float, tried) -> str:
-    return f"{best:g} of " + ", ".join(f"{lr:g}" for lr in sorted(tried)) if len(tried) > 1 else f"{best:g} alone"
+def _format_rate(best: float, tried) -> str:
+    rates = ", ".join(f"{lr:g}" for lr in sorted(tried))
+    return f"{best:g} (tried: {rates})" if len(tried) > 1 else f"{best:g} (no other tried)"
 
 
-def fixed(found: list[dict], *names: str, rate: str = "") -> dict[tuple, Arm]:
-    """Arms whose rows tell no learning rate."""
+def arms_at_one_rate(rows: list[dict], *fields: str, rate: str = "") -> dict[tuple, Arm]:
+    """Groups rows without a learning rate into arms by the values of `fields`."""
     by_arm = collections.defaultdict(dict)
-    for row in found:
-        by_arm[tuple(row[name] for name in names)][row["seed"]] = row
+    for row in rows:
+        by_arm[tuple(row[name] for name in fields)][row["seed"]] = row
     return {arm: Arm(seeds, rate) for arm, seeds in by_arm.items()}
 
 
 def loss(row: dict) -> float:
-    """Nats; a run that diverged knows nothing."""
+    """The row's loss in nats; UNIFORM for a run that diverged."""
     found = row["loss"]
     return found if found is not None and math.isfinite(found) else UNIFORM
 
 
-def minus_loss(row: dict) -> float:
+def negative_loss(row: dict) -> float:
     return -loss(row)

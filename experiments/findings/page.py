@@ -1,8 +1,9 @@
-"""The paper's claims against our rows: figures, and the table of docs/findings.md.
+"""Draws the figures and writes the table of docs/findings.md, which compares the paper's claims with our rows.
 
-    python -m experiments.findings              # reads results/*.jsonl here; writes results/*.png and docs/findings.md
+    python -m experiments.findings
 
-The rule of the verdicts is evidence.py's, the claims are claims.py's, the figures figures.py's.
+It reads experiments/results/*.jsonl, and writes experiments/results/*.png and docs/findings.md. The rules of the verdicts are
+in evidence.py, the claims in claims.py, and the figures in figures.py.
 """
 import argparse
 import hashlib
@@ -13,27 +14,28 @@ import matplotlib
 from experiments.findings import claims, evidence, figures
 
 BEGIN, END = "<!-- python -m experiments.findings -->\n", "<!-- end -->\n"
-NAMES = [of.__name__ for part in claims.PARTS.values() for of in part]
+NAMES = [make_claims.__name__ for part in claims.PARTS.values() for make_claims in part]
 
 
-def table() -> str:
+def format_tables() -> str:
     lines = []
     for title, part in claims.PARTS.items():
-        lines += [f"## {title}\n", "| claim | our test | what came out | |", "|---|---|---|---|"]
-        lines += [f"| {c.text} | {c.test} | {c.measured or 'not run'} | **{c.verdict}** |" for of in part for c in of()]
-        lines += [f"\n![{of.__name__}](../experiments/results/{of.__name__}.png)"
-                  for of in part if evidence.rows(of.__name__)] + [""]
+        lines += [f"## {title}\n", "| claim | our test | result | verdict |", "|---|---|---|---|"]
+        lines += [f"| {c.text} | {c.test} | {c.measured or 'not run'} | **{c.verdict}** |"
+                  for make_claims in part for c in make_claims()]
+        names = [make_claims.__name__ for make_claims in part]
+        lines += [f"\n![{name}](../experiments/results/{name}.png)" for name in names if evidence.read_rows(name)] + [""]
     return "\n".join(lines)
 
 
-def page(text: str) -> str:
-    """The page with its table as the rows have it."""
+def update_page(text: str) -> str:
+    """Returns the page's text with its tables replaced by those of the current rows."""
     head, _, rest = text.partition(BEGIN)
-    return head + BEGIN + table() + END + rest.partition(END)[2]
+    return head + BEGIN + format_tables() + END + rest.partition(END)[2]
 
 
-def stamp(name: str) -> str:
-    """Of an experiment's rows and of figures.py; the figure has it, so that a test can tell what it is of."""
+def fingerprint(name: str) -> str:
+    """A hash of an experiment's rows and of figures.py. Each figure contains it, so that a test can find outdated figures."""
     path = evidence.ROOT / "experiments" / "results" / f"{name}.jsonl"
     return hashlib.sha256(path.read_bytes() + Path(figures.__file__).read_bytes()).hexdigest()
 
@@ -46,9 +48,9 @@ def main():
     for name in NAMES:
         if figure := getattr(figures, name)(pyplot):
             path = evidence.ROOT / "experiments" / "results" / f"{name}.png"
-            figure.savefig(path, dpi=110, metadata={"Software": None, "Of": stamp(name)})
+            figure.savefig(path, dpi=110, metadata={"Software": None, "Fingerprint": fingerprint(name)})
             pyplot.close(figure)
             print(f"figure: {path.relative_to(evidence.ROOT)}")
     path = evidence.ROOT / "docs" / "findings.md"
-    path.write_text(page(path.read_text()))
+    path.write_text(update_page(path.read_text()))
     print(f"page: {path.relative_to(evidence.ROOT)}")

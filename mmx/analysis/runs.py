@@ -87,7 +87,7 @@ def _suggestion(column, known) -> str:
 def _read_rows(path: str) -> list[tuple[int, dict]]:
     """(line number, {column: value}) of each row. Raises ConfigError if the file is neither CSV nor JSON lines."""
     try:
-        text = untrusted.content(path, MAX_BYTES).decode("utf-8-sig")
+        text = untrusted.read_bytes(path, MAX_BYTES).decode("utf-8-sig")
         if text.lstrip().startswith("{"):
             return [(number, _parse_object(path, number, line))
                     for number, line in enumerate(text.splitlines(), 1) if line.strip()]

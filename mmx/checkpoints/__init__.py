@@ -1,1 +1,1 @@
-"""Checkpoints of a run, and conversion to and from the released form."""
+"""The checkpoints of a run, and conversion to and from the released form."""

@@ -1,7 +1,7 @@
-"""Conversion between mmx checkpoints and the released form, both ways and in slices; loading and comparing of either.
+"""Converts checkpoints between mmx's form (a workdir) and the released one (a Hugging Face directory), and loads both.
 
-A source gives slices of leaves, a conversion writes them: both walk `released.leaves`. Memory is a few slices of
-`released.SLICE_BYTES`, whatever the size of the model. What is written stands beside its destination until it is whole.
+A conversion reads slices of the arrays in `hf_layout.leaves` from a source and writes them. It needs memory for a few slices of
+`hf_layout.SLICE_BYTES`, whatever the size of the model. It writes into a temporary directory, which is renamed at the end.
 """
 import contextlib
 import dataclasses
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from mmx import config
 from mmx.checkpoints import hf_config, hf_layout, manager, safetensors
+from mmx.checkpoints.shapes import check_shapes
 from mmx.config import ConfigError
 from mmx.data import tokens
 from mmx.files import atomic, untrusted
@@ -32,15 +33,16 @@ from mmx.parallel import sharding
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 DIALECTS = ("transformers", "released")
-BYTE_IDS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}      # the byte tokenizer's
+BYTE_IDS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}      # of the byte tokenizer
 SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
 class Loaded(NamedTuple):
+    """A model and its parameters, ready to run."""
     model: object           # the Flax module
     params: dict            # plain nested dict
     config: config.Model
-    tokenizer: str          # "bytes", the path of a tokenizer.json, or empty where the checkpoint has none
+    tokenizer: str          # "bytes", the path of a tokenizer.json, or "" if the checkpoint has none
 
     def __repr__(self):
         count = sum(x.size for x in jax.tree.leaves(self.params))
@@ -48,86 +50,92 @@ class Loaded(NamedTuple):
 
 
 class ReleasedSource:
-    """A Hugging Face directory, checked whole before the first slice is read."""
+    """A checkpoint in released form. All names and shapes are checked before the first slice is read."""
 
     def __init__(self, directory: Path):
-        where = directory / "config.json"
-        self.beside, self.json = directory, untrusted.read_json(untrusted.own_file(where))
-        self.arguments = hf_config.read_model(self.json, where)
+        file = directory / "config.json"
+        self.side_files, self.json = directory, untrusted.read_json(untrusted.check_link(file))
+        self.arguments = hf_config.read_model(self.json, file)
         self.model = config.build({"model": self.arguments}).model
         self.tensors = safetensors.find_tensors(directory)
         safetensors.check_tensors(self.tensors, self.model, directory)
         self.tokenizer = _tokenizer(directory, self.ids())
 
     def ids(self) -> dict:
-        generation = self.beside / "generation_config.json"
+        """The ids of bos, eos and pad; generation_config.json comes before config.json."""
+        generation = self.side_files / "generation_config.json"
         inner = self.json["text_config"] if self.model.vision.layers else {}
-        return _ids(inner | self.json | (untrusted.read_json(untrusted.own_file(generation)) if generation.exists() else {}))
+        return _ids(inner | self.json | (untrusted.read_json(untrusted.check_link(generation)) if generation.exists() else {}))
 
     def dtype(self, leaf) -> np.dtype:
+        """The dtype of a leaf; float32 if its tensors have several."""
         found = {self.tensors[name].dtype for _, name in leaf.tensors()}
         return found.pop() if len(found) == 1 else DTYPES["float32"]
 
     def read(self, files, leaf, piece) -> np.ndarray:
+        """Reads a slice of a leaf."""
         return leaf.from_released(safetensors.read_piece(files, self.tensors[piece.name], leaf, piece))
 
     def read_leaf(self, files, leaf) -> np.ndarray:
+        """Reads a whole leaf."""
         dtype = self.dtype(leaf)
         array = np.empty(leaf.shape, dtype)
         for piece in leaf.slices(dtype.itemsize):
             array[piece.index] = self.read(files, leaf, piece)
         return array
 
-    def slices(self, files, leaf):
-        """A function of an index; the whole leaf stands in memory meanwhile."""
+    def reader(self, files, leaf):
+        """A function that returns the part of a leaf at an index. It keeps the whole leaf in memory."""
         return self.read_leaf(files, leaf).__getitem__
 
 
 class WorkdirSource:
-    """The params of a committed step of a workdir; one that nobody has trained yet has the side files of its origin."""
+    """The parameters of a saved step of a workdir."""
 
     def __init__(self, workdir: Path, step: Path):
         text = manager.read_config(workdir)
         experiment = config.build(text)
         self.model, self.arguments = experiment.model, text["model"]
-        manager.check(step, "params")
+        manager.verify_item(step, "params")
         self.arrays = manager.open_arrays(step)
-        safetensors.check_shapes({"/".join(path): array.shape for path, array in self.arrays.items()},
+        check_shapes({"/".join(path): array.shape for path, array in self.arrays.items()},
                               {"/".join(leaf.path): leaf.shape for leaf in hf_layout.leaves(self.model)}, step)
         for path, array in self.arrays.items():
             if array.dtype.numpy_dtype not in safetensors.DTYPE_CODES:
-                raise ConfigError(f"{step}: tensor {'.'.join(path)} is of {array.dtype.name}; parameters are of "
+                raise ConfigError(f"{step}: tensor {'.'.join(path)} has dtype {array.dtype.name}; supported are "
                                   f"{', '.join(map(str, safetensors.DTYPE_CODES))}")
-        self.beside = None if "data" in text else workdir
-        own = workdir / "tokenizer.json"
-        if self.beside:
+        # a workdir that `from_hf` wrote, and no run has trained in, contains the side files of the released checkpoint
+        self.side_files = None if "data" in text else workdir
+        file = workdir / "tokenizer.json"
+        if self.side_files:
             self.tokenizer = _tokenizer(workdir, self.ids())
         else:
-            self.tokenizer = str(own) if own.exists() else experiment.data.tokenizer
+            self.tokenizer = str(file) if file.exists() else experiment.data.tokenizer
 
     def ids(self) -> dict:
-        """bos, eos and pad."""
-        if self.beside:
-            return _ids(untrusted.read_json(untrusted.own_file(self.beside / "generation_config.json")))
-        known = tokens.tokenizer(self.tokenizer)
-        values = (known.bos, known.eos, known.pad) if known.vocab <= self.model.vocab else (None,) * 3
+        """The ids of bos, eos and pad."""
+        if self.side_files:
+            return _ids(untrusted.read_json(untrusted.check_link(self.side_files / "generation_config.json")))
+        tokenizer = tokens.tokenizer(self.tokenizer)
+        values = (tokenizer.bos, tokenizer.eos, tokenizer.pad) if tokenizer.vocab <= self.model.vocab else (None,) * 3
         return dict(zip(BYTE_IDS, values))
 
     def dtype(self, leaf) -> np.dtype:
         return self.arrays[leaf.path].dtype.numpy_dtype
 
     def read(self, files, leaf, piece) -> np.ndarray:
-        return manager.read(self.arrays[leaf.path], piece.index)
+        return manager.read_slice(self.arrays[leaf.path], piece.index)
 
     def read_leaf(self, files, leaf) -> np.ndarray:
-        return manager.read(self.arrays[leaf.path])
+        return manager.read_slice(self.arrays[leaf.path])
 
-    def slices(self, files, leaf):
-        return functools.partial(manager.read, self.arrays[leaf.path])
+    def reader(self, files, leaf):
+        """A function that reads the part of a leaf at an index."""
+        return functools.partial(manager.read_slice, self.arrays[leaf.path])
 
 
 def open_source(path: str | Path) -> ReleasedSource | WorkdirSource:
-    """A workdir (its latest step), one of its checkpoints/STEP, or a Hugging Face directory."""
+    """Opens a workdir (its latest step), one of its checkpoints/STEP, or a Hugging Face directory."""
     path = Path(path).absolute()
     if not path.is_dir():
         raise ConfigError(f"checkpoint {path} is no directory")
@@ -135,20 +143,28 @@ def open_source(path: str | Path) -> ReleasedSource | WorkdirSource:
     if found:
         return WorkdirSource(*found)
     if (path / "checkpoints").is_dir() or path.parent.name == "checkpoints":
-        raise ConfigError(f"{path} holds no committed step: train longer than checkpoint.every")
+        raise ConfigError(f"{path} contains no saved step: train longer than checkpoint.every")
     if (path / "config.json").exists():
         return ReleasedSource(path)
     raise ConfigError(f"{path} is neither a workdir (checkpoints/STEP) nor a Hugging Face directory (config.json)")
 
 
 def find_model(path: str | Path) -> config.Model:
-    """A checkpoint's model, of its config and no tensor."""
+    """The model of a checkpoint. A workdir's tensors are not read."""
     found = manager.find_step(path)
     return config.build(manager.read_config(found[0])).model if found else open_source(path).model
 
 
 def from_hf(path: str | Path, out: str | Path, dtype: str | None = None, progress: bool = True) -> Path:
-    """Writes a workdir whose step 0 has the parameters of a checkpoint in released form; returns it."""
+    """Writes the parameters of a checkpoint as step 0 of a new workdir.
+
+    Args:
+      path: a checkpoint in either form.
+      out: the new workdir.
+      dtype: "float32", "bfloat16" or "float16"; None: the dtype of each array stays.
+    Returns:
+      `out`.
+    """
     source = open_source(path)
     with _destination(out) as partial:
         leaves = hf_layout.leaves(source.model)
@@ -157,21 +173,28 @@ def from_hf(path: str | Path, out: str | Path, dtype: str | None = None, progres
             leaf.path: (leaf.shape, dtypes[leaf.path], leaf.chunks(source.dtype(leaf).itemsize)) for leaf in leaves})
 
         def write(leaf, piece, slice_):
-            with manager.stored(f"{out} cannot be written"):
+            with manager.storage_errors(f"{out} cannot be written"):
                 arrays[leaf.path][piece.index].write(slice_.astype(dtypes[leaf.path], copy=False)).result()
 
         _stream(source, leaves, write, progress)
         (partial / "config.json").write_text(json.dumps({"model": source.arguments}, indent=1))
-        _side_files(source, partial)
+        _write_side_files(source, partial)
     return Path(out)
 
 
 def to_hf(path: str | Path, out: str | Path, dialect: str = "transformers", dtype: str | None = None,
           shard_bytes: int = 4_000_000_000, progress: bool = True) -> Path:
-    """Writes a directory in released form: tensors under their released names, config.json in the dialect given.
+    """Writes a checkpoint in released form.
 
-    "transformers" (the default, for it loads anywhere) also holds the released keys, and the decay buffers where stock
-    transformers would build other ones: where the number of heads is no power of two.
+    Args:
+      path: a checkpoint in either form.
+      out: the new directory.
+      dialect: the keys of config.json. "transformers" loads everywhere: it contains the released keys too, and the decay
+        buffers if the number of heads is not a power of two, for which transformers would compute different ones.
+      dtype: "float32", "bfloat16" or "float16"; None: the dtype of each array stays.
+      shard_bytes: most bytes of tensors in one file, unless a single tensor is larger.
+    Returns:
+      `out`.
     """
     if dialect not in DIALECTS:
         raise ConfigError(f"dialect {dialect!r} is none of {', '.join(DIALECTS)}")
@@ -183,12 +206,12 @@ def to_hf(path: str | Path, out: str | Path, dialect: str = "transformers", dtyp
     tensors = {name: (dtypes[leaf.path], leaf.tensor_shape) for leaf in leaves for _, name in leaf.tensors()}
     buffers = {}
     if dialect == "transformers" and model.heads & (model.heads - 1):
-        above = hf_layout.name_root(model) + "model.layers"
-        buffers = {f"{above}.{l}.self_attn.{name}": (l, name) for l, kind in enumerate(model.layer_kinds)
+        prefix = hf_layout.name_root(model) + "model.layers"
+        buffers = {f"{prefix}.{l}.self_attn.{name}": (l, name) for l, kind in enumerate(model.layer_kinds)
                    if kind == "L" for name in hf_layout.DECAY_BUFFERS}
         shapes = {name: value.shape for name, value in hf_layout.decay_buffers(model, 0).items()}
         tensors |= {name: (DTYPES["float32"], shapes[kind]) for name, (_, kind) in buffers.items()}
-    tensors = dict(sorted(tensors.items(), key=lambda item: _order(item[0])))
+    tensors = dict(sorted(tensors.items(), key=lambda item: _sort_key(item[0])))
     text = hf_config.write_model(model, dialect, dtypes[("embed_WD",)].name, source.ids())
     with _destination(out) as partial, safetensors.Files(os.O_WRONLY) as files:
         places = safetensors.plan_files(partial, tensors, shard_bytes)
@@ -202,18 +225,19 @@ def to_hf(path: str | Path, out: str | Path, dialect: str = "transformers", dtyp
             values = hf_layout.decay_buffers(model, layer)[kind]
             files.write(places[name].file, memoryview(values.reshape(-1).view(np.uint8)), places[name].offset)
         (partial / "config.json").write_text(json.dumps(text, indent=1))
-        _side_files(source, partial)
+        _write_side_files(source, partial)
     return Path(out)
 
 
-def _order(name: str) -> tuple[bool, float]:
-    """Released order: embedding, layers, final norm and head; what sees comes first."""
+def _sort_key(name: str) -> tuple[bool, float]:
+    """Sorts tensors in released order: vision, embedding, layers, final norm and head."""
     layer = re.search(r"\.layers\.(\d+)\.", name)
     first = -1 if ".embed" in name else float("inf")
     return not name.startswith(("vision", "multi", "image")), int(layer[1]) if layer else first
 
 
 def _dtype(name) -> np.dtype | None:
+    """The dtype of a name, or of what NumPy and JAX accept as one. Raises ConfigError for an unsupported one."""
     name = name if name is None or isinstance(name, str) else np.dtype(name).name
     if name is not None and name not in DTYPES:
         raise ConfigError(f"dtype {name!r} is none of {', '.join(DTYPES)}")
@@ -221,6 +245,7 @@ def _dtype(name) -> np.dtype | None:
 
 
 def _stream(source, leaves, write, progress: bool):
+    """Reads each slice of the leaves and passes it to write(leaf, piece, slice), with a progress bar."""
     total = sum(np.prod(leaf.shape, dtype=np.int64) * source.dtype(leaf).itemsize for leaf in leaves)
     bar = tqdm(total=int(total), unit="B", unit_scale=True, disable=not progress)
     with safetensors.Files(os.O_RDONLY) as files, bar:
@@ -234,14 +259,14 @@ def _stream(source, leaves, write, progress: bool):
 
 @contextlib.contextmanager
 def _destination(out: str | Path):
-    """A new directory beside `out`, renamed to it at the end and removed if anything fails."""
+    """Yields a temporary directory. Renames it to `out` at the end; removes it if the block raises."""
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; give another --out, or remove it")
-    partial = atomic.beside(out)
+    partial = atomic.temporary_path(out)
     partial.mkdir(parents=True)
     try:
-        with atomic.named(out):
+        with atomic.add_filename(out):
             yield partial
         partial.replace(out)
     except BaseException:
@@ -254,103 +279,123 @@ def _ids(config_json: dict) -> dict:
 
 
 def _tokenizer(directory: Path, ids: dict) -> str:
+    """The path of a directory's tokenizer.json; without one, "bytes" if `ids` equals BYTE_IDS, else ""."""
     file = directory / "tokenizer.json"
-    return str(untrusted.own_file(file)) if file.exists() else "bytes" if ids == BYTE_IDS else ""
+    return str(untrusted.check_link(file)) if file.exists() else "bytes" if ids == BYTE_IDS else ""
 
 
-def _side_files(source, out: Path):
+def _write_side_files(source, out: Path):
+    """Copies the files of the tokenizer and of generation; writes generation_config.json if the source has none."""
     for name in SIDE_FILES:
-        if source.beside and (source.beside / name).exists():
-            (out / name).write_bytes(untrusted.content(untrusted.own_file(source.beside / name), untrusted.TOKENIZER_BYTES))
+        if source.side_files and (source.side_files / name).exists():
+            file = untrusted.check_link(source.side_files / name)
+            (out / name).write_bytes(untrusted.read_bytes(file, untrusted.TOKENIZER_BYTES))
     if not (out / "tokenizer.json").exists() and config.tokenizer_file(source.tokenizer):
-        (out / "tokenizer.json").write_bytes(untrusted.content(source.tokenizer, untrusted.TOKENIZER_BYTES))
+        (out / "tokenizer.json").write_bytes(untrusted.read_bytes(source.tokenizer, untrusted.TOKENIZER_BYTES))
     if not (out / "generation_config.json").exists():
         (out / "generation_config.json").write_text(json.dumps(source.ids(), indent=1))
 
 
-def _nest(flat: dict[tuple[str, ...], object]) -> dict:
+def _unflatten(flat: dict[tuple[str, ...], object]) -> dict:
+    """A nested dict from a dict of paths."""
     tree = {}
-    for path, value in flat.items():
-        at = tree
-        for key in path[:-1]:
-            at = at.setdefault(key, {})
-        at[path[-1]] = value
+    for (*folders, name), value in flat.items():
+        functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)[name] = value
     return tree
 
 
-def open_start(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
-    """A checkpoint in either form that `model` can start from: one with tensors of its shapes, or of its text's alone."""
+def open_initial(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
+    """Opens a checkpoint from which `model` can start (train.init_from).
+
+    Raises ConfigError unless the checkpoint has all parameters of the model, or all of its text part, with the same shapes.
+    """
     source = open_source(path)
     if not source.model.vision.layers:
         model = dataclasses.replace(model, vision=config.Vision())
-    there, wanted = ({"/".join(leaf.path): leaf.shape for leaf in hf_layout.leaves(m)} for m in (source.model, model))
-    safetensors.check_shapes(there, wanted, f"train.init_from={str(path)!r}", "this model")
+    found, wanted = ({"/".join(leaf.path): leaf.shape for leaf in hf_layout.leaves(m)} for m in (source.model, model))
+    check_shapes(found, wanted, f"train.init_from={str(path)!r}", "this model")
     return source
 
 
-def differ(there: config.Model, here: config.Model) -> list[str]:
-    """The keys that make two models of the same shapes two functions, with both values."""
-    free = {*config.IMPLEMENTATION_KEYS, "capacity", "transport", "aux", "aux_weight", "z_weight", "context", "init",
+def differing_settings(saved: config.Model, new: config.Model) -> list[str]:
+    """Describes the keys, with both values, that make two models of the same shapes compute different functions."""
+    ignored = {*config.IMPLEMENTATION_KEYS, "capacity", "transport", "aux", "aux_weight", "z_weight", "context", "init",
             "embed_std", "dtype", "vision"}
-    used = {key for letter in there.pattern + here.pattern for key in kind_of(letter).keys}
-    free |= {key for kind in KINDS.values() for key in kind.keys} - used
-    values = ((f.name, getattr(there, f.name), getattr(here, f.name)) for f in dataclasses.fields(config.Model))
-    return [f"model.{name} is {old} there, {new} here" for name, old, new in values if name not in free and old != new]
+    used = {key for letter in saved.pattern + new.pattern for key in kind_of(letter).keys}
+    ignored |= {key for kind in KINDS.values() for key in kind.keys} - used
+    values = ((f.name, getattr(saved, f.name), getattr(new, f.name)) for f in dataclasses.fields(config.Model))
+    return [f"model.{name} is {old} there, {value} here" for name, old, value in values if name not in ignored and old != value]
 
 
-def start(source: ReleasedSource | WorkdirSource, params: dict) -> dict:
-    """Its parameters in the place, type and sharding of the abstract leaves of `params`. A workdir is read in slices; of a
-    Hugging Face directory a stacked leaf at a time stands in memory."""
-    made = {}
+def load_initial(source: ReleasedSource | WorkdirSource, params: dict) -> dict:
+    """Loads the parameters of a source from `open_initial`.
+
+    A workdir is read in slices. For a Hugging Face directory, memory must hold one leaf at a time, with all its layers.
+
+    Args:
+      params: abstract parameters of the new model, with dtypes and shardings. It may have more than the source.
+    """
+    loaded = {}
     with safetensors.Files(os.O_RDONLY) as files, jax.transfer_guard_host_to_device("allow"):
         for leaf in hf_layout.leaves(source.model):
-            want, read = functools.reduce(dict.get, leaf.path, params), source.slices(files, leaf)
-            made[leaf.path] = jax.make_array_from_callback(want.shape, want.sharding, lambda at: read(at).astype(want.dtype))
-    return _nest(made)
+            want, read = functools.reduce(dict.get, leaf.path, params), source.reader(files, leaf)
+            loaded[leaf.path] = jax.make_array_from_callback(
+                want.shape, want.sharding, lambda index: read(index).astype(want.dtype))
+    return _unflatten(loaded)
 
 
-def open_vision(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
-    """A checkpoint in either form whose ViT `model` can start from; its tiles may have another size."""
+def open_initial_vision(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
+    """Opens a checkpoint from whose ViT `model` can start (train.init_vision). Its tiles may have another size."""
     if not model.vision.layers:
         raise ConfigError(f"train.init_vision={str(path)!r}: this model reads text alone; set model.vision.layers")
     source = open_source(path)
     for name in ("layers", "dim", "heads", "hidden", "patch"):
-        there, wanted = (getattr(m.vision, name) for m in (source.model, model))
-        if there != wanted:
-            raise ConfigError(f"train.init_vision={str(path)!r} has model.vision.{name}={there}, this model {wanted}")
+        found, wanted = (getattr(m.vision, name) for m in (source.model, model))
+        if found != wanted:
+            raise ConfigError(f"train.init_vision={str(path)!r} has model.vision.{name}={found}, this model {wanted}")
     return source
 
 
-def start_vision(source: ReleasedSource | WorkdirSource, vision: dict) -> dict:
-    """`vision` with the ViT of a checkpoint, but for the projector and the newline, which are of its text's width; places of
-    tiles of another size are interpolated (bicubic)."""
-    made = jax.tree.map(lambda x: x, vision)
+def load_initial_vision(source: ReleasedSource | WorkdirSource, vision: dict) -> dict:
+    """Replaces the ViT in `vision`, the vision parameters of a model, by the ViT of a source from `open_initial_vision`.
+
+    The projector and the image newline stay, because their shapes depend on the text model. Position embeddings of tiles of
+    another size are interpolated (bicubic).
+    """
+    loaded = jax.tree.map(lambda x: x, vision)
     with safetensors.Files(os.O_RDONLY) as files, jax.transfer_guard_host_to_device("allow"):
         for leaf in hf_layout.leaves(source.model):
-            *above, name = leaf.path
-            if above[:1] == ["vision"] and not set("DO") & set(name.rpartition("_")[2]):
-                part = functools.reduce(dict.get, above[1:], made)
+            *folders, name = leaf.path
+            if folders[:1] == ["vision"] and not set("DO") & set(name.rpartition("_")[2]):
+                part = functools.reduce(dict.get, folders[1:], loaded)
                 w = source.read_leaf(files, leaf).astype(part[name].dtype)
-                w = _interpolated(w, len(part[name])) if name == "place_PJ" else w
-                part[name] = jax.make_array_from_callback(w.shape, part[name].sharding, lambda at, w=w: w[at])
-    return made
+                w = _resize_positions(w, len(part[name])) if name == "place_PJ" else w
+                part[name] = jax.make_array_from_callback(w.shape, part[name].sharding, lambda index, w=w: w[index])
+    return loaded
 
 
-def _interpolated(place_PJ, places: int) -> np.ndarray:
-    """The class token's, then those of a square of patches."""
-    old, new = (math.isqrt(P - 1) for P in (len(place_PJ), places))
+def _resize_positions(place_PJ, count: int) -> np.ndarray:
+    """Position embeddings for another number of positions: the class token, then a square of patches."""
+    old, new = (math.isqrt(n - 1) for n in (len(place_PJ), count))
     grid = jax.image.resize(place_PJ[1:].reshape(old, old, -1), (new, new, place_PJ.shape[1]), "bicubic")
     return place_PJ if old == new else np.concatenate([place_PJ[:1], np.asarray(grid).reshape(new * new, -1)])
 
 
 def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Loaded:
-    """A checkpoint in either form, ready to run here: no tokens are dropped, kernels are picked anew; parameters in `dtype` (a
-    name, or what NumPy and JAX take for one), or as stored. `weights_dtype` "int8": matrices as `kernels.int8` has them, made
-    slice by slice. On a mesh (jax.set_mesh) each device gets its part; a stacked leaf at a time stands in the host's memory."""
+    """Loads a checkpoint in either form for inference.
+
+    The loaded model drops no tokens, and selects its kernels for the devices of this machine. On a mesh (jax.set_mesh) each
+    device gets its shard. The host's memory must hold one leaf at a time, with all its layers.
+
+    Args:
+      path: a workdir, one of its checkpoints/STEP, or a Hugging Face directory.
+      dtype: the dtype of the parameters, as a name or as NumPy and JAX accept one; None: as stored.
+      weights_dtype: "int8" quantizes the matrices (`kernels.int8`), slice by slice; None: does not.
+    """
     source = open_source(path)
-    kind = _dtype(dtype)
+    param_dtype = _dtype(dtype)
     if weights_dtype not in (None, "int8"):
-        raise ConfigError(f"weights_dtype {weights_dtype!r} is not int8")
+        raise ConfigError(f"weights_dtype {weights_dtype!r} must be int8")
     params = {}
     with safetensors.Files(os.O_RDONLY) as files:
         for leaf in hf_layout.leaves(source.model):
@@ -358,24 +403,25 @@ def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Load
             if weights_dtype and leaf.path[0] != "vision" and int8.contracted_axes(name):
                 w = _read_int8(source, files, leaf)
             else:
-                w = source.read_leaf(files, leaf).astype(kind or source.dtype(leaf), copy=False)
+                w = source.read_leaf(files, leaf).astype(param_dtype or source.dtype(leaf), copy=False)
             letters = name.rpartition("_")[2]
             params[leaf.path] = jax.tree.map(lambda x: jax.device_put(x, sharding.weight_sharding(letters, x.shape)), w)
     half = params[("embed_WD",)].dtype == jnp.bfloat16
     compute = "bfloat16" if half else source.model.dtype if dtype is None else "float32"
     model = dataclasses.replace(source.model.portable(), capacity=0.0, transport=0.0, dtype=compute)
-    return Loaded(Model(model), _nest(params), model, source.tokenizer)
+    return Loaded(Model(model), _unflatten(params), model, source.tokenizer)
 
 
 def _read_int8(source, files, leaf) -> int8.Int8:
+    """Reads a leaf and quantizes it."""
     axes = int8.contracted_axes(leaf.path[-1])
-    scale_shape = [1 if at - len(leaf.shape) in axes else n for at, n in enumerate(leaf.shape)]
-    whole, scale = np.empty(leaf.shape, np.int8), np.empty(scale_shape, np.float32)
-    for piece in leaf.slices(source.dtype(leaf).itemsize):      # a slice cuts none of the axes: a channel is whole
-        at = [*piece.index, *[slice(None)] * (len(leaf.shape) - len(piece.index))]
+    scale_shape = [1 if axis - len(leaf.shape) in axes else n for axis, n in enumerate(leaf.shape)]
+    values, scale = np.empty(leaf.shape, np.int8), np.empty(scale_shape, np.float32)
+    for piece in leaf.slices(source.dtype(leaf).itemsize):      # a slice contains whole channels
+        scale_index = [*piece.index, *[slice(None)] * (len(leaf.shape) - len(piece.index))]
         for axis in axes:
-            at[axis] = slice(None)
-        whole[piece.index], scale[tuple(at)] = int8.quantize(source.read(files, leaf, piece), axes)
-    return int8.Int8(whole, scale)
+            scale_index[axis] = slice(None)
+        values[piece.index], scale[tuple(scale_index)] = int8.quantize(source.read(files, leaf, piece), axes)
+    return int8.Int8(values, scale)
 
 

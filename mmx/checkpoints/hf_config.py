@@ -1,4 +1,4 @@
-"""config.json of the released checkpoint form, in its two dialects (model.md section 6)."""
+"""config.json of the released checkpoint form, in its two dialects (docs/model.md section 6)."""
 from mmx.checkpoints.hf_layout import BLOCK, check_released
 from mmx.config import ConfigError, Model, build, typed
 from mmx.layers.kinds import KINDS, kind_of
@@ -7,7 +7,7 @@ REQUIRED = {"vocab": "vocab_size", "dim": "hidden_size", "layers": "num_hidden_l
             "expert_dim": "intermediate_size", "experts": "num_local_experts"}
 VISION_REQUIRED = {"layers": "num_hidden_layers", "dim": "hidden_size", "heads": "num_attention_heads",
                    "hidden": "intermediate_size", "tile": "image_size", "patch": "patch_size"}
-FACTORS = {     # ours: (released, transformers)
+FACTORS = {     # key of mmx: (key of the released dialect, key of transformers)
     f"{ratio}_{ours}": (f"layernorm_{released}_{ratio}", f"{stock}_{ratio}_factor")
     for ours, released, stock in (("lightning", "linear_attention", "linear_attn"),
                                   ("softmax", "full_attention", "full_attn"), ("moe", "mlp", "mlp"))
@@ -15,10 +15,13 @@ FACTORS = {     # ours: (released, transformers)
 
 
 def read_model(config: dict, where) -> dict:
-    """What a config.json in either dialect says of the function, as arguments of config.Model.
+    """The arguments of config.Model that a config.json in either dialect describes. Raises ConfigError.
 
-    Where one holds both, the released keys win: stock transformers' rotary_dim is always the whole head. Keys that are
-    absent have the released code's defaults, except that postnorm is true, as in every released config.
+    If it has the keys of both dialects, the released ones apply, because transformers always rotates the whole head. Missing
+    keys get the defaults of the released code, except postnorm: it is true, as in every released config.
+
+    Args:
+      where: the file, for messages.
     """
     try:
         model = _arguments(config) if "vision_config" not in config else _arguments_with_vision(config)
@@ -28,19 +31,26 @@ def read_model(config: dict, where) -> dict:
     return model
 
 
-def _field(of: dict, keys: str, kind: type, default=None, null=None):
-    """The value of the first of `keys` that is there: a `kind`, or null where that may stand for a default."""
-    key = next((key for key in keys.split() if key in of), None)
+def _field(table: dict, keys: str, kind: type, default=None, null=None):
+    """The value of the first of `keys` that `table` has. Raises ConfigError if it is not a `kind`.
+
+    Args:
+      keys: separated by spaces.
+      default: the value if there is no key; None: the key is required.
+      null: the value if the key has null; None: null is refused.
+    """
+    key = next((key for key in keys.split() if key in table), None)
     if key is None and default is not None:
         return default
     if key is None:
         raise ConfigError(f"{' or '.join(keys.split())} is missing")
-    value = of[key]
+    value = table[key]
     return null if value is None and null is not None else typed(key, value, kind)
 
 
 def _arguments_with_vision(config: dict) -> dict:
-    theirs = _field(config, "vision_config", dict)
+    """The arguments of a model that reads images: config.json contains its text model as text_config."""
+    vision_config = _field(config, "vision_config", dict)
     for key, value, only in (("model_type", config.get("model_type"), ("minimax_vl_01", "llava_next")),
                              ("tie_word_embeddings", config.get("tie_word_embeddings", False), (False,)),
                              ("vision_feature_layer", config.get("vision_feature_layer", -2), (-1,)),
@@ -48,34 +58,36 @@ def _arguments_with_vision(config: dict) -> dict:
                               ("default",)),
                              ("projector_hidden_act", config.get("projector_hidden_act", "gelu"), ("gelu",)),
                              ("multimodal_projector_bias", config.get("multimodal_projector_bias", True), (True,)),
-                             ("vision_config.hidden_act", theirs.get("hidden_act", "quick_gelu"), ("gelu",)),
-                             ("vision_config.num_channels", theirs.get("num_channels", 3), (3,))):
+                             ("vision_config.hidden_act", vision_config.get("hidden_act", "quick_gelu"), ("gelu",)),
+                             ("vision_config.num_channels", vision_config.get("num_channels", 3), (3,))):
         if value not in only:
             raise ConfigError(f"{key}={value!r} is not supported, only {' or '.join(map(repr, only))}")
-    vision = {ours: _field(theirs, name, int) for ours, name in VISION_REQUIRED.items()}
+    vision = {ours: _field(vision_config, name, int) for ours, name in VISION_REQUIRED.items()}
     grids, tile = _field(config, "image_grid_pinpoints", list), max(vision["tile"], 1)
     if not grids or not all(isinstance(size, list) and len(size) == 2 and all(
             type(n) is int and n > 0 and n % tile == 0 for n in size) for size in grids):
-        raise ConfigError(f"image_grid_pinpoints={grids!s:.200} must be pairs of heights and widths of whole tiles of {tile}")
+        raise ConfigError(f"image_grid_pinpoints={grids!s:.200} must be pairs of height and width, multiples of {tile}")
     vision |= {"grids": [[height // tile, width // tile] for height, width in grids],
-               "norm_eps": _field(theirs, "layer_norm_eps", float, 1e-5), "token": _field(config, "image_token_index", int)}
+               "norm_eps": _field(vision_config, "layer_norm_eps", float, 1e-5),
+               "token": _field(config, "image_token_index", int)}
     return _arguments(_field(config, "text_config", dict)) | {"vision": vision}
 
 
 def _arguments(config: dict) -> dict:
+    """The arguments of a text model."""
     model = {ours: _field(config, theirs, int) for ours, theirs in REQUIRED.items() if ours != "experts"}
-    experts = {typed("num_local_experts", count, int) for count in _listed(config.get("num_local_experts"))}
+    experts = {typed("num_local_experts", count, int) for count in _as_list(config.get("num_local_experts"))}
     if len(experts) != 1:
         raise ConfigError(f"num_local_experts={sorted(experts)}: layers with different numbers of experts are not supported")
     model["experts"], = experts
     if not _field(config, "postnorm", bool, True):
-        raise ConfigError("postnorm=false (the residual is the un-normed input) is not supported; the released models have "
-                          "true")
+        raise ConfigError("postnorm=false (the residual is the input before its norm) is not supported; the released "
+                          "models have true")
     rope = _field(config, "rope_parameters", dict, {}, {})
     shared = config.get("shared_intermediate_size") or 0
     for key, value, only in (("model_type", _field(config, "model_type", str, "minimax", "minimax")[:7], "minimax"),
                              ("hidden_act", config.get("hidden_act", "silu"), "silu"),
-                             ("shared_intermediate_size", shared if any(_listed(shared)) else 0, 0),
+                             ("shared_intermediate_size", shared if any(_as_list(shared)) else 0, 0),
                              ("tie_word_embeddings", config.get("tie_word_embeddings", False), False),
                              ("sliding_window", config.get("sliding_window"), None),
                              ("rope_scaling", config.get("rope_scaling"), None),
@@ -106,23 +118,32 @@ def _arguments(config: dict) -> dict:
     for ours, names in FACTORS.items():
         model[ours] = _field(config, " ".join(names), float, 1.0)
         if model[ours] == 0 and ours.startswith("alpha"):
-            raise ConfigError(f"{' or '.join(names)} is 0: a residual without its input is not supported")
+            raise ConfigError(f"{' or '.join(names)} is 0: a layer without its residual is not supported")
     return model
 
 
-def _listed(value) -> list:
+def _as_list(value) -> list:
     return value if isinstance(value, list) else [value]
 
 
 def write_model(model: Model, dialect: str, dtype: str, ids: dict) -> dict:
-    """config.json of a model. The transformers dialect holds the released keys too, which stock transformers keeps and
-    ignores: its own have no place for partial RoPE that it would honour. router_aux_loss_coef weighs transformers' form
-    of the balance loss, top_k where ours is 1 or 1/experts^2 (model.md section 5): the weight is scaled to press as hard."""
+    """config.json of a model, as a dict.
+
+    The transformers dialect contains the released keys too: transformers keeps and ignores them, and does not apply its
+    own key for partial RoPE. router_aux_loss_coef is scaled so that transformers' form of the balance loss has the same
+    effect as the model's (docs/model.md section 5).
+
+    Args:
+      dialect: "released" or "transformers".
+      dtype: of the tensors.
+      ids: bos_token_id, eos_token_id and pad_token_id.
+    """
     check_released(model)
     if model.head_norm_eps != 1e-6:
-        raise ConfigError(f"model.head_norm_eps={model.head_norm_eps} has no place in the released form: 1e-6 is fixed")
+        raise ConfigError(f"model.head_norm_eps={model.head_norm_eps} cannot be expressed in the released form, where it is "
+                          "always 1e-6")
     if not model.postnorm:
-        raise ConfigError("model.postnorm=False has no place in the released form, whose residual is the normed input")
+        raise ConfigError("model.postnorm=False cannot be expressed in the released form, whose residual is the normed input")
     aux_weight = model.aux_weight / {"hf": 1, "switch": model.top_k, "paper": model.top_k * model.experts**2}[model.aux]
     released = {
         "attn_type_list": [kind_of(letter).released.code for letter in model.layer_kinds], "rotary_dim": model.rotary_dim,
@@ -144,20 +165,20 @@ def write_model(model: Model, dialect: str, dtype: str, ids: dict) -> dict:
     else:
         text = {"architectures": ["MiniMaxForCausalLM"], "model_type": "minimax", "dtype": dtype,
                 **both, **released, **stock}
-    return _around(text, model, dialect, dtype, ids) if model.vision.layers else text
+    return _with_vision(text, model, dialect, dtype, ids) if model.vision.layers else text
 
 
-def _around(text: dict, model: Model, dialect: str, dtype: str, ids: dict) -> dict:
-    """config.json of a model that sees: the text model's within. Transformers' form of it is LlavaNext."""
+def _with_vision(text: dict, model: Model, dialect: str, dtype: str, ids: dict) -> dict:
+    """config.json of a model that reads images. `text` becomes its text_config; in transformers the model is LlavaNext."""
     v = model.vision
     if not v.grids:
-        raise ConfigError("model.vision.grids=() has no place in the released form, which cuts every image into tiles")
+        raise ConfigError("model.vision.grids=() cannot be expressed in the released form, which cuts every image into tiles")
     vision = {"model_type": "clip_vision_model", "hidden_act": "gelu", "layer_norm_eps": v.norm_eps, "num_channels": 3,
               "projection_dim": model.dim, "attention_dropout": 0.0,
               **{theirs: getattr(v, ours) for ours, theirs in VISION_REQUIRED.items()}}
-    name, kind, typed_as = (("MiniMaxVL01ForConditionalGeneration", "minimax_vl_01", "torch_dtype") if dialect == "released"
+    name, kind, dtype_key = (("MiniMaxVL01ForConditionalGeneration", "minimax_vl_01", "torch_dtype") if dialect == "released"
                             else ("LlavaNextForConditionalGeneration", "llava_next", "dtype"))
-    return {"architectures": [name], "model_type": kind, typed_as: dtype, **ids, "text_config": text, "vision_config": vision,
+    return {"architectures": [name], "model_type": kind, dtype_key: dtype, **ids, "text_config": text, "vision_config": vision,
             "image_grid_pinpoints": [[rows * v.tile, columns * v.tile] for rows, columns in v.grids],
             "image_seq_length": v.side ** 2, "image_token_index": v.token, "multimodal_projector_bias": True,
             "projector_hidden_act": "gelu", "tie_word_embeddings": False, "vision_feature_layer": -1,

@@ -63,7 +63,7 @@ class Leaf:
     axes: str                   # of the array; L comes first where it is stacked over groups
     shape: tuple[int, ...]
     layout: Layout
-    prefix: str = ""            # of the layout's name; {l} stands for the layer
+    prefix: str = ""            # of the layout's name; {l} is replaced by the number of the layer
     first: int = 0              # layer of group 0
     period: int = 1             # layers from one group to the next
 

@@ -1,18 +1,15 @@
-"""Checkpoints of a run: WORKDIR/checkpoints/STEP holds the Orbax items params, opt (with the step) and data.
+"""The checkpoints of a run: WORKDIR/checkpoints/STEP contains the Orbax items params, opt (with the step) and data.
 
-Orbax saves asynchronously and commits a step by renaming it, so that a half-written one is never seen. Before that
-checksums.json gets the length and SHA-256 of every file of the step, each process reading once more what it wrote; a run
-goes on from the newest step that has them right. `open_arrays` and `create_params` reach the arrays of an item through
-TensorStore: a conversion reads and writes slices, never a whole tensor, and what is damaged is named. WORKDIR/config.json
-says what the run is; `check_config` guards it.
+Orbax saves in the background and renames a step when it is complete, so an incomplete step is never read. Before the rename,
+each process reads the files that it wrote once more, and checksums.json gets the length and SHA-256 of every file of the step.
+A run resumes from the newest step whose files match their checksums.
+
+Conversion reads and writes slices of arrays through TensorStore (`open_arrays`, `create_params`), never whole tensors.
+WORKDIR/config.json describes the run; `check_config` compares it with the experiment of a resumed run.
 """
-import asyncio
 import contextlib
-import copy
-import dataclasses
 import functools
 import json
-import logging
 import re
 import shutil
 import sys
@@ -26,252 +23,199 @@ import tensorstore as ts
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from mmx.checkpoints.safetensors import check_shapes
+from mmx.checkpoints import orbax_hooks
+from mmx.checkpoints.shapes import check_shapes
 from mmx.config import IMPLEMENTATION_KEYS, ConfigError, Experiment, Model, to_json
 from mmx.files import atomic, checksums, untrusted
-from mmx.files.untrusted import own_file, read_json
+from mmx.layers.kinds import kind_of
 
-KEY = re.compile(r"[\w-]{1,100}", re.ASCII)     # of a path in a parameter tree: it names a folder
-TIMEOUT = 30 * 24 * 3600    # seconds that a save may take by the wall clock, which may leap; dead processes are found otherwise
-CHUNK_BYTES = 64 << 20      # of an array on disk: bounds what reading a slice decodes
-FREE = {    # what a resumed run may change, beside checkpoint and mesh: how long, how fast, what is shown
+KEY = re.compile(r"[\w-]{1,100}", re.ASCII)     # one part of a path in a parameter tree; it becomes the name of a folder
+TIMEOUT = 30 * 24 * 3600    # seconds for a save. It is long because the clock may jump; dead processes are detected elsewhere
+CHUNK_BYTES = 64 << 20      # of an array on disk; reading a slice decodes whole chunks
+# keys that a resumed run may change besides the sections checkpoint and mesh: duration, speed, logging
+CHANGEABLE_KEYS = {
     "model": set(IMPLEMENTATION_KEYS),
     "train": {"steps", "seconds", "log_every", "eval_every", "eval_bytes", "sample_every", "sample_prompt",
               "tensorboard"},
 }
-UNTRAINED = {"model": FREE["model"] | {"aux", "aux_weight", "context"}}     # what the first run of a converted checkpoint may
-
-
-class _Folder(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """Where a step is written: its checksums are there before it has its name."""
-
-    async def finalize(self):
-        if not self.get_final().name.isdecimal():       # an item of the step
-            return await super().finalize()
-        if self._checkpoint_metadata_store:
-            self._checkpoint_metadata_store.wait_until_finished()
-        await asyncio.to_thread(checksums.write, Path(self.get()))
-        self.get().rename(self.get_final())     # without what Orbax would add to the step after its checksums
-
-
-class _Arrays(ocp.StandardCheckpointHandler):
-    """Orbax's handler, and behind its writing the checksums of what this process wrote."""
-
-    async def async_save(self, directory, args):
-        written = await super().async_save(directory, args=args) or []
-        return [*written, _Sums(written, Path(directory) / f"ocdbt.process_{jax.process_index()}")]
-
-
-@ocp.args.register_with_handler(_Arrays, for_save=True, for_restore=True)
-@dataclasses.dataclass
-class _ArraysSave(ocp.args.StandardSave):
-    pass
-
-
-class _Sums(ocp.future.NoopFuture):
-    def __init__(self, written, folder: Path):
-        self.written, self.folder = written, folder
-
-    def result(self, timeout=None):
-        for each in self.written:
-            each.result(timeout)
-        if self.folder.is_dir():
-            checksums.write(self.folder)
+# the same for the first run of a converted checkpoint
+CONVERTED_CHANGEABLE_KEYS = {"model": CHANGEABLE_KEYS["model"] | {"aux", "aux_weight", "context"}}
 
 
 class Checkpoints:
-    """The steps of one run: one is saved every `every` steps and whenever forced, the latest `keep` stay.
+    """The saved steps of one run.
 
-    `verify`: whether what is restored is compared with its checksums, each process reading its share.
+    Args:
+      every: a step is saved every `every` steps.
+      keep: number of latest steps that are kept.
+      verify: whether `restore` compares files with their checksums. The processes share the files.
     """
 
     def __init__(self, workdir: str | Path, every: int, keep: int, verify: bool = True):
         self.directory, self.every, self.keep, self.verify = Path(workdir).absolute() / "checkpoints", every, keep, verify
-        self.saving = None      # the step that is being saved
-        logging.getLogger("absl").addFilter(_from_elsewhere)
-        ts.experimental_collect_matching_metrics, ts.KvStore.Spec.to_json = _no_metrics, _spec_to_json
-        if sys.unraisablehook is not _unraisable:
-            _unraisable.before, sys.unraisablehook = sys.unraisablehook, _unraisable
+        self.saving = None      # number of the step that is being saved
+        orbax_hooks.install()
 
     @functools.cached_property
     def manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             save_decision_policy=checkpoint_managers.FixedIntervalPolicy(self.every),
             preservation_policy=checkpoint_managers.LatestN(self.keep),
-            temporary_path_class=_Folder, cleanup_tmp_directories=True,
+            temporary_path_class=orbax_hooks.StepDirectory, cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT))
         return ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, step: int, params, opt, data: dict, force: bool = False) -> bool:
-        """Starts saving `step` where it is due or forced; every process calls it, with the same data state."""
+        """Starts saving `step` if it is due or forced; returns whether it did. Every process calls it with the same `data`."""
         if step in self.manager.all_steps() or not (force or self.manager.should_save(step)):
             return False
         self.wait()
         self.check_room(params, opt)
         chunks = jax.tree_util.tree_map_with_path(_chunks, params)
-        args = ocp.args.Composite(params=_ArraysSave(params, chunks), opt=_ArraysSave(opt), data=ocp.args.JsonSave(data))
-        with self._told(step):
+        args = ocp.args.Composite(params=orbax_hooks.ArraySave(params, chunks), opt=orbax_hooks.ArraySave(opt),
+                                  data=ocp.args.JsonSave(data))
+        with self._short_errors(step):
             self.saving = step
             return self.manager.save(step, args=args, force=True)
 
     def check_saved(self):
-        """What a save that has ended could not do is raised here, and by `wait`."""
+        """Raises the error of a background save that has failed; does not wait for one that is still running."""
         if self.saving is not None and not self.manager.is_saving_in_progress():
             self.wait()
 
     def wait(self):
-        """Until the save under way has ended."""
+        """Waits until no save is running. Raises ConfigError if the last one failed."""
         if self.saving is not None:
-            with self._told(self.saving):
+            with self._short_errors(self.saving):
                 self.saving = None
                 self.manager.wait_until_finished()
 
     def check_room(self, params, opt):
-        """Raises where the disk has not room for one more step."""
+        """Raises ConfigError, in every process, if the disk lacks space for one more step."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt))) * 1.01 + 1e6
         self.directory.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.directory).free
-        if problem := agreed(f"a checkpoint needs {needed / 1e9:.3f} GB, {self.directory} has {free / 1e9:.3f} GB free: make "
-                             "room, and the same command goes on from the last checkpoint" if free < needed else ""):
+        problem = "" if free >= needed else (
+            f"a checkpoint needs {needed / 1e9:.3f} GB, {self.directory} has {free / 1e9:.3f} GB free: make room, then "
+            "repeat the command to resume from the last checkpoint")
+        if problem := first_problem(problem):
             raise ConfigError(problem)
 
     @contextlib.contextmanager
-    def _told(self, step: int):
-        """Says in one line that a step could not be saved."""
+    def _short_errors(self, step: int):
+        """Turns the errors of a save into a ConfigError of one line."""
         try:
             yield
         except (OSError, ValueError) as error:
-            if isinstance(error, (ConfigError, TimeoutError)):      # Orbax's, where it waited for another process
+            if isinstance(error, (ConfigError, TimeoutError)):      # TimeoutError: Orbax waited for another process
                 raise
-            raise ConfigError(f"step {step} could not be saved in {self.directory}: {_short(error)}; the checkpoints there are "
-                              "whole, and the same command goes on from the last") from None
+            raise ConfigError(f"step {step} could not be saved in {self.directory}: {_one_line(error)}; earlier "
+                              "checkpoints are complete: repeat the command to resume from the last") from None
 
     def restore(self, params, opt):
-        """(step, params, opt, data) of the newest whole step, or None where there is none.
+        """Restores the newest undamaged step. Newer, damaged steps are renamed STEP.damaged, and a line is printed for each.
 
-        `params` and `opt` are abstract trees, shardings included. A converted checkpoint has parameters only: its opt
-        and data are None. Damaged steps that are newer are renamed STEP.damaged, a line each; ConfigError: all are damaged.
+        Args:
+          params, opt: trees of abstract arrays with shapes, dtypes and shardings.
+        Returns:
+          (step, params, opt, data), or None if there is no step. A converted checkpoint has no opt and no data: None.
+        Raises:
+          ConfigError: all steps are damaged.
         """
         self.wait()
-        faults = {}
+        damage = {}         # step -> what is damaged
         for number in sorted(_steps(self.directory), reverse=True):
             step = self.directory / str(number)
-            fault = agreed(self._fault(step))
-            if not fault:
+            problem = first_problem(self._find_damage(step))
+            if not problem:
                 try:
                     found = _read_step(step, params, opt)
                 except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                     if isinstance(error, PermissionError) or (self.verify and checksums.read(step)):
-                        raise       # it is as it was written
-                    fault = _short(error)
-                fault = agreed(fault)
-            if not fault:
-                self._set_aside(faults, number)
+                        raise       # the files are as they were written
+                    problem = _one_line(error)
+                problem = first_problem(problem)
+            if not problem:
+                self._set_aside(damage, number)
                 return number, *found
-            faults[number] = fault
-        if faults:
-            told = "; ".join(f"{number}: {fault}" for number, fault in faults.items())
-            raise ConfigError(f"{self.directory} has no whole step ({told}): give another "
-                              "--workdir, or remove them to begin anew")
+            damage[number] = problem
+        if damage:
+            problems = "; ".join(f"{number}: {problem}" for number, problem in damage.items())
+            raise ConfigError(f"all checkpoints in {self.directory} are damaged ({problems}): give another --workdir, or "
+                              "remove them to start from the beginning")
         return None
 
-    def _fault(self, step: Path) -> str:
+    def _find_damage(self, step: Path) -> str:
+        """Describes the first damaged file in this process's share of a step; "" if there is none."""
         try:
-            return checksums.fault(step, "", jax.process_index(), jax.process_count()) if self.verify else ""
+            return checksums.find_damage(step, "", jax.process_index(), jax.process_count()) if self.verify else ""
         except PermissionError:
             raise
-        except OSError as error:        # a bad block
+        except OSError as error:        # such as a bad block of the disk
             return str(error)
 
-    def _set_aside(self, faults: dict[int, str], number: int):
-        """Out of the way of what will be saved as the same steps."""
-        if not faults:
+    def _set_aside(self, damage: dict[int, str], number: int):
+        """Renames damaged steps, so that the run can save the same steps again."""
+        if not damage:
             return
-        for damaged, fault in faults.items() if jax.process_index() == 0 else ():
+        for damaged, problem in damage.items() if jax.process_index() == 0 else ():
             aside = self.directory / f"{damaged}.damaged"
             atomic.remove(aside)
             (self.directory / str(damaged)).rename(aside)
-            print(f"mmx: {self.directory / str(damaged)} is damaged, {fault}: it is now {aside.name}, and the run goes on from "
+            print(f"mmx: {self.directory / str(damaged)} is damaged, {problem}: renamed to {aside.name}; the run resumes from "
                   f"step {number}", file=sys.stderr)
-        agreed("")      # the others wait for that
+        first_problem("")       # the other processes wait until process 0 has renamed the steps
         if "manager" in vars(self):
             self.manager.reload()
 
     def preempted(self, step: int) -> bool:
-        """Whether a distributed run was asked to stop (SIGTERM to any process): true at the same step in all."""
+        """Whether any process of a distributed run got SIGTERM. All processes get the same answer at the same step."""
         return jax.process_count() > 1 and self.manager.reached_preemption(step)
 
     def close(self):
-        """Waits for the save under way."""
+        """Waits for a running save and closes the manager."""
         self.wait()
         if "manager" in vars(self):
             self.manager.close()
 
 
-def agreed(problem: str) -> str:
-    """The first problem that a process has, in all of them; each calls it."""
+def first_problem(problem: str) -> str:
+    """Returns the first non-empty problem of any process, the same in all. Every process must call it."""
     if jax.process_count() == 1:
         return problem
-    mine_N = np.zeros(1000, np.uint8)
-    text = problem.encode()[:mine_N.size]
-    mine_N[:len(text)] = list(text)
+    buffer = np.zeros(1000, np.uint8)
+    text = problem.encode()[:buffer.size]
+    buffer[:len(text)] = list(text)
     with jax.transfer_guard_host_to_device("allow"):
-        all_PN = multihost_utils.process_allgather(mine_N)
-    return next((told for each_N in np.asarray(all_PN)
-                 if (told := bytes(each_N).rstrip(b"\0").decode(errors="replace"))), "")
+        buffers = multihost_utils.process_allgather(buffer)
+    problems = (bytes(each).rstrip(b"\0").decode(errors="replace") for each in np.asarray(buffers))
+    return next(filter(None, problems), "")
 
 
-def _from_elsewhere(record: logging.LogRecord) -> bool:
-    """Not what Orbax's threads print of errors that `Checkpoints` raises."""
-    return "orbax" not in record.pathname
-
-
-def _no_metrics(*_, **__) -> list:
-    """What Orbax asks TensorStore for at each save, to log a rate. TensorStore keeps, for good, every string and number of the
-    JSON that it answers with: this and what follows are for the whole process."""
-    return []
-
-
-_to_json, _answers = ts.KvStore.Spec.to_json, {}
-
-
-def _spec_to_json(spec, **options):
-    """What Orbax asks TensorStore for at each array of a save, and always of the same folder: answered once for each."""
-    text = repr((spec, options))
-    answer = _answers.get(text)
-    if answer is None:
-        if len(_answers) > 8:
-            _answers.clear()
-        answer = _answers[text] = _to_json(spec, **options)
-    return copy.deepcopy(answer)
-
-
-def _unraisable(args) -> None:
-    """Without what TensorStore prints of each write that ends after Orbax gave the save up, and closed its loop."""
-    if str(args.exc_value) != "Event loop is closed":
-        _unraisable.before(args)
-
-
-def _short(error: BaseException) -> str:
-    """An error in one line, without the tail of TensorStore's."""
+def _one_line(error: BaseException) -> str:
+    """An error's message as one line, without the source locations that TensorStore appends."""
     return " ".join(str(error).partition(" [")[0].split()) or type(error).__name__
 
 
 def _steps(directory: Path) -> list[int]:
+    """The numbers of the saved steps."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     return [int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)]
 
 
 def _read_step(step: Path, params, opt):
+    """(params, opt, data) of a step; opt and data are None for a converted checkpoint."""
     table = checksums.read(step)
     trained = (any(name.startswith("opt/") for name in table) if table
-               else "opt" in read_json(step / "_CHECKPOINT_METADATA").get("item_handlers", ()))
+               else "opt" in untrusted.read_json(step / "_CHECKPOINT_METADATA").get("item_handlers", ()))
     params = _read_tree(step, "params", params)
-    return (params, _read_tree(step, "opt", opt), read_json(step / "data" / "metadata")) if trained else (params, None, None)
+    if not trained:
+        return params, None, None
+    return params, _read_tree(step, "opt", opt), untrusted.read_json(step / "data" / "metadata")
 
 
 def _chunks(path, leaf) -> ocp.SaveArgs:
-    """A large stacked leaf is cut by group and expert before inside a matrix."""
+    """How a leaf is cut into chunks: large stacked leaves by group and expert first, then within a matrix."""
     stacked = path[0].key == "groups"
     expert = path[-1].key.rpartition("_")[2] in ("EDF", "EFD")
     axes = tuple(range(stacked + expert)) if leaf.nbytes > CHUNK_BYTES else ()
@@ -281,31 +225,33 @@ def _chunks(path, leaf) -> ocp.SaveArgs:
 def read_config(workdir: str | Path) -> dict:
     """The sections of WORKDIR/config.json."""
     path = Path(workdir) / "config.json"
-    sections = read_json(own_file(path))
+    sections = untrusted.read_json(untrusted.check_link(path))
     if "model" not in sections or not all(isinstance(section, dict) for section in sections.values()):
-        raise ConfigError(f"{path} is no run's config: it is damaged, or a Hugging Face checkpoint's")
+        raise ConfigError(f"{path} is not the config of a run: it is damaged, or belongs to a Hugging Face checkpoint")
     return sections
 
 
 def check_config(workdir: str | Path, experiment: Experiment) -> None:
-    """Writes WORKDIR/config.json, and tokenizer.json where the run has one; raises ConfigError where those there are
-    another run's."""
+    """Writes WORKDIR/config.json, and tokenizer.json if the run has one.
+
+    Raises ConfigError if the workdir has those files from a different run.
+    """
     path, name = Path(workdir) / "config.json", experiment.data.tokenizer_file
     files = {path: to_json(experiment).encode()}
     tokenizer = path.with_name("tokenizer.json")
     if name:
-        files[tokenizer] = untrusted.content(name, untrusted.TOKENIZER_BYTES)
-    if tokenizer.exists() and untrusted.content(tokenizer, untrusted.TOKENIZER_BYTES) != files.get(tokenizer):
+        files[tokenizer] = untrusted.read_bytes(name, untrusted.TOKENIZER_BYTES)
+    if tokenizer.exists() and untrusted.read_bytes(tokenizer, untrusted.TOKENIZER_BYTES) != files.get(tokenizer):
         raise ConfigError(f"data.tokenizer={experiment.data.tokenizer!r} is not the {tokenizer} that the run has: give "
                           f"--config.data.tokenizer={tokenizer}, or another --workdir")
     if path.exists():
-        there = read_config(workdir)
-        free = FREE if "train" in there else UNTRAINED
-        old, new = _comparable(there, free), _comparable(json.loads(to_json(experiment)), free)
-        differ = [f"{s}.{k} (there {old[s][k]!r}, now {v!r})" for s in old for k, v in new[s].items()
-                  if k in old[s] and old[s][k] != v]
-        if differ:
-            raise ConfigError(f"{workdir} holds a run of another config: {', '.join(differ)}; give the same values, or "
+        saved = read_config(workdir)
+        changeable = CHANGEABLE_KEYS if "train" in saved else CONVERTED_CHANGEABLE_KEYS
+        old, new = _comparable(saved, changeable), _comparable(json.loads(to_json(experiment)), changeable)
+        different = [f"{section}.{key} (there {old[section][key]!r}, now {value!r})" for section in old
+                     for key, value in new[section].items() if key in old[section] and old[section][key] != value]
+        if different:
+            raise ConfigError(f"{workdir} contains a run of another config: {', '.join(different)}; give the same values, or "
                               "another --workdir")
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -314,17 +260,22 @@ def check_config(workdir: str | Path, experiment: Experiment) -> None:
                 new.write(content)
 
 
-def _comparable(sections: dict, free: dict) -> dict:
-    model = {"vision": None, "window": Model.window} | sections["model"]       # which are kept unsaid
-    if "W" not in model.get("pattern", Model.pattern):
+def _comparable(sections: dict, changeable: dict) -> dict:
+    """The sections that describe the function and its training, without the keys that may change."""
+    model = {"vision": None, "window": Model.window} | sections["model"]       # `to_json` leaves these out at their defaults
+    if "window" not in {key for letter in model.get("pattern", Model.pattern) for key in kind_of(letter).keys}:
         del model["window"]
     sections = sections | {"model": model}
-    return {s: {k: v for k, v in sections[s].items() if k not in free.get(s, ())}
-            for s in ("model", "train", "data") if s in sections}
+    return {section: {key: value for key, value in sections[section].items() if key not in changeable.get(section, ())}
+            for section in ("model", "train", "data") if section in sections}
 
 
 def find_step(path: str | Path) -> tuple[Path, Path] | None:
-    """(workdir, a step's directory) of a workdir (its latest step) or of one of its checkpoints/STEP."""
+    """(workdir, directory of a step); None if there is no step.
+
+    Args:
+      path: a workdir, whose latest step is taken, or one of its checkpoints/STEP.
+    """
     path = Path(path).absolute()
     if path.name.isdecimal() and path.parent.name == "checkpoints" and path.is_dir():
         return path.parent.parent, path
@@ -333,43 +284,47 @@ def find_step(path: str | Path) -> tuple[Path, Path] | None:
     return (path, steps / str(max(found))) if found else None
 
 
-def check(step: Path, item: str) -> None:
-    """Raises where an item of a step is not as its checksums say."""
-    if fault := checksums.fault(step, f"{item}/"):
-        raise ConfigError(f"{step} is damaged, {fault}; an older WORKDIR/checkpoints/STEP may be whole")
+def verify_item(step: Path, item: str) -> None:
+    """Raises ConfigError if a file of a step's item differs from its checksum."""
+    if problem := checksums.find_damage(step, f"{item}/"):
+        raise ConfigError(f"{step} is damaged, {problem}{TRY_OLDER}")
 
 
-# No cache, and few copies at a time: what is held is the slice asked for and the chunks that it touches.
+TRY_OLDER = "; an older WORKDIR/checkpoints/STEP may be undamaged"
+# Without a cache and with few parallel copies, memory contains only the requested slice and the chunks that overlap it.
 CONTEXT = {"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 1},
            "file_io_concurrency": {"limit": 2}}
 
 
 @contextlib.contextmanager
-def stored(what, then=""):
-    """Says in one line what of `what` failed: TensorStore has ValueError, and many words, for all it meets."""
+def storage_errors(problem: str, remedy: str = ""):
+    """Turns a ValueError of TensorStore, which it raises for every failure, into a ConfigError of one line."""
     try:
         yield
     except ValueError as error:
-        raise ConfigError(f"{what}: {str(error).partition(' [')[0]}{then}") from None
+        raise ConfigError(f"{problem}: {str(error).partition(' [')[0]}{remedy}") from None
 
 
 def open_arrays(step: Path, item: str = "params", limits: dict = CONTEXT) -> dict[tuple[str, ...], ts.TensorStore]:
-    """The arrays of an item of a step by path; each is read by slices: `read(array)`, `array[index].read().result()`.
+    """Opens the arrays of an item of a step, by their paths in its tree. Read them with `read_slice`.
 
-    A chunk that is missing is an error, for every chunk was written, those of zeros too.
+    Chunks of zeros are written too, so a missing chunk is an error.
+
+    Args:
+      limits: TensorStore's limits of memory and parallel work.
     """
     folder = step / item
-    metadata = read_json(folder / "_METADATA")
+    metadata = untrusted.read_json(folder / "_METADATA")
     untrusted.check_plain(folder)
     try:
         paths = [tuple(k["key"] for k in entry["key_metadata"]) for entry in metadata["tree_metadata"].values()
-                 if entry["value_metadata"]["value_type"] == "jax.Array"]       # not an optimizer's empty state
+                 if entry["value_metadata"]["value_type"] == "jax.Array"]       # others: empty parts of an optimizer's state
         names = {path: ".".join(path) for path in paths}
         if not all(KEY.fullmatch(key) for path in paths for key in path):
             raise TypeError
         driver, ocdbt = "zarr3" if metadata["use_zarr3"] else "zarr", metadata["use_ocdbt"]
     except (AttributeError, KeyError, TypeError):
-        raise ConfigError(f"{folder / '_METADATA'} is damaged: it has no table of arrays") from None
+        raise ConfigError(f"{folder / '_METADATA'} is damaged: it does not list arrays") from None
     base, context = {"driver": "file", "path": f"{folder}/"}, ts.Context(limits)
     _check_metadata(folder, names.values(), "zarr.json" if driver == "zarr3" else ".zarray",
                     {"driver": "ocdbt", "base": base} if ocdbt else base, context)
@@ -379,54 +334,59 @@ def open_arrays(step: Path, item: str = "params", limits: dict = CONTEXT) -> dic
         spec = {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
         arrays[path] = ts.open(spec, open=True, read=True, context=context)
     for path, array in arrays.items():
-        with stored(f"{folder} is damaged, tensor {names[path]}"):
+        with storage_errors(f"{folder} is damaged, tensor {names[path]}"):
             arrays[path] = array.result()
-        shape, chunk = arrays[path].shape, arrays[path].chunk_layout.write_chunk.shape or ()    # no smaller than a read one
+        # a chunk for writing is at least as large as one for reading
+        shape, chunk = arrays[path].shape, arrays[path].chunk_layout.write_chunk.shape or ()
         if any(cut > max(size, 1) for cut, size in zip(chunk, shape)):
-            raise ConfigError(f"{folder} is damaged, tensor {names[path]}: chunks of {chunk} are larger than its shape {shape}"
-                              "; an older WORKDIR/checkpoints/STEP may be whole")
+            raise ConfigError(f"{folder} is damaged, tensor {names[path]}: chunks of {chunk} are larger than its shape "
+                              f"{shape}{TRY_OLDER}")
     return arrays
 
 
 def _check_metadata(folder: Path, names, key: str, store: dict, context) -> None:
-    """Raises ConfigError for JSON of an array that would end the process in TensorStore: it has no limit of levels."""
-    then = "; an older WORKDIR/checkpoints/STEP may be whole"
-    with stored(f"{folder} is damaged", then):
+    """Raises ConfigError for deeply nested JSON: TensorStore's parser has no limit of levels and would end the process."""
+    with storage_errors(f"{folder} is damaged", TRY_OLDER):
         files = ts.KvStore.open(store, context=context).result()
     texts = {name: files.read(f"{name}/{key}") for name in names}
     for name, text in texts.items():
-        with stored(f"{folder} is damaged, tensor {name}", then):
-            if text := text.result().value:     # TensorStore says that it is missing
+        with storage_errors(f"{folder} is damaged, tensor {name}", TRY_OLDER):
+            if text := text.result().value:     # if it is missing, opening the array reports that
                 if len(text) > untrusted.JSON_BYTES:
                     raise ValueError(f"its {key} has {len(text):,} bytes")
                 untrusted.loads(text)
 
 
-def read(array: ts.TensorStore, index=...) -> np.ndarray:
+def read_slice(array: ts.TensorStore, index=...) -> np.ndarray:
     """A slice of an array of `open_arrays`."""
-    with stored("the checkpoint is damaged", "; an older WORKDIR/checkpoints/STEP may be whole"):   # chunk and folder between
+    with storage_errors("the checkpoint is damaged", TRY_OLDER):
         return array[index].read().result()
 
 
 def _read_tree(step: Path, item: str, tree):
-    """An item's arrays in the place, type and sharding of the abstract leaves of `tree`."""
+    """Reads an item's arrays into a tree with the structure, dtypes and shardings of the abstract `tree`."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     wanted = {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
     arrays = open_arrays(step, item, {})
     check_shapes({"/".join(path): array.shape for path, array in arrays.items()},
                  {"/".join(path): leaf.shape for path, leaf in wanted.items()}, step / item)
-    somewhere = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    with jax.transfer_guard_host_to_device("allow"):        # training, which lets nothing cross unasked, asks here
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with jax.transfer_guard_host_to_device("allow"):        # training forbids implicit transfers; this one is intended
         return treedef.unflatten([jax.make_array_from_callback(
-            leaf.shape, leaf.sharding or somewhere,
-            lambda index, path=path, leaf=leaf: read(arrays[path], index).astype(leaf.dtype))
+            leaf.shape, leaf.sharding or default,
+            lambda index, path=path, leaf=leaf: read_slice(arrays[path], index).astype(leaf.dtype))
             for path, leaf in wanted.items()])
 
 
 def create_params(step: Path, arrays: dict[tuple[str, ...], tuple]) -> dict[tuple[str, ...], ts.TensorStore]:
-    """A new step with a params item for Orbax to restore: empty arrays of the (shape, dtype, chunks) given by path.
+    """Creates a step with empty arrays in a params item that Orbax can restore.
 
-    One file a chunk (Orbax's layout without OCDBT): a slice that is a chunk is written once, and nothing is rewritten.
+    Each chunk is one file (Orbax's layout without OCDBT), so writing a slice that is a chunk rewrites nothing.
+
+    Args:
+      arrays: (shape, dtype, chunk shape) by path in the parameter tree.
+    Returns:
+      The arrays, open for writing.
     """
     folder, context = step / "params", ts.Context(CONTEXT)
     folder.mkdir(parents=True)
@@ -434,7 +394,7 @@ def create_params(step: Path, arrays: dict[tuple[str, ...], tuple]) -> dict[tupl
     for keys, (shape, dtype, chunks) in arrays.items():
         spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder / '.'.join(keys)}/"},
                 "metadata": {"compressor": None, "chunks": list(chunks)}, "store_data_equal_to_fill_value": True}
-        with stored(f"{step} cannot be written"):
+        with storage_errors(f"{step} cannot be written"):
             stores[keys] = ts.open(spec, create=True, shape=shape, dtype=dtype.name, context=context).result()
         tree[str(keys)] = {"key_metadata": [{"key": k, "key_type": 2} for k in keys],
                            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False}}

@@ -1,4 +1,4 @@
-"""safetensors files: headers read within limits, tensors read and written in slices (model.md section 6)."""
+"""Reads and writes safetensors files in slices; limits the size of their headers (docs/model.md section 6)."""
 import itertools
 import json
 import math
@@ -10,53 +10,58 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mmx.checkpoints.hf_layout import DECAY_BUFFERS, TOWER, Leaf, Slice, leaves, tensor_count
-from mmx.checkpoints.shapes import check_shapes, few
+from mmx.checkpoints.hf_layout import DECAY_BUFFERS, TOWER, Leaf, Slice, leaves
+from mmx.checkpoints.shapes import check_shapes, first_five
 from mmx.config import ConfigError, Model
 from mmx.files import untrusted
 
-MOST_TENSORS, MOST_AXES, MOST_NAME = 1_000_000, 8, 256      # of a file, of a tensor, characters of a tensor's name
+MOST_TENSORS, MOST_AXES, MOST_NAME = 1_000_000, 8, 256      # tensors of a file, axes of a tensor, characters of its name
+EXPERT_MATRICES = ("w1", "w2", "w3")
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
           "BF16": np.dtype(ml_dtypes.bfloat16)}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Tensor(NamedTuple):
+    """The place of a tensor in a file."""
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
-    offset: int
+    offset: int         # [bytes] of its first element in the file
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file: an 8-byte length, a JSON header of that length, then the data."""
+    """The tensors of a safetensors file by released name. Raises ConfigError if the file is damaged or exceeds a limit.
+
+    The file begins with an 8-byte length and a JSON header of that length; the data follow.
+    """
     if not path.is_file():
-        raise ConfigError(f"{path} is no file")
+        raise ConfigError(f"{path} is not a regular file")
     size = path.stat().st_size
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         if size < 8 or start > size:
-            raise ConfigError(f"{path} is truncated or no safetensors file: its header ends at byte {start} of {size}")
+            raise ConfigError(f"{path} is truncated or not a safetensors file: its header ends at byte {start} of {size}")
         if start > untrusted.JSON_BYTES:
-            raise ConfigError(f"{path}: a header of {start:,} bytes is more than {untrusted.JSON_BYTES:,}: it is not read")
+            raise ConfigError(f"{path}: its header has {start:,} bytes; at most {untrusted.JSON_BYTES:,} are allowed")
         try:
             header = untrusted.loads(file.read(start - 8))
             if not isinstance(header, dict):
-                raise ValueError("it is no object")
+                raise ValueError("it is not a JSON object")
         except ValueError as error:
-            raise ConfigError(f"{path} is no safetensors file: its header is not a JSON table of tensors ({error})") from None
+            raise ConfigError(f"{path} is not a safetensors file: its header does not list tensors ({error})") from None
     header.pop("__metadata__", None)
     tensors, spans = {}, []
     for name, entry in header.items():
         if len(name) > MOST_NAME or not name.isprintable():
-            raise ConfigError(f"{path} is damaged: {name[:MOST_NAME]!r} is no tensor's name")
+            raise ConfigError(f"{path} is damaged: {name[:MOST_NAME]!r} is not a valid tensor name")
         try:
             code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            sound = type(code) is str and all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
+            valid = type(code) is str and all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
         except (ValueError, KeyError, TypeError):
-            sound = False
-        if not sound or len(shape) > MOST_AXES:
-            raise ConfigError(f"{path} is damaged: tensor {name} needs dtype, shape and data_offsets, has {entry!s:.200}")
+            valid = False
+        if not valid or len(shape) > MOST_AXES:
+            raise ConfigError(f"{path} is damaged: tensor {name} needs dtype, shape and data_offsets, but has {entry!s:.200}")
         if start + end > size:
             raise ConfigError(f"{path} is truncated: {name} ends at byte {start + end} of {size}; fetch the file again")
         spans.append((begin, end, name))
@@ -68,15 +73,15 @@ def read_header(path: Path) -> dict[str, Tensor]:
             raise ConfigError(f"{path} is damaged: tensor {name} of {code} {list(shape)} has {end - begin} bytes")
         tensors |= _released_names(name, Tensor(path, DTYPES[code], shape, start + begin))
         if len(tensors) > MOST_TENSORS:
-            raise ConfigError(f"{path} holds more than {MOST_TENSORS:,} tensors: it is not read")
-    for (_, end, name), (begin, _, after) in itertools.pairwise(sorted(spans)):
+            raise ConfigError(f"{path} has more than {MOST_TENSORS:,} tensors")
+    for (_, end, name), (begin, _, next_name) in itertools.pairwise(sorted(spans)):
         if begin < end:
-            raise ConfigError(f"{path} is damaged: the bytes of tensors {name} and {after} overlap")
+            raise ConfigError(f"{path} is damaged: the bytes of tensors {name} and {next_name} overlap")
     return tensors
 
 
 def _released_names(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor under its released name; transformers' in-memory expert stacks become views of each expert's matrix."""
+    """A tensor by its released name. A stack of experts, as transformers has in memory, becomes one entry for each matrix."""
     if name.startswith(("vision_tower.", "multi_modal_projector.")):
         return {new: tensor for new in _vision_name(name)}
     head, kind, tail = name.partition(".mlp.")
@@ -96,40 +101,43 @@ def _released_names(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def _vision_name(name: str) -> list[str]:
-    """As released; transformers leaves a part of the path out, and holds a last norm and a list of places that do nothing."""
+    """The released name of a vision tensor, in a list; [] for one that the model does not use.
+
+    transformers omits a part of the path, and has a last norm and position ids that nothing uses.
+    """
     _, tower, tail = name.rpartition("vision_tower.")
     tail = tail.removeprefix("vision_model.")
     return [] if tail.startswith(("post_layernorm.", "embeddings.position_ids")) else [TOWER + tail if tower else name]
 
 
 def find_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a directory with model.safetensors, or with an index of shards."""
+    """The tensors of a directory that has model.safetensors, or an index of several files."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.exists():
-        return read_header(untrusted.own_file(single))
+        return read_header(untrusted.check_link(single))
     if not index.exists():
         raise ConfigError(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
-    places = untrusted.read_json(untrusted.own_file(index)).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+    files = untrusted.read_json(untrusted.check_link(index)).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise ConfigError(f"{index} has no weight_map from tensor to file")
     tensors = {}
-    for file in sorted(set(places.values())):
+    for file in sorted(set(files.values())):
         if Path(file).name != file or file in ("..", ".") or not file.isprintable():
             raise ConfigError(f"{index} names the file {file[:MOST_NAME]!r}; only files in the same directory are read")
         if not (directory / file).is_file():
-            raise ConfigError(f"{index} names the file {file!r}, which is not there")
-        tensors |= read_header(untrusted.own_file(directory / file))
+            raise ConfigError(f"{index} names the file {file!r}, which does not exist")
+        tensors |= read_header(untrusted.check_link(directory / file))
         if len(tensors) > MOST_TENSORS:
-            raise ConfigError(f"{index}: its files hold more than {MOST_TENSORS:,} tensors")
-    listed = {new for name in places for new in _stem(name, tensors)}
+            raise ConfigError(f"{index}: its files contain more than {MOST_TENSORS:,} tensors")
+    listed = {released for name in files for released in _listed_names(name)}
     absent = sorted(listed - tensors.keys())
     if absent:
-        raise ConfigError(f"{index} lists tensors that its files do not hold: {few(absent)}")
+        raise ConfigError(f"{index} lists tensors that its files do not contain: {first_five(absent)}")
     return tensors
 
 
-def _stem(name: str, tensors) -> list[str]:
-    """A listed name as `find_tensors` has it; stacks and derived buffers were seen to by their file's header."""
+def _listed_names(name: str) -> list[str]:
+    """The released name of a tensor in an index, in a list; [] for decay buffers and stacks of experts."""
     if name.startswith(("vision_tower.", "multi_modal_projector.")):
         return _vision_name(name)
     if name.rpartition(".")[2] in DECAY_BUFFERS or name.partition(".mlp.experts.")[1]:
@@ -138,16 +146,16 @@ def _stem(name: str, tensors) -> list[str]:
 
 
 def check_tensors(tensors: dict[str, Tensor], model: Model, where) -> None:
-    """Raises ConfigError unless `tensors` are those of `model`."""
-    count = tensor_count(model)
-    if count > 100_000 + len(tensors):      # too many to list
-        raise ConfigError(f"{where} has {len(tensors)} tensors, its config.json needs {count}")
+    """Raises ConfigError unless `tensors` have the names and shapes that `model` needs."""
+    count = model.layers * model.experts * len(EXPERT_MATRICES)
+    if count > 10_000 + len(tensors):       # too many to list all that are missing
+        raise ConfigError(f"{where} has {len(tensors)} tensors, but its config.json needs more than {count}")
     check_shapes({name: tensor.shape for name, tensor in tensors.items()},
                  {name: leaf.tensor_shape for leaf in leaves(model) for _, name in leaf.tensors()}, where)
 
 
 class Files:
-    """Files open by path, read and written at offsets: no mapped page counts as memory."""
+    """Keeps files open, and reads and writes them at offsets. Mapped files would count as memory of the process."""
 
     def __init__(self, flags: int):
         self.flags, self.open = flags, {}
@@ -160,25 +168,31 @@ class Files:
             os.close(handle)
 
     def handle(self, path: Path) -> int:
+        """The file descriptor of a path, which is opened at the first call."""
         if path not in self.open:
             self.open[path] = os.open(path, self.flags, 0o666)
         return self.open[path]
 
     def read(self, path: Path, buffer: memoryview, offset: int):
+        """Fills a buffer from a file. Raises ConfigError if the file is too short."""
         while buffer:
             count = os.preadv(self.handle(path), [buffer], offset)
             if not count:
-                raise ConfigError(f"{path} ended at byte {offset} while it was read")
+                raise ConfigError(f"{path} ended at byte {offset} before the tensor was complete")
             buffer, offset = buffer[count:], offset + count
 
     def write(self, path: Path, buffer: memoryview, offset: int):
+        """Writes all of a buffer."""
         while buffer:
             count = os.pwrite(self.handle(path), buffer, offset)
             buffer, offset = buffer[count:], offset + count
 
 
-def runs(leaf: Leaf, piece: Slice, itemsize: int) -> Iterator[tuple[int, int, int]]:
-    """(first byte in the tensor, first, last entry of the piece): one run, or one an entry where parts interleave."""
+def byte_ranges(leaf: Leaf, piece: Slice, itemsize: int) -> Iterator[tuple[int, int, int]]:
+    """The contiguous parts of a slice: (offset in the tensor [bytes], start, stop), the latter along the slice's first axis.
+
+    It is one part, or one for each entry of that axis if the tensor interleaves several arrays, such as q, k and v.
+    """
     row = math.prod(leaf.sizes(leaf.released[1:])) * itemsize
     _, _, part, parts = leaf.layout
     step = 1 if parts > 1 else piece.stop - piece.start
@@ -187,37 +201,42 @@ def runs(leaf: Leaf, piece: Slice, itemsize: int) -> Iterator[tuple[int, int, in
 
 
 def read_piece(files: Files, tensor: Tensor, leaf: Leaf, piece: Slice) -> np.ndarray:
-    """A slice of a released tensor, in its layout."""
+    """Reads a slice of a released tensor, in the released layout."""
     block = np.empty((piece.stop - piece.start, *leaf.sizes(leaf.released[1:])), tensor.dtype)
-    for offset, first, last in runs(leaf, piece, tensor.dtype.itemsize):
-        files.read(tensor.file, memoryview(block[first:last].reshape(-1).view(np.uint8)), tensor.offset + offset)
+    for offset, start, stop in byte_ranges(leaf, piece, tensor.dtype.itemsize):
+        files.read(tensor.file, memoryview(block[start:stop].reshape(-1).view(np.uint8)), tensor.offset + offset)
     return block
 
 
 def write_piece(files: Files, tensor: Tensor, leaf: Leaf, piece: Slice, block: np.ndarray):
-    for offset, first, last in runs(leaf, piece, tensor.dtype.itemsize):
-        files.write(tensor.file, memoryview(block[first:last].reshape(-1).view(np.uint8)), tensor.offset + offset)
+    """Writes a slice of a released tensor; `block` has the released layout."""
+    for offset, start, stop in byte_ranges(leaf, piece, tensor.dtype.itemsize):
+        files.write(tensor.file, memoryview(block[start:stop].reshape(-1).view(np.uint8)), tensor.offset + offset)
 
 
 def plan_files(directory: Path, tensors: dict[str, tuple[np.dtype, tuple]], shard_bytes: int) -> dict[str, Tensor]:
-    """Lays tensors out in safetensors files of at most `shard_bytes` of data (a larger tensor has one of its own).
+    """Creates safetensors files with their headers, and an index if there are several. The data are holes, to be written.
 
-    Writes headers and index, and says where each tensor goes; the data is still a hole.
+    Args:
+      tensors: (dtype, shape) by name, in the order of the files.
+      shard_bytes: most bytes of data in a file. A larger tensor gets a separate file.
+    Returns:
+      The place of each tensor.
     """
-    shards, room = [], 0
+    shards, free = [], 0
     for name, (dtype, shape) in tensors.items():
         size = math.prod(shape) * dtype.itemsize
-        if size > room or not shards:
+        if size > free or not shards:
             shards.append([])
-            room = shard_bytes
+            free = shard_bytes
         shards[-1].append((name, dtype, shape, size))
-        room -= size
+        free -= size
     placed = {}
     for i, shard in enumerate(shards):
-        place = f"-{i + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        file = directory / f"model{place}.safetensors"
+        suffix = f"-{i + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        file = directory / f"model{suffix}.safetensors"
         header, end = {"__metadata__": {"format": "pt"}}, 0
-        for name, dtype, shape, size in sorted(shard, key=lambda entry: -entry[1].itemsize):     # keeps data aligned
+        for name, dtype, shape, size in sorted(shard, key=lambda entry: -entry[1].itemsize):     # keeps the data aligned
             header[name] = {"dtype": DTYPE_CODES[dtype], "shape": shape, "data_offsets": [end, end + size]}
             end += size
         text = json.dumps(header).encode()

@@ -11,7 +11,7 @@ INTERRUPTED = 130   # exit code after Ctrl-C
 
 def report(message: str, code: int = USAGE) -> int:
     """Prints `message` as one line on stderr and returns `code`."""
-    print(f"mmx: {untrusted.line(message)}", file=sys.stderr)
+    print(f"mmx: {untrusted.one_line(message)}", file=sys.stderr)
     return code
 
 

@@ -1,8 +1,10 @@
-"""`mmx aot`: an experiment compiled for a pod that is not here, by the real compiler, and what it says of the program.
+"""Compiles one run of an experiment (a training step, a prefill chunk or a decode step) for a pod, and reports on the program.
 
-Memory is the compiler's, per chip. Exchanges, FLOPs and cycles are those of the compiled program, times the trips of the
-loops they are in (`compilers.hlo`). Nothing is run: cycles are the compiler's own static estimates of its fusions, which
-run high where memory is the limit, and kernels have none, so they count at the chip's peak; never a measured time.
+The compiler is the real one, but nothing runs and no TPU or GPU is needed. Memory is the compiler's plan for one chip.
+Exchanges, FLOPs and cycles are counted in the compiled program (`compilers.hlo`); docs/scale.md explains how.
+
+Seconds are static estimates, never measured. The compiler estimates the cycles of each fusion; its estimates are too high
+where memory bandwidth is the limit. It has no estimate for kernels, so these are assumed to run at the chip's peak FLOP/s.
 """
 import collections
 import dataclasses
@@ -10,12 +12,14 @@ import functools
 import os
 import re
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from mmx import config
 from mmx import mesh as meshes
 from mmx.analysis.counts import flops_forward, flops_training
 from mmx.chips import CHIPS, TPUS
@@ -28,119 +32,185 @@ from mmx.parallel import sharding
 from mmx.training import optim
 from mmx.training.step import abstract_state, jit_train_step
 
-PODS = *TPUS, "h100"       # chips whose compiler can be asked
+SUPPORTED_CHIPS = *TPUS, "h100"
 OPTIONS = {"tpu": {f"xla_tpu_enable_async_{kind}": "true" for kind in ("all_to_all", "ragged_all_to_all")},
            "cuda": {"xla_gpu_autotune_level": 0}}
-ENVIRONMENT = {     # no TPU is asked for and none locked, and libtpu says only what is wrong
+ENVIRONMENT = {     # libtpu neither looks for a TPU nor locks one, and logs errors only
     "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "": 1}     # of bytes, in the compilers' error messages
+
+
+class Pod(NamedTuple):
+    """A pod to compile for. Its devices are descriptions: the hardware is not attached."""
+    topology: str           # CHIP:SHAPE of one slice, for example v5p:8x8x8
+    slices: int             # number of such slices
+    chip: str               # a name in mmx.chips.CHIPS
+    shape: list[int]        # of one slice: [8, 8, 8]
+    devices: list           # slice by slice
+
+    def report(self, mode: str) -> dict:
+        """Returns the entries that the reports of `aot.run` and `search.run` have in common."""
+        return {"topology": self.topology, "slices": self.slices, "devices": len(self.devices), "mode": mode,
+                "memory": CHIPS[self.chip].memory}
 
 
 def run(e: Experiment, topology: str, mesh: str | None = None, mode: str = "train", slices: int = 1) -> dict:
-    """Compiles, and returns what `show` prints. Raises ConfigError for what no pod or mesh can be."""
+    """Compiles one run of the experiment for a pod and returns the report that `show` prints.
+
+    Args:
+      topology: CHIP:SHAPE of one slice, for example v5p:8x8x8 or h100:64x8.
+      mesh: as for the flag --mesh; None: the experiment's mesh.
+      mode: train (one training step), prefill (the last chunk of train.batch prompts of train.length tokens) or decode (one
+        token after each of these prompts).
+      slices: number of such slices.
+
+    Raises:
+      ConfigError: the compiler does not support the topology, or the mesh does not fit the pod or the experiment.
+    """
     e = e if mesh is None else dataclasses.replace(e, mesh=meshes.parse(mesh))
-    chip, devices = pod(topology, slices)
-    mesh = meshes.for_topology(e, devices)
-    memory, peak, *_ = CHIPS[chip]
-    platform = "cuda" if chip == "h100" else "tpu"
-    tokens = span(e, mode)
-    found = {"topology": topology, "slices": slices, "devices": len(devices), "mesh": dict(mesh.shape), "mode": mode,
-             "tokens": e.train.batch * tokens, "memory": memory}
+    pod = describe_pod(topology, slices)
+    mesh = meshes.for_topology(e, pod.devices)
+    tokens = tokens_per_row(e, mode)
+    report = pod.report(mode) | {"mesh": dict(mesh.shape), "tokens": e.train.batch * tokens}
     if mode == "prefill":
-        found["chunk"], found["chunks"] = tokens, e.train.length // tokens
-    begin = time.monotonic()
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        function, args = {"train": _train, "prefill": _prefill, "decode": _decode}[mode](e, mesh)
-        lowered = function.trace(*args).lower(lowering_platforms=(platform,))
-        try:
-            compiled = lowered.compile(compiler_options=OPTIONS[platform])
-        except jax.errors.JaxRuntimeError as error:
-            needed, limit = _refused(str(error))
-            return found | {"fits": False, "peak": needed, "memory": limit, "seconds": time.monotonic() - begin}
-    stats, program = compiled.memory_analysis(), hlo.analyse(compiled.as_text(), dict(mesh.shape))
-    used = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    model = _model_flops(e, mode, tokens) * found["tokens"] / len(devices)
-    found |= {"fits": used <= memory, "peak": used, "arguments": stats.argument_size_in_bytes,
-              "temporaries": stats.temp_size_in_bytes, "seconds": time.monotonic() - begin,
-              "flops": program.flops, "flops_model": model, "ideal_s": model / peak, "unknown": program.unknown,
-              "exchanges": _exchanges(program.collectives)}
-    if program.cycles_other:        # of TPUs
-        parts = [cycles / CHIPS[chip].tpu.clock for cycles in (program.cycles_matrix, program.cycles_other)]
-        parts.append(program.flops_kernels / peak)
-        found |= dict(zip(("matrix_s", "other_s", "kernels_s"), parts)) | {"static_s": sum(parts)}
-    return found
+        report |= {"chunk": tokens, "chunks": e.train.length // tokens}
+    start = time.monotonic()
+    try:
+        compiled = _compile(e, mesh, mode, "cuda" if pod.chip == "h100" else "tpu")
+    except jax.errors.JaxRuntimeError as error:
+        needed, available = _parse_out_of_memory(str(error))
+        return report | {"fits": False, "peak": needed, "memory": available, "seconds": time.monotonic() - start}
+    report |= _report_memory(compiled.memory_analysis(), report["memory"])
+    program = hlo.analyse(compiled.as_text(), dict(mesh.shape))
+    return report | {"seconds": time.monotonic() - start, **_report_program(e, program, pod, mode)}
 
 
 def flops_per_token(e: Experiment, topology: str) -> float:
-    """Matrix FLOPs a token of a training step as compiled, of all chips together, recomputation and padding included."""
-    found = run(e, topology)
-    if "flops" not in found:
-        raise ConfigError(f"{topology} is too small: the step needs {found['peak'] / 1e9:.0f} GB a chip; give a larger one")
-    if found["unknown"]:
-        raise ConfigError(f"{topology}: what {', '.join(found['unknown'])} computes its compiler does not say; a TPU's does")
-    return found["flops"] * found["devices"] / found["tokens"]
+    """Returns the matrix FLOPs per token of a compiled training step, summed over all chips, with recomputation and padding."""
+    report = run(e, topology)
+    if "flops" not in report:
+        raise ConfigError(f"{topology} is too small: a training step needs {report['peak'] / 1e9:.0f} GB a chip. "
+                          "Give a larger topology")
+    if report["unknown"]:
+        raise ConfigError(f"the FLOPs of {', '.join(report['unknown'])} are not known on {topology}. Give a TPU topology")
+    return report["flops"] * report["devices"] / report["tokens"]
 
 
-def show(found: dict):
-    """Prints a table."""
-    gb = lambda size: f"{size / 1e9:.2f} GB"
-    spare = found["memory"] - found["peak"]
-    mesh = ", ".join(f"{axis} {n}" for axis, n in found["mesh"].items())
-    table = Table("", "", title=f"{found['mode']} on {found['slices']} x {found['topology']}: {mesh}", show_header=False)
-    verdict = f"fits, {gb(spare)} to spare" if found["fits"] else f"does not fit: needs {gb(found['peak'])}"
-    table.add_row("a chip's memory", f"{verdict} of {gb(found['memory'])}")
-    if "chunks" in found:
-        table.add_row("a run", f"{found['chunk']:,} tokens a row, the last of {found['chunks']:,} such chunks")
-    if "exchanges" in found:
+def show(report: dict):
+    """Prints the report of `run` as tables."""
+    mesh = ", ".join(f"{axis} {size}" for axis, size in report["mesh"].items())
+    table = Table("", "", title=f"{title(report)}: {mesh}", show_header=False)
+    unused = gigabytes(report["memory"] - report["peak"])
+    verdict = f"fits, {unused} unused" if report["fits"] else f"does not fit: needs {gigabytes(report['peak'])}"
+    table.add_row("memory of a chip", f"{verdict} of {gigabytes(report['memory'])}")
+    if "chunks" in report:
+        table.add_row("prefill", f"the last of {report['chunks']:,} chunks of {report['chunk']:,} tokens per row")
+    if "exchanges" in report:
         parts = "arguments", "temporaries", "peak"
-        table.add_row(", ".join(parts), ", ".join(gb(found[part]) for part in parts))
-        times = found["flops"] / found["flops_model"]
-        table.add_row("matrix FLOPs a chip", f"{found['flops']:.4g}, {times:.3f} times the model's"
-                      + "".join(f"; without {n:,} runs of {name}" for name, n in found["unknown"].items()))
-        table.add_row("the model's FLOPs at peak", f"{found['ideal_s']:.4g} s")
-    if "static_s" in found:
-        table.add_row("static estimate, no measured time", f"{found['static_s']:.4g} s: fusions with matrix products "
-                      f"{found['matrix_s']:.4g}, others {found['other_s']:.4g}, kernels at peak {found['kernels_s']:.4g}; "
-                      f"at most {found['ideal_s'] / found['static_s']:.1%} of peak")
-    table.add_row("compiled in", f"{found['seconds']:.0f} s")
+        table.add_row(", ".join(parts), ", ".join(gigabytes(report[part]) for part in parts))
+        without = "".join(f"; without {runs:,} runs of {kernel}" for kernel, runs in report["unknown"].items())
+        ratio = report["flops"] / report["flops_model"]
+        table.add_row("matrix FLOPs of a chip", f"{report['flops']:.4g}, {ratio:.3f} times the model's{without}")
+        table.add_row("time of the model's FLOPs at peak", f"{report['ideal_s']:.4g} s")
+    if "static_s" in report:
+        table.add_row("static estimate, not measured", f"{report['static_s']:.4g} s: fusions with matrix products "
+                      f"{report['matrix_s']:.4g}, others {report['other_s']:.4g}, kernels at peak {report['kernels_s']:.4g}; "
+                      f"MFU at most {report['ideal_s'] / report['static_s']:.1%}")
+    table.add_row("compilation", f"{report['seconds']:.0f} s")
     console = Console()
     console.print(table)
-    if not found.get("exchanges"):
+    if not report.get("exchanges"):
         return
-    table = Table("exchange", "over", "runs", "received a device", "under compute", title="a run on one device")
-    for row in found["exchanges"]:
-        table.add_row(row["kind"], row["axes"], f"{row['runs']:,}", gb(row["bytes"]), f"{row['under'] / row['bytes']:.0%}")
-    table.add_row("all", "", "", gb(sum(row["bytes"] for row in found["exchanges"])), "")
+    table = Table("exchange", "mesh axes", "runs", "received", "overlapped with compute", title="exchanges of one device")
+    for row in report["exchanges"]:
+        table.add_row(row["kind"], row["axes"], f"{row['runs']:,}", gigabytes(row["bytes"]),
+                      f"{row['overlapped'] / row['bytes']:.0%}")
+    table.add_row("all", "", "", gigabytes(received_bytes(report)), "")
     console.print(table)
 
 
-def pod(topology, slices):
-    """The chip's name and the devices of v5p:8x8x8 or h100:64x8, slice by slice."""
+def title(report: dict) -> str:
+    return f"{report['mode']} on {report['slices']} x {report['topology']}"
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def received_bytes(report: dict) -> int:
+    """Returns the bytes that a device receives in all exchanges of a run."""
+    return sum(row["bytes"] for row in report["exchanges"])
+
+
+def describe_pod(topology: str, slices: int) -> Pod:
+    """Returns the pod of CHIP:SHAPE, for example v5p:8x8x8 or h100:64x8 (64 hosts of 8), with `slices` slices.
+
+    Raises:
+      ConfigError: the compiler does not support the topology or is not installed.
+    """
     from jax.experimental.topologies import get_topology_desc
     chip, _, shape = topology.partition(":")
-    if chip not in PODS or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise ConfigError(f"--topology {topology!r} is no CHIP:SHAPE such as v5p:8x8x8 or h100:64x8; chips: {', '.join(PODS)}")
+    if chip not in SUPPORTED_CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise ConfigError(f"--topology {topology!r} is not of the form CHIP:SHAPE, for example v5p:8x8x8 or h100:64x8. "
+                          f"Chips are {', '.join(SUPPORTED_CHIPS)}")
     if slices < 1:
-        raise ConfigError(f"--slices {slices} is no number of slices: it must be at least 1")
+        raise ConfigError(f"--slices {slices} must be at least 1")
     if reason := (ptx if chip == "h100" else schedule).missing():
         raise ConfigError(f"--topology {topology}: {reason}")
     os.environ |= ENVIRONMENT | os.environ
     jax.config.update("jax_platforms", "cpu")
     try:
         if chip == "h100":
-            return chip, get_topology_desc(platform="cuda", topology_name=chip, target_config=ptx.target(chip),
-                                           topology=f"{slices}x{shape}").devices
-        return chip, get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
+            description = get_topology_desc(platform="cuda", topology_name=chip, target_config=ptx.target(chip),
+                                            topology=f"{slices}x{shape}")
+        else:
+            description = get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices)
+        return Pod(topology, slices, chip, [int(extent) for extent in shape.split("x")], description.devices)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        raise ConfigError(f"--topology {topology}: the compiler knows no such pod: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"--topology {topology}: the compiler does not support this topology: "
+                          f"{str(error).splitlines()[0]}") from None
 
 
-def _train(e, mesh):
+def model_config(e: Experiment, mode: str) -> config.Model:
+    """Returns the model's configuration for a mode: prefill and decode drop no tokens and exchange them in one group."""
+    return e.model if mode == "train" else dataclasses.replace(e.model, capacity=0.0, transport=0.0, token_groups=1)
+
+
+def tokens_per_row(e: Experiment, mode: str) -> int:
+    """Returns how many tokens of each row one run processes."""
+    if mode != "prefill":
+        return {"train": e.train.length, "decode": 1}[mode]
+    chunk = min(engine.PREFILL_CHUNKS[0], e.train.length)
+    if e.train.length % chunk:
+        raise ConfigError(f"--mode prefill needs train.length to be a multiple of the chunk of {chunk} tokens, "
+                          f"got train.length={e.train.length}")
+    return chunk
+
+
+def context_length(e: Experiment, mode: str) -> int:
+    """Returns the length of a sequence whose mean FLOPs per token are those of the tokens that one run processes.
+
+    A run processes the last T tokens of a row of length n. They attend to n - T / 2 keys on average, and so do all tokens of a
+    sequence of 2 n - T tokens.
+    """
+    return 2 * e.train.length - tokens_per_row(e, mode)
+
+
+def _compile(e, mesh, mode, platform):
+    arguments_of = {"train": _train_step, "prefill": _prefill_chunk, "decode": _decode_step}[mode]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        function, arguments = arguments_of(e, mesh)
+        lowered = function.trace(*arguments).lower(lowering_platforms=(platform,))
+        return lowered.compile(compiler_options=OPTIONS[platform])
+
+
+def _train_step(e, mesh):
+    """Returns the jitted training step and the shapes and shardings of its arguments."""
     t, v, model, optimizer = e.train, e.model.vision, Model(e.model), optim.adamw(e.train)
     rows = sharding.batch_sharding(mesh, leading=1)
     state = abstract_state(model, optimizer, t, mesh)
-    batch = {name: _array((1, t.batch, t.length), kind, rows) for name, kind in (
+    batch = {name: _array((1, t.batch, t.length), dtype, rows) for name, dtype in (
         ("tokens", jnp.int32), ("targets", jnp.int32), ("segments", jnp.int32), ("positions", jnp.int32),
         ("weights", jnp.float32))}
     if v.layers:
@@ -152,84 +222,77 @@ def _train(e, mesh):
 
 
 def _tiles(e, mesh) -> tuple[int, int]:
-    """Blocks of rows, and a block's tiles where the images' patches fill its rows."""
-    blocks, share = (sharding.size(mesh, axes) for axes in (sharding.ROWS, sharding.TIME))
+    """Returns the number of blocks of rows, and the tiles of a block whose tokens are all from images."""
+    blocks, devices = (sharding.size(mesh, axes) for axes in (sharding.ROWS, sharding.TIME))
     tiles = e.train.batch // blocks * e.train.length // e.model.vision.side ** 2
-    return blocks, share * padded_tiles(-(-tiles // share))
+    return blocks, devices * padded_tiles(-(-tiles // devices))
 
 
-def _prefill(e, mesh):
-    """A chunk of the prompts against the cache of all of them, as `inference.generate` reads them: each is the same program."""
-    model, params, cache = _inference(e, mesh)
-    tokens_BT = _array((e.train.batch, span(e, "prefill")), jnp.int32, sharding.batch_sharding(mesh))
-    kept = jax.tree.map(lambda x: x.sharding, cache)
-    step = jax.jit(functools.partial(engine.prefill, model), donate_argnums=3, out_shardings=kept)
+def _prefill_chunk(e, mesh):
+    """Returns the jitted prefill of one chunk, and its arguments: a cache for whole prompts. All chunks use this program."""
+    model, params, cache, shardings = _inference(e, mesh, "prefill")
+    tokens_BT = _array((e.train.batch, tokens_per_row(e, "prefill")), jnp.int32, sharding.batch_sharding(mesh))
+    step = jax.jit(functools.partial(engine.prefill, model), donate_argnums=3, out_shardings=shardings)
     return step, (params, tokens_BT, tokens_BT, cache)
 
 
-def _decode(e, mesh):
-    """One token a row, the likeliest, behind train.length - 1."""
-    model, params, cache = _inference(e, mesh)
-    kept = jax.tree.map(lambda x: x.sharding, cache)
+def _decode_step(e, mesh):
+    """Returns the jitted decoding of one token per row, and its arguments: a cache of train.length tokens."""
+    model, params, cache, shardings = _inference(e, mesh, "decode")
     token_B = _array((e.train.batch,), jnp.int32, sharding.replicated(mesh))
-    step = jax.jit(functools.partial(engine.decode_step, model), donate_argnums=2, out_shardings=(None, kept))
+    step = jax.jit(functools.partial(engine.decode_step, model), donate_argnums=2, out_shardings=(None, shardings))
     return step, (params, token_B, cache)
 
 
-def _inference(e, mesh):
-    """A model that drops no token, its parameters in the computation's dtype, a cache for the whole length."""
-    c = undropped(e)
-    model = Model(c)
-    params = abstract_params(c)
+def _inference(e, mesh, mode):
+    """Returns the model, its parameters in the dtype it computes in, a cache of train.length tokens, and its shardings."""
+    c = model_config(e, mode)
+    params, cache = abstract_params(c), jax.eval_shape(lambda: empty_cache(c, e.train.batch, e.train.length))
     params = jax.tree.map(lambda x, s: _array(x.shape, c.dtype, s), params, sharding.param_shardings(params, mesh))
-    cache = jax.eval_shape(lambda: empty_cache(c, e.train.batch, e.train.length))
-    return model, params, jax.tree.map(_placed, cache, sharding.cache_shardings(cache, mesh))
+    shardings = sharding.cache_shardings(cache, mesh)
+    return Model(c), params, jax.tree.map(lambda x, s: _array(x.shape, x.dtype, s), cache, shardings), shardings
 
 
-def undropped(e):
-    """The model as inference runs it."""
-    return dataclasses.replace(e.model, capacity=0.0, transport=0.0, token_groups=1)
+def _report_memory(stats, available) -> dict:
+    peak = stats.argument_size_in_bytes + stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return {"fits": peak <= available, "peak": peak, "arguments": stats.argument_size_in_bytes,
+            "temporaries": stats.temp_size_in_bytes}
 
 
-def span(e, mode) -> int:
-    """Tokens of a row that one run takes."""
-    if mode != "prefill":
-        return {"train": e.train.length, "decode": 1}[mode]
-    chunk = min(engine.PREFILL_CHUNKS[0], e.train.length)
-    if e.train.length % chunk:
-        raise ConfigError(f"train.length={e.train.length} is not read in whole chunks: give a multiple of {chunk}")
-    return chunk
+def _report_program(e, program, pod, mode) -> dict:
+    chip, context = CHIPS[pod.chip], context_length(e, mode)
+    per_token = flops_training(e.model, context) if mode == "train" else flops_forward(e.model, context)
+    model = per_token * (e.train.batch * tokens_per_row(e, mode)) / len(pod.devices)
+    report = {"flops": program.flops, "flops_model": model, "ideal_s": model / chip.peak, "unknown": program.unknown,
+              "exchanges": _report_exchanges(program.collectives)}
+    if program.cycles_other:        # programs for TPUs
+        parts = [cycles / chip.tpu.clock for cycles in (program.cycles_matrix, program.cycles_other)]
+        parts.append(program.flops_kernels / chip.peak)
+        report |= dict(zip(("matrix_s", "other_s", "kernels_s"), parts)) | {"static_s": sum(parts)}
+    return report
 
 
-def _model_flops(e, mode, tokens) -> float:
-    """A token's; prefill's and decode's are the last of a row, which see more than the mean."""
-    return flops_training(e.model, tokens) if mode == "train" else flops_forward(e.model, 2 * e.train.length - tokens)
-
-
-def _exchanges(collectives):
-    rows = collections.defaultdict(lambda: {"runs": 0, "bytes": 0, "under": 0})
+def _report_exchanges(collectives) -> list[dict]:
+    """Returns a row for each kind of exchange and its mesh axes: runs, and bytes received, in total and overlapped."""
+    rows = collections.defaultdict(lambda: {"runs": 0, "bytes": 0, "overlapped": 0})
     for c in collectives:
         row = rows[c.kind, c.axes]
         row["runs"] += c.times
         row["bytes"] += c.times * c.bytes
-        row["under"] += c.times * c.bytes * c.overlapped
+        row["overlapped"] += c.times * c.bytes * c.overlapped
     return [{"kind": kind, "axes": axes} | row for (kind, axes), row in
             sorted(rows.items(), key=lambda item: -item[1]["bytes"]) if row["bytes"]]
 
 
-def _refused(message) -> tuple[float, float]:
-    """Bytes needed and there, of a compiler that ran out of memory; any other error goes on."""
+def _parse_out_of_memory(message) -> tuple[float, float]:
+    """Returns the bytes that the program needs and those available. Raises RuntimeError if the message has another subject."""
     size = r"([\d.]+)([KMGT]?)"
     sizes = re.search(rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM \({size}\)", message)
     if not sizes:
         raise RuntimeError(message)
-    needed, unit, there, unit_there = filter(lambda part: part is not None, sizes.groups())
-    return float(needed) * UNITS[unit], float(there) * UNITS[unit_there]
+    needed, needed_unit, available, available_unit = filter(lambda part: part is not None, sizes.groups())
+    return float(needed) * UNITS[needed_unit], float(available) * UNITS[available_unit]
 
 
 def _array(shape, dtype, sharding):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
-def _placed(x, sharding):
-    return _array(x.shape, x.dtype, sharding)

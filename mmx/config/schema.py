@@ -16,7 +16,10 @@ INITS = ("deepnorm", "xavier", "fan_in")
 DTYPES = ("float32", "bfloat16", "float64")
 IMPLS = ("", "xla", "tpu", "gpu", "triton")
 NUMBERS = "numbers:"                # prefix of a tokenizer without a file, followed by its number of ids
-MOST_LAYERS, MOST_HEADS = 10_000, 65_536
+MOST_LAYERS = 10_000
+# of keys of Model; above them JAX's int32 arithmetic would overflow while the model is traced, or tracing would take minutes
+LIMITS = {"layers": MOST_LAYERS, "heads": 65_536, "head_dim": 16_384, "experts": 65_536, "vocab": 2**31 - 1,
+          "window": 2**31 - 1}
 MOST_PIXELS = 1 << 26               # of the tiles that an image is cut into
 IMPLEMENTATION_KEYS = ("impl", "chunk", "remat", "keep_arrived", "token_groups", "ragged")     # of Model: they change the speed
 GRIDS = tuple((rows, columns) for rows in range(1, 7) for columns in range(1, (6, 6, 6, 4, 3, 3)[rows - 1] + 1))
@@ -114,7 +117,7 @@ class Model:
         for name in ("vocab", "dim", "layers", "window", "heads", "kv_heads", "head_dim", "experts", "top_k", "expert_dim",
                      "token_groups"):
             require(getattr(m, name) > 0, f"model.{name}={getattr(m, name)} must be positive")
-        for name, most in (("layers", MOST_LAYERS), ("heads", MOST_HEADS)):
+        for name, most in LIMITS.items():
             require(getattr(m, name) <= most, f"model.{name}={getattr(m, name)} must be at most {most:,}")
         require(m.pattern.isascii() and m.pattern.isalpha(), f"model.pattern={m.pattern!r} must be letters, one for each layer")
         require(m.layers % len(m.pattern) == 0,

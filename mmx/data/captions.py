@@ -38,9 +38,9 @@ def unpack(archive, folder) -> int:
     """
     folder, path = Path(folder), Path(folder) / "captions.jsonl"
     try:
-        with untrusted.opened(archive, sys.maxsize) as raw, tarfile.open(fileobj=raw) as tar:
+        with untrusted.open_file(archive, sys.maxsize) as raw, tarfile.open(fileobj=raw) as tar:
             tar.extractall(folder, filter=_refuse_links)
-        records = [untrusted.loads(line) for line in untrusted.content(path, MAX_BYTES).splitlines() if line.strip()]
+        records = [untrusted.loads(line) for line in untrusted.read_bytes(path, MAX_BYTES).splitlines() if line.strip()]
         lines = [record | {"text": PLACEHOLDER + (record.get("title") or record["name"]), "images": [record["image"]]}
                  for record in records]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()

@@ -152,10 +152,10 @@ def collate(v: Vision, ids_BT, rows: list[list[PreparedImage]], blocks: int = 1,
     Args:
       ids_BT: token ids, with v.token at the image tokens.
       rows: each row's images, in the order of their tokens.
-      blocks: the rows are divided into N equal blocks, each with separate tiles. Places count from the block's first tile.
+      blocks: the rows are divided into equal blocks, each with separate tiles. Places count from the block's first tile.
       tiles_per_block: pads each block to this many tiles. 0: enough for the fullest block, rounded up by `padded_tiles`.
     Returns:
-      places_BT (0 at text tokens) and pixels_NIYXZ.
+      places_BT (0 at text tokens) and pixels_bIYXZ.
     """
     check_has_vision(v)
     places_BT, block_tiles = np.zeros(ids_BT.shape, np.int32), [[] for _ in range(blocks)]
@@ -170,10 +170,10 @@ def collate(v: Vision, ids_BT, rows: list[list[PreparedImage]], blocks: int = 1,
                               f"need {len(places_T)} tokens")
         places_BT[b, is_image_T] = places_T
     tiles_per_block = tiles_per_block or padded_tiles(max(map(len, block_tiles)))
-    pixels_NIYXZ = np.zeros((blocks, tiles_per_block, v.tile, v.tile, 3), np.float32)
-    for pixels_IYXZ, tiles in zip(pixels_NIYXZ, block_tiles):
+    pixels_bIYXZ = np.zeros((blocks, tiles_per_block, v.tile, v.tile, 3), np.float32)
+    for pixels_IYXZ, tiles in zip(pixels_bIYXZ, block_tiles):
         pixels_IYXZ[:len(tiles)] = np.stack(tiles) if tiles else 0
-    return places_BT, pixels_NIYXZ
+    return places_BT, pixels_bIYXZ
 
 
 def padded_tiles(tiles: int) -> int:
@@ -262,8 +262,8 @@ def _open(source, whole: bool = True):
 def _open_file(path, whole: bool, stack):
     """A binary file object; `stack` closes it."""
     if not whole:
-        return stack.enter_context(untrusted.opened(path, FILE_BYTES))
-    raw = untrusted.content(path, FILE_BYTES)
+        return stack.enter_context(untrusted.open_file(path, FILE_BYTES))
+    raw = untrusted.read_bytes(path, FILE_BYTES)
     scans = raw.count(b"\xff\xda") if raw[:2] == b"\xff\xd8" else 0
     if scans > SCANS:
         raise ConfigError(f"image {str(path)!r} is a JPEG of {scans:,} scans, more than the limit of {SCANS}: save it again "

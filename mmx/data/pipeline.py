@@ -142,19 +142,19 @@ class Stream:
 
     def _collate_images(self, tokens_BT, row_images, global_rows) -> dict[str, np.ndarray]:
         """The image part of a batch. `global_rows`: (source, row number) of the rows of all hosts."""
-        tiles_NB = np.array([self._packed[source].tiles(row) for source, row in global_rows]).reshape(self._blocks, -1)
-        most = self._share * images.padded_tiles(-(-int(tiles_NB.sum(1).max()) // self._share))
+        tiles_bB = np.array([self._packed[source].tiles(row) for source, row in global_rows]).reshape(self._blocks, -1)
+        most = self._share * images.padded_tiles(-(-int(tiles_bB.sum(1).max()) // self._share))
         prepared = [images.prepare_all(self.vision, [image for image, _ in row]) for row in row_images]
-        places_BT, pixels_NIYXZ = images.collate(self.vision, tokens_BT, prepared, self._own_blocks, most)
-        ends_NI, rows_per_block = np.full(pixels_NIYXZ.shape[:2], -1, np.int32), len(row_images) // self._own_blocks
-        for n, ends_I in enumerate(ends_NI):
+        places_BT, pixels_bIYXZ = images.collate(self.vision, tokens_BT, prepared, self._own_blocks, most)
+        ends_bI, rows_per_block = np.full(pixels_bIYXZ.shape[:2], -1, np.int32), len(row_images) // self._own_blocks
+        for n, ends_I in enumerate(ends_bI):
             tile = 0
             for b in range(rows_per_block):
                 row = n * rows_per_block + b
                 for (_, end), image in zip(row_images[row], prepared[row]):
                     ends_I[tile] = b * self.train.length + end if end >= 0 else -1
                     tile += len(image.pixels_IYXZ)
-        return {"places": places_BT, "pixels": pixels_NIYXZ, "ends": ends_NI, "tiles": tiles_NB.sum()}
+        return {"places": places_BT, "pixels": pixels_bIYXZ, "ends": ends_bI, "tiles": tiles_bB.sum()}
 
     def state(self) -> dict:
         """The stream's position, for JSON; the same on every host."""

@@ -69,7 +69,7 @@ def _read(source: str) -> list[tuple[str, bytes]]:
 
 def _texts(file: pathlib.Path, name: str) -> list[tuple]:
     try:
-        with untrusted.opened(file, sys.maxsize) as text:
+        with untrusted.open_file(file, sys.maxsize) as text:
             raw = text.read()
     except ConfigError as error:
         raise ConfigError(f"data.sources: {error}") from None
@@ -105,7 +105,7 @@ def _image_text(prompt: bytes, completion: bytes, names, where: str, folder: pat
     if placeholders != len(names):
         raise ConfigError(f"{where}: {images.mismatch_message(placeholders, len(names))}")
     for name in names:
-        if not (folder / name).is_file() or not untrusted.inside(folder / name, folder):
+        if not (folder / name).is_file() or not untrusted.is_inside(folder / name, folder):
             raise ConfigError(f"{where}: no image file {str(folder / name)!r} inside the folder of the .jsonl file")
     return ImageText(prompt, completion, tuple(str(folder / name) for name in names))
 

@@ -66,7 +66,7 @@ class File:
         except ImportError:
             raise ConfigError(f"data.tokenizer={path!r} needs the package tokenizers: pip install tokenizers") from None
         with _one_line_errors(f"data.tokenizer: {path!r} is not 'bytes', 'numbers:COUNT' or a tokenizer.json"):
-            text = untrusted.content(path, untrusted.TOKENIZER_BYTES).decode()
+            text = untrusted.read_bytes(path, untrusted.TOKENIZER_BYTES).decode()
             _check(untrusted.loads(text))
             self._model = tokenizers.Tokenizer.from_str(text)
         self._model.no_truncation()

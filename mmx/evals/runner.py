@@ -155,7 +155,7 @@ def _resume(path: Path, header: dict) -> dict[tuple, dict]:
     Writes `header` if the file is new, and removes an incomplete last line. Raises ConfigError if the file is of another run.
     """
     lines, complete_bytes = [], 0
-    raw = untrusted.content(path, user_files.MAX_BYTES) if path.exists() else b""
+    raw = untrusted.read_bytes(path, user_files.MAX_BYTES) if path.exists() else b""
     if raw and not raw.startswith(b'{"suite"'):
         raise ConfigError(f"{path} does not contain examples of a suite: move it, or give another --out")
     for line in raw.splitlines(keepends=True):

@@ -21,7 +21,7 @@ def find(data: Path | None, name: str, suite: str, folders=("",)) -> Path:
 def read(path: Path):
     """The value in a JSON file."""
     try:
-        return untrusted.loads(untrusted.content(path, MAX_BYTES))
+        return untrusted.loads(untrusted.read_bytes(path, MAX_BYTES))
     except ConfigError:
         raise
     except ValueError as error:
@@ -34,7 +34,7 @@ def records(path: Path) -> list[dict]:
         found = [(path, value) for value in _read_list(path)]
     else:
         found = []
-        for number, line in enumerate(untrusted.content(path, MAX_BYTES).split(b"\n"), 1):
+        for number, line in enumerate(untrusted.read_bytes(path, MAX_BYTES).split(b"\n"), 1):
             if line.strip():
                 try:
                     found.append((f"{path}:{number}", untrusted.loads(line)))

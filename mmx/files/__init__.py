@@ -1,1 +1,1 @@
-"""Files that are written whole, checked, locked, and read within limits."""
+"""Files: atomic writes, checksums, the lock of a workdir, and reading untrusted files within limits."""

@@ -1,4 +1,4 @@
-"""Files that are whole or what they were: what is written stands beside its destination until it is whole."""
+"""Atomic writes: a file is written under a temporary name and renamed once it is complete."""
 import contextlib
 import glob
 import os
@@ -6,33 +6,39 @@ import shutil
 from pathlib import Path
 
 
-def beside(path: Path) -> Path:
-    """Where what will become `path` stands meanwhile; what processes left that were killed amid theirs is removed."""
+def temporary_path(path: Path) -> Path:
+    """The path under which this process writes what will become `path`.
+
+    Removes the temporary files that killed processes left for the same path.
+    """
     own = path.with_name(f"{path.name}.partial-{os.getpid()}")
     for old in path.parent.glob(f"{glob.escape(path.name)}.partial-*"):
-        if old == own or not _runs(old.name.rpartition("-")[2]):
+        if old == own or not _may_be_running(old.name.rpartition("-")[2]):
             remove(old)
     return own
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path, mode: str = "w"):
-    """A file to write ("w": text, "wb": bytes) that takes the place of `path` once it is whole and on disk."""
+    """Opens a file for writing ("w": text, "wb": bytes) that replaces `path` once it is complete and on disk.
+
+    If the block raises, `path` stays as it was.
+    """
     path = Path(path)
-    own = beside(path)
+    temporary = temporary_path(path)
     try:
-        with named(path), own.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+        with add_filename(path), temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        own.replace(path)
+        temporary.replace(path)
     finally:
-        own.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def named(path: str | Path):
-    """An OSError of a file that is open does not say which: one in here does."""
+def add_filename(path: str | Path):
+    """Adds `path` to an OSError that names no file, such as one of a write to an open file."""
     try:
         yield
     except OSError as error:
@@ -41,18 +47,19 @@ def named(path: str | Path):
 
 
 def remove(path: Path) -> None:
-    """A file, or a folder and all in it."""
+    """Removes a file, or a folder with its contents."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def _runs(process: str) -> bool:
+def _may_be_running(process: str) -> bool:
+    """False if no process has this id. True if one has, or if the text is not a process id."""
     try:
         os.kill(int(process), 0)
-    except ProcessLookupError:      # killed amid its work
+    except ProcessLookupError:
         return False
-    except (OSError, ValueError, OverflowError):        # another user's, or no partial of ours
+    except (OSError, ValueError, OverflowError):        # a process of another user, or a file that mmx did not write
         pass
     return True

@@ -1,4 +1,4 @@
-"""checksums.json of a folder: the length and SHA-256 of every file below it, and of that table itself."""
+"""checksums.json: the length and SHA-256 of every file below a folder, and the SHA-256 of this table itself."""
 import concurrent.futures
 import hashlib
 import json
@@ -9,11 +9,14 @@ from pathlib import Path
 from mmx.files import untrusted
 
 NAME = "checksums.json"
-MOST_BYTES = 256 << 20      # of a table: 1,500,000 files
+MOST_BYTES = 256 << 20      # of checksums.json: enough for 1,500,000 files
 
 
 def write(folder: Path) -> None:
-    """What folders below have of their own is taken from there, the rest is read."""
+    """Writes checksums.json of a folder.
+
+    Checksums in folder/*/*/checksums.json are copied; the remaining files are read.
+    """
     table = {}
     for part in sorted(folder.glob(f"*/*/{NAME}")):
         below = part.parent.relative_to(folder).as_posix()
@@ -22,17 +25,17 @@ def write(folder: Path) -> None:
     with concurrent.futures.ThreadPoolExecutor() as threads:
         table |= zip(names, threads.map(_entry, (folder / name for name in names)))
     with (folder / NAME).open("w") as file:
-        json.dump({"sha256": _own(table), "files": table}, file)
+        json.dump({"sha256": _table_digest(table), "files": table}, file)
         file.flush()
         os.fsync(file.fileno())
 
 
 def read(folder: Path) -> dict[str, list] | None:
-    """(bytes, SHA-256) by file; None where the folder has no table. ValueError: the table is damaged."""
+    """[bytes, SHA-256] of each file, or None if the folder has no table. Raises ValueError if the table is damaged."""
     try:
-        with _opened(folder / NAME) as file:
+        with _open(folder / NAME) as file:
             found = untrusted.loads(file.read(MOST_BYTES))
-        if found["sha256"] == _own(found["files"]) and all(map(_plain, *zip(*found["files"].items()))):
+        if found["sha256"] == _table_digest(found["files"]) and all(map(_is_valid, *zip(*found["files"].items()))):
             return found["files"]
     except FileNotFoundError:
         return None
@@ -41,31 +44,34 @@ def read(folder: Path) -> dict[str, list] | None:
     raise ValueError(f"{NAME} is damaged")
 
 
-def fault(folder: Path, below: str = "", share: int = 0, shares: int = 1) -> str:
-    """What of a folder, or of what is `below`, is not as its table says; "" where all is, or no table is there.
+def find_damage(folder: Path, prefix: str = "", share: int = 0, shares: int = 1) -> str:
+    """Compares the files of a folder with its checksums.
 
-    One `share` of `shares` looks at some of the files, largest first.
+    Args:
+      prefix: only files whose name in the table starts with it are compared.
+      share, shares: this call compares files share, share + shares, share + 2 shares, ... of the list sorted by size.
+    Returns:
+      A description of the first difference; "" if there is none, or if the folder has no table.
     """
     try:
         table = read(folder)
     except ValueError as error:
         return str(error)
-    mine = sorted((name for name in table or () if name.startswith(below)), key=lambda name: (-table[name][0], name))
-    mine = mine[share::shares]
+    names = sorted((name for name in table or () if name.startswith(prefix)), key=lambda name: (-table[name][0], name))
 
     def compare(name):
         path, (size, digest) = folder / name, table[name]
         try:
             if (now := path.stat().st_size) != size:
-                return f"{name} has {now:,} bytes of {size:,}"
+                return f"{name} has {now:,} bytes instead of {size:,}"
             return "" if _entry(path)[1] == digest else f"{name} differs from its checksum"
         except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing"
-        except ValueError as error:     # a folder, a pipe, a name with a NUL
+        except ValueError as error:     # a folder, a pipe, or a name with a NUL character
             return f"{name}: {error}"
 
     with concurrent.futures.ThreadPoolExecutor() as threads:
-        found = next(filter(None, threads.map(compare, mine)), "")
+        found = next(filter(None, threads.map(compare, names[share::shares])), "")
         threads.shutdown(cancel_futures=True)
     return found
 
@@ -75,24 +81,25 @@ def _files(folder: Path):
         yield from ((Path(top) / name).relative_to(folder).as_posix() for name in sorted(names))
 
 
-def _opened(path: Path):
-    """A file to read. What may not be read is not damaged: PermissionError; a folder or a pipe is: ValueError."""
+def _open(path: Path):
+    """Opens a regular file. Raises ValueError for anything else, and PermissionError if the file may not be read."""
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("it is no file")
+        raise ValueError("it is not a regular file")
     return path.open("rb")
 
 
 def _entry(path: Path) -> list:
-    with _opened(path) as file:
+    """[bytes, SHA-256] of a file."""
+    with _open(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return [file.tell(), digest]
 
 
-def _plain(name: str, entry) -> bool:
-    """Whether an entry is of a file below, as `write` makes them."""
+def _is_valid(name: str, entry) -> bool:
+    """Whether a table's entry has the form that `write` gives it, and its name stays below the folder."""
     return (isinstance(entry, list) and list(map(type, entry)) == [int, str] and not name.startswith("/")
             and ".." not in name.split("/"))
 
 
-def _own(table: dict) -> str:
+def _table_digest(table: dict) -> str:
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()

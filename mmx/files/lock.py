@@ -1,8 +1,8 @@
-"""One run a workdir: WORKDIR/run.lock says who trains there.
+"""WORKDIR/run.lock: only one run at a time trains in a workdir. The file names the process that does.
 
-The kernel's lock on the file decides on one machine, and where a shared file system carries locks; it ends with its process,
-however that ends. For file systems that do not carry them, the holder renews the file's time: one on another machine that
-has not for SILENT seconds is dead.
+The kernel's lock on the file decides between processes of one machine, and between machines if the shared file system supports
+locks. It ends with its process, however that ends. For file systems without locks, the owner updates the file's modification
+time every HEARTBEAT seconds. An owner on another machine that has not done so for SILENT seconds is taken to be dead.
 """
 import contextlib
 import fcntl
@@ -17,83 +17,87 @@ from pathlib import Path
 from mmx.config import ConfigError
 from mmx.files import atomic, untrusted
 
-BEAT, SILENT = 10, 60       # seconds
+HEARTBEAT, SILENT = 10, 60      # seconds
 
 
 @contextlib.contextmanager
-def held(workdir: str | Path):
-    """WORKDIR is this process's meanwhile; ConfigError says who has it otherwise."""
+def acquire(workdir: str | Path):
+    """Locks WORKDIR for this process while the block runs. Raises ConfigError if another process has it."""
     path = Path(workdir) / "run.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    file, over = _take(path), threading.Event()
+    file, ended = _open_locked(path), threading.Event()
     with file:
         try:
-            with atomic.named(path):
+            with atomic.add_filename(path):
                 file.seek(0)
                 file.truncate()
                 json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T %z")}, file)
                 file.flush()
-            threading.Thread(target=_beat, args=(path, over), daemon=True).start()
+            threading.Thread(target=_send_heartbeats, args=(path, ended), daemon=True).start()
             yield
         finally:
-            over.set()
+            ended.set()
             path.unlink(missing_ok=True)
 
 
-def _take(path: Path):
-    """The open file, locked; what a dead process left there is taken over."""
+def _open_locked(path: Path):
+    """The open and locked file. A lock file that a dead process left is taken over."""
     while True:
         file = path.open("a+")
-        free, local = _lock(file)
-        holder = _holder(file)
+        free, supported = _lock(file)
+        owner = _read_owner(file)
         if not free:
-            raise ConfigError(f"{path.parent} is in use: {_told(holder)}, trains there; wait for its end, or give another "
-                              "--workdir")
-        if holder and not (local and holder.get("host") == socket.gethostname()):
-            _wait(path, holder)
+            raise _in_use(path, owner)
+        if owner and not (supported and owner.get("host") == socket.gethostname()):
+            _wait_for_heartbeat(path, owner)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-        file.close()        # its holder removed it at its end
+        file.close()        # its owner ended and removed the file
 
 
 def _lock(file) -> tuple[bool, bool]:
-    """Whether nobody here holds the file, and whether the kernel could say so."""
+    """(whether no process is known to have the lock, whether the file system supports locks)."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False, True
-    except OSError:         # no locks on this file system
+    except OSError:
         return True, False
     return True, True
 
 
-def _wait(path: Path, holder: dict) -> None:
-    """Until the holder, whom no lock shows, has been silent for long enough."""
-    print(f"mmx: {path.parent} was last held by {_told(holder)}: waiting {SILENT} s for a sign of life", file=sys.stderr)
-    with contextlib.suppress(FileNotFoundError):        # it has ended
-        before, until = path.stat().st_mtime_ns, time.monotonic() + SILENT
-        while time.monotonic() < until:
+def _wait_for_heartbeat(path: Path, owner: dict) -> None:
+    """Waits until the owner has been silent for SILENT seconds. Raises ConfigError if it sends a heartbeat."""
+    print(f"mmx: {path.parent} was last used by {_describe(owner)}: waiting {SILENT} s for a sign of life", file=sys.stderr)
+    with contextlib.suppress(FileNotFoundError):        # the owner ended and removed the file
+        before, end = path.stat().st_mtime_ns, time.monotonic() + SILENT
+        while time.monotonic() < end:
             time.sleep(min(1, SILENT))
             if path.stat().st_mtime_ns != before:
-                raise ConfigError(f"{path.parent} is in use: {_told(holder)}, trains there; wait for its end, or give another "
-                                  "--workdir")
+                raise _in_use(path, owner)
 
 
-def _beat(path: Path, over: threading.Event) -> None:
-    while not over.wait(BEAT):
-        with contextlib.suppress(OSError):      # a full or an absent disk is told by who writes there
+def _send_heartbeats(path: Path, ended: threading.Event) -> None:
+    while not ended.wait(HEARTBEAT):
+        with contextlib.suppress(OSError):      # a full or missing disk is reported by the code that writes the run's files
             os.utime(path)
 
 
-def _holder(file) -> dict:
+def _read_owner(file) -> dict:
+    """The contents of the lock file; {} if they are not a JSON object."""
     file.seek(0)
     try:
-        holder = untrusted.loads(file.read(4096))
+        owner = untrusted.loads(file.read(4096))
     except ValueError:
         return {}
-    return holder if isinstance(holder, dict) else {}
+    return owner if isinstance(owner, dict) else {}
 
 
-def _told(holder: dict) -> str:
-    return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"
+def _in_use(path: Path, owner: dict) -> ConfigError:
+    return ConfigError(f"{path.parent} is in use: {_describe(owner)}, trains there; wait until it ends, or give "
+                       "another --workdir")
+
+
+def _describe(owner: dict) -> str:
+    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}, since {owner.get('since', '?')}"

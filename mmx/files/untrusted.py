@@ -1,10 +1,4 @@
-"""Files of others, read within limits: none takes the memory, the time or the stack of its reader (SECURITY.md has the table).
-
-    opened      a plain file that is not too large; content, its bytes, and text, its UTF-8
-    loads       the value of a JSON text that is neither too deep nor too full
-    check_plain that a folder holds no links, pipes and devices
-    inside      whether a path, links followed, stays in its folder
-"""
+"""Reads untrusted files within limits of memory, time and nesting. SECURITY.md lists the limits of each reader."""
 import contextlib
 import io
 import json
@@ -15,90 +9,93 @@ from pathlib import Path
 
 from mmx.config import ConfigError
 
-JSON_BYTES = 16 << 20       # of a header, an index or a config: 100,000 tensors' names and shapes
+JSON_BYTES = 16 << 20       # of a header, an index or a config: enough for names and shapes of 100,000 tensors
 TOKENIZER_BYTES = 64 << 20
-TEXT_BYTES = 1 << 30        # of a prompt, or of a data set in one text
-VALUES = 8_000_000          # of one JSON text: below 600 MB of Python's objects
-DEPTH = 64
-TOLD = 2000                 # characters of a message
+TEXT_BYTES = 1 << 30        # of a prompt, or of a data set in one text file
+VALUES = 8_000_000          # in one JSON text: less than 600 MB as Python objects
+DEPTH = 64                  # levels of a JSON text
+MESSAGE_LENGTH = 2000       # characters of an error message
 _STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 @contextlib.contextmanager
-def opened(path: str | Path, most: int = JSON_BYTES):
-    """A plain file of at most `most` bytes, to read: no pipe and no device, which may have no end. Raises ConfigError."""
+def open_file(path: str | Path, most: int = JSON_BYTES):
+    """Opens a regular file of at most `most` bytes for reading.
+
+    Raises ConfigError for a larger file, and for pipes and devices, which may never end.
+    """
     try:
         file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:      # ValueError: a NUL
+    except (OSError, ValueError) as error:      # ValueError: the path contains a NUL character
         raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from None
     with file:
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode):
-            raise ConfigError(f"{path} is no file")
-        if about.st_size > most:
-            raise ConfigError(f"{path} has {about.st_size:,} bytes, more than {most:,}: it is not read")
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ConfigError(f"{path} is not a regular file")
+        if status.st_size > most:
+            raise ConfigError(f"{path} has {status.st_size:,} bytes; at most {most:,} are allowed")
         yield file
 
 
-def content(path: str | Path, most: int = JSON_BYTES) -> bytes:
-    """The bytes of a plain file of at most `most`."""
-    with opened(path, most) as file:
+def read_bytes(path: str | Path, most: int = JSON_BYTES) -> bytes:
+    """The contents of a regular file of at most `most` bytes. Raises ConfigError."""
+    with open_file(path, most) as file:
         return file.read(most + 1)[:most]
 
 
-def text(path: str | Path, most: int = TEXT_BYTES) -> str:
-    """The text of a plain file of at most `most` bytes, with the line ends that Python reads. Raises ConfigError."""
+def read_text(path: str | Path, most: int = TEXT_BYTES) -> str:
+    """The UTF-8 text of a regular file of at most `most` bytes; all line ends become "\\n". Raises ConfigError."""
     try:
-        return io.StringIO(content(path, most).decode("utf-8"), newline=None).read()
+        return io.StringIO(read_bytes(path, most).decode("utf-8"), newline=None).read()
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def loads(text: bytes | str):
-    """The value of a JSON text, UTF-8 where it is bytes.
+    """Parses JSON; bytes are decoded as UTF-8.
 
-    Raises ValueError, in a few words, for what is no JSON, names a key of an object twice, or has more than DEPTH levels
-    or VALUES values.
+    Raises ValueError with a short message if the text is not JSON, if an object has a key twice, or if there are more than
+    DEPTH levels or VALUES values.
     """
     text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-    if _separators(text) > VALUES and _separators(_STRINGS.sub("", text)) > VALUES:
+    if _count_separators(text) > VALUES and _count_separators(_STRINGS.sub("", text)) > VALUES:
         raise ValueError(f"more than {VALUES:,} values")
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=_unique_keys)
     except RecursionError:
         raise ValueError(f"nested deeper than {DEPTH} levels") from None
-    if text.count("[") + text.count("{") > DEPTH and _deep(value):
+    if text.count("[") + text.count("{") > DEPTH and _is_too_deep(value):
         raise ValueError(f"nested deeper than {DEPTH} levels")
     return value
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file, within this module's limits."""
+    """The object in a JSON file. Raises ConfigError if it is not one or exceeds this module's limits."""
     try:
-        value = loads(content(path))
+        value = loads(read_bytes(path))
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a JSON object, got {type(value).__name__}")
+        raise ConfigError(f"{path} must contain a JSON object, not {type(value).__name__}")
     return value
 
 
-def _separators(text: str) -> int:
+def _count_separators(text: str) -> int:
     return text.count(",") + text.count("[") + text.count("{")
 
 
-def _unique(pairs: list[tuple]) -> dict:
+def _unique_keys(pairs: list[tuple]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key stands twice in an object")
+        raise ValueError("an object has a key twice")
     return found
 
 
-def _deep(value) -> bool:
+def _is_too_deep(value) -> bool:
     level = [value]
     for _ in range(DEPTH):
         level = [inner for outer in level if isinstance(outer, (list, dict))
@@ -106,35 +103,38 @@ def _deep(value) -> bool:
     return any(isinstance(outer, (list, dict)) for outer in level)
 
 
-def inside(path: Path, folder: Path) -> bool:
-    """Whether a path leads into its folder, or into the blobs of the Hugging Face cache that the folder is a snapshot of."""
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path, with its links resolved, is below `folder`.
+
+    If the folder is a snapshot in the Hugging Face cache, links into that cache's blobs are accepted too.
+    """
     try:
-        place, folder = path.resolve(), folder.resolve()
-    except (OSError, RuntimeError, ValueError):     # a loop of links, a NUL
+        resolved, folder = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError, ValueError):     # a loop of links, or a NUL character
         return False
-    return place.is_relative_to(folder) or (folder.parent.name == "snapshots"
-                                            and place.parent == folder.parent.parent / "blobs")
+    return resolved.is_relative_to(folder) or (folder.parent.name == "snapshots"
+                                            and resolved.parent == folder.parent.parent / "blobs")
 
 
-def own_file(path: Path) -> Path:
-    """A file of a checkpoint; raises ConfigError for a link out of its directory."""
-    if not inside(path, path.parent):
-        raise ConfigError(f"{path} is a link that leads out of its directory: put the file itself there")
+def check_link(path: Path) -> Path:
+    """Returns `path`. Raises ConfigError if it is a link that leads out of its directory."""
+    if not is_inside(path, path.parent):
+        raise ConfigError(f"{path} is a link that leads out of its directory: replace it by the file itself")
     return path
 
 
 def check_plain(folder: Path) -> None:
-    """Raises ConfigError unless all in a folder are plain files and folders: no links, and nothing to wait for."""
+    """Raises ConfigError unless a folder contains only regular files and folders: no links, pipes or devices."""
     for above, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = os.path.join(above, name)
             mode = os.lstat(path).st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise ConfigError(f"{path} is neither a file nor a folder: a checkpoint holds no links")
+                raise ConfigError(f"{path} is neither a file nor a folder: links are not allowed in a checkpoint")
 
 
-def line(message: str) -> str:
-    """A message as one line of at most TOLD characters, none of which moves a terminal's cursor."""
+def one_line(message: str) -> str:
+    """A message as one line of at most MESSAGE_LENGTH characters. Control characters are escaped."""
     text = " ".join(message.split())
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:TOLD + 1])
-    return text if len(text) <= TOLD else f"{text[:TOLD]}..."
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:MESSAGE_LENGTH + 1])
+    return text if len(text) <= MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]}..."

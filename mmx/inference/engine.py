@@ -179,7 +179,7 @@ class Batch:
         chunks = sum(chunk_sizes(len(ids_T) - 1))
         self._reserve(cached + max(chunks, len(ids_T) + request.steps))
         self.cache = caches.insert_row(self.cache, b, self.prefix.cache) if self.prefix else caches.clear_row(self.cache, b)
-        self._prefill(b, ids_T[:-1], places_T, sequence.pixels_NIYXZ)
+        self._prefill(b, ids_T[:-1], places_T, sequence.pixels_bIYXZ)
         self.sequences[b], self.token_B[b], self.remaining_B[b], self.generated_B[b] = sequence, ids_T[-1], request.steps, 0
         sampling = request.sampling
         self.sampling.temperature_B[b], self.sampling.top_p_B[b] = sampling.temperature, sampling.top_p
@@ -204,9 +204,9 @@ class Batch:
                 self.sequences[b], self.remaining_B[b], self.sampling.temperature_B[b] = None, 0, 0
             yield output
 
-    def _prefill(self, b: int, ids_T, places_T, pixels_NIYXZ):
+    def _prefill(self, b: int, ids_T, places_T, pixels_bIYXZ):
         """Reads tokens into the cache of slot b, chunk by chunk."""
-        features, start = None if places_T is None else encode_images(self.config, self.params, pixels_NIYXZ), 0
+        features, start = None if places_T is None else encode_images(self.config, self.params, pixels_bIYXZ), 0
         for size in chunk_sizes(len(ids_T)):
             real = min(size, len(ids_T) - start)
             tokens_1T = np.zeros((1, size), np.int32)

@@ -50,11 +50,11 @@ class Sequence:
         else:
             self.prompt_T = check_ids(c, np.asarray(request.prompt)[None])[0]
         if images:
-            (self.places_T,), self.pixels_NIYXZ = pictures.collate(c.vision, self.prompt_T[None], [images])
+            (self.places_T,), self.pixels_bIYXZ = pictures.collate(c.vision, self.prompt_T[None], [images])
             if self.places_T[-1]:       # decode reads the prompt's last token, and decode has no images
                 raise ConfigError("the prompt ends in an image: add text after the image")
         else:
-            self.places_T, self.pixels_NIYXZ = None, None
+            self.places_T, self.pixels_bIYXZ = None, None
         self.ids: list[int] = []
         self.returned_chars = 0
 

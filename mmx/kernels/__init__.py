@@ -1,18 +1,17 @@
 """Functions on arrays: lightning attention, softmax attention, rotary positions, experts' products, int8 weights.
 
-Axes are named by the letters of `mmx.dims`. These letters are additions, or mean something else in this package than in
-`mmx.dims`:
+Axes are named by the letters of `mmx.dims`. N counts the parts of a sequence: chunks, spans of chunks (lightning/gpu.py) or
+blocks of queries; Q counts the tokens of such a part, or the rows of one block of an expert. Lower-case letters are axes that
+only kernels have:
 
-    N  number of parts that a sequence is cut into: chunks, spans of chunks (lightning/gpu.py) or blocks of queries
-    Q  tokens of one chunk, query rows of one block, or rows of one block of an expert
-    P  tokens of the chunk or block of keys that Q meets
-    U  number of blocks of keys (attention/xla.py)
-    C  boundaries of chunks: before every chunk and after the last, N + 1
-    W  width of an output, K or V (lightning/tpu.py)
-    J  choices of a token: its top-k experts
-    I  rows sorted by expert
-    A  input width of a product with an expert's matrix
-    O  its output width
+    p  tokens of the chunk or block of keys that Q meets
+    u  blocks of keys (attention/xla.py)
+    c  boundaries of chunks: before every chunk and after the last, N + 1
+    w  width of an output, K or V (lightning/tpu.py)
+    j  choices of a token: its top-k experts
+    r  rows sorted by expert
+    i  input width of a product with an expert's matrix
+    o  its output width
 
 `mmx.kernels.lightning` and `mmx.kernels.attention` are imported when they are first used.
 """

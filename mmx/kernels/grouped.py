@@ -27,37 +27,37 @@ IMPLS = ("blocks", "ragged", "gpu")
 
 class Plan(NamedTuple):
     """The order of the sorted rows."""
-    row_MJ: jax.Array               # row of each assignment; past the last row for a dropped assignment
-    token_I: jax.Array              # token of each row; past the last token for an empty row
+    row_Mj: jax.Array               # row of each assignment; past the last row for a dropped assignment
+    token_r: jax.Array              # token of each row; past the last token for an empty row
     blocks_E: jax.Array             # number of blocks of each expert
 
 
-def plan(expert_MJ, rank_MJ, keep_MJ, count_E, block: int) -> Plan:
+def plan(expert_Mj, rank_Mj, keep_Mj, count_E, block: int) -> Plan:
     """Assigns rows to the kept assignments.
 
     Args:
-      expert_MJ: the experts that each token is assigned to.
-      rank_MJ: position of each kept assignment among all kept assignments to its expert, from 0.
-      keep_MJ: whether the assignment is kept.
+      expert_Mj: the experts that each token is assigned to.
+      rank_Mj: position of each kept assignment among all kept assignments to its expert, from 0.
+      keep_Mj: whether the assignment is kept.
       count_E: number of kept assignments of each expert.
       block: rows of a block.
     """
-    M, J = expert_MJ.shape
+    M, J = expert_Mj.shape
     rows = -(-M * J // block) * block + len(count_E) * block
     blocks_E = -(-count_E // block)
     first_E = jnp.cumsum(blocks_E) - blocks_E
-    row_MJ = jnp.where(keep_MJ, first_E[expert_MJ] * block + rank_MJ, rows)
-    tokens_MJ = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32)[:, None], (M, J))
-    token_I = jnp.full(rows, M, jnp.int32).at[row_MJ].set(tokens_MJ, mode="drop", unique_indices=True)
-    return Plan(row_MJ, token_I, blocks_E)
+    row_Mj = jnp.where(keep_Mj, first_E[expert_Mj] * block + rank_Mj, rows)
+    tokens_Mj = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32)[:, None], (M, J))
+    token_r = jnp.full(rows, M, jnp.int32).at[row_Mj].set(tokens_Mj, mode="drop", unique_indices=True)
+    return Plan(row_Mj, token_r, blocks_E)
 
 
-def expert_ffn(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan: Plan, *, block: int, impl: str | None = None):
+def expert_ffn(x_MD, weight_Mj, w1_EDF, w3_EDF, w2_EFD, plan: Plan, *, block: int, impl: str | None = None):
     """Returns y_MD, the weighted sum of the outputs of each token's experts; zero if all its assignments were dropped.
 
     Args:
       x_MD: tokens.
-      weight_MJ: routing weights.
+      weight_Mj: routing weights.
       w1_EDF, w3_EDF, w2_EFD: gate, up and down projections of the experts.
       plan: the result of `plan` for the same `block`.
       block: rows of a block.
@@ -72,14 +72,14 @@ def expert_ffn(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan: Plan, *, block: in
     if impl == "gpu" and refusal:
         raise NotImplementedError(f"impl='gpu': {refusal}")
     if impl == "blocks":
-        return _blocks(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, block)
+        return _blocks(x_MD, weight_Mj, w1_EDF, w3_EDF, w2_EFD, plan, block)
     dot = functools.partial(jax.lax.ragged_dot, group_sizes=plan.blocks_E * block)
     if impl == "gpu":
-        dot = lambda x_IA, w_EAO: grouped_gpu.dot(x_IA, w_EAO, plan.blocks_E, block)
-    return _sorted_rows(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, dot)
+        dot = lambda x_ri, w_Eio: grouped_gpu.dot(x_ri, w_Eio, plan.blocks_E, block)
+    return _sorted_rows(x_MD, weight_Mj, w1_EDF, w3_EDF, w2_EFD, plan, dot)
 
 
-def expert_ffn_unrolled(x_MD, weight_MJ, expert_MJ, w1_EDF, w3_EDF, w2_EFD):
+def expert_ffn_unrolled(x_MD, weight_Mj, expert_Mj, w1_EDF, w3_EDF, w2_EFD):
     """Computes the same as `expert_ffn` for a few tokens, in an unrolled loop over assignments.
 
     Each assignment reads the weights of its expert once. Its products multiply a vector by a matrix: for a product of two
@@ -91,8 +91,8 @@ def expert_ffn_unrolled(x_MD, weight_MJ, expert_MJ, w1_EDF, w3_EDF, w2_EFD):
     def assignment(x_D, e):
         return matvec(jax.nn.silu(matvec(x_D, w1_EDF, e)) * matvec(x_D, w3_EDF, e), w2_EFD, e)
 
-    M, J = expert_MJ.shape
-    return jnp.stack([sum(weight_MJ[m, j].astype(x_MD.dtype) * assignment(x_MD[m], expert_MJ[m, j]) for j in range(J))
+    M, J = expert_Mj.shape
+    return jnp.stack([sum(weight_Mj[m, j].astype(x_MD.dtype) * assignment(x_MD[m], expert_Mj[m, j]) for j in range(J))
                       for m in range(M)])
 
 
@@ -101,55 +101,55 @@ def take(x_MD, index):
     return x_MD.at[index].get(mode="fill", fill_value=0)
 
 
-def _sorted_rows(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, dot):
-    x_ID, weight_I1 = take(x_MD, plan.token_I), _weight_of_rows(weight_MJ, plan)[:, None]
-    h_IF = jax.nn.silu(dot(x_ID, w1_EDF)) * dot(x_ID, w3_EDF)
-    y_ID = dot((weight_I1 * h_IF).astype(h_IF.dtype), w2_EFD)
-    return take(y_ID, plan.row_MJ).sum(1)
+def _sorted_rows(x_MD, weight_Mj, w1_EDF, w3_EDF, w2_EFD, plan, dot):
+    x_rD, weight_r1 = take(x_MD, plan.token_r), _weight_of_rows(weight_Mj, plan)[:, None]
+    h_rF = jax.nn.silu(dot(x_rD, w1_EDF)) * dot(x_rD, w3_EDF)
+    y_rD = dot((weight_r1 * h_rF).astype(h_rF.dtype), w2_EFD)
+    return take(y_rD, plan.row_Mj).sum(1)
 
 
-def _weight_of_rows(weight_MJ, plan):
-    empty_I = jnp.zeros(len(plan.token_I), weight_MJ.dtype)
-    return empty_I.at[plan.row_MJ].set(weight_MJ, mode="drop", unique_indices=True)
+def _weight_of_rows(weight_Mj, plan):
+    empty_r = jnp.zeros(len(plan.token_r), weight_Mj.dtype)
+    return empty_r.at[plan.row_Mj].set(weight_Mj, mode="drop", unique_indices=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _blocks(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, block):
-    return _blocks_forward(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, block)[0]
+def _blocks(x_MD, weight_Mj, w1_EDF, w3_EDF, w2_EFD, plan, block):
+    return _blocks_forward(x_MD, weight_Mj, w1_EDF, w3_EDF, w2_EFD, plan, block)[0]
 
 
-def _blocks_forward(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, block):
-    rows, F = len(plan.token_I), w1_EDF.shape[2]
+def _blocks_forward(x_MD, weight_Mj, w1_EDF, w3_EDF, w2_EFD, plan, block):
+    rows, F = len(plan.token_r), w1_EDF.shape[2]
 
     def body(n, carry):
-        y_ID, up_IF, gate_IF = carry
-        e, x_QD = expert_of_block[n], take(x_MD, _block(plan.token_I, n, block))
+        y_rD, up_rF, gate_rF = carry
+        e, x_QD = expert_of_block[n], take(x_MD, _block(plan.token_r, n, block))
         gate_QF, up_QF = x_QD @ w1_EDF[e], x_QD @ w3_EDF[e]
         y_QD = (jax.nn.silu(gate_QF) * up_QF) @ w2_EFD[e]
-        return _put(y_ID, y_QD, n), _put(up_IF, up_QF, n), _put(gate_IF, gate_QF, n)
+        return _put(y_rD, y_QD, n), _put(up_rF, up_QF, n), _put(gate_rF, gate_QF, n)
 
     expert_of_block = _expert_of_block(plan, block)
     empty = tuple(_zeros((rows, width), x_MD.dtype, plan) for width in (x_MD.shape[1], F, F))
-    y_ID, up_IF, gate_IF = jax.lax.fori_loop(0, plan.blocks_E.sum(), body, empty)
-    y_MD = jnp.einsum("MJ,MJD->MD", weight_MJ.astype(y_ID.dtype), take(y_ID, plan.row_MJ))
-    return y_MD, (x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, up_IF, gate_IF)
+    y_rD, up_rF, gate_rF = jax.lax.fori_loop(0, plan.blocks_E.sum(), body, empty)
+    y_MD = jnp.einsum("Mj,MjD->MD", weight_Mj.astype(y_rD.dtype), take(y_rD, plan.row_Mj))
+    return y_MD, (x_MD, weight_Mj, w1_EDF, w3_EDF, w2_EFD, plan, up_rF, gate_rF)
 
 
 def _blocks_backward(block, residuals, dy_MD):
-    x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, plan, up_IF, gate_IF = residuals
-    expert_of_block, rows = _expert_of_block(plan, block), len(plan.token_I)
-    weight_I = _weight_of_rows(weight_MJ, plan)
+    x_MD, weight_Mj, w1_EDF, w3_EDF, w2_EFD, plan, up_rF, gate_rF = residuals
+    expert_of_block, rows = _expert_of_block(plan, block), len(plan.token_r)
+    weight_r = _weight_of_rows(weight_Mj, plan)
 
     def body(n, carry):
-        dx_ID, dweight_I, dw1_EDF, dw3_EDF, dw2_EFD = carry
-        e, token_Q = expert_of_block[n], _block(plan.token_I, n, block)
+        dx_rD, dweight_r, dw1_EDF, dw3_EDF, dw2_EFD = carry
+        e, token_Q = expert_of_block[n], _block(plan.token_r, n, block)
         x_QD, dy_QD = take(x_MD, token_Q), take(dy_MD, token_Q)
-        gate_QF, up_QF, weight_Q1 = (_block(a, n, block) for a in (gate_IF, up_IF, weight_I[:, None]))
+        gate_QF, up_QF, weight_Q1 = (_block(a, n, block) for a in (gate_rF, up_rF, weight_r[:, None]))
         sigmoid_QF = jax.nn.sigmoid(gate_QF)
         silu_QF = gate_QF * sigmoid_QF
         h_QF = silu_QF * up_QF
         dh_QF = dy_QD @ w2_EFD[e].T
-        dweight_Q = jnp.sum(h_QF * dh_QF, axis=1, dtype=weight_I.dtype)
+        dweight_Q = jnp.sum(h_QF * dh_QF, axis=1, dtype=weight_r.dtype)
         weight_Q1 = weight_Q1.astype(h_QF.dtype)
         dup_QF = weight_Q1 * dh_QF * silu_QF
         dgate_QF = weight_Q1 * dh_QF * up_QF * (sigmoid_QF + silu_QF * (1 - sigmoid_QF))
@@ -157,13 +157,13 @@ def _blocks_backward(block, residuals, dy_MD):
         dw1_EDF = dw1_EDF.at[e].add(_outer(x_QD, dgate_QF))
         dw3_EDF = dw3_EDF.at[e].add(_outer(x_QD, dup_QF))
         dw2_EFD = dw2_EFD.at[e].add(_outer(weight_Q1 * h_QF, dy_QD))
-        return _put(dx_ID, dx_QD, n), _put(dweight_I, dweight_Q, n), dw1_EDF, dw3_EDF, dw2_EFD
+        return _put(dx_rD, dx_QD, n), _put(dweight_r, dweight_Q, n), dw1_EDF, dw3_EDF, dw2_EFD
 
     sums = [_zeros(w.shape, wide_dtype(w.dtype), plan) for w in (w1_EDF, w3_EDF, w2_EFD)]
-    start = (_zeros((rows, x_MD.shape[1]), x_MD.dtype, plan), _zeros(rows, weight_I.dtype, plan), *sums)
-    dx_ID, dweight_I, *dw = jax.lax.fori_loop(0, plan.blocks_E.sum(), body, start)
-    dx_MD = take(dx_ID, plan.row_MJ).sum(1)
-    return dx_MD, take(dweight_I, plan.row_MJ), *(d.astype(w1_EDF.dtype) for d in dw), None
+    start = (_zeros((rows, x_MD.shape[1]), x_MD.dtype, plan), _zeros(rows, weight_r.dtype, plan), *sums)
+    dx_rD, dweight_r, *dw = jax.lax.fori_loop(0, plan.blocks_E.sum(), body, start)
+    dx_MD = take(dx_rD, plan.row_Mj).sum(1)
+    return dx_MD, take(dweight_r, plan.row_Mj), *(d.astype(w1_EDF.dtype) for d in dw), None
 
 
 _blocks.defvjp(_blocks_forward, _blocks_backward)
@@ -174,7 +174,7 @@ def _outer(x_QD, y_QF):
 
 
 def _expert_of_block(plan, block):
-    blocks = len(plan.token_I) // block
+    blocks = len(plan.token_r) // block
     return jnp.searchsorted(jnp.cumsum(plan.blocks_E), jnp.arange(blocks), side="right", method="compare_all")
 
 

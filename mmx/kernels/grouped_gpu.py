@@ -31,44 +31,44 @@ class Tile(NamedTuple):
 TILES = {"bfloat16": Tile(128, 64, 8, 3), "float32": Tile(32, 16, 8, 1)}
 
 
-def refusal(x_IA, w_EAO, block: int) -> str:
+def refusal(x_ri, w_Eio, block: int) -> str:
     """Returns why the kernels cannot run here or on these arrays; empty if they can."""
-    A, O = w_EAO.shape[1:]
+    A, O = w_Eio.shape[1:]
     if A % GRANULE or O % GRANULE or block % GRANULE:
         return f"matrices of {A} x {O}, blocks of {block} rows: the GPU kernel supports multiples of {GRANULE}"
-    if x_IA.dtype.name not in TILES or w_EAO.dtype != x_IA.dtype:
-        return f"rows are {x_IA.dtype}, matrices {w_EAO.dtype}: the GPU kernel supports bfloat16 or float32 for both"
-    return platform.refusal("gpu", x_IA)
+    if x_ri.dtype.name not in TILES or w_Eio.dtype != x_ri.dtype:
+        return f"rows are {x_ri.dtype}, matrices {w_Eio.dtype}: the GPU kernel supports bfloat16 or float32 for both"
+    return platform.refusal("gpu", x_ri)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def dot(x_IA, w_EAO, blocks_E, block: int, interpret=False):
-    """Returns y_IO, the product of each row with the matrix of its expert.
+def dot(x_ri, w_Eio, blocks_E, block: int, interpret=False):
+    """Returns y_ro, the product of each row with the matrix of its expert.
 
     Expert e owns `blocks_E[e]` consecutive blocks of `block` rows, in the order of the experts. Rows after the last of these
     blocks give zero.
     """
-    return _rows(x_IA, w_EAO, blocks_E, block, False, interpret)
+    return _rows(x_ri, w_Eio, blocks_E, block, False, interpret)
 
 
-def _forward(x_IA, w_EAO, blocks_E, block, interpret):
-    return _rows(x_IA, w_EAO, blocks_E, block, False, interpret), (x_IA, w_EAO, blocks_E)
+def _forward(x_ri, w_Eio, blocks_E, block, interpret):
+    return _rows(x_ri, w_Eio, blocks_E, block, False, interpret), (x_ri, w_Eio, blocks_E)
 
 
-def _backward(block, interpret, residuals, dy_IO):
-    x_IA, w_EAO, blocks_E = residuals
-    return (_rows(dy_IO, w_EAO, blocks_E, block, True, interpret),
-            _matrices(x_IA, dy_IO, blocks_E, block, w_EAO.dtype, interpret), None)
+def _backward(block, interpret, residuals, dy_ro):
+    x_ri, w_Eio, blocks_E = residuals
+    return (_rows(dy_ro, w_Eio, blocks_E, block, True, interpret),
+            _matrices(x_ri, dy_ro, blocks_E, block, w_Eio.dtype, interpret), None)
 
 
 dot.defvjp(_forward, _backward)
 
 
-def _rows(x_IA, w_EAO, blocks_E, block, transposed, interpret):
-    """Returns x W_e for each row or, if `transposed`, x W_e^T; w is then w_EOA."""
-    I, A = x_IA.shape
-    O = w_EAO.shape[1 if transposed else 2]
-    tile = TILES[x_IA.dtype.name]
+def _rows(x_ri, w_Eio, blocks_E, block, transposed, interpret):
+    """Returns x W_e for each row or, if `transposed`, x W_e^T; w is then w_Eoi."""
+    I, A = x_ri.shape
+    O = w_Eio.shape[1 if transposed else 2]
+    tile = TILES[x_ri.dtype.name]
     columns, depth = _divisor(O, tile.columns), _divisor(A, tile.depth)
 
     def kernel(ends_ref, x_ref, w_ref, y_ref):
@@ -78,49 +78,49 @@ def _rows(x_IA, w_EAO, blocks_E, block, transposed, interpret):
 
         @pl.when(expert < E)
         def _():
-            def step(i, y_QO):
+            def step(i, y_Qo):
                 terms = pl.ds(i * depth, depth)
                 w = plgpu.load(w_ref.at[(expert, output_columns, terms) if transposed else (expert, terms, output_columns)])
-                return y_QO + products.dot(plgpu.load(x_ref.at[:, terms]), w, 1, 1 if transposed else 0)
-            y_QO = jax.lax.fori_loop(0, A // depth, step, jnp.zeros(y_ref.shape, jnp.float32))
-            y_ref[...] = y_QO.astype(y_ref.dtype)
+                return y_Qo + products.dot(plgpu.load(x_ref.at[:, terms]), w, 1, 1 if transposed else 0)
+            y_Qo = jax.lax.fori_loop(0, A // depth, step, jnp.zeros(y_ref.shape, jnp.float32))
+            y_ref[...] = y_Qo.astype(y_ref.dtype)
 
         @pl.when(expert >= E)
         def _():
             y_ref[...] = jnp.zeros_like(y_ref)
-    E = w_EAO.shape[0]
+    E = w_Eio.shape[0]
     whole = lambda shape: pl.BlockSpec(shape, lambda c, n: (0,) * len(shape))
     return pl.pallas_call(
         kernel, grid=(O // columns, I // block),
-        in_specs=[whole((pl.next_power_of_2(E),)), pl.BlockSpec((block, A), lambda c, n: (n, 0)), whole(w_EAO.shape)],
-        out_specs=pl.BlockSpec((block, columns), lambda c, n: (n, c)), out_shape=_shape_like(x_IA, (I, O), x_IA.dtype),
-        compiler_params=_compiler_params(x_IA), interpret=interpret, name="grouped_rows")(jnp.cumsum(blocks_E), x_IA, w_EAO)
+        in_specs=[whole((pl.next_power_of_2(E),)), pl.BlockSpec((block, A), lambda c, n: (n, 0)), whole(w_Eio.shape)],
+        out_specs=pl.BlockSpec((block, columns), lambda c, n: (n, c)), out_shape=_shape_like(x_ri, (I, O), x_ri.dtype),
+        compiler_params=_compiler_params(x_ri), interpret=interpret, name="grouped_rows")(jnp.cumsum(blocks_E), x_ri, w_Eio)
 
 
-def _matrices(x_IA, dy_IO, blocks_E, block, dtype, interpret):
+def _matrices(x_ri, dy_ro, blocks_E, block, dtype, interpret):
     """Returns dW_EAO."""
-    I, A = x_IA.shape
-    O, E = dy_IO.shape[1], len(blocks_E)
-    tile = TILES[x_IA.dtype.name]
-    tile_A, tile_O, depth = _divisor(A, tile.columns), _divisor(O, tile.columns), _divisor(block, tile.depth)
+    I, A = x_ri.shape
+    O, E = dy_ro.shape[1], len(blocks_E)
+    tile = TILES[x_ri.dtype.name]
+    tile_i, tile_o, depth = _divisor(A, tile.columns), _divisor(O, tile.columns), _divisor(block, tile.depth)
 
     def kernel(ends_ref, blocks_ref, x_ref, dy_ref, dw_ref):
         last = ends_ref[...] * (block // depth)
 
-        def step(n, dw_AO):
+        def step(n, dw_io):
             rows = pl.ds(n * depth, depth)
-            return dw_AO + products.dot(plgpu.load(x_ref.at[rows, :]), plgpu.load(dy_ref.at[rows, :]), 0, 0)
+            return dw_io + products.dot(plgpu.load(x_ref.at[rows, :]), plgpu.load(dy_ref.at[rows, :]), 0, 0)
         first = last - blocks_ref[...] * (block // depth)
-        dw_AO = jax.lax.fori_loop(first, last, step, jnp.zeros(dw_ref.shape, jnp.float32))
-        dw_ref[...] = dw_AO.astype(dw_ref.dtype)
+        dw_io = jax.lax.fori_loop(first, last, step, jnp.zeros(dw_ref.shape, jnp.float32))
+        dw_ref[...] = dw_io.astype(dw_ref.dtype)
     scalar = pl.BlockSpec((None,), lambda a, o, e: (e,))
     return pl.pallas_call(
-        kernel, grid=(A // tile_A, O // tile_O, E),
-        in_specs=[scalar, scalar, pl.BlockSpec((I, tile_A), lambda a, o, e: (0, a)),
-                  pl.BlockSpec((I, tile_O), lambda a, o, e: (0, o))],
-        out_specs=pl.BlockSpec((None, tile_A, tile_O), lambda a, o, e: (e, a, o)),
-        out_shape=_shape_like(x_IA, (E, A, O), dtype), compiler_params=_compiler_params(x_IA), interpret=interpret,
-        name="grouped_matrices")(jnp.cumsum(blocks_E), blocks_E, x_IA, dy_IO)
+        kernel, grid=(A // tile_i, O // tile_o, E),
+        in_specs=[scalar, scalar, pl.BlockSpec((I, tile_i), lambda a, o, e: (0, a)),
+                  pl.BlockSpec((I, tile_o), lambda a, o, e: (0, o))],
+        out_specs=pl.BlockSpec((None, tile_i, tile_o), lambda a, o, e: (e, a, o)),
+        out_shape=_shape_like(x_ri, (E, A, O), dtype), compiler_params=_compiler_params(x_ri), interpret=interpret,
+        name="grouped_matrices")(jnp.cumsum(blocks_E), blocks_E, x_ri, dy_ro)
 
 
 def _divisor(side, largest):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mmx import config
 from mmx.dims import axes_of
+from mmx.kernels.dtypes import widen
 from mmx.kernels.int8 import dequantize
 
 
@@ -85,6 +86,6 @@ def cache_entry(c: config.Model, name: str, dtype) -> jax.ShapeDtypeStruct:
 
 def rms_norm(x_BTD, scale_D, eps: float):
     """x / rms(x) in float32, cast back to x's dtype, then scaled (docs/model.md section 2)."""
-    wide_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
+    wide_BTD = widen(x_BTD)
     rms_BT1 = jax.lax.rsqrt(jnp.mean(wide_BTD ** 2, axis=-1, keepdims=True) + eps)
     return (wide_BTD * rms_BT1).astype(x_BTD.dtype) * scale_D

@@ -7,10 +7,10 @@ kernel. Both share SiLU, norm and gate. The decode kernel has no Triton form: a 
 GPU kernel.
 """
 import flax.linen as nn
-import jax.numpy as jnp
 import numpy as np
 
 from mmx import config
+from mmx.kernels.dtypes import wide_dtype
 from mmx.kernels.lightning import decode
 from mmx.layers.common import Context, Kind, Layout, Released, cache_entry, param
 from mmx.parallel import attention
@@ -60,7 +60,7 @@ def log_decay(c: config.Model, layer: int) -> list[float]:
 
 
 def _cache(c: config.Model, kv_dtype: str):
-    return {"state_BHKV": cache_entry(c, "state_BHKV", jnp.promote_types(c.dtype, jnp.float32))}
+    return {"state_BHKV": cache_entry(c, "state_BHKV", wide_dtype(c.dtype))}
 
 
 KIND = Kind(
@@ -68,7 +68,7 @@ KIND = Kind(
     mixer=Lightning,
     cache=_cache,
     flops=lambda c, length: 4 * c.heads * c.head_dim ** 2,       # the recurrence: the state's update, and reading it
-    constants=lambda c, layer: np.array(log_decay(c, layer), jnp.promote_types(c.dtype, jnp.float32)),
+    constants=lambda c, layer: np.array(log_decay(c, layer), wide_dtype(c.dtype)),
     residual="lightning",
     keys=("head_norm_eps", "alpha_lightning", "beta_lightning"),
     splits_time=True,

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx import config
+from mmx.kernels.dtypes import widen
 from mmx.parallel.sharding import constrain_tiles, replicate
 
 
@@ -30,7 +31,7 @@ def extents(c: config.Model) -> dict[str, int]:
             "U": v.hidden, "O": c.dim, "D": c.dim, "L": v.layers}
 
 
-def param(module: nn.Module, name: str, fan_in: str = ""):
+def vit_param(module: nn.Module, name: str, fan_in: str = ""):
     """Creates the parameter `name`, which ends in its axes; returns it in the computation's dtype, gathered on every device.
 
     The initial values are normal with variance 1/fan_in. Without `fan_in` they are ones for the scale of a norm, else zeros.
@@ -45,11 +46,11 @@ def param(module: nn.Module, name: str, fan_in: str = ""):
 
 def layer_norm(module: nn.Module, x_IPJ, name: str = ""):
     """Returns (x - mean) / deviation, computed in float32 and cast back, scaled and shifted by the module's parameters."""
-    wide_IPJ = x_IPJ.astype(jnp.promote_types(x_IPJ.dtype, jnp.float32))
+    wide_IPJ = widen(x_IPJ)
     centred_IPJ = wide_IPJ - jnp.mean(wide_IPJ, axis=-1, keepdims=True)
     variance_IP1 = jnp.mean(centred_IPJ ** 2, axis=-1, keepdims=True)
     u_IPJ = centred_IPJ * jax.lax.rsqrt(variance_IP1 + module.config.vision.norm_eps)
-    return u_IPJ.astype(x_IPJ.dtype) * param(module, f"norm{name}_J") + param(module, f"shift{name}_J")
+    return u_IPJ.astype(x_IPJ.dtype) * vit_param(module, f"norm{name}_J") + vit_param(module, f"shift{name}_J")
 
 
 class Block(nn.Module):
@@ -57,7 +58,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_IPJ, _):
-        own = functools.partial(param, self)
+        own = functools.partial(vit_param, self)
         u_IPJ = layer_norm(self, x_IPJ, "_attention")
         q_IPAK, k_IPAK, v_IPAK = (jnp.einsum("IPJ,JAK->IPAK", u_IPJ, own(f"{name}_JAK", "J")) + own(f"{name}_AK")
                                   for name in "qkv")
@@ -72,15 +73,15 @@ class Vision(nn.Module):
     config: config.Model
 
     @nn.compact
-    def __call__(self, pixels_NIYXZ):
-        """Returns newline_D and patches_NMD: the M patches of each block's tiles, tile by tile and line by line.
+    def __call__(self, pixels_bIYXZ):
+        """Returns newline_D and patches_bpD: the p patches of each block's tiles, tile by tile and line by line.
 
-        `pixels_NIYXZ` contains the tiles of N equal blocks of a batch's rows.
+        `pixels_bIYXZ` contains the tiles of b equal blocks of a batch's rows.
         """
-        c, own = self.config, functools.partial(param, self)
-        v, blocks, tiles = c.vision, len(pixels_NIYXZ), math.prod(pixels_NIYXZ.shape[:2])
+        c, own = self.config, functools.partial(vit_param, self)
+        v, blocks, tiles = c.vision, len(pixels_bIYXZ), math.prod(pixels_bIYXZ.shape[:2])
         # r lines and c columns of patches
-        split = pixels_NIYXZ.astype(c.dtype).reshape(tiles, v.side, v.patch, v.side, v.patch, 3)
+        split = pixels_bIYXZ.astype(c.dtype).reshape(tiles, v.side, v.patch, v.side, v.patch, 3)
         patches_IPJ = jnp.einsum("IrYcXZ,YXZJ->IrcJ", split, own("patch_YXZJ", "YXZ")).reshape(tiles, v.side ** 2, v.dim)
         class_IPJ = jnp.broadcast_to(own("class_J", "J"), (tiles, 1, v.dim))
         x_IPJ = layer_norm(self, jnp.concatenate([class_IPJ, constrain_tiles(patches_IPJ)], axis=1) + own("place_PJ", "J"))

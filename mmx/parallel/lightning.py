@@ -35,6 +35,7 @@ from jax import lax
 
 from mmx.dims import check
 from mmx.kernels import lightning
+from mmx.kernels.dtypes import wide_dtype
 
 
 class Kernel(NamedTuple):
@@ -68,7 +69,7 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, axis, segments_B
       o_BHTV, and the state after the last real token of all devices, the same on every device of `axis`.
     """
     (B, H, _, K), V = q_BHTK.shape, v_BHTV.shape[3]
-    dtype = jnp.promote_types(q_BHTK.dtype, jnp.float32)
+    dtype = wide_dtype(q_BHTK.dtype)
     state_BHKV = jnp.zeros((B, H, K, V), dtype) if state_BHKV is None else state_BHKV.astype(dtype)
     check(state_BHKV, "BHKV", "state_BHKV", B=B, H=H, K=K, V=V)
     # Over other mesh axes (rows, heads) the state varies as the tokens do, and its gradient with it.

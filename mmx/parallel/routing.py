@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mmx.kernels.dtypes import wide_dtype
+
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
@@ -50,7 +52,7 @@ def choose(x_MD, router_DE, top_k: int):
 
     The router computes in float32: a rounding error could change the chosen experts.
     """
-    wide = jnp.promote_types(x_MD.dtype, jnp.float32)
+    wide = wide_dtype(x_MD.dtype)
     logits_ME = x_MD.astype(wide) @ router_DE.astype(wide)
     prob_ME = jax.nn.softmax(logits_ME)
     top_Mj, expert_Mj = jax.lax.top_k(logits_ME, top_k)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx import config
+from mmx.kernels.dtypes import wide_dtype
 from mmx.model import encode_images
 from mmx.parallel.routing import balance_loss
 from mmx.parallel.vocabulary import cross_entropy
@@ -30,21 +31,22 @@ def router_losses(stats, c: config.Model):
     return balance_L.mean(), stats["z"].mean()
 
 
-def contrastive_loss(ends_NI, x_BTD, patches_NMD):
+def contrastive_loss(ends_bI, x_BTD, patches_bpD):
     """The mean loss over all pairs of an image and its caption; 0 without any.
 
     Args:
-      ends_NI: where the caption of a tile ends in its block of rows, an index into [B / N * T]; -1: the tile has no caption.
+      ends_bI: where the caption of a tile ends in its block of rows, an index into [B / b * T]; -1: the tile has no caption.
       x_BTD: the last hidden states.
-      patches_NMD: the projected patches, tile after tile.
+      patches_bpD: the projected patches, tile after tile.
     """
-    (N, I), D = ends_NI.shape, x_BTD.shape[2]
-    dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
-    image_ID = patches_NMD.reshape(N * I, -1, D).mean(1, dtype=dtype)       # from here on I counts the tiles of all blocks
-    text_ID = jnp.take_along_axis(x_BTD.reshape(N, -1, D), jnp.maximum(ends_NI, 0)[..., None], axis=1).reshape(N * I, D)
+    (blocks, I), D = ends_bI.shape, x_BTD.shape[2]
+    dtype = wide_dtype(x_BTD.dtype)
+    image_ID = patches_bpD.reshape(blocks * I, -1, D).mean(1, dtype=dtype)       # from here on I counts the tiles of all blocks
+    text_bID = jnp.take_along_axis(x_BTD.reshape(blocks, -1, D), jnp.maximum(ends_bI, 0)[..., None], axis=1)
+    text_ID = text_bID.reshape(blocks * I, D)
     image_ID, text_ID = (x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-6)
                          for x in (image_ID, text_ID.astype(dtype)))
-    paired_I = ends_NI.ravel() >= 0
+    paired_I = ends_bI.ravel() >= 0
     logits_II = jnp.where(paired_I[:, None] & paired_I, image_ID @ text_ID.T / TEMPERATURE, -1e9)
     nats_I = jax.nn.logsumexp(logits_II, 0) + jax.nn.logsumexp(logits_II, 1) - 2 * jnp.diagonal(logits_II)
     return jnp.sum(nats_I * paired_I) / jnp.maximum(paired_I.sum(), 1)
@@ -57,7 +59,7 @@ def loss(model, params, batch, loss_chunk: int, contrastive: float = 0.0):
 
     Args:
       batch: tokens, targets, segments, positions and weights, each [B, T]; with images also places [B, T], pixels
-        [N, I, Y, X, Z] and ends [N, I] (`data.pipeline`).
+        [b, I, Y, X, Z] and ends [b, I] (`data.pipeline`).
       loss_chunk: how many rows of logits exist at a time.
       contrastive: weight of the contrastive loss.
     """
@@ -66,7 +68,7 @@ def loss(model, params, batch, loss_chunk: int, contrastive: float = 0.0):
         image_arguments = {"places_BT": batch["places"], "images": encode_images(c, params, batch["pixels"])}
     x_BTD, _, stats = model.apply({"params": params}, batch["tokens"], batch["segments"], batch["positions"],
                                   **image_arguments)
-    weights_BT = batch["weights"].astype(jnp.promote_types(c.dtype, jnp.float32))       # the dtype of the logits
+    weights_BT = batch["weights"].astype(wide_dtype(c.dtype))       # the dtype of the logits
     count = weights_BT.sum()
     nats_B = cross_entropy(x_BTD, params["head_WD"], batch["targets"], weights_BT, loss_chunk)
     nats = nats_B.sum() / jnp.maximum(count, 1)

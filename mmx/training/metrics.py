@@ -94,7 +94,7 @@ class Log:
         """Writes a step's record; to TensorBoard, with each layer's expert load and drop rate, only where `board` is true."""
         if not self.file:
             return
-        with atomic.named(self.path):
+        with atomic.add_filename(self.path):
             self.file.write(_line(record))
         remaining = f", {max(0, self.seconds - record['seconds']):.0f} s left" if self.seconds else ""
         self.bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
@@ -130,7 +130,7 @@ class Log:
     def flush(self):
         """Forces metrics.jsonl to disk; raises the error of a TensorBoard event that could not be written."""
         if self.file:
-            with atomic.named(self.path):
+            with atomic.add_filename(self.path):
                 self.file.flush()
                 os.fsync(self.file.fileno())
         if self.board:
@@ -148,7 +148,7 @@ class Log:
             if self.board:
                 stack.callback(self.board.close)
             if self.file:
-                stack.enter_context(atomic.named(self.path))
+                stack.enter_context(atomic.add_filename(self.path))
                 stack.callback(self.file.close)
                 self.flush()
 
@@ -181,7 +181,7 @@ def read(workdir: Path, *names: str) -> list[dict]:
     Reading stops at the first damaged line. Raises ConfigError where the file is not regular or has more than MOST_BYTES.
     """
     path, records = workdir / "metrics.jsonl", []
-    for line in untrusted.content(path, MOST_BYTES).splitlines() if path.exists() else ():
+    for line in untrusted.read_bytes(path, MOST_BYTES).splitlines() if path.exists() else ():
         try:
             records.append(_parse(line))
         except ValueError:
@@ -194,7 +194,7 @@ def latest(workdir: Path) -> dict | None:
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return None
-    with untrusted.opened(path, sys.maxsize) as file:
+    with untrusted.open_file(path, sys.maxsize) as file:
         file.seek(max(0, path.stat().st_size - 2**20))
         lines = file.read(2**20).split(b"\n")[:-1]
     try:
@@ -231,7 +231,7 @@ def _map(value, function):
 def _truncate(path: Path, step: int):
     """Removes the lines of steps after `step`, and all lines after the first damaged one; the others keep their bytes."""
     with contextlib.ExitStack() as stack:
-        lines = stack.enter_context(untrusted.opened(path, sys.maxsize)) if path.exists() else ()
+        lines = stack.enter_context(untrusted.open_file(path, sys.maxsize)) if path.exists() else ()
         file = stack.enter_context(atomic.replacing(path, "wb"))
         for line in lines:
             try:

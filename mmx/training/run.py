@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from mmx import mesh as meshes
 from mmx.checkpoints import convert
-from mmx.checkpoints.manager import Checkpoints, agreed, check_config, find_step
+from mmx.checkpoints.manager import Checkpoints, check_config, find_step, first_problem
 from mmx.config import ConfigError, Experiment, to_json
 from mmx.data import images, pipeline, tokens
 from mmx.files import lock
@@ -140,13 +140,13 @@ class InitialCheckpoints(NamedTuple):
 def open_initial_checkpoints(e: Experiment, workdir: Path) -> InitialCheckpoints:
     """Opens the checkpoints that the experiment names. Raises ConfigError where one does not fit the model."""
     t, new = e.train, not find_step(workdir)
-    return InitialCheckpoints(convert.open_start(t.init_from, e.model) if t.init_from and new else None,
-                              convert.open_vision(t.init_vision, e.model) if t.init_vision and new else None)
+    return InitialCheckpoints(convert.open_initial(t.init_from, e.model) if t.init_from and new else None,
+                              convert.open_initial_vision(t.init_vision, e.model) if t.init_vision and new else None)
 
 
 def warn_of_differences(e: Experiment, initial: InitialCheckpoints, log: Log, step: int) -> None:
     """Logs the settings that make the model of train.init_from compute something else with the same parameters."""
-    if initial.params and (different := convert.differ(initial.params.model, e.model)):
+    if initial.params and (different := convert.differing_settings(initial.params.model, e.model)):
         log.message(f"train.init_from={e.train.init_from!r} was trained with other settings: {', '.join(different)}", step)
 
 
@@ -157,10 +157,10 @@ def lock_workdir(workdir: Path):
         problem = ""
         if jax.process_index() == 0:
             try:
-                stack.enter_context(lock.held(workdir))
+                stack.enter_context(lock.acquire(workdir))
             except ConfigError as error:
                 problem = str(error)
-        if problem := agreed(problem):
+        if problem := first_problem(problem):
             raise ConfigError(problem)
         yield
 
@@ -179,8 +179,8 @@ def restore_state(checkpoints: Checkpoints, program: Program, initial: InitialCh
 def initial_params(program: Program, initial: InitialCheckpoints) -> dict:
     """The parameters of the initial checkpoints. Parameters that they lack, such as the vision of a text model, are new."""
     abstract = program.abstract[0]
-    params = convert.start(initial.params, abstract) if initial.params else {}
+    params = convert.load_initial(initial.params, abstract) if initial.params else {}
     if missing := abstract.keys() - params.keys():
         shardings = {name: jax.tree.map(lambda x: x.sharding, abstract[name]) for name in missing}
         params |= jax.jit(lambda: {name: program.init()[0][name] for name in missing}, out_shardings=shardings)()
-    return params | ({"vision": convert.start_vision(initial.vision, params["vision"])} if initial.vision else {})
+    return params | ({"vision": convert.load_initial_vision(initial.vision, params["vision"])} if initial.vision else {})

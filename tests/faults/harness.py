@@ -6,6 +6,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import socket
@@ -186,10 +187,16 @@ def checkpoint_state(workdir: Path) -> dict[str, bytes]:
     """Parameters, optimizer and data state of the last checkpoint, without the training time."""
     from mmx.checkpoints import manager
     step = manager.find_step(workdir)[1]
-    found = {f"{item}/{'.'.join(path)}": manager.read(array).tobytes()
+    found = {f"{item}/{'.'.join(path)}": manager.read_slice(array).tobytes()
              for item in ("params", "opt") for path, array in manager.open_arrays(step, item).items()}
     data = json.loads((step / "data" / "metadata").read_text())
     return found | {"step": step.name, "data": json.dumps({k: v for k, v in data.items() if k != "seconds"}, sort_keys=True)}
+
+
+def assert_one_line(run, code: int, words: str) -> None:
+    """Checks that a process ended with this exit code and that, besides progress, it printed one line that matches `words`."""
+    lines = [line for line in run.lines if not re.match(r"step \d+|trained |written: | +\d+%\|", line)]
+    assert run.code == code and len(lines) == 1 and re.search(words, lines[0]), (run.code, lines)
 
 
 def assert_same(workdir: Path, reference: Path) -> None:

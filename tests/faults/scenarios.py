@@ -18,7 +18,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from harness import ROWS, Workspace, assert_same, checkpoint_state, fill, free_port, records, small_disk
+from harness import ROWS, Workspace, assert_one_line, assert_same, checkpoint_state, fill, free_port, records, small_disk
 
 from mmx import mesh as meshes
 from mmx.checkpoints import manager
@@ -43,12 +43,6 @@ def step_of(workdir: Path) -> int:
     """The last step in metrics.jsonl, or 0."""
     last = metrics.latest(workdir)
     return last["step"] if last else 0
-
-
-def assert_one_line(run, code: int, words: str) -> None:
-    """A process ended with an exit code and one line that matches `words`, besides its progress."""
-    lines = [line for line in run.lines if not re.match(r"step \d+|trained |written: | +\d+%\|", line)]
-    assert run.code == code and len(lines) == 1 and re.search(words, lines[0]), (run.code, lines)
 
 
 def kills(workspace: Workspace, signals: list, rng: random.Random, seconds: float = math.inf) -> str:
@@ -165,7 +159,7 @@ def _restore(workdir: Path, abstract):
     with contextlib.redirect_stderr(output):
         step, params, opt, data = Checkpoints(workdir, 5, 2).restore(*abstract)
     lines = output.getvalue().splitlines()
-    assert len(lines) <= 1 and all(re.match(r"mmx: .* is damaged, \S+ .*: it is now \d+\.damaged, and the run goes on from",
+    assert len(lines) <= 1 and all(re.match(r"mmx: .* is damaged, \S+ .*: renamed to \d+\.damaged; the run resumes from",
                                             line) for line in lines), lines
     return step, params, opt, data
 
@@ -241,7 +235,7 @@ def short_files(workspace: Workspace) -> str:
     workdir = workspace.folder / "short"
     shutil.rmtree(workdir, ignore_errors=True)
     run = workspace.run(workspace.train("short"), file_bytes=largest // 2)
-    assert_one_line(run, 2, r"mmx: step 5 could not be saved in .*: .*; the checkpoints there are whole")
+    assert_one_line(run, 2, r"mmx: step 5 could not be saved in .*: .*; earlier checkpoints are complete")
     assert not list((workdir / "checkpoints").glob("[0-9]"))
     assert workspace.run(workspace.train("short")).code == 0
     assert_same(workdir, reference)
@@ -250,7 +244,7 @@ def short_files(workspace: Workspace) -> str:
 
 def _assert_steps_complete(workdir: Path) -> None:
     for step in (workdir / "checkpoints").iterdir():
-        assert not step.name.isdecimal() or checksums.fault(step) == "", step
+        assert not step.name.isdecimal() or checksums.find_damage(step) == "", step
 
 
 def read_only(workspace: Workspace) -> str:

@@ -1,10 +1,10 @@
-"""`make fuzz N=100000`: hostile files for every reader, in child processes with limits, and a table of what became of them.
+"""`make fuzz N=100000`: every reader reads hostile files, in child processes with limits; prints a table of the outcomes.
 
     python tests/fuzz/fuzz.py --n 100000 [--only released,images] [--seed 0] [--found DIR]
 
-A child reads inputs one by one. Found is: an exception that is no ConfigError of one line, SECONDS of processor time for one
-input, MEMORY above the start, a file written, a program started, a pickle read, a connection made (by Python's audit
-events), and the end of the process. The input of each is kept in DIR.
+A child process reads inputs one by one. A defect is an exception other than a ConfigError of one line, more than SECONDS of
+processor time for one input, memory use of more than MEMORY above the start, a crash, or (seen in Python's audit events) a file
+written, a program started, a pickle read or a connection opened. Inputs that cause defects are kept in DIR.
 """
 import argparse
 import collections
@@ -21,62 +21,62 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SECONDS, WALL = 5, 60           # of one input: processor time, and time by the clock (one that waits for ever)
-MEMORY = 1 << 30                # above the start, of one child
+SECONDS, WALL = 5, 60           # for one input: processor time, and time by the clock, for a reader that waits forever
+MEMORY = 1 << 30                # [bytes] of one child above its start
 ROUND = 2000                    # inputs of one child
-MEMORY_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None       # a disk takes longer than the readers
-SECRET = "hexenschuss"          # stands in a folder that no reader may look into
+MEMORY_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None       # a disk would be slower than the readers
+SECRET = "hexenschuss"          # contents of a file in a folder that no reader may read
 FORBIDDEN = ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork",
              "socket.connect", "ctypes.dlopen", "os.symlink", "os.link")
 WRITES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod", "shutil.copyfile", "shutil.move",
           "shutil.rmtree")
 
 
-class BrokenError(Exception):
-    """What an input did that no input may do."""
+class DefectError(Exception):
+    """A reader did what no input may cause."""
 
 
 def check(read, folder: Path) -> str:
-    """What a reader said of a folder, "read" if nothing; raises BrokenError."""
+    """Reads a folder. Returns the error message, or "read" if there was none; raises DefectError."""
     from mmx.config import ConfigError
-    from mmx.files.untrusted import TOLD
+    from mmx.files.untrusted import MESSAGE_LENGTH
 
-    begun = time.process_time()
+    start = time.process_time()
     try:
         read(folder)
-        said = "read"
+        outcome = "read"
     except ConfigError as error:
-        said = str(error)
-        if "\n" in said.strip() or len(said) > 100 * TOLD:
-            raise BrokenError(f"many words: {said[:200]!r}") from error
-    except OSError as error:        # the command line tells it in one line
-        said = error.strerror or str(error)
-    if time.process_time() - begun > SECONDS:
-        raise BrokenError(f"{time.process_time() - begun:.1f} s")
-    return said
+        outcome = str(error)
+        if "\n" in outcome.strip() or len(outcome) > 100 * MESSAGE_LENGTH:
+            raise DefectError(f"a long message: {outcome[:200]!r}") from error
+    except OSError as error:        # the command line reports it in one line
+        outcome = error.strerror or str(error)
+    if time.process_time() - start > SECONDS:
+        raise DefectError(f"{time.process_time() - start:.1f} s")
+    return outcome
 
 
 def watch(allowed: Path):
-    """(what was seen, whether to look): Python's audit events of what no reader does."""
-    seen, looking = [], [False]
+    """Records Python's audit events that no reader may cause. Returns (events, enabled); enabled[0] switches recording on."""
+    events, enabled = [], [False]
 
     def hook(event, args):
-        if not looking[0]:
+        if not enabled[0]:
             return
-        wrong = event in FORBIDDEN
+        forbidden = event in FORBIDDEN
         if event == "open" and isinstance(args[0], (str, bytes)):
             mode, flags = args[1], args[2] or 0
             writes = any(c in (mode or "") for c in "wax+") or flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            wrong = writes and not _below(args[0], allowed)
+            forbidden = writes and not _below(args[0], allowed)
         elif event in WRITES:
-            wrong = not _below(args[0], allowed)
+            forbidden = not _below(args[0], allowed)
         elif event == "exec" and args[0].co_filename.startswith(str(allowed)):
-            wrong = True
-        if wrong:
-            seen.append(f"{event} {str(args[0])[:200]}")
+            forbidden = True
+        if forbidden:
+            events.append(f"{event} {str(args[0])[:200]}")
 
     sys.addaudithook(hook)
-    return seen, looking
+    return events, enabled
 
 
 def _below(path, folder: Path) -> bool:
@@ -84,8 +84,7 @@ def _below(path, folder: Path) -> bool:
 
 
 def child(name: str, count: int, seed: int, folder: Path):
-    """Reads the inputs behind `seed`, `count` of them; a line of JSON for each outcome, and for each beginning the number, on
-    stdout."""
+    """Reads inputs number 1 to `count` of `seed`. Prints a line when one begins, one for each defect, and one at the end."""
     import hostile
     import parsers
 
@@ -97,51 +96,51 @@ def child(name: str, count: int, seed: int, folder: Path):
     for path, raw in whole.items():
         (clean / path).parent.mkdir(parents=True, exist_ok=True)
         (clean / path).write_bytes(raw)
-    assert check(read, clean) == "read", name       # and what reading needs is loaded
+    assert check(read, clean) == "read", name       # this also imports what the reader needs
     outcomes = collections.Counter()
-    at, (seen, looking) = folder / "input", watch(folder)
+    place, (events, enabled) = folder / "input", watch(folder)
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + 4 * MEMORY, resource.RLIM_INFINITY))
 
     for number in range(1, count + 1):
         print(f"begin {number}", flush=True)
-        shutil.rmtree(at, ignore_errors=True)
-        at.mkdir()
-        hostile.folder(random.Random(seed + number), whole, at, folder / "outside")
-        looking[0] = True
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        hostile.folder(random.Random(seed + number), whole, place, folder / "outside")
+        enabled[0] = True
         try:
-            said = kind(check(read, at), folder)
-            outcomes[said] += 1
-            problem = seen[0] if seen else "what stands in another folder was told" if SECRET in said else ""
+            outcome = kind(check(read, place))
+            outcomes[outcome] += 1
+            problem = events[0] if events else "a message contains a file of another folder" if SECRET in outcome else ""
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise
             problem = f"{type(error).__name__}: {error}"
         finally:
-            looking[0] = False
+            enabled[0] = False
         if not problem and (grown := (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - start) > MEMORY:
             problem = f"{grown >> 20} MB"
         if problem:
-            seen.clear()
-            keep(at, folder / f"found{number}")
+            events.clear()
+            keep(place, folder / f"found{number}")
             print("found " + json.dumps(problem[:500]), flush=True)
             if problem.endswith("MB"):
                 os._exit(3)
     print("done " + json.dumps(outcomes.most_common()), flush=True)
 
 
-def kind(said: str, folder: Path) -> str:
-    """An error without what differs from input to input."""
-    return re.sub(r"'[^']*'|\"[^\"]*\"|[\d.,]+|\S*/\S*", "~", said)[:60]
+def kind(message: str) -> str:
+    """A message without its names, numbers and paths, which differ from input to input."""
+    return re.sub(r"'[^']*'|\"[^\"]*\"|[\d.,]+|\S*/\S*", "~", message)[:60]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--n", type=int, default=10_000, help="inputs in all (default 10,000)")
-    parser.add_argument("--only", default="", help="readers, with commas (default: all)")
+    parser.add_argument("--n", type=int, default=10_000, help="number of inputs of all readers together (default 10,000)")
+    parser.add_argument("--only", default="", help="readers, separated by commas (default: all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--found", type=Path, default=Path("fuzz-found"), help="where inputs that broke something are kept")
+    parser.add_argument("--found", type=Path, default=Path("fuzz-found"), help="folder for the inputs that cause defects")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -151,29 +150,30 @@ def main():
     print(f"{'reader':12} {'inputs':>8} {'errors':>8} {'found':>6} {'seconds':>8}", flush=True)
     total = 0
     for name in names:
-        begun = time.monotonic()
+        start = time.monotonic()
         done, outcomes, found = fuzz(name, -(-args.n // len(names)), args.seed, args.found)
         total += found
-        print(f"{name:12} {done:8,} {len(outcomes):8,} {found:6,} {time.monotonic() - begun:8.0f}", flush=True)
+        print(f"{name:12} {done:8,} {len(outcomes):8,} {found:6,} {time.monotonic() - start:8.0f}", flush=True)
     return int(total > 0)
 
 
 def fuzz(name: str, count: int, seed: int, found_in: Path):
-    """(inputs, outcomes, found) of one reader."""
+    """(inputs read, outcomes, number of defects) of one reader."""
     done, outcomes, found = 0, collections.Counter(), 0
     while done < count:
         with tempfile.TemporaryDirectory(prefix="mmx-fuzz-", dir=MEMORY_DISK) as place:
-            read, told, problem = one_child(name, min(ROUND, count - done), seed * 1_000_000_007 + done, Path(place), found_in)
-        if not read:        # whole files are not read
-            return done, outcomes, found + problem
+            read, counts, defects = one_child(name, min(ROUND, count - done), seed * 1_000_000_007 + done, Path(place),
+                                              found_in)
+        if not read:        # even the valid files are not read
+            return done, outcomes, found + defects
         done += read
-        outcomes.update(told)
-        found += problem
+        outcomes.update(counts)
+        found += defects
     return done, outcomes, found
 
 
 def keep(folder: Path, to: Path):
-    """Copies an input, but for its pipes."""
+    """Copies an input without its pipes."""
     shutil.rmtree(to, ignore_errors=True)
     to.mkdir(parents=True)
     if folder.exists():

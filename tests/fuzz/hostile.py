@@ -1,4 +1,4 @@
-"""Hostile files, drawn at random: a folder of whole files, of which one or more are damaged in the way of their kind."""
+"""Makes hostile files at random: copies a folder of valid files and damages some of them, each according to its format."""
 import contextlib
 import copy
 import io
@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 
 BIG = "9" * 5000
-RAW = (         # JSON as text, for what Python would not write
+RAW = (         # JSON texts that Python's json module would not write
     BIG, "-" + BIG, "1e999", "-1e999", "NaN", "Infinity", "1e-999", "[" * 70 + "]" * 70, "[" * 100_000 + "]" * 100_000,
     '{"a":' * 70 + "1" + "}" * 70, '{"a":1,"a":2}', r'"\ud800"', r'"\u0000"', r'"a\u0000b"', r'"\u001b[2J"', "0x10", "'", "",
     '"' + "a" * 100_000 + '"', "[" + "0," * 10_000 + "0]", "[" + "{}," * 10_000 + "{}]")
@@ -32,11 +32,11 @@ NUMBERS = (0, 1, 2, 7, 8, 255, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 
 
 
 def folder(rng, files: dict[str, bytes], into: Path, outside: Path) -> None:
-    """Writes `files` into a folder, with some of them damaged; links lead to `outside`."""
+    """Writes `files` into the folder `into` and damages some of them; links lead to `outside`."""
     files = dict(files)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         name = rng.choice(sorted(files))
-        files[name] = damaged(rng, name, files[name])
+        files[name] = damage(rng, name, files[name])
     special = rng.choice((None,) * 12 + ("link", "pipe", "folder", "missing", "device", "loop", "other", "empty"))
     victim = rng.choice(sorted(files))
     for name, raw in files.items():
@@ -60,11 +60,11 @@ def folder(rng, files: dict[str, bytes], into: Path, outside: Path) -> None:
         path.symlink_to(path)
 
 
-def damaged(rng, name: str, raw: bytes) -> bytes:
+def damage(rng, name: str, raw: bytes) -> bytes:
     kind = _kind(name, raw)
     if kind and rng.randint(0, 3):
         return kind(rng, raw)
-    return spoilt(rng, raw)
+    return damage_bytes(rng, raw)
 
 
 def _kind(name: str, raw: bytes):
@@ -81,8 +81,8 @@ def _kind(name: str, raw: bytes):
     return tree if raw[:1] in (b"{", b"[") else None
 
 
-def spoilt(rng, raw: bytes) -> bytes:
-    """Bytes flipped, overwritten by numbers, taken out, repeated, cut off."""
+def damage_bytes(rng, raw: bytes) -> bytes:
+    """Flips, overwrites, removes, repeats, cuts off and inserts bytes."""
     raw = bytearray(raw)
     for _ in range(rng.choice((1, 1, 2, 4, 8))):
         at = rng.randint(0, max(len(raw) - 1, 0))
@@ -108,17 +108,17 @@ def spoilt(rng, raw: bytes) -> bytes:
 
 
 class Raw(str):
-    """JSON that is put into a text as it stands."""
+    """JSON text that `written` inserts unchanged."""
 
 
 def tree(rng, raw: bytes) -> bytes:
-    """A JSON text with some of its fields changed, moved, taken out or named twice."""
-    if raw.count(b"[" * 80) + raw.count(b'{"a":' * 80):      # where Python gives up depends on who called
-        return spoilt(rng, raw)
+    """Changes, moves, removes or renames some fields of a JSON text."""
+    if raw.count(b"[" * 80) + raw.count(b'{"a":' * 80):      # the depth at which Python fails depends on the caller
+        return damage_bytes(rng, raw)
     try:
         value = [json.loads(raw)]
     except (ValueError, RecursionError):
-        return spoilt(rng, raw)
+        return damage_bytes(rng, raw)
     for _ in range(rng.choice((1, 1, 2, 3))):
         places = list(_places(value, 400))
         outer, key = places[rng.randint(0, len(places) - 1)]
@@ -141,7 +141,7 @@ def tree(rng, raw: bytes) -> bytes:
 
 
 def _places(value, most: int):
-    """(container, key) of everything in a value, breadth first."""
+    """(container, key) of each value in a JSON value, breadth first; about the first `most`."""
     level, found = [value], 0
     while level and found < most:
         inner = []
@@ -154,6 +154,7 @@ def _places(value, most: int):
 
 
 def written(value) -> str:
+    """JSON of a value that may contain `Raw` texts."""
     raws = []
 
     def stand_in(value):
@@ -168,7 +169,7 @@ def written(value) -> str:
 
 
 def tensors(rng, raw: bytes) -> bytes:
-    """A safetensors file with another header, of its own length or of a wrong one."""
+    """Damages the header, its length or the data of a safetensors file."""
     end = 8 + int.from_bytes(raw[:8], "little")
     header, data = tree(rng, raw[8:end]), raw[end:]
     length = rng.choice((len(header),) * 8 + NUMBERS)
@@ -177,29 +178,29 @@ def tensors(rng, raw: bytes) -> bytes:
 
 
 def lines(rng, raw: bytes) -> bytes:
-    """One of the lines is damaged."""
+    """Damages one of the lines."""
     found = raw.split(b"\n")
     at = rng.randint(0, len(found) - 1)
-    found[at] = tree(rng, found[at]) if found[at][:1] == b"{" and rng.random() < 0.5 else spoilt(rng, found[at])
+    found[at] = tree(rng, found[at]) if found[at][:1] == b"{" and rng.random() < 0.5 else damage_bytes(rng, found[at])
     return b"\n".join(found)
 
 
 def archive(rng, raw: bytes) -> bytes:
-    """A zip whose parts were damaged before they were packed: its check sums are right."""
+    """Damages a member of a zip file and packs it again, so that the checksums are valid."""
     out = io.BytesIO()
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as old:
             parts = {name: old.read(name) for name in old.namelist()}
-    except Exception:       # it was damaged before: zipfile has many errors
-        return spoilt(rng, raw)
+    except Exception:       # it is damaged already; zipfile raises many kinds of errors
+        return damage_bytes(rng, raw)
     if not parts:
-        return spoilt(rng, raw)
+        return damage_bytes(rng, raw)
     with zipfile.ZipFile(out, "w") as new:
         victim, how = rng.choice(list(parts)), rng.randint(0, 4)
         for name, part in parts.items():
             kind = zipfile.ZIP_STORED
             if name == victim and how == 0:
-                part = spoilt(rng, part)
+                part = damage_bytes(rng, part)
             elif name == victim and how == 1:
                 old_text = (re.search(rb"\{.*\}", part) or [part[:100]])[0]
                 text = rng.choice((b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
@@ -217,16 +218,16 @@ def archive(rng, raw: bytes) -> bytes:
 
 
 def tar(rng, raw: bytes) -> bytes:
-    """A tar, packed as it was, whose member has another name, kind, goal or size, or other content: its sums are right."""
+    """Changes the name, type, link, header or content of a tar member and packs it again, so that the checksums are valid."""
     kind = {b"\x1f\x8b": "gz", b"\xfd7": "xz", b"BZ": "bz2"}.get(raw[:2], "")
     out = io.BytesIO()
     try:
         with tarfile.open(fileobj=io.BytesIO(raw)) as old:
             members = [(member, old.extractfile(member).read() if member.isfile() else b"") for member in old]
-    except Exception:       # it was damaged before
-        return spoilt(rng, raw)
+    except Exception:       # it is damaged already
+        return damage_bytes(rng, raw)
     if not members:
-        return spoilt(rng, raw)
+        return damage_bytes(rng, raw)
     victim = members[rng.randint(0, len(members) - 1)][0]
     with tarfile.open(fileobj=out, mode=f"w:{kind}") as new:
         for member, data in members:
@@ -241,15 +242,15 @@ def tar(rng, raw: bytes) -> bytes:
                         member.size = len(data)
                     case 3:
                         member.mode, member.pax_headers = 0o7777, rng.choice(PAX)
-            with contextlib.suppress(Exception):        # what tar cannot say
+            with contextlib.suppress(Exception):        # tar cannot express some changes
                 new.addfile(member, io.BytesIO(data))
                 if member is victim and rng.random() < 0.5:
                     new.addfile(member, io.BytesIO(data))
-    return out.getvalue() if kind or rng.random() < 0.5 else spoilt(rng, out.getvalue())
+    return out.getvalue() if kind or rng.random() < 0.5 else damage_bytes(rng, out.getvalue())
 
 
 def png(rng, raw: bytes) -> bytes:
-    """A PNG with one chunk damaged and its check sum put right."""
+    """Damages a chunk of a PNG, with a valid checksum."""
     chunks, at = [], 8
     while at + 12 <= len(raw):
         length = int.from_bytes(raw[at:at + 4], "big")
@@ -263,7 +264,7 @@ def png(rng, raw: bytes) -> bytes:
     elif name == b"IDAT" and rng.random() < 0.5:
         data = zlib.compress(bytes(rng.choice((0, 10, 10_000_000))))
     else:
-        data = spoilt(rng, data)
+        data = damage_bytes(rng, data)
     chunks[victim] = rng.choice((name, name, name, b"tEXt", b"iCCP", b"zTXt", b"eXIf", b"acTL", b"fdAT")), data
     chunks[victim:victim + 1] *= rng.choice((0, 1, 1, 1, 2, 100))
     return raw[:8] + b"".join(struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

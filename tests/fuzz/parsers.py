@@ -1,4 +1,4 @@
-"""Every reader of files from others: whole files for it, and the reading. What it raises may be a ConfigError of one line."""
+"""The readers of untrusted files: valid files for each, and a function that reads them. It may raise a one-line ConfigError."""
 import contextlib
 import functools
 import io
@@ -22,12 +22,12 @@ from mmx.files import untrusted
 
 MODEL = config.Model(vocab=270, dim=4, layers=2, pattern="LS", heads=2, kv_heads=1, head_dim=2, rotary_dim=2, experts=2,
                      expert_dim=4, top_k=1)
-SEES = config.Vision(layers=1, dim=4, heads=2, hidden=4, tile=28, patch=14, grids=((1, 1), (1, 2)), token=265)
+VISION = config.Vision(layers=1, dim=4, heads=2, hidden=4, tile=28, patch=14, grids=((1, 1), (1, 2)), token=265)
 TEXT = "The state of the union, é 𝄞 \n".encode()
 
 
 def whole_files(write) -> dict[str, bytes]:
-    """What `write` puts into a folder."""
+    """The files that `write` puts into a folder."""
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(Path(folder).rglob("*"))
@@ -65,7 +65,7 @@ def released_files():
 
 
 def read_released(folder: Path):
-    """Opened, and every tensor read."""
+    """Opens the checkpoint and reads every tensor."""
     from mmx.checkpoints import convert
 
     source = convert.open_source(folder)
@@ -78,20 +78,20 @@ def read_released(folder: Path):
 @functools.cache
 def config_files():
     def write(folder):
-        sees = config.build({"model": config.sections(config.Experiment(model=MODEL))["model"] | {
-            "vision": {name: getattr(SEES, name) for name in SEES.__dataclass_fields__}}}).model
-        for name, model in (("text", MODEL), ("sees", sees)):
+        with_vision = config.build({"model": config.sections(config.Experiment(model=MODEL))["model"] | {
+            "vision": {name: getattr(VISION, name) for name in VISION.__dataclass_fields__}}}).model
+        for name, model in (("text", MODEL), ("vision", with_vision)):
             for dialect in ("released", "transformers"):
                 text = hf_config.write_model(model, dialect, "float32", {})
                 (folder / f"{name}-{dialect}.json").write_text(json.dumps(text))
-        (folder / "run.json").write_text(config.to_json(config.Experiment(model=sees)))
+        (folder / "run.json").write_text(config.to_json(config.Experiment(model=with_vision)))
     return whole_files(write)
 
 
 def read_config(folder: Path):
-    """config.json of both dialects, of text and of images; that of a run."""
+    """Reads config.json of both dialects, for text models and for images, and the config.json of a run."""
     for path in sorted(folder.glob("*.json")):
-        text = untrusted.read_json(untrusted.own_file(path))
+        text = untrusted.read_json(untrusted.check_link(path))
         if path.name == "run.json":
             model = config.build(text).model
         else:
@@ -156,7 +156,7 @@ def read_images(folder: Path):
     refused = []
     for path in sorted(folder.iterdir()):
         try:
-            images.prepare(SEES, images.read(path))
+            images.prepare(VISION, images.read(path))
         except config.ConfigError as error:
             refused.append(error)
     if refused:
@@ -202,20 +202,20 @@ def read_suites(folder: Path):
     from mmx.evals import longbench, mr_niah, mtob, ruler
     from mmx.evals.examples import SuiteOptions
 
-    told = []
+    errors = []
     for plan, where in ((longbench.plan, folder), (mtob.plan, folder), (mr_niah.plan, folder / "niah"),
                         (ruler.squad.__wrapped__, folder / "squad.json"), (ruler.hotpot.__wrapped__, folder / "hotpotqa.json"),
-                        (untrusted.text, folder / "grammar_book.txt")):
+                        (untrusted.read_text, folder / "grammar_book.txt")):
         try:
-            if plan in (ruler.squad.__wrapped__, ruler.hotpot.__wrapped__, untrusted.text):
+            if plan in (ruler.squad.__wrapped__, ruler.hotpot.__wrapped__, untrusted.read_text):
                 plan(where)
             else:
                 for task in plan(SuiteOptions(tokenizer=tokens.Bytes(), data=where))[:3]:
                     task.make()
         except config.ConfigError as error:
-            told.append(error)
-    if told:
-        raise told[0]
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 @functools.cache
@@ -228,14 +228,14 @@ def run_files():
 def read_runs(folder: Path):
     from mmx.analysis import runs
 
-    told = []
+    errors = []
     for name in ("runs.jsonl", "runs.csv"):
         try:
             runs.read_runs(folder / name, "chinchilla", dict.fromkeys(runs.COLUMNS), [])
         except config.ConfigError as error:
-            told.append(error)
-    if told:
-        raise told[0]
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 @functools.cache
@@ -250,22 +250,22 @@ def workdir_files():
 
 
 def read_workdir(folder: Path):
-    """A run's config and metrics, a sweep's rows, a suite's examples."""
+    """Reads the config and metrics of a run, the rows of a sweep and the examples of a suite."""
     from mmx.checkpoints import manager
     from mmx.evals import runner
     from mmx.launch import sweep
     from mmx.training import metrics
 
-    told = []
+    errors = []
     for read in (lambda: config.build(manager.read_config(folder)), lambda: metrics.read(folder),
                  lambda: metrics.latest(folder), lambda: sweep.collect(folder),
                  lambda: runner._resume(folder / "needle.jsonl", {"suite": "needle", "seed": 0})):
         try:
             read()
         except config.ConfigError as error:
-            told.append(error)
-    if told:
-        raise told[0]
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 @functools.cache
@@ -284,20 +284,20 @@ def archive_files():
 
 
 def read_archives(folder: Path):
-    """Unpacked, and read as a source."""
-    told, there = [], set(folder.iterdir())
-    for path in sorted(there):
+    """Unpacks each archive and reads it as a text source."""
+    errors, before = [], set(folder.iterdir())
+    for path in sorted(before):
         into = folder / "into" / path.name
         try:
             captions.unpack(path, into)
             sources.documents(str(into), "train")
         except config.ConfigError as error:
-            told.append(error)
-    if wrong := {*folder.iterdir(), *(folder / "into").glob("*")} - there - {folder / "into"} - {
-            folder / "into" / path.name for path in there}:
+            errors.append(error)
+    if wrong := {*folder.iterdir(), *(folder / "into").glob("*")} - before - {folder / "into"} - {
+            folder / "into" / path.name for path in before}:
         raise AssertionError(f"written outside: {wrong}")
-    if told:
-        raise told[0]
+    if errors:
+        raise errors[0]
 
 
 @functools.cache
@@ -307,25 +307,25 @@ def override_files():
 
 
 def read_overrides(folder: Path):
-    """`--config.KEY=VALUE`, one a line, the first ones each by itself, as a command has it, and all together; --lengths."""
+    """Reads overrides `--config.KEY=VALUE`, one a line: the first two each by itself, then all together. Then --lengths."""
     from mmx.launch import experiments
 
-    told = []
-    lines = [os.fsdecode(line) for line in untrusted.content(folder / "overrides.txt").split(b"\n")]
+    errors = []
+    lines = [os.fsdecode(line) for line in untrusted.read_bytes(folder / "overrides.txt").split(b"\n")]
     for given in (*[[line] for line in lines[:2]], lines):
         try:
             experiments._override(config.default(), given)
         except config.ConfigError as error:
-            told.append(error)
-    config.parse_lengths(os.fsdecode(untrusted.content(folder / "lengths.txt")))
-    if told:
-        raise told[0]
+            errors.append(error)
+    config.parse_lengths(os.fsdecode(untrusted.read_bytes(folder / "lengths.txt")))
+    if errors:
+        raise errors[0]
 
 
 # ---- Orbax, prefixes ----
 
 def trained():
-    """Parameters, and an optimizer's state."""
+    """Parameters and the state of an optimizer."""
     import jax.numpy as jnp
 
     params = {"embed_WD": jnp.zeros((MODEL.vocab, MODEL.dim)), "groups": {"layer_0": {"norm_D": jnp.ones((1, 4))}}}
@@ -351,27 +351,26 @@ def orbax_files():
 
 
 def read_orbax(folder: Path):
-    """A converted checkpoint as conversion reads it; one that was trained as its run is restored, without its checksums
-    and with them."""
+    """Reads a converted checkpoint as a conversion does, and restores a trained one, without and with its checksums."""
     import jax
 
     from mmx.checkpoints import convert, manager
 
-    told = []
+    errors = []
     params, opt = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trained())
     try:
         source = convert.open_source(folder / "converted")
         for leaf in hf_layout.leaves(source.model):
             source.read_leaf(None, leaf)
     except config.ConfigError as error:
-        told.append(error)
+        errors.append(error)
     for verify in (False, True):
         try:
             manager.Checkpoints(folder / "trained", 1, 1, verify).restore(params, opt)
         except config.ConfigError as error:
-            told.append(error)
-    if told:
-        raise told[0]
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 @functools.cache

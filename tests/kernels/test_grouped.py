@@ -10,7 +10,7 @@ from mmx.kernels import grouped
 
 TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 QUICK = {"xla_backend_optimization_level": 0}      # most of the time of these tests is compilation
-NAMES = ("y_MD", "dx_MD", "dweight_MJ", "dw1_EDF", "dw3_EDF", "dw2_EFD")
+NAMES = ("y_MD", "dx_MD", "dweight_Mj", "dw1_EDF", "dw3_EDF", "dw2_EFD")
 M, J, E, D, F = 37, 2, 5, 6, 7
 
 
@@ -23,18 +23,18 @@ def routing(kind, M=M):
     elif kind == "one":             # one expert gets every token, as first or second choice
         score_ME[:, 3] += rng.integers(0, 2, M)
         score_ME[:, 3] = np.maximum(score_ME[:, 3], np.sort(score_ME, axis=1)[:, -2])
-    expert_MJ = np.argsort(-score_ME, axis=1)[:, :J]
-    keep_MJ = rng.random((M, J)) < {"drops": 0.5, "none": 0}.get(kind, 1)
-    return expert_MJ, keep_MJ
+    expert_Mj = np.argsort(-score_ME, axis=1)[:, :J]
+    keep_Mj = rng.random((M, J)) < {"drops": 0.5, "none": 0}.get(kind, 1)
+    return expert_Mj, keep_Mj
 
 
-def ranks(expert_MJ, keep_MJ):
+def ranks(expert_Mj, keep_Mj):
     """Returns the position of each kept assignment within its expert, and the number of kept assignments of each expert."""
-    rank_MJ, count_E = np.zeros_like(expert_MJ), np.zeros(E, int)
-    for m, j in np.argwhere(keep_MJ):
-        rank_MJ[m, j] = count_E[expert_MJ[m, j]]
-        count_E[expert_MJ[m, j]] += 1
-    return rank_MJ, count_E
+    rank_Mj, count_E = np.zeros_like(expert_Mj), np.zeros(E, int)
+    for m, j in np.argwhere(keep_Mj):
+        rank_Mj[m, j] = count_E[expert_Mj[m, j]]
+        count_E[expert_Mj[m, j]] += 1
+    return rank_Mj, count_E
 
 
 def inputs(dtype, M=M):
@@ -43,19 +43,19 @@ def inputs(dtype, M=M):
     return tuple(a.astype(dtype) if a is not weight else a for a in (x, weight, *w)), dy.astype(dtype)
 
 
-def all_experts(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, expert_MJ, keep_MJ):
+def all_experts(x_MD, weight_Mj, w1_EDF, w3_EDF, w2_EFD, expert_Mj, keep_Mj):
     h_MEF = jax.nn.silu(jnp.einsum("MD,EDF->MEF", x_MD, w1_EDF)) * jnp.einsum("MD,EDF->MEF", x_MD, w3_EDF)
-    weight_ME = jnp.einsum("MJ,MJE->ME", weight_MJ * keep_MJ, jax.nn.one_hot(expert_MJ, E))
+    weight_ME = jnp.einsum("Mj,MjE->ME", weight_Mj * keep_Mj, jax.nn.one_hot(expert_Mj, E))
     return jnp.einsum("ME,MEF,EFD->MD", weight_ME, h_MEF, w2_EFD)
 
 
 def sorted_experts(*args, block, impl):
-    *args, expert_MJ, keep_MJ, rank_MJ, count_E = args
-    return grouped.expert_ffn(*args, grouped.plan(expert_MJ, rank_MJ, keep_MJ, count_E, block), block=block, impl=impl)
+    *args, expert_Mj, keep_Mj, rank_Mj, count_E = args
+    return grouped.expert_ffn(*args, grouped.plan(expert_Mj, rank_Mj, keep_Mj, count_E, block), block=block, impl=impl)
 
 
-def unrolled(x_MD, weight_MJ, w1_EDF, w3_EDF, w2_EFD, expert_MJ, keep_MJ):
-    return grouped.expert_ffn_unrolled(x_MD, weight_MJ * keep_MJ, expert_MJ, w1_EDF, w3_EDF, w2_EFD)
+def unrolled(x_MD, weight_Mj, w1_EDF, w3_EDF, w2_EFD, expert_Mj, keep_Mj):
+    return grouped.expert_ffn_unrolled(x_MD, weight_Mj * keep_Mj, expert_Mj, w1_EDF, w3_EDF, w2_EFD)
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
@@ -71,7 +71,7 @@ def oracle(args, dy_MD, *route):
 
 def assert_close(got, want, dtype):
     for name, x, y in zip(NAMES, got, want, strict=True):
-        assert x.dtype == (jnp.float32 if name == "dweight_MJ" else dtype), name
+        assert x.dtype == (jnp.float32 if name == "dweight_Mj" else dtype), name
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30)
         assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.2e}"
@@ -85,17 +85,17 @@ SORTED = {(impl, block): functools.partial(sorted_experts, block=block, impl=imp
 @pytest.mark.parametrize("impl, block", SORTED)
 def test_against_all_experts(impl, block, kind):
     args, dy_MD = inputs("float32")
-    expert_MJ, keep_MJ = routing(kind)
-    got = value_and_gradients(SORTED[impl, block], args, dy_MD, expert_MJ, keep_MJ, *ranks(expert_MJ, keep_MJ))
-    assert_close(got, oracle(args, dy_MD, expert_MJ, keep_MJ), "float32")
+    expert_Mj, keep_Mj = routing(kind)
+    got = value_and_gradients(SORTED[impl, block], args, dy_MD, expert_Mj, keep_Mj, *ranks(expert_Mj, keep_Mj))
+    assert_close(got, oracle(args, dy_MD, expert_Mj, keep_Mj), "float32")
 
 
 @pytest.mark.parametrize("impl", ["blocks", "ragged"])
 def test_bfloat16(impl):
     args, dy_MD = inputs("bfloat16")
-    expert_MJ, keep_MJ = routing("drops")
-    got = value_and_gradients(SORTED[impl, 8], args, dy_MD, expert_MJ, keep_MJ, *ranks(expert_MJ, keep_MJ))
-    assert_close(got, oracle(args, dy_MD, expert_MJ, keep_MJ), "bfloat16")
+    expert_Mj, keep_Mj = routing("drops")
+    got = value_and_gradients(SORTED[impl, 8], args, dy_MD, expert_Mj, keep_Mj, *ranks(expert_Mj, keep_Mj))
+    assert_close(got, oracle(args, dy_MD, expert_Mj, keep_Mj), "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -107,15 +107,15 @@ def test_unrolled_for_few_tokens(dtype):
 
 @pytest.mark.parametrize("kind", ["drops", "empty", "one"])
 def test_rows_of_a_block_belong_to_one_expert(kind):
-    expert_MJ, keep_MJ = routing(kind)
-    rank_MJ, count_E = ranks(expert_MJ, keep_MJ)
-    plan = jax.tree.map(np.asarray, grouped.plan(expert_MJ, rank_MJ, keep_MJ, count_E, 4))
-    expert_I = np.repeat(np.arange(E), plan.blocks_E * 4)
+    expert_Mj, keep_Mj = routing(kind)
+    rank_Mj, count_E = ranks(expert_Mj, keep_Mj)
+    plan = jax.tree.map(np.asarray, grouped.plan(expert_Mj, rank_Mj, keep_Mj, count_E, 4))
+    expert_r = np.repeat(np.arange(E), plan.blocks_E * 4)
     assert (plan.blocks_E == -(-count_E // 4)).all()
-    assert (expert_I[plan.row_MJ[keep_MJ]] == expert_MJ[keep_MJ]).all()
-    assert (plan.token_I[plan.row_MJ[keep_MJ]] == np.nonzero(keep_MJ)[0]).all()
-    assert (plan.row_MJ[~keep_MJ] >= len(plan.token_I)).all()
-    assert np.sum(plan.token_I < M) == keep_MJ.sum()
+    assert (expert_r[plan.row_Mj[keep_Mj]] == expert_Mj[keep_Mj]).all()
+    assert (plan.token_r[plan.row_Mj[keep_Mj]] == np.nonzero(keep_Mj)[0]).all()
+    assert (plan.row_Mj[~keep_Mj] >= len(plan.token_r)).all()
+    assert np.sum(plan.token_r < M) == keep_Mj.sum()
 
 
 def test_error_of_unknown_impl_lists_the_implementations():

@@ -19,10 +19,10 @@ def test_against_all_experts(monkeypatch, kind, dtype):
     monkeypatch.setattr(platform, "name", lambda: "gpu")
     monkeypatch.setattr(grouped_gpu, "dot", functools.partial(grouped_gpu.dot, interpret=True))
     args, dy_MD = inputs(dtype)
-    expert_MJ, keep_MJ = routing(kind)
+    expert_Mj, keep_Mj = routing(kind)
     function = functools.partial(sorted_experts, block=32, impl=None)
-    got = value_and_gradients(function, args, dy_MD, expert_MJ, keep_MJ, *ranks(expert_MJ, keep_MJ))
-    assert_close(got, oracle(args, dy_MD, expert_MJ, keep_MJ), dtype)
+    got = value_and_gradients(function, args, dy_MD, expert_Mj, keep_Mj, *ranks(expert_Mj, keep_Mj))
+    assert_close(got, oracle(args, dy_MD, expert_Mj, keep_Mj), dtype)
 
 
 def test_refusals_give_the_reason(monkeypatch):
@@ -39,9 +39,9 @@ def test_refusals_give_the_reason(monkeypatch):
 @pytest.mark.skipif(bool(ptx.missing()), reason=ptx.missing())
 @pytest.mark.parametrize("chip, dtype", [("h100", "bfloat16"), ("a100", "bfloat16"), ("a100", "float32")])
 def test_resources(chip, dtype):
-    def run(x_ID, w_EDF, blocks_E, dy_IF):
-        y_IF, pull = jax.vjp(lambda x, w: grouped_gpu.dot(x, w, blocks_E, 128), x_ID, w_EDF)
-        return y_IF, pull(dy_IF)
+    def run(x_rD, w_EDF, blocks_E, dy_rF):
+        y_rF, pull = jax.vjp(lambda x, w: grouped_gpu.dot(x, w, blocks_E, 128), x_rD, w_EDF)
+        return y_rF, pull(dy_rF)
     array = jax.ShapeDtypeStruct
     kernels = ptx.resources(run, array((4096, 1024), dtype), array((8, 1024, 2048), dtype), array((8,), jnp.int32),
                             array((4096, 2048), dtype), chip=chip)

@@ -81,10 +81,10 @@ def test_experts(impl):
     """Compares values and gradients with the implementation for CPU."""
     M, J, D, F, E, block = 200, 2, 64, 96, 8, 32
     rng = np.random.default_rng(0)
-    expert_MJ = jnp.asarray(rng.integers(0, E, (M, J)))
-    one_hot = jax.nn.one_hot(expert_MJ.ravel(), E, dtype=jnp.int32)
-    rank_MJ = (jnp.cumsum(one_hot, 0) * one_hot).sum(1).reshape(M, J) - 1
-    plan = grouped.plan(expert_MJ, rank_MJ, jnp.asarray(rng.random((M, J)) < 0.9), one_hot.sum(0), block)
+    expert_Mj = jnp.asarray(rng.integers(0, E, (M, J)))
+    one_hot = jax.nn.one_hot(expert_Mj.ravel(), E, dtype=jnp.int32)
+    rank_Mj = (jnp.cumsum(one_hot, 0) * one_hot).sum(1).reshape(M, J) - 1
+    plan = grouped.plan(expert_Mj, rank_Mj, jnp.asarray(rng.random((M, J)) < 0.9), one_hot.sum(0), block)
     x = [jnp.asarray(rng.standard_normal(s, np.float32) / 8) for s in ((M, D), (M, J), (E, D, F), (E, D, F), (E, F, D))]
     def run(impl):
         squares = lambda *x: (grouped.expert_ffn(*x, plan, block=block, impl=impl) ** 2).sum()

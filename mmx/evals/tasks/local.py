@@ -25,7 +25,7 @@ def wikitext(data=None, **metadata):
     if not Path(str(data)).is_file():
         raise ConfigError(f"--metadata data={data}: data must be a file of WikiText, such as wikitext-2/test.txt")
     pages = [""]
-    for line in untrusted.text(data).splitlines(keepends=True):
+    for line in untrusted.read_text(data).splitlines(keepends=True):
         words = line.split()
         if words[:1] == ["="] == words[-1:] and words[1:2] != ["="]:
             pages.append("")

@@ -60,14 +60,14 @@ def forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, 
     wide, scale, R = wide_dtype(q_BHTK.dtype), K ** -0.5, H // G
     q_BGRTK = q_BHTK.reshape(B, G, R, T, K)
     first_N, end_N = visibility.block_ranges(axis=1)
-    full_NU = visibility.fully_visible()
+    full_Nu = visibility.fully_visible()
 
-    def rescaled(x_BGQP, u, which):
+    def rescaled(x_BGQp, u, which):
         """Multiplies scores by the keys' scales (which=0), or weights by the values' scales (which=1).
 
         This is outside the products, so the int8 blocks are not scaled themselves.
         """
-        return x_BGQP * _keys(scales[which], u, keys)[:, :, None] if scales else x_BGQP
+        return x_BGQp * _keys(scales[which], u, keys)[:, :, None] if scales else x_BGQp
 
     def query_block(n, carry):
         o_BGRTV, lse_BGRT = carry
@@ -75,21 +75,21 @@ def forward(q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, queries, 
 
         def attend(u, carry, full=False):
             o_BGQV, m_BGQ, l_BGQ = carry
-            k_BGPK, v_BGPV = _keys(k_BGSK, u, keys), _keys(v_BGSV, u, keys)
-            z_BGQP = rescaled(einsum("BGQK,BGPK->BGQP", q_BGQK, k_BGPK.astype(q_BGQK.dtype)), u, 0)
-            z_BGQP = z_BGQP if full else visibility.mask(z_BGQP, n, u)
-            new_m_BGQ = jnp.maximum(m_BGQ, z_BGQP.max(-1))
-            p_BGQP = jnp.exp((z_BGQP - new_m_BGQ[..., None]) * scale)
+            k_BGpK, v_BGpV = _keys(k_BGSK, u, keys), _keys(v_BGSV, u, keys)
+            z_BGQp = rescaled(einsum("BGQK,BGpK->BGQp", q_BGQK, k_BGpK.astype(q_BGQK.dtype)), u, 0)
+            z_BGQp = z_BGQp if full else visibility.mask(z_BGQp, n, u)
+            new_m_BGQ = jnp.maximum(m_BGQ, z_BGQp.max(-1))
+            p_BGQp = jnp.exp((z_BGQp - new_m_BGQ[..., None]) * scale)
             decay_BGQ = jnp.exp((m_BGQ - new_m_BGQ) * scale)
-            weight_BGQP = rescaled(p_BGQP, u, 1).astype(q_BGQK.dtype)
-            o_BGQV = o_BGQV * decay_BGQ[..., None] + einsum("BGQP,BGPV->BGQV", weight_BGQP, v_BGPV.astype(q_BGQK.dtype))
-            return o_BGQV, new_m_BGQ, l_BGQ * decay_BGQ + p_BGQP.sum(-1)
+            weight_BGQp = rescaled(p_BGQp, u, 1).astype(q_BGQK.dtype)
+            o_BGQV = o_BGQV * decay_BGQ[..., None] + einsum("BGQp,BGpV->BGQV", weight_BGQp, v_BGpV.astype(q_BGQK.dtype))
+            return o_BGQV, new_m_BGQ, l_BGQ * decay_BGQ + p_BGQp.sum(-1)
 
         def key_block(u, carry):
             if T == 1:
                 return attend(u, carry)
             # Masking takes a sixth of the forward pass. In the backward pass its cost is hidden by the exponential.
-            return lax.cond(full_NU[n, u], functools.partial(attend, full=True), attend, u, carry)
+            return lax.cond(full_Nu[n, u], functools.partial(attend, full=True), attend, u, carry)
 
         start = (jnp.zeros_like(q_BGQK, wide, shape=(B, G, R * queries, V)),
                  jnp.full_like(q_BGQK, LOWEST, wide, shape=(B, G, R * queries)),
@@ -127,35 +127,35 @@ def backward(queries, keys, window, residuals, cotangents):
     lse_BGRT = jnp.where(empty_BHT, jnp.inf, lse_BHT).reshape(B, G, -1, T)
     delta_BHT = einsum("BHTV,BHTV->BHT", o_BHTV, do_BHTV) - jnp.where(empty_BHT, 0, dlse_BHT)
     delta_BGRT = delta_BHT.reshape(lse_BGRT.shape)
-    first_U, end_U = visibility.block_ranges(axis=0)
+    first_u, end_u = visibility.block_ranges(axis=0)
 
     def key_block(u, carry):
         dq_BGRTK, dk_BGSK, dv_BGSV = carry
-        k_BGPK, v_BGPV = _keys(k_BGSK, u, keys), _keys(v_BGSV, u, keys)
+        k_BGpK, v_BGpV = _keys(k_BGSK, u, keys), _keys(v_BGSV, u, keys)
         # Float32 queries keep their precision beside bfloat16 keys and values, as in the forward pass.
-        wide_k_BGPK, wide_v_BGPV = (x.astype(jnp.promote_types(x.dtype, q_BHTK.dtype)) for x in (k_BGPK, v_BGPV))
+        wide_k_BGpK, wide_v_BGpV = (x.astype(jnp.promote_types(x.dtype, q_BHTK.dtype)) for x in (k_BGpK, v_BGpV))
 
         def query_block(n, carry):
-            dq_BGRTK, dk_BGKP, dv_BGVP = carry
+            dq_BGRTK, dk_BGKp, dv_BGVp = carry
             q_BGQK, do_BGQV = _rows(q_BGRTK, n, queries), _rows(do_BGRTV, n, queries)
             lse_BGQ, delta_BGQ = _rows(lse_BGRT, n, queries), _rows(delta_BGRT, n, queries)
-            z_BGQP = visibility.mask(einsum("BGQK,BGPK->BGQP", q_BGQK, wide_k_BGPK), n, u, repeated_queries=True)
-            p_BGQP = jnp.exp(z_BGQP * scale - lse_BGQ[..., None])
-            dp_BGQP = einsum("BGQV,BGPV->BGQP", do_BGQV, wide_v_BGPV)
-            dz_BGQP = (p_BGQP * (dp_BGQP - delta_BGQ[..., None]) * scale).astype(k_BGPK.dtype)
-            dq_BGQK = _rows(dq_BGRTK, n, queries) + einsum("BGQP,BGPK->BGQK", dz_BGQP, k_BGPK)
+            z_BGQp = visibility.mask(einsum("BGQK,BGpK->BGQp", q_BGQK, wide_k_BGpK), n, u, repeated_queries=True)
+            p_BGQp = jnp.exp(z_BGQp * scale - lse_BGQ[..., None])
+            dp_BGQp = einsum("BGQV,BGpV->BGQp", do_BGQV, wide_v_BGpV)
+            dz_BGQp = (p_BGQp * (dp_BGQp - delta_BGQ[..., None]) * scale).astype(k_BGpK.dtype)
+            dq_BGQK = _rows(dq_BGRTK, n, queries) + einsum("BGQp,BGpK->BGQK", dz_BGQp, k_BGpK)
             # These sum over Q with the operand that has more columns last: in the other order XLA's CPU product takes 1.6
             # times as long.
-            dk_BGKP += einsum("BGQK,BGQP->BGKP", q_BGQK, dz_BGQP.astype(wide_k_BGPK.dtype))
-            dv_BGVP += einsum("BGQV,BGQP->BGVP", do_BGQV, p_BGQP.astype(do_BGQV.dtype))
-            return _put_rows(dq_BGRTK, dq_BGQK, n, queries), dk_BGKP, dv_BGVP
+            dk_BGKp += einsum("BGQK,BGQp->BGKp", q_BGQK, dz_BGQp.astype(wide_k_BGpK.dtype))
+            dv_BGVp += einsum("BGQV,BGQp->BGVp", do_BGQV, p_BGQp.astype(do_BGQV.dtype))
+            return _put_rows(dq_BGRTK, dq_BGQK, n, queries), dk_BGKp, dv_BGVp
 
-        start = dq_BGRTK, *(jnp.zeros_like(x.swapaxes(2, 3), wide) for x in (k_BGPK, v_BGPV))
-        dq_BGRTK, dk_BGKP, dv_BGVP = lax.fori_loop(first_U[u], end_U[u], query_block, start)
-        return dq_BGRTK, _add_keys(dk_BGSK, dk_BGKP, u, keys), _add_keys(dv_BGSV, dv_BGVP, u, keys)
+        start = dq_BGRTK, *(jnp.zeros_like(x.swapaxes(2, 3), wide) for x in (k_BGpK, v_BGpV))
+        dq_BGRTK, dk_BGKp, dv_BGVp = lax.fori_loop(first_u[u], end_u[u], query_block, start)
+        return dq_BGRTK, _add_keys(dk_BGSK, dk_BGKp, u, keys), _add_keys(dv_BGSV, dv_BGVp, u, keys)
 
     start = tuple(jnp.zeros_like(x, wide) for x in (q_BGRTK, k_BGSK, v_BGSV))
-    dq_BGRTK, dk_BGSK, dv_BGSV = lax.fori_loop(0, len(first_U), key_block, start)
+    dq_BGRTK, dk_BGSK, dv_BGSV = lax.fori_loop(0, len(first_u), key_block, start)
     grads = dq_BGRTK.reshape(q_BHTK.shape), dk_BGSK, dv_BGSV
     return *(g.astype(x.dtype) for g, x in zip(grads, residuals)), None, None, None
 
@@ -180,51 +180,51 @@ class Visibility:
 
         Segments are ignored for a single query: to read the segment of every key would cost more than the keys skipped.
         """
-        n_N1, u_U = self._block_indices()
+        n_N1, u_u = self._block_indices()
         last_N1 = jnp.minimum((n_N1 + 1) * self.queries, self.T) - 1
-        visit_NU = last_N1 + self._starts().max() >= u_U * self.keys
+        visit_Nu = last_N1 + self._starts().max() >= u_u * self.keys
         if self.window:
             first_N1 = jnp.minimum(n_N1 * self.queries, self.T - self.queries)
-            visit_NU &= first_N1 + self._starts().min() - jnp.minimum((u_U + 1) * self.keys, self.S) + 1 < self.window
+            visit_Nu &= first_N1 + self._starts().min() - jnp.minimum((u_u + 1) * self.keys, self.S) + 1 < self.window
         if self.segments_BT is not None and self.T > 1:
             low_BN, high_BN, _ = _document_range(self.segments_BT, self.queries)
-            low_BU, high_BU, _ = _document_range(self.segments_BS, self.keys)
-            visit_NU &= ((low_BN[:, :, None] <= high_BU[:, None]) & (low_BU[:, None] <= high_BN[:, :, None])).any(0)
-        other = (n_N1, u_U)[axis]
-        return jnp.where(visit_NU, other, other.size).min(axis), jnp.where(visit_NU, other + 1, 0).max(axis)
+            low_Bu, high_Bu, _ = _document_range(self.segments_BS, self.keys)
+            visit_Nu &= ((low_BN[:, :, None] <= high_Bu[:, None]) & (low_Bu[:, None] <= high_BN[:, :, None])).any(0)
+        other = (n_N1, u_u)[axis]
+        return jnp.where(visit_Nu, other, other.size).min(axis), jnp.where(visit_Nu, other + 1, 0).max(axis)
 
     def fully_visible(self):
         """Returns for which pairs of blocks, N x U, every query sees every key."""
-        n_N1, u_U = self._block_indices()
+        n_N1, u_u = self._block_indices()
         first_N1 = jnp.minimum(n_N1 * self.queries, self.T - self.queries)
-        full_NU = first_N1 + self._starts().min() >= (u_U + 1) * self.keys - 1
+        full_Nu = first_N1 + self._starts().min() >= (u_u + 1) * self.keys - 1
         if self.window:
-            first_U = jnp.minimum(u_U * self.keys, self.S - self.keys)
-            full_NU &= first_N1 + self.queries - 1 + self._starts().max() - first_U < self.window
+            first_u = jnp.minimum(u_u * self.keys, self.S - self.keys)
+            full_Nu &= first_N1 + self.queries - 1 + self._starts().max() - first_u < self.window
         if self.segments_BT is not None:
-            only_BN, only_BU = (_document_range(x, size)[2] for x, size in
+            only_BN, only_Bu = (_document_range(x, size)[2] for x, size in
                                 ((self.segments_BT, self.queries), (self.segments_BS, self.keys)))
-            full_NU &= ((only_BN[:, :, None] == only_BU[:, None]) & (only_BU > 0)[:, None]).all(0)
-        return full_NU
+            full_Nu &= ((only_BN[:, :, None] == only_Bu[:, None]) & (only_Bu > 0)[:, None]).all(0)
+        return full_Nu
 
-    def mask(self, z_BGQP, n, u, repeated_queries=False):
+    def mask(self, z_BGQp, n, u, repeated_queries=False):
         """Returns the scores of a pair of blocks, with -inf where the query does not see the key.
 
         If `repeated_queries`, queries that the previous block contains too are also masked, for sums over queries.
         """
         t_Q1 = jnp.minimum(n * self.queries, self.T - self.queries) + jnp.arange(self.queries)[:, None]
-        s_P = jnp.minimum(u * self.keys, self.S - self.keys) + jnp.arange(self.keys)
-        visible_BQP = (self._starts()[:, None, None] + t_Q1 >= s_P) & (s_P >= u * self.keys)
+        s_p = jnp.minimum(u * self.keys, self.S - self.keys) + jnp.arange(self.keys)
+        visible_BQp = (self._starts()[:, None, None] + t_Q1 >= s_p) & (s_p >= u * self.keys)
         if self.window:
-            visible_BQP &= self._starts()[:, None, None] + t_Q1 - s_P < self.window
+            visible_BQp &= self._starts()[:, None, None] + t_Q1 - s_p < self.window
         if repeated_queries:
-            visible_BQP &= t_Q1 >= n * self.queries
+            visible_BQp &= t_Q1 >= n * self.queries
         if self.segments_BT is not None:
             segments_BQ1 = lax.dynamic_slice_in_dim(self.segments_BT, n * self.queries, self.queries, 1)[:, :, None]
-            segments_B1P = lax.dynamic_slice_in_dim(self.segments_BS, u * self.keys, self.keys, 1)[:, None]
-            visible_BQP &= (segments_BQ1 == segments_B1P) & (segments_BQ1 > 0)
-        z_BGRQP = z_BGQP.reshape(*z_BGQP.shape[:2], -1, self.queries, self.keys)
-        return jnp.where(visible_BQP[:, None, None], z_BGRQP, -jnp.inf).reshape(z_BGQP.shape)
+            segments_B1p = lax.dynamic_slice_in_dim(self.segments_BS, u * self.keys, self.keys, 1)[:, None]
+            visible_BQp &= (segments_BQ1 == segments_B1p) & (segments_BQ1 > 0)
+        z_BGRQp = z_BGQp.reshape(*z_BGQp.shape[:2], -1, self.queries, self.keys)
+        return jnp.where(visible_BQp[:, None, None], z_BGRQp, -jnp.inf).reshape(z_BGQp.shape)
 
     def _block_indices(self):
         return jnp.arange(-(-self.T // self.queries))[:, None], jnp.arange(-(-self.S // self.keys))
@@ -265,5 +265,5 @@ def _keys(x_BGSK, u, keys):
     return lax.dynamic_slice_in_dim(x_BGSK, u * keys, keys, 2)
 
 
-def _add_keys(x_BGSK, new_BGKP, u, keys):
-    return lax.dynamic_update_slice_in_dim(x_BGSK, _keys(x_BGSK, u, keys) + new_BGKP.swapaxes(2, 3), u * keys, 2)
+def _add_keys(x_BGSK, new_BGKp, u, keys):
+    return lax.dynamic_update_slice_in_dim(x_BGSK, _keys(x_BGSK, u, keys) + new_BGKp.swapaxes(2, 3), u * keys, 2)

@@ -161,7 +161,7 @@ class Documents(NamedTuple):
     """Where documents begin and end. The kernels get None instead if there are no segments."""
     segments_BT: jax.Array
     bounds_B2: jax.Array                # first real token, and one past the last: the state decays only between them
-    state_documents_BC: jax.Array       # document of the state before every chunk, and after the last
+    state_documents_Bc: jax.Array       # document of the state before every chunk, and after the last
 
 
 def _documents(segments_BT, plan):
@@ -177,7 +177,7 @@ def _carry(added_NBHKV, start_BHKV, log_decay_H, documents, plan, reverse):
     if documents is None:
         time_NB, same_NB = jnp.diff(jnp.minimum(edges, plan.T))[:, None], True
     else:
-        span_documents = documents.state_documents_BC[:, ::plan.span // plan.tile.chunk].T
+        span_documents = documents.state_documents_Bc[:, ::plan.span // plan.tile.chunk].T
         time_NB = jnp.diff(jnp.clip(edges[:, None], *documents.bounds_B2.T), axis=0)
         same_NB = span_documents[:-1] == span_documents[1:]
     r_NBH = jnp.where(jnp.asarray(same_NB)[..., None], jnp.exp(log_decay_H * time_NB[..., None]), 0)
@@ -246,7 +246,7 @@ def _launch(kernel, plan, documents, block_spec, grid, arrays, specs, out_spec, 
     document_specs = () if documents is None else (
         block_spec((None, plan.span), lambda b, h, n, tile: (b, n)),
         block_spec((None, 2), lambda b, h, n, tile: (b, 0)),
-        block_spec((None, documents.state_documents_BC.shape[1]), lambda b, h, n, tile: (b, 0)))
+        block_spec((None, documents.state_documents_Bc.shape[1]), lambda b, h, n, tile: (b, 0)))
     return pl.pallas_call(
         functools.partial(kernel, plan=plan, **static),
         grid=grid, in_specs=[block_spec((None,), lambda b, h, n, tile: (h,)), *specs, *document_specs], out_specs=out_spec,
@@ -273,10 +273,10 @@ def _contribution_kernel(log_decay_ref, k_ref, v_ref, *refs, plan, reverse):
     decays = _decays(log_decay_ref[...], document_refs, plan, span_start)
 
     def step(c, added_KV):
-        a_P, b_P, _ = decays(c, span_start, span_start + plan.span)
-        v_PV = _load(v_ref, c, plan, span_start)
-        v_PV = (v_PV * (a_P if reverse else b_P)[:, None]).astype(v_PV.dtype)
-        return added_KV + dot(_load(k_ref, c, plan, span_start), v_PV, 0, 0)
+        a_p, b_p, _ = decays(c, span_start, span_start + plan.span)
+        v_pV = _load(v_ref, c, plan, span_start)
+        v_pV = (v_pV * (a_p if reverse else b_p)[:, None]).astype(v_pV.dtype)
+        return added_KV + dot(_load(k_ref, c, plan, span_start), v_pV, 0, 0)
     added_ref[...] = jax.lax.fori_loop(0, _chunks_in_span(plan, span_start), step, jnp.zeros(added_ref.shape, jnp.float32))
 
 
@@ -287,9 +287,9 @@ def _output_kernel(log_decay_ref, state_ref, q_ref, k_ref, v_ref, *refs, plan, r
     chunk, chunks = plan.tile.chunk, _chunks_in_span(plan, span_start)
     log_decay = log_decay_ref[...]
     decays = _decays(log_decay, document_refs, plan, span_start)
-    distance_QP = jnp.arange(chunk, dtype=jnp.int32)[:, None] - jnp.arange(chunk, dtype=jnp.int32)[None, :]
-    distance_QP = -distance_QP if reverse else distance_QP
-    decay_QP = jnp.where(distance_QP >= 0, jnp.exp(log_decay * jnp.maximum(distance_QP, 0).astype(jnp.float32)), 0.0)
+    distance_Qp = jnp.arange(chunk, dtype=jnp.int32)[:, None] - jnp.arange(chunk, dtype=jnp.int32)[None, :]
+    distance_Qp = -distance_Qp if reverse else distance_Qp
+    decay_Qp = jnp.where(distance_Qp >= 0, jnp.exp(log_decay * jnp.maximum(distance_Qp, 0).astype(jnp.float32)), 0.0)
 
     width = min(KEY_SLICE, q_ref.shape[1])
     key_slices = [pl.ds(start, width) for start in range(0, q_ref.shape[1], width)]
@@ -297,22 +297,22 @@ def _output_kernel(log_decay_ref, state_ref, q_ref, k_ref, v_ref, *refs, plan, r
     def step(i, states_KV):
         c = chunks - 1 - i if reverse else i
         chunk_start = span_start + c * chunk
-        a_Q, b_P, r = decays(c, chunk_start, chunk_start + chunk)
-        a_Q, b_P = (b_P, a_Q) if reverse else (a_Q, b_P)
-        v_PV = _load(v_ref, c, plan, span_start)
-        decayed_v_PV = (v_PV * b_P[:, None]).astype(v_PV.dtype)
-        scores_QP, o_QV, next_states_KV = 0.0, 0.0, []
+        a_Q, b_p, r = decays(c, chunk_start, chunk_start + chunk)
+        a_Q, b_p = (b_p, a_Q) if reverse else (a_Q, b_p)
+        v_pV = _load(v_ref, c, plan, span_start)
+        decayed_v_pV = (v_pV * b_p[:, None]).astype(v_pV.dtype)
+        scores_Qp, o_QV, next_states_KV = 0.0, 0.0, []
         for key_slice, state_KV in zip(key_slices, states_KV):
-            q_QK, k_PK = (_load(ref, c, plan, span_start, key_slice) for ref in (q_ref, k_ref))
-            scores_QP += dot(q_QK, k_PK, 1, 1)
+            q_QK, k_pK = (_load(ref, c, plan, span_start, key_slice) for ref in (q_ref, k_ref))
+            scores_Qp += dot(q_QK, k_pK, 1, 1)
             o_QV += dot(q_QK, state_KV.astype(q_QK.dtype), 1, 0)
-            next_states_KV.append(r * state_KV + dot(k_PK, decayed_v_PV, 0, 0))
-        scores_QP *= decay_QP
+            next_states_KV.append(r * state_KV + dot(k_pK, decayed_v_pV, 0, 0))
+        scores_Qp *= decay_Qp
         if document_refs:
             segments_Q = _load(document_refs[0], c, plan, span_start)
-            same_QP = (segments_Q[:, None] == segments_Q[None, :]) & (segments_Q > 0)[None, :]
-            scores_QP = jnp.where(same_QP, scores_QP, 0.0)
-        o_QV = a_Q[:, None] * o_QV + dot(scores_QP.astype(v_PV.dtype), v_PV, 1, 0)
+            same_Qp = (segments_Q[:, None] == segments_Q[None, :]) & (segments_Q > 0)[None, :]
+            scores_Qp = jnp.where(same_Qp, scores_Qp, 0.0)
+        o_QV = a_Q[:, None] * o_QV + dot(scores_Qp.astype(v_pV.dtype), v_pV, 1, 0)
         rows, mask = _chunk_rows(o_ref, c, plan, span_start)
         plgpu.store(rows, o_QV.astype(o_ref.dtype), mask=mask)
         return tuple(next_states_KV)

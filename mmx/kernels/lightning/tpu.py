@@ -162,30 +162,30 @@ def _kernel(*refs, queries, T, reverse, segmented):
     @pl.when(first)
     def _():
         state_ref[...] = initial_ref[...]
-        i_QP, j_QP = (jax.lax.broadcasted_iota(jnp.int32, (Q, Q), axis) for axis in (0, 1))
-        age_QP = j_QP - i_QP if reverse else i_QP - j_QP
+        i_Qp, j_Qp = (jax.lax.broadcasted_iota(jnp.int32, (Q, Q), axis) for axis in (0, 1))
+        age_Qp = j_Qp - i_Qp if reverse else i_Qp - j_Qp
         for h in range(heads):
             g = log_decay_H[hb * heads + h]
-            pair_ref[h] = jnp.where(age_QP >= 0, jnp.exp(g * jnp.maximum(age_QP, 0).astype(jnp.float32)), 0)
+            pair_ref[h] = jnp.where(age_Qp >= 0, jnp.exp(g * jnp.maximum(age_Qp, 0).astype(jnp.float32)), 0)
 
     @pl.when(a_is_stale)
     def _():
-        i_QW = jax.lax.broadcasted_iota(jnp.int32, a_ref.shape[1:], 0)
-        age_QW = jnp.maximum(e - 1 - i_QW if reverse else i_QW + 1 - s, 0).astype(jnp.float32)
+        i_Qw = jax.lax.broadcasted_iota(jnp.int32, a_ref.shape[1:], 0)
+        age_Qw = jnp.maximum(e - 1 - i_Qw if reverse else i_Qw + 1 - s, 0).astype(jnp.float32)
         for h in range(heads):
-            a_ref[h] = jnp.exp(log_decay_H[hb * heads + h] * age_QW)
+            a_ref[h] = jnp.exp(log_decay_H[hb * heads + h] * age_Qw)
 
-    j_1P = jax.lax.broadcasted_iota(jnp.int32, (1, Q), 1)
-    age_1P = jnp.maximum(j_1P + 1 - s if reverse else e - 1 - j_1P, 0).astype(jnp.float32)
+    j_1p = jax.lax.broadcasted_iota(jnp.int32, (1, Q), 1)
+    age_1p = jnp.maximum(j_1p + 1 - s if reverse else e - 1 - j_1p, 0).astype(jnp.float32)
     age_1V = jnp.full((1, V), e - s, jnp.int32).astype(jnp.float32)
     if segmented:
         before, after = document_refs[1][b, n], document_refs[1][b, n + 1]
         first_document, last_document = (after, before) if reverse else (before, after)
-        segments_1P = segments_ref[0]
-        segments_QP = jnp.broadcast_to(segments_1P, (Q, Q)).T
-        same_QP = (segments_QP == jnp.where(segments_1P > 0, segments_1P, -1)).astype(jnp.float32)
-        to_state_1P = segments_1P == last_document
-        from_state_QW = (jnp.broadcast_to(segments_1P, (a_ref.shape[2], Q)).T == first_document).astype(jnp.float32)
+        segments_1p = segments_ref[0]
+        segments_Qp = jnp.broadcast_to(segments_1p, (Q, Q)).T
+        same_Qp = (segments_Qp == jnp.where(segments_1p > 0, segments_1p, -1)).astype(jnp.float32)
+        to_state_1p = segments_1p == last_document
+        from_state_Qw = (jnp.broadcast_to(segments_1p, (a_ref.shape[2], Q)).T == first_document).astype(jnp.float32)
 
     def memory(h):
         """Returns k and v of the head, with zeros after the last token."""
@@ -197,26 +197,26 @@ def _kernel(*refs, queries, T, reverse, segmented):
     def start(h):
         """Advances the state of the head. Returns the scores and the product with the previous state, for each query array."""
         g = log_decay_H[hb * heads + h]
-        k_PK, v_PV = memory(h)
-        b_1P, r_1V = jnp.exp(g * age_1P), jnp.exp(g * age_1V)
+        k_pK, v_pV = memory(h)
+        b_1p, r_1V = jnp.exp(g * age_1p), jnp.exp(g * age_1V)
         if segmented:
-            b_1P, r_1V = jnp.where(to_state_1P, b_1P, 0), jnp.where(before == after, r_1V, 0)
+            b_1p, r_1V = jnp.where(to_state_1p, b_1p, 0), jnp.where(before == after, r_1V, 0)
         state_KV = state_ref[0, h]
-        narrow_KV = state_KV.astype(k_PK.dtype)
-        k_KP = (k_PK.T.astype(jnp.float32) * b_1P).astype(k_PK.dtype)
+        narrow_KV = state_KV.astype(k_pK.dtype)
+        k_Kp = (k_pK.T.astype(jnp.float32) * b_1p).astype(k_pK.dtype)
         products = [(dot(ref[0, h], keys, 1, 1), dot(ref[0, h], narrow_KV, 1, axis))
-                    for ref, keys, axis in zip(query_refs, (k_PK, v_PV), (0, 1))]
-        state_ref[0, h] = r_1V * state_KV + dot(k_KP, v_PV, 1, 0)
+                    for ref, keys, axis in zip(query_refs, (k_pK, v_pV), (0, 1))]
+        state_ref[0, h] = r_1V * state_KV + dot(k_Kp, v_pV, 1, 0)
         return products
 
     def finish(h, products):
         """Writes the outputs of the head."""
-        pair_QP, a_QW = pair_ref[h], a_ref[h]
+        pair_Qp, a_Qw = pair_ref[h], a_ref[h]
         if segmented:
-            pair_QP, a_QW = pair_QP * same_QP, a_QW * from_state_QW
-        for ref, (scores_QP, y_QW), values in zip(output_refs, products, reversed(memory(h))):
-            y_QW = a_QW[:, :y_QW.shape[1]] * y_QW + dot((scores_QP * pair_QP).astype(values.dtype), values, 1, 0)
-            ref[0, h] = y_QW.astype(ref.dtype)
+            pair_Qp, a_Qw = pair_Qp * same_Qp, a_Qw * from_state_Qw
+        for ref, (scores_Qp, y_Qw), values in zip(output_refs, products, reversed(memory(h))):
+            y_Qw = a_Qw[:, :y_Qw.shape[1]] * y_Qw + dot((scores_Qp * pair_Qp).astype(values.dtype), values, 1, 0)
+            ref[0, h] = y_Qw.astype(ref.dtype)
 
     products = start(0)
     for h in range(1, heads):

@@ -75,7 +75,7 @@ def _launch(kernel, arrays, out_shape, log_decay_H, documents, plan, **static):
 
 
 @triton.jit
-def _contribution_kernel(log_decay_H, segments_BT, bounds_B2, documents_BC, k_BHTK, v_BHTV, added_NBHKV,
+def _contribution_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, k_BHTK, v_BHTV, added_NBHKV,
                          H: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
                          SPAN: tl.constexpr, VALUES: tl.constexpr, SEGMENTED: tl.constexpr, REVERSE: tl.constexpr):
     head, span_start, columns_V = _program(V, VALUES, SPAN)
@@ -85,20 +85,20 @@ def _contribution_kernel(log_decay_H, segments_BT, bounds_B2, documents_BC, k_BH
     keys_K = tl.arange(0, K)
     added_KV = tl.zeros((K, VALUES), tl.float32)
     for c in range(_chunks_in_span(span_start, T, CHUNK, SPAN)):
-        t_P = span_start + c * CHUNK + tl.arange(0, CHUNK)
-        a_P, b_P, _ = _decays(log_decay, segments_BT, bounds_B2, documents_BC, head // H, t_P, span_start, span_start + SPAN,
+        t_p = span_start + c * CHUNK + tl.arange(0, CHUNK)
+        a_p, b_p, _ = _decays(log_decay, segments_BT, bounds_B2, documents_Bc, head // H, t_p, span_start, span_start + SPAN,
                               T, CHUNK, SPAN, SEGMENTED)
-        decay_P = a_P if REVERSE else b_P
-        v_PV = _load(v_BHTV, t_P, columns_V, V, T, CHUNK)
-        decayed_v_PV = (v_PV.to(tl.float32) * decay_P[:, None]).to(v_PV.dtype)
-        k_PK = _load(k_BHTK, t_P, keys_K, K, T, CHUNK)
-        added_KV = tl.dot(tl.trans(k_PK), decayed_v_PV, added_KV, input_precision="ieee")
+        decay_p = a_p if REVERSE else b_p
+        v_pV = _load(v_BHTV, t_p, columns_V, V, T, CHUNK)
+        decayed_v_pV = (v_pV.to(tl.float32) * decay_p[:, None]).to(v_pV.dtype)
+        k_pK = _load(k_BHTK, t_p, keys_K, K, T, CHUNK)
+        added_KV = tl.dot(tl.trans(k_pK), decayed_v_pV, added_KV, input_precision="ieee")
     added_NBHKV += (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // (V // VALUES)) + head) * K * V
     tl.store(added_NBHKV + keys_K[:, None] * V + columns_V[None, :], added_KV)
 
 
 @triton.jit
-def _output_kernel(log_decay_H, segments_BT, bounds_B2, documents_BC, q_BHTK, k_BHTK, v_BHTV, state_NBHKV, o_BHTV,
+def _output_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, q_BHTK, k_BHTK, v_BHTV, state_NBHKV, o_BHTV,
                    H: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
                    SPAN: tl.constexpr, VALUES: tl.constexpr, SEGMENTED: tl.constexpr, REVERSE: tl.constexpr,
                    TRANSPOSED: tl.constexpr, SLICE: tl.constexpr):
@@ -117,41 +117,41 @@ def _output_kernel(log_decay_H, segments_BT, bounds_B2, documents_BC, q_BHTK, k_
 
     log_decay = tl.load(log_decay_H + head % H)
     i_Q = tl.arange(0, CHUNK)
-    distance_QP = i_Q[None, :] - i_Q[:, None] if REVERSE else i_Q[:, None] - i_Q[None, :]
-    decay_QP = tl.where(distance_QP >= 0, tl.exp(log_decay * tl.maximum(distance_QP, 0).to(tl.float32)), 0.0)
+    distance_Qp = i_Q[None, :] - i_Q[:, None] if REVERSE else i_Q[:, None] - i_Q[None, :]
+    decay_Qp = tl.where(distance_Qp >= 0, tl.exp(log_decay * tl.maximum(distance_Qp, 0).to(tl.float32)), 0.0)
 
     chunks = _chunks_in_span(span_start, T, CHUNK, SPAN)
     for i in range(chunks):
         chunk_start = span_start + (chunks - 1 - i if REVERSE else i) * CHUNK
         t_Q = chunk_start + i_Q
-        a_Q, b_Q, r = _decays(log_decay, segments_BT, bounds_B2, documents_BC, head // H, t_Q, chunk_start,
+        a_Q, b_Q, r = _decays(log_decay, segments_BT, bounds_B2, documents_Bc, head // H, t_Q, chunk_start,
                               chunk_start + CHUNK, T, CHUNK, SPAN, SEGMENTED)
-        from_state_Q, to_state_P = (b_Q, a_Q) if REVERSE else (a_Q, b_Q)
-        v_PV = _load(v_BHTV, t_Q, columns_V, V, T, CHUNK)
-        decayed_v_PV = (v_PV.to(tl.float32) * to_state_P[:, None]).to(v_PV.dtype)
-        scores_QP = tl.zeros((CHUNK, CHUNK), tl.float32)
+        from_state_Q, to_state_p = (b_Q, a_Q) if REVERSE else (a_Q, b_Q)
+        v_pV = _load(v_BHTV, t_Q, columns_V, V, T, CHUNK)
+        decayed_v_pV = (v_pV.to(tl.float32) * to_state_p[:, None]).to(v_pV.dtype)
+        scores_Qp = tl.zeros((CHUNK, CHUNK), tl.float32)
         o_QV = tl.zeros((CHUNK, VALUES), tl.float32)
         next_states_KV = ()
         for first_key in tl.static_range(0, K, SLICE):
             keys_K = first_key + tl.arange(0, SLICE)
             q_QK = _load(q_BHTK, t_Q, keys_K, K, T, CHUNK)
-            k_PK = _load(k_BHTK, t_Q, keys_K, K, T, CHUNK)
+            k_pK = _load(k_BHTK, t_Q, keys_K, K, T, CHUNK)
             state_KV = states_KV[first_key // SLICE]
-            scores_QP = tl.dot(q_QK, tl.trans(k_PK), scores_QP, input_precision="ieee")
+            scores_Qp = tl.dot(q_QK, tl.trans(k_pK), scores_Qp, input_precision="ieee")
             o_QV = tl.dot(q_QK, state_KV.to(q_QK.dtype), o_QV, input_precision="ieee")
-            next_states_KV += (tl.dot(tl.trans(k_PK), decayed_v_PV, r * state_KV, input_precision="ieee"),)
+            next_states_KV += (tl.dot(tl.trans(k_pK), decayed_v_pV, r * state_KV, input_precision="ieee"),)
         states_KV = next_states_KV
-        scores_QP *= decay_QP
+        scores_Qp *= decay_Qp
         if SEGMENTED:
             segments_Q = _segments(segments_BT, head // H, t_Q, T, CHUNK)
-            same_QP = (segments_Q[:, None] == segments_Q[None, :]) & (segments_Q > 0)[None, :]
-            scores_QP = tl.where(same_QP, scores_QP, 0.0)
-        o_QV = tl.dot(scores_QP.to(v_PV.dtype), v_PV, from_state_Q[:, None] * o_QV, input_precision="ieee")
+            same_Qp = (segments_Q[:, None] == segments_Q[None, :]) & (segments_Q > 0)[None, :]
+            scores_Qp = tl.where(same_Qp, scores_Qp, 0.0)
+        o_QV = tl.dot(scores_Qp.to(v_pV.dtype), v_pV, from_state_Q[:, None] * o_QV, input_precision="ieee")
         pointers_QV = o_BHTV + t_Q[:, None] * V + columns_V[None, :]
         if T % CHUNK == 0:
-            tl.store(pointers_QV, o_QV.to(v_PV.dtype))
+            tl.store(pointers_QV, o_QV.to(v_pV.dtype))
         else:
-            tl.store(pointers_QV, o_QV.to(v_PV.dtype), mask=(t_Q < T)[:, None])
+            tl.store(pointers_QV, o_QV.to(v_pV.dtype), mask=(t_Q < T)[:, None])
 
 
 @triton.jit
@@ -172,7 +172,7 @@ def _chunks_in_span(span_start, T: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.c
 
 
 @triton.jit
-def _decays(log_decay, segments_BT, bounds_B2, documents_BC, b, t_Q, first, last,
+def _decays(log_decay, segments_BT, bounds_B2, documents_Bc, b, t_Q, first, last,
             T: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, SEGMENTED: tl.constexpr):
     """Returns a and b of the tokens of a chunk, and r, all measured from token `first` to token `last`."""
     if SEGMENTED:
@@ -187,8 +187,8 @@ def _decays(log_decay, segments_BT, bounds_B2, documents_BC, b, t_Q, first, last
     r = tl.exp(log_decay * (time_last - time_first).to(tl.float32))
     if SEGMENTED:
         segments_Q = _segments(segments_BT, b, t_Q, T, CHUNK)
-        documents_BC += b * ((T + SPAN - 1) // SPAN * (SPAN // CHUNK) + 1)
-        before, after = tl.load(documents_BC + first // CHUNK), tl.load(documents_BC + last // CHUNK)
+        documents_Bc += b * ((T + SPAN - 1) // SPAN * (SPAN // CHUNK) + 1)
+        before, after = tl.load(documents_Bc + first // CHUNK), tl.load(documents_Bc + last // CHUNK)
         a_Q = tl.where(segments_Q == before, a_Q, 0.0)
         b_Q = tl.where(segments_Q == after, b_Q, 0.0)
         r = tl.where(before == after, r, 0.0)
@@ -206,14 +206,14 @@ def _segments(segments_BT, b, t_Q, T: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _load(x_TW, t_Q, columns_W, WIDTH: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr):
+def _load(x_Tw, t_Q, columns_w, WIDTH: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr):
     """Loads the tokens of a chunk from an array of T x WIDTH, with zeros after the last token."""
-    pointers_QW = x_TW + t_Q[:, None] * WIDTH + columns_W[None, :]
+    pointers_Qw = x_Tw + t_Q[:, None] * WIDTH + columns_w[None, :]
     if T % CHUNK == 0:
-        x_QW = tl.load(pointers_QW)
+        x_Qw = tl.load(pointers_Qw)
     else:
-        x_QW = tl.load(pointers_QW, mask=(t_Q < T)[:, None], other=0.0)
-    return x_QW
+        x_Qw = tl.load(pointers_Qw, mask=(t_Q < T)[:, None], other=0.0)
+    return x_Qw
 
 
 KERNELS = gpu.Kernels(_contributions, _outputs, refusal, TILES)

@@ -45,8 +45,8 @@ def forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk)
         state_BHKV, o_BHTV = carry
         q_BHQK, k_BHQK, v_BHQV = (_take(x, n, chunk) for x in (q_BHTK, k_BHTK, v_BHTV))
         c = jax.tree.map(lambda x: x[n], chunks)
-        scores_BHQP = einsum("BHQK,BHPK->BHQP", q_BHQK, k_BHQK) * pair_decay(c)
-        o_BHQV = einsum("BHQP,BHPV->BHQV", scores_BHQP.astype(v_BHQV.dtype), v_BHQV)
+        scores_BHQp = einsum("BHQK,BHpK->BHQp", q_BHQK, k_BHQK) * pair_decay(c)
+        o_BHQV = einsum("BHQp,BHpV->BHQV", scores_BHQp.astype(v_BHQV.dtype), v_BHQV)
         o_BHQV += einsum("BHQK,BHKV->BHQV", q_BHQK * c.a_NBHQ[..., None], state_BHKV)
         return _advance(state_BHKV, k_BHQK, v_BHQV, c), _put(o_BHTV, o_BHQV, n)
 
@@ -75,12 +75,12 @@ def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BH
         n = N - 1 - i
         q_BHQK, k_BHQK, v_BHQV, do_BHQV = (_take(x, n, chunk) for x in (q_BHTK, k_BHTK, v_BHTV, do_BHTV))
         c, state_BHKV = jax.tree.map(lambda x: x[n], (chunks, state_NBHKV))
-        a_BHQ1, b_BHQ1, decay_BHQP = c.a_NBHQ[..., None], c.b_NBHQ[..., None], pair_decay(c)
-        scores_BHQP = (einsum("BHQK,BHPK->BHQP", q_BHQK, k_BHQK) * decay_BHQP).astype(do_BHQV.dtype)
-        dscores_BHQP = (einsum("BHQV,BHPV->BHQP", do_BHQV, v_BHQV) * decay_BHQP).astype(k_BHQK.dtype)
-        dq_BHQK = einsum("BHQP,BHPK->BHQK", dscores_BHQP, k_BHQK) + einsum("BHQV,BHKV->BHQK", do_BHQV * a_BHQ1, state_BHKV)
-        dk_BHQK = einsum("BHQP,BHQK->BHPK", dscores_BHQP, q_BHQK) + einsum("BHQV,BHKV->BHQK", v_BHQV * b_BHQ1, dstate_BHKV)
-        dv_BHQV = einsum("BHQP,BHQV->BHPV", scores_BHQP, do_BHQV) + einsum("BHQK,BHKV->BHQV", k_BHQK * b_BHQ1, dstate_BHKV)
+        a_BHQ1, b_BHQ1, decay_BHQp = c.a_NBHQ[..., None], c.b_NBHQ[..., None], pair_decay(c)
+        scores_BHQp = (einsum("BHQK,BHpK->BHQp", q_BHQK, k_BHQK) * decay_BHQp).astype(do_BHQV.dtype)
+        dscores_BHQp = (einsum("BHQV,BHpV->BHQp", do_BHQV, v_BHQV) * decay_BHQp).astype(k_BHQK.dtype)
+        dq_BHQK = einsum("BHQp,BHpK->BHQK", dscores_BHQp, k_BHQK) + einsum("BHQV,BHKV->BHQK", do_BHQV * a_BHQ1, state_BHKV)
+        dk_BHQK = einsum("BHQp,BHQK->BHpK", dscores_BHQp, q_BHQK) + einsum("BHQV,BHKV->BHQK", v_BHQV * b_BHQ1, dstate_BHKV)
+        dv_BHQV = einsum("BHQp,BHQV->BHpV", scores_BHQp, do_BHQV) + einsum("BHQK,BHKV->BHQV", k_BHQK * b_BHQ1, dstate_BHKV)
         dstate_BHKV = c.r_NBH[..., None, None] * dstate_BHKV + einsum("BHQK,BHQV->BHKV", q_BHQK * a_BHQ1, do_BHQV)
         return dstate_BHKV, _put(dq_BHTK, dq_BHQK, n), _put(dk_BHTK, dk_BHQK, n), _put(dv_BHTV, dv_BHQV, n)
 
@@ -123,8 +123,8 @@ def _chunks(log_decay_H, segments_BT, T, chunk):
     """Returns the decays and documents of all chunks."""
     bounds_B2 = jnp.array([[0, T]]) if segments_BT is None else real_bounds(segments_BT)
     segments_BT = jnp.ones((1, T), jnp.int32) if segments_BT is None else segments_BT
-    documents_CB = state_documents(segments_BT, chunk).T
-    before_NB, after_NB = documents_CB[:-1], documents_CB[1:]
+    documents_cB = state_documents(segments_BT, chunk).T
+    before_NB, after_NB = documents_cB[:-1], documents_cB[1:]
     segments_BT = jnp.pad(segments_BT, ((0, 0), (0, -T % chunk)))
     segments_NBQ = jnp.moveaxis(segments_BT.reshape(len(segments_BT), -1, chunk), 1, 0)
 
@@ -145,10 +145,10 @@ def _chunks(log_decay_H, segments_BT, T, chunk):
 
 def _pair_decay(log_decay_H, chunk, segmented):
     """Returns a function that gives D of one chunk: the same for all chunks, but 0 across documents if `segmented`."""
-    distance_QP = jnp.arange(chunk)[:, None] - jnp.arange(chunk)
-    decay_HQP = jnp.where(distance_QP >= 0, jnp.exp(log_decay_H[:, None, None] * jnp.maximum(distance_QP, 0)), 0)
+    distance_Qp = jnp.arange(chunk)[:, None] - jnp.arange(chunk)
+    decay_HQp = jnp.where(distance_Qp >= 0, jnp.exp(log_decay_H[:, None, None] * jnp.maximum(distance_Qp, 0)), 0)
 
     def within_documents(c):
-        same_BQP = (c.segments_NBQ[:, :, None] == c.segments_NBQ[:, None, :]) & (c.segments_NBQ > 0)[:, None, :]
-        return jnp.where(same_BQP[:, None], decay_HQP, 0)
-    return within_documents if segmented else lambda c: decay_HQP
+        same_BQp = (c.segments_NBQ[:, :, None] == c.segments_NBQ[:, None, :]) & (c.segments_NBQ > 0)[:, None, :]
+        return jnp.where(same_BQp[:, None], decay_HQp, 0)
+    return within_documents if segmented else lambda c: decay_HQp

@@ -86,7 +86,7 @@ def collect(out: Path) -> dict[str, dict]:
 
 
 def _read(path: Path, max_bytes: int = untrusted.JSON_BYTES) -> str:
-    return untrusted.content(path, max_bytes).decode(errors="replace")
+    return untrusted.read_bytes(path, max_bytes).decode(errors="replace")
 
 
 def _write(path: Path, text: str) -> None:

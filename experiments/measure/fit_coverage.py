@@ -1,7 +1,7 @@
 """Counts how often the 95 % intervals of `mmx fit` contain the true exponents, and times the fits.
 
-    python benchmarks/fit.py                        # 100 sets of runs for each law, 1,000 resamples
-    python benchmarks/fit.py --law moe --resamples 200      # 6 minutes
+    python experiments/measure/fit_coverage.py                        # 100 sets of runs for each law, 1,000 resamples
+    python experiments/measure/fit_coverage.py --law moe --resamples 200      # 6 minutes
 
 Each set has the losses of a known law times log-normal noise, seeded by the number of the set. Noise of the kind
 "uneven" is four times as large for small models as for large ones. With "outliers", 3 % of the runs have a loss that is a

@@ -1,6 +1,6 @@
-"""Dropped tokens and what they cost, by experiments/router.py: trains its seeds, then reads held-out text under capacities.
+"""Measures dropped tokens and their cost: trains the models of experiments/router.py and evaluates them at several capacities.
 
-    python benchmarks/router.py --run router        # writes experiments/results/router.jsonl
+    python experiments/measure/router.py --run router        # writes experiments/results/router.jsonl
 """
 import argparse
 import dataclasses
@@ -21,18 +21,19 @@ from mmx.launch import experiments, hugepages, sweep
 from mmx.model import Model
 from mmx.training.loss import loss
 
-EXPERIMENT = str(Path(__file__).parents[1] / "experiments" / "router.py")
+EXPERIMENT = str(Path(__file__).parents[1] / "router.py")
 CAPACITIES, SHARDS = (1.0, 1.25, 1.5, 2.0), (1, 4, 16, 32)
 BATCH, BATCHES = 32, 3
 
 
 def main():
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--run", type=Path, metavar="DIR", required=True, help="mmx sweep's --out: what it has stays")
-    flags.add_argument("--jobs", default=1, metavar="N", help="runs at a time (default 1)")
-    flags.add_argument("--hours", metavar="H", help="train only if that takes no longer; a reading takes some minutes on top")
+    flags.add_argument("--run", type=Path, metavar="DIR", required=True, help="folder of the sweep; keeps finished runs")
+    flags.add_argument("--jobs", default=1, metavar="N", help="models to train at a time (default 1)")
+    flags.add_argument("--hours", metavar="H", help="refuse to train if training is expected to take longer; evaluation takes "
+                       "some more minutes")
     flags.add_argument("--out", default=EXPERIMENT.replace("router.py", "results/router.jsonl"),
-                       help="the rows (default experiments/results/router.jsonl)")
+                       help="file to write the rows to (default experiments/results/router.jsonl)")
     args = flags.parse_args()
     hours = ["--hours", args.hours] if args.hours else []
     if code := cli.main(["sweep", "--config", EXPERIMENT, "--out", str(args.run), "--jobs", str(args.jobs), *hours]):
@@ -45,23 +46,27 @@ def main():
 
 
 def measure(loaded, length, capacities=CAPACITIES, shards=SHARDS, batches=BATCHES):
-    """By capacity and number of shards: nats a token, and the share of assignments dropped, of all layers and of the worst."""
+    """Evaluates a model on held-out text for each capacity factor and number of shards.
+
+    Yields rows with the loss in nats per token, and the share of dropped assignments: the mean over layers ("dropped") and the
+    largest of a layer ("worst"). The first row is without dropping.
+    """
     documents = [tokens.document(tokens.tokenizer("bytes"), raw, name) for name, raw in pipeline.validation(Data())]
     packed = packing.Packed(documents, length)
     order = np.random.default_rng(0).permutation(len(packed))[:batches * BATCH]
-    read = [packing.stack(packed[n] for n in part) for part in np.split(order, batches)]
+    held_out = [packing.stack(packed[n] for n in part) for part in np.split(order, batches)]
     for capacity in (0.0, *capacities):
-        for parts in shards if capacity else shards[:1]:
+        for count in shards if capacity else shards[:1]:
             c = dataclasses.replace(loaded.config, capacity=capacity)
-            found = [_read(c, parts, loaded.params, batch) for batch in read]
+            found = [_evaluate(c, count, loaded.params, batch) for batch in held_out]
             nats, dropped_L = (np.mean(x, axis=0) for x in zip(*found))
-            yield {"capacity": capacity, "shards": parts, "loss": float(nats), "dropped": float(dropped_L.mean()),
+            yield {"capacity": capacity, "shards": count, "loss": float(nats), "dropped": float(dropped_L.mean()),
                    "worst": float(dropped_L.max())}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _read(c, shards, params, batch):
-    """Mean over shards that are read one by one, each with its own capacity: loss, dropped_L."""
+def _evaluate(c, shards, params, batch):
+    """(loss, dropped_L), means over shards of the rows; each shard is evaluated separately, with its own capacity."""
     def one(part):
         _, metrics = loss(Model(c), params, part, part["tokens"].size)
         return metrics["loss"], metrics["dropped"]
