@@ -1,4 +1,4 @@
-"""Runs notebooks and writes what they show into them: `make notebooks`, or python notebooks/run.py FILE ..."""
+"""Runs notebooks and saves their outputs in them: `make notebooks`, or python notebooks/run.py FILE ..."""
 import sys
 from pathlib import Path
 
@@ -7,9 +7,12 @@ from nbclient import NotebookClient
 
 
 def run(path: Path) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a run of all its cells, in its folder; stderr, where progress bars are, is not kept.
+    """Returns the notebook with the outputs of all its cells. Its own folder is the working directory.
 
-    Raises nbclient's CellExecutionError, with the cell and its traceback, where one raises.
+    stderr is left out, because it contains progress bars.
+
+    Raises:
+      nbclient.exceptions.CellExecutionError: if a cell raises; contains the cell and its traceback.
     """
     book = nbformat.read(path, 4)
     NotebookClient(book, timeout=600, kernel_name="python3", record_timing=False, coalesce_streams=True,
