@@ -368,7 +368,7 @@ def test_a_spike_rolls_the_run_back_and_discards_its_data(text, tmp_path, monkey
             return next(spikes, rate(t, step, progress)) if step == 5 else rate(t, step, progress)
 
         def next_(self):
-            read.append((self._step + (not self._left), self._micro))
+            read.append((self._step + (not self._remaining), self._micro))
             return original(self)
 
         monkeypatch.setattr(optim, "learning_rate", learning_rate)
