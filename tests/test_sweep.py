@@ -182,7 +182,8 @@ def test_failed_runs_are_retried_and_reported(place, trained, tmp_path, capsys):
     assert cli.main(command) == 1
     captured = capsys.readouterr()
     assert "retry: S-0-" in captured.out and "lost a device" in captured.out and "failed: S-1-" in captured.out
-    assert captured.err.startswith("mmx: 1 run failed; run the same command to retry. The first failure is S-1-") and captured.err.count("\n") == 1
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("mmx: 1 run failed; run the same command to retry. The first failure is S-1-")
     assert trained[0] == {0: 2, 1: 1, 2: 1} and [row["train.seed"] for row in rows(tmp_path)] == [2, 0]
     trained[1][1] = RuntimeError("lost a device")
     assert cli.main([*command, "--retries", "0"]) == 1
