@@ -10,25 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ALLOWED = {     # each package or module of mmx/, and those it may import; all of them may import dims and config
-    "dims": "", "config": "", "chips": "",
-    "files": "",
-    "kernels": "",
-    "parallel": "kernels",
-    "layers": "kernels parallel",
-    "model": "kernels layers parallel",
-    "mesh": "layers parallel",
-    "analysis": "chips files layers model",
-    "data": "files",
-    "checkpoints": "data files kernels layers model parallel",
-    "torch": "checkpoints files layers",
-    "training": "analysis checkpoints data files kernels layers mesh model parallel",
-    "inference": "checkpoints data files kernels layers model parallel torch",
-    "evals": "analysis checkpoints data files inference model training",
-    "compilers": "analysis chips data inference kernels layers mesh model parallel training",
-    "launch": "analysis data evals files training",
-    "cli": "analysis checkpoints compilers data evals files inference launch layers mesh parallel training",
-}
+TABLE = re.findall(r"^\| (`.+?) \| .+? \| (.+?) \|$", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+# Each package or module of mmx/, and those it may import. All of them may import dims and config.
+ALLOWED = {name: re.findall(r"\w+", allowed) for names, allowed in TABLE for name in re.findall(r"`(\w+)`", names)}
 FORBIDDEN = {   # external packages that a package of mmx, or one of its modules, may not import
     "dims": ("jax", "flax", "torch"), "config": ("jax", "flax", "torch"), "data": ("jax", "flax", "torch"),
     "files": ("jax", "flax", "torch"), "cli": ("jax", "flax", "torch"), "chips": ("jax", "flax", "torch"),
@@ -73,7 +57,7 @@ def test_imports_point_one_way(path):
     if own == "__init__":       # imports its modules lazily, when a name is first used
         return
     packages = {name.split(".")[1] for name in imported(path) if name.startswith("mmx.")}
-    allowed = {own, "dims", "config", "__version__", *ALLOWED[own].split()}
+    allowed = {own, "dims", "config", "__version__", *ALLOWED[own]}
     assert packages <= allowed, f"{own} may not import {packages - allowed}"
     early = {name.split(".")[1] for name in imported(path, inside=False) if name.startswith("mmx.")}
     too_early = early & set(DEFERRED.get(own, "").split())
