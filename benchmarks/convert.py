@@ -25,7 +25,7 @@ MODEL = config.Model(vocab=264, dim=4096, layers=31, pattern="S", heads=64, kv_h
 SHARD_BYTES = 500_000_000
 CHILD = """
 import sys
-from mmx import convert
+from mmx.checkpoints import convert
 getattr(convert, sys.argv[1])(sys.argv[2], sys.argv[3])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
