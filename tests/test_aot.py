@@ -23,7 +23,7 @@ def get_config():
     train.batch, train.length = 4, 512
     return config
 """
-X, OUTER, INNER = 64, 3, 5
+D, OUTER, INNER = 64, 3, 5
 AXES = {"data": 2, "tensor": 4}
 TPU_LOOP = """
 %body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
@@ -68,34 +68,34 @@ ENTRY %main (x: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
 needs_compiler = pytest.mark.skipif(bool(schedule.missing()), reason=schedule.missing())
 
 
-def test_loops_count_as_often_as_they_run():
-    """Two nested loops, with a product and two exchanges inside the inner and one outside."""
+def test_loop_bodies_count_once_per_iteration():
+    """The inner of two nested loops has a matrix product and two exchanges, the outer one an exchange."""
     mesh = jax.make_mesh(tuple(AXES.values()), tuple(AXES), (jax.sharding.AxisType.Auto,) * 2)
 
-    def local(x_BX, w_XX):
-        def inner(x_BX, _):
-            y_BX = jax.lax.all_to_all(x_BX @ w_XX, "tensor", 0, 0, tiled=True)
-            return jax.lax.ppermute(y_BX, "data", [(0, 1), (1, 0)]), None
+    def local(x_BD, w_DD):
+        def inner(x_BD, _):
+            y_BD = jax.lax.all_to_all(x_BD @ w_DD, "tensor", 0, 0, tiled=True)
+            return jax.lax.ppermute(y_BD, "data", [(0, 1), (1, 0)]), None
 
-        def outer(x_BX, _):
-            x_BX = jax.lax.scan(inner, x_BX, length=INNER)[0]
-            return x_BX + jax.lax.psum(x_BX, ("data", "tensor")), None
-        return jax.lax.scan(outer, x_BX, length=OUTER)[0]
+        def outer(x_BD, _):
+            x_BD = jax.lax.scan(inner, x_BD, length=INNER)[0]
+            return x_BD + jax.lax.psum(x_BD, ("data", "tensor")), None
+        return jax.lax.scan(outer, x_BD, length=OUTER)[0]
 
-    cut = P(("data", "tensor"))
-    function = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(cut, P()), out_specs=cut, check_vma=False))
+    split = P(("data", "tensor"))
+    function = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(split, P()), out_specs=split, check_vma=False))
     array = lambda shape, spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
-    text = function.lower(array((8 * X, X), cut), array((X, X), P())).compile().as_text()
+    text = function.lower(array((8 * D, D), split), array((D, D), P())).compile().as_text()
     program = hlo.analyse(text, AXES)
-    assert program.flops == OUTER * INNER * 2 * X ** 3
+    assert program.flops == OUTER * INNER * 2 * D ** 3
     assert not program.unknown and not program.flops_kernels
     assert sorted((c.kind, c.axes, c.bytes, c.times) for c in program.collectives) == [
-        ("all-reduce", "data+tensor", 4 * X * X * 7 // 4, OUTER), ("all-to-all", "tensor", 4 * X * X * 3 // 4, OUTER * INNER),
-        ("collective-permute", "data", 4 * X * X, OUTER * INNER)]
+        ("all-reduce", "data+tensor", 4 * D * D * 7 // 4, OUTER), ("all-to-all", "tensor", 4 * D * D * 3 // 4, OUTER * INNER),
+        ("collective-permute", "data", 4 * D * D, OUTER * INNER)]
 
 
 def test_tpu_programs():
-    """Bounds in conditions, three ways to write groups, and what runs between a start and its done."""
+    """Covers loop bounds in conditions, three ways to write replica groups, and work that overlaps an exchange."""
     program = hlo.analyse(TPU_LOOP, AXES)
     assert [c[:5] for c in program.collectives] == [
         ("all-to-all", "data", 128, 7, True), ("all-to-all", "data", 128, 7, False), ("all-gather", "tensor", 192, 7, False),
@@ -136,12 +136,12 @@ ENTRY %main (x: (s32[], s32[], f32[40,16])) -> (s32[], s32[], f32[40,16]) {{
 """
 
 
-def test_a_loop_that_only_the_run_bounds_walks_through_what_it_slices():
-    """40 rows by 8 are five runs; of its conditional the branch with a product counts."""
+def test_a_loop_with_a_dynamic_bound_runs_once_per_slice_of_its_array():
+    """40 rows in slices of 8 give five iterations. Of a conditional, the branch with the most matrix FLOPs counts."""
     assert hlo.analyse(RUN_TIME_LOOP, {}).flops == 5 * 2 * 8 * 16 * 16
 
 
-def test_a_peeled_loop_runs_from_where_its_counter_begins():
+def test_a_peeled_loop_starts_at_the_initial_value_of_its_counter():
     peeled = TPU_LOOP.replace("%start = (s32[], bf16[8,16]) parameter(0)", """%x0 = bf16[8,16] parameter(0)
   %one = s32[] constant(2)
   %start = (s32[], bf16[8,16]) tuple(%one, %x0)""")
@@ -150,9 +150,9 @@ def test_a_peeled_loop_runs_from_where_its_counter_begins():
 
 @pytest.mark.parametrize("window, shapes, labels, flops", [
     ("", ((8, 16), (16, 4), (8, 4)), "bf_io->bf", 2 * 8 * 16 * 4),
-    # a batch of 4 products: of its 4 x 4 pairs of places and taps 4 meet an element
+    # a batch of 4 products: 4 of the 4 x 4 pairs of an output position and a window position touch an element
     ("window={size=4 stride=3 lhs_dilate=4}, ", ((4, 8, 16), (4, 16, 2), (4, 8, 2)), "0bf_0io->0bf", 4 * 2 * 8 * 16 * 2),
-    # heads as a place of the result: a window that reaches past both ends
+    # heads as a spatial axis of the result: the window reaches beyond both ends
     ("window={size=1x8 pad=0_0x7_7}, ", ((2, 16, 1, 5), (1, 8, 16, 3), (2, 5, 8, 3)), "0f1b_01io->0b1f",
      2 * 2 * 5 * 16 * 8 * 3),
 ])
@@ -174,9 +174,12 @@ PODS = [pytest.param("v5p:2x2x1", marks=needs_compiler), pytest.param("h100:1x4"
 
 
 @pytest.mark.parametrize("topology", PODS)
-def test_a_layer_of_experts(topology, experiment, capfd):
-    """Forward and backward each group of tokens travels there and back, behind all their weights, and not when the layer is
-    recomputed; weights are gathered and their gradients scattered as they should be, without a sum of whole arrays."""
+def test_an_expert_layer(topology, experiment, capfd):
+    """Each token group is exchanged twice in the forward and twice in the backward pass, and not when the layer is recomputed.
+
+    The routing weights of all groups are exchanged once per pass. Parameters are gathered and their gradients
+    reduce-scattered; no all-reduce sums a whole parameter.
+    """
     assert cli.main(["aot", "--config", experiment, "--topology", topology, "--mesh", "edp=-1,ep=2", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     layers, groups = 2, 4
@@ -186,9 +189,9 @@ def test_a_layer_of_experts(topology, experiment, capfd):
     assert rows["all-to-all", "ep"]["overlapped"] > 0
     # scales and counts; of the step over ep alone the compiler sums some small parts
     assert sum(row["bytes"] for (kind, over), row in rows.items() if kind == "all-reduce" and "edp" in over) < 100_000
-    if topology.startswith("h100"):     # its compiler joins gathers, and its kernels state no FLOPs
+    if topology.startswith("h100"):     # this compiler merges gathers, and its kernels do not state FLOPs
         return
-    # five matrices of the mixer, three of the experts, forward and recomputation; embedding and head
+    # five mixer matrices and three expert matrices, each for the forward pass and for recomputation; embedding and head
     assert not found["unknown"]
     assert rows["all-gather", "edp"]["runs"] == layers * 2 * (5 + 3) + 2
     assert rows["reduce-scatter", "edp"]["runs"] >= layers * 3
@@ -196,7 +199,7 @@ def test_a_layer_of_experts(topology, experiment, capfd):
 
 
 def test_a_ragged_exchange_counts_at_most_its_result():
-    """Of TPUs and of GPUs, with a start and alone."""
+    """Covers the forms that TPU and GPU compilers write, with and without a separate start."""
     takes = "(bf16[8,16], bf16[24,16], s32[2], s32[2], s32[2], /*index=5*/s32[2])"
     operands = "(%x, %empty, %at, %sent, %lands, /*index=5*/%came), replica_groups={{0,4},{1,5},{2,6},{3,7}}"
     text = f"""ENTRY %main () -> bf16[24,16] {{
@@ -209,21 +212,23 @@ def test_a_ragged_exchange_counts_at_most_its_result():
     assert [c[:4] for c in hlo.analyse(text, AXES).collectives] == 3 * [("ragged-all-to-all", "data", 2 * 24 * 16, 1)]
 
 
-# TPUs pad a weight to 512 bytes, a token's here
+# TPUs pad the weight sent with a token to 512 bytes, which is as large as the token here
 @pytest.mark.parametrize("topology, times", [pytest.param("v5p:2x2x1", 3, marks=needs_compiler),
                                              pytest.param("h100:1x4", 2, marks=needs_gpu_compiler)])
 def test_ragged_experts(topology, times, experiment, capfd):
-    """Weights, tokens and what comes back: three exchanges a group forward, as many backward, none when recomputed."""
+    """A group has three exchanges (routing weights, tokens, results) forward, three backward and none when recomputed."""
     assert cli.main(["aot", "--config", experiment, "--topology", topology, "--mesh", "edp=-1,ep=2", "--json",
                      "--config.model.ragged", "--config.model.layers=1", "--config.model.token_groups=2"]) == 0
     rows = {(row["kind"], row["axes"]): row for row in json.loads(capfd.readouterr().out)["exchanges"]}
     assert rows["ragged-all-to-all", "ep"]["runs"] == 2 * 6
     tokens = 4 * 512 // 4
-    places, share = 1.25 * tokens * 2 / 2, tokens * 2 / 2       # of a group: what arrives, and what may come back
-    assert rows["ragged-all-to-all", "ep"]["bytes"] == pytest.approx(2 * times * (places + share) * 256 * 2, rel=0.02)
+    received, returned = 1.25 * tokens * 2 / 2, tokens * 2 / 2       # rows of a group: buffers for tokens and for results
+    assert rows["ragged-all-to-all", "ep"]["bytes"] == pytest.approx(2 * times * (received + returned) * 256 * 2, rel=0.02)
+
+
 @needs_compiler
-def test_between_slices_gradients_travel_alone(experiment, capfd):
-    """Once, in the parts that a device keeps; what else does are scales, counts and statistics."""
+def test_slices_exchange_gradients_once(experiment, capfd):
+    """Each device exchanges its shard of the gradients, and besides only norm scales, counts and statistics."""
     assert cli.main(["aot", "--config", experiment, "--topology", "v5e:2x2", "--slices", "2", "--mesh", "slice=2,edp=2,ep=2",
                      "--config.train.batch=8", "--config.model.layers=1", "--config.model.token_groups=1", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
@@ -248,7 +253,7 @@ def test_the_sizes_in_an_out_of_memory_error_are_parsed(message):
     pytest.param("v5p:2x2x2x2", "edp=16", "the compiler does not support this topology", marks=needs_compiler),
     pytest.param("v5p:2x2x1", "edp=3", "mesh.edp=3 must multiply to the 4 devices of the pod", marks=needs_compiler),
     ("v5p:2x2x1", "edp=2,tp=2", "'tp=2' is not of the form AXIS=SIZE; axes are slice, edp, ep, etp, seq"),
-    ("v5p:2x2x1", "edp=-1,ep=-1", "at most one is -1"),
+    ("v5p:2x2x1", "edp=-1,ep=-1", "at most one may be -1"),
 ])
 def test_an_invalid_argument_is_explained_in_one_line(experiment, capfd, topology, mesh, message):
     assert cli.main(["aot", "--config", experiment, "--topology", topology, "--mesh", mesh]) == 2
