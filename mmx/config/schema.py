@@ -165,13 +165,14 @@ class Model:
 class Train:
     """Optimization. A step is one optimizer update."""
     steps: int = 1000               # [steps] length of the whole run
-    seconds: float = 0.0            # [seconds] training time of the run, which the schedule then follows; 0: train.steps
+    # [seconds] stop after this training time instead of train.steps; the schedule then follows the clock; 0: stop by steps
+    seconds: float = 0.0
     batch: int = 8                  # [sequences] B, size of a micro-batch
     length: int = 512               # [tokens] T, length of a sequence
     ramp: tuple = ()                # ((tokens, micro-batches a step from then on), ...): batch ramp by gradient accumulation
     init_from: str = ""             # start from the parameters of this workdir, checkpoints/STEP or Hugging Face directory
     init_vision: str = ""           # start the ViT, without its projector, from this checkpoint
-    # parameters that are not trained, by their path in the parameter tree: "groups" (all decoder layers), "vision", "vision.layers", ...
+    # parameters that are not trained, by their path: "groups" (all decoder layers), "vision", "vision.layers", ...
     freeze: tuple = ()
     vision_lr: float = 1.0          # factor of the learning rate for the ViT and the projector
     contrastive: float = 0.0        # weight of a contrastive loss between images and their captions (CoCa)
@@ -180,7 +181,7 @@ class Train:
     schedule: str = "wsd"           # wsd (warm-up, stable, decay), cosine or stepwise
     warmup: int = 100               # [steps] length of the linear warm-up, in every schedule
     decay: float = 0.2              # wsd and stepwise: fraction of the run, at its end, in which the rate decays
-    decay_form: str = "linear"      # shape of that decay: linear, exponential, or sqrt, which is 1 - sqrt(progress of the decay)
+    decay_form: str = "linear"      # shape of that decay: linear, exponential, or sqrt: 1 - sqrt(fraction of the decay done)
     rates: tuple = ()               # stepwise: ((tokens, learning rate from then on), ...); the last rate decays to lr_end
     beta1: float = 0.9              # AdamW's decay of the first moment
     beta2: float = 0.95             # AdamW's decay of the second moment
