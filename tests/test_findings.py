@@ -102,8 +102,8 @@ def test_recall_uses_the_best_learning_rate(tmp_path, monkeypatch):
         "lightning 0.310 (0.300 to 0.320); difference +0.670 (+0.670 to +0.670)")
     assert [x.verdict for x in (lightning, softmax, memory, middle, first, separation)] == [
         "supports", "supports", "not run", "contradicts", "supports", "supports"]
-    assert first.test.endswith("; up to 0.02 less counts as equal")
-    assert lightning.test.endswith("; up to 0.02 more counts as equal")
+    assert first.test.endswith("; claim: difference above -0.02")
+    assert lightning.test.endswith("; claim: difference above +0.02")
     assert "; learning rates: hybrid 7:1 0.1 (no other tried), lightning 0.1 (tried: 0.1, 0.2); " in lightning.test
     assert softmax.test.count("learning rate 0.1 (no other tried)") == 1
     assert separation.measured.startswith("4 pairs in 32 tokens: hybrid 7:1 0.980")
@@ -393,7 +393,8 @@ def test_needles_by_rotary_dims(tmp_path, monkeypatch):
     softmax = claims.needle_rope()[6:]
     assert [x.verdict for x in (half, none, near, far)] == ["contradicts", "supports", "supports", "supports"]
     assert {x.verdict for x in missing + softmax} == {"not run"}
-    assert half.test.endswith("; up to 5 percentage points less counts as equal") and "counts as equal" not in far.test
+    assert half.test.endswith("; claim: difference above -5 percentage points")
+    assert far.test.endswith("; claim: difference above 0")
     panels = figures.needle_rope(pyplot).axes
     assert [text.get_text() for text in panels[2].texts] == ["100", "20"] * 2       # full: of two depths, both lengths
 

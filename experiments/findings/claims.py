@@ -76,7 +76,7 @@ def recall() -> list[Claim]:
          hybrid | lightning, 0.02),
         ("The hybrid of seven lightning layers and one softmax layer retrieves as well as softmax alone (Fig. 7)",
          hybrid | softmax, -0.02),
-        ("A larger linear memory helps significantly (section 2.4): lightning alone, by the size of its heads; larger heads "
+        ("A larger state of linear attention helps significantly (section 2.4): lightning alone with larger heads, which "
          "also add parameters and FLOPs", {"heads of 32": ("LLLLLLLL", 32), "heads of 8": ("LLLLLLLL", 8)}, 0.02),
         ("The hybrid's softmax layer works as well in the middle as at the end (ours)",
          {"4th of 8 layers": ("LLLSLLLL", 16)} | last, -0.02),
@@ -135,8 +135,8 @@ def hybrid_ratio() -> list[Claim]:
 # --- beyond the length of training ---
 
 TRAINED, BEYOND = "0-255", ("256-511", "512-1023", "1024-2047")
-EXTRAPOLATES = "works beyond the training length without loss"
-NO_COST = "Half RoPE costs nothing against full RoPE within the training length"
+EXTRAPOLATES = "works as well beyond the training length as within it"
+NO_COST = "Half RoPE works as well as full RoPE within the training length"
 BETTER_BEYOND = "Half RoPE is better than full RoPE beyond the training length (ours)"
 
 
@@ -248,7 +248,7 @@ def norm() -> list[Claim]:
         deep, pre, post = (found.get((form, layers)) for form in ("deepnorm", "pre", "post"))
         for text, name, other in (
                 ("DeepNorm reaches a lower loss than plain post-norm (DeepNorm's paper)", "post-norm", post),
-                ("DeepNorm is better than pre-norm (Table 5 by benchmarks; here by loss)", "pre-norm", pre)):
+                ("DeepNorm is better than pre-norm (Table 5 compares benchmark scores; here the loss)", "pre-norm", pre)):
             claim = compare(Claim(f"{text}: {layers} layers", test), NATS, {"DeepNorm": (deep, loss), name: (other, loss)})
             for label, arm in (("DeepNorm", deep), (name, other)) if claim.measured else ():
                 if failed := sum(loss(row) > UNLEARNED for row in arm.seeds.values()):
@@ -343,7 +343,7 @@ def padding() -> list[Claim]:
                 ("Packing adds less padding than rounding each sample up to 256 tokens, as the paper's kernel does (ours)",
                  "packed", "packed", ""),
                 ("Blocks of 32 to 256 tokens add less padding than blocks of 256 alone (section 3.3.3)", "blocks of 32 to 256",
-                 "levels", "; they can never add more, so the size of the difference is the result")):
+                 "levels", "; blocks of 32 to 256 cannot add more, so only the size of the difference is informative")):
             claims.append(compare(Claim(f"{text}: median {median:,}", test + note), PADDING,
                                   {name: (arm, field), "blocks of 256": (arm, "blocks")}))
     return claims
@@ -354,7 +354,7 @@ def length() -> list[Claim]:
     found = {n: values_by_seed(arm, operator.itemgetter("tokens_per_s"))
              for (kind, n), arm in arms_at_one_rate(read_rows("length"), "kind", "length").items() if kind == "L"}
     test = ("`python benchmarks/length.py`: one lightning layer, forward and backward, equal tokens per call, on CPU cores; "
-            "repeated passes instead of seeds; up to 5 % slower counts as equal")
+            "repeated passes instead of seeds; claim: relative speed above 95 %")
     claims = []
     for longest, source in ((65536, "(section 2.2.2.4)"), (max({131072, *found}), "(ours)")):
         claim = Claim(f"Training speed does not fall with the sequence length, up to {longest:,} tokens {source}", test)

@@ -93,10 +93,9 @@ def compare(claim: Claim, measure: Measure, pair: dict[str, tuple[Arm | None, Ca
       the claim with its measured values and its verdict. The difference uses the seeds that both arms have.
     """
     test = claim.test + format_rates({name: arm for name, (arm, _) in pair.items() if arm})
-    if bound:
-        unit = " percentage points" if measure.scale == 100 else ""
-        direction = "less" if (bound < 0) != measure.lower else "more"
-        test += f"; up to {abs(measure.scale * bound):g}{unit} {direction} counts as equal"
+    limit = measure.scale * (-bound if measure.lower else bound)
+    unit = " percentage points" if bound and measure.scale == 100 else ""
+    test += f"; claim: difference {'below' if measure.lower else 'above'} {limit or 0:{'+' if limit else ''}g}{unit}"
     if not all(arm for arm, _ in pair.values()):
         return claim._replace(test=test)
     values = {name: values_by_seed(arm, value if callable(value) else operator.itemgetter(value))

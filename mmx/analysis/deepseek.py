@@ -63,7 +63,7 @@ class DeepSeekV3:
         return self.layers * (self.latent + self.rope_dim) * 2
 
     def flops_forward(self, length: int) -> float:
-        """Forward FLOPs per token, averaged over a causal sequence of `length` tokens, counted as in `mmx.analysis.counts.flops_forward`.
+        """Forward FLOPs per token, averaged over a causal sequence of `length` tokens, as `counts.flops_forward` counts them.
 
         Keys and values are expanded from their latent, as in prefill: 2 * heads * (key + value dims) per pair of tokens.
         """

@@ -46,7 +46,7 @@ def rows(section: type, prefix: str):
             nested.append((field.type, f"{prefix}{field.name}."))
             continue
         unit, meaning = re.fullmatch(r"(?:\[(\w+)\] )?(.*)", meanings[section.__name__, field.name]).groups()
-        default = "1 to 36 tiles" if field.name == "grids" else field.default
+        default = "28 grids of 1 to 18 tiles" if field.name == "grids" else field.default
         yield f"{prefix}{field.name}", field.type.__name__, unit or "-", default, meaning
     for part, name in nested:
         yield from rows(part, name)

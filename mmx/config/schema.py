@@ -34,10 +34,10 @@ class Vision:
     hidden: int = 4096              # U, width of the ViT's MLPs
     tile: int = 336                 # [pixels] height and width of a tile
     patch: int = 14                 # [pixels] height and width of a patch; a tile has (tile / patch)^2 patches
-    # (rows, columns) of tiles that an image may be cut into; (): every image is one tile
+    # grids (rows, columns) of tiles that an image may be cut into; a tile of the whole image is added; (): that tile only
     grids: tuple = dataclasses.field(default=GRIDS, repr=False)
     norm_eps: float = 1e-5          # epsilon of the ViT's layer norms
-    token: int = 200_025            # token id that represents each place of an image in a text
+    token: int = 200_025            # token id that stands for each token of an image
 
     def validate(self, vocab: int):
         v = self
@@ -64,32 +64,40 @@ class Vision:
 @dataclasses.dataclass(frozen=True)
 class Model:
     """The decoder's shape and function (docs/model.md section 1), and how it is computed."""
-    vocab: int = 264                # W, token ids; the default: bytes, bos, eos, pad and five spare ids
+    vocab: int = 264                # W, number of token ids; default: 256 bytes, bos, eos, pad and five unused ids
     dim: int = 256                  # D, width
     layers: int = 8                 # [layers] depth
-    # layer kinds, repeated layers / len(pattern) times: L lightning, S softmax, W softmax in a window
+    # layer kinds: L lightning, S softmax, W softmax in a window; the pattern repeats layers / len(pattern) times
     pattern: str = "LLLLLLLS"
-    window: int = 256               # [tokens] what a token of a W layer attends to, itself included
+    window: int = 256               # [tokens] number of tokens that a token of a W layer attends to, itself included
     heads: int = 8                  # H, query heads of every layer
     kv_heads: int = 2               # G, key-value heads of softmax layers
     head_dim: int = 32              # K = V, width of a head
-    rotary_dim: int = 16            # number of leading dims of a head that RoPE rotates, softmax layers
+    rotary_dim: int = 16            # number of leading dims of a head that RoPE rotates in softmax and window layers
     rope_theta: float = 10_000.0    # base of RoPE's frequencies
     experts: int = 8                # E, number of experts in a layer
-    top_k: int = 2                  # experts of a token
+    top_k: int = 2                  # number of experts that process a token
     expert_dim: int = 512           # F, hidden width of an expert
-    capacity: float = 0.0           # capacity factor: at most capacity * tokens * top_k / experts for an expert; 0: no dropping
-    transport: float = 0.0          # buffer factor of the exchange between devices, over an even share; 0: room for any routing
-    token_groups: int = 1           # parts of a device's tokens; the exchange of one overlaps with the experts of another
-    ragged: bool = False            # exchange by ragged all-to-all (TPU and GPU); transport then bounds all peers together
-    # load-balancing loss: switch E sum(f P), paper (1/E) sum(f P), hf: top_k times switch, over all layers together
+    # capacity factor: an expert accepts at most capacity * tokens * top_k / experts tokens of a batch and drops the others;
+    # 0: no dropping
+    capacity: float = 0.0
+    # buffer factor of the all-to-all that sends tokens to experts: a device sends each of its n peers at most
+    # transport / n of its tokens' assignments and drops the others; 0: large enough for any routing
+    transport: float = 0.0
+    # number of groups into which a device splits its tokens: one group is exchanged while the experts compute another
+    token_groups: int = 1
+    # send tokens to experts by a ragged all-to-all (TPU and GPU), which needs no padding; transport then limits what a device
+    # receives from all peers together
+    ragged: bool = False
+    # load-balancing loss, from f, the share of assignments of each expert, and m, its mean router probability: switch
+    # E sum(f m); paper (1/E) sum(f m); hf: top_k E sum(f m), with f and m averaged over all layers first
     aux: str = "switch"
     aux_weight: float = 0.01        # weight of the load-balancing loss (paper section 4.2)
     z_weight: float = 0.0           # weight of the router z-loss, mean of logsumexp(logits)^2
     norm_eps: float = 1e-5          # epsilon of RMSNorm
     head_norm_eps: float = 1e-6     # epsilon of the norm in lightning attention (docs/model.md section 3)
-    postnorm: bool = True           # True: the residual is the normed input (DeepNorm); False: pre-norm, the input itself
-    # factor of the residual of lightning layers; 0: DeepNorm's (2 * layers)^(1/4), in pre-norm 1
+    postnorm: bool = True           # True: the residual is the normed input (DeepNorm); False: the input itself (pre-norm)
+    # factor of the residual of lightning layers; 0: (2 * layers)^(1/4) as in DeepNorm if postnorm is True, otherwise 1
     alpha_lightning: float = 0.0
     alpha_softmax: float = 0.0      # the same for softmax and window layers
     alpha_moe: float = 0.0          # the same for the mixture of experts
@@ -97,12 +105,13 @@ class Model:
     beta_softmax: float = 1.0       # the same for softmax and window layers
     beta_moe: float = 1.0           # factor of the experts' output
     context: int = 8192             # [tokens] longest intended sequence; written to config.json, limits nothing
-    # initial values: xavier, fan_in, or deepnorm (Xavier, with v, out and FFN times (8 * layers)^(-1/4))
+    # initial values: xavier, fan_in, or deepnorm: xavier with the v, output and expert matrices times (8 * layers)^(-1/4)
     init: str = "deepnorm"
     embed_std: float = 0.02         # standard deviation of the embedding's initial values
-    dtype: str = "float32"          # of the computation: float32, bfloat16 or float64; parameters are float32 in training
+    dtype: str = "float32"          # dtype of the computation: float32, bfloat16 or float64; trained parameters are float32
     remat: bool = False             # recompute each layer's activations in the backward pass
-    keep_arrived: bool = False      # with remat: keep the tokens that experts received, so that they are not sent again
+    # with remat: keep the tokens that arrived at their experts' devices, so that the backward pass does not send them again
+    keep_arrived: bool = False
     impl: str = ""                  # lightning attention kernel: xla, tpu, gpu or triton; empty: by platform
     chunk: int = 0                  # [tokens] chunk of lightning attention; 0: chosen by the kernel
     vision: Vision = Vision()
@@ -156,35 +165,37 @@ class Model:
 class Train:
     """Optimization. A step is one optimizer update."""
     steps: int = 1000               # [steps] length of the whole run
-    seconds: float = 0.0            # [seconds] stop after this training time; the schedule follows the clock; 0: by steps
+    # [seconds] stop after this training time instead of train.steps; the schedule then follows the clock; 0: stop by steps
+    seconds: float = 0.0
     batch: int = 8                  # [sequences] B, size of a micro-batch
     length: int = 512               # [tokens] T, length of a sequence
-    ramp: tuple = ()                # ((tokens seen, micro-batches a step), ...): batch ramp by gradient accumulation
+    ramp: tuple = ()                # ((tokens, micro-batches a step from then on), ...): batch ramp by gradient accumulation
     init_from: str = ""             # start from the parameters of this workdir, checkpoints/STEP or Hugging Face directory
     init_vision: str = ""           # start the ViT, without its projector, from this checkpoint
-    freeze: tuple = ()              # parts of the parameters that are not trained: "groups", "vision", "vision.layers", ...
-    vision_lr: float = 1.0          # learning rate of ViT and projector, relative to the rest
+    # parameters that are not trained, by their path: "groups" (all decoder layers), "vision", "vision.layers", ...
+    freeze: tuple = ()
+    vision_lr: float = 1.0          # factor of the learning rate for the ViT and the projector
     contrastive: float = 0.0        # weight of a contrastive loss between images and their captions (CoCa)
     lr: float = 3e-3                # peak learning rate
     lr_end: float = 0.0             # final learning rate
     schedule: str = "wsd"           # wsd (warm-up, stable, decay), cosine or stepwise
-    warmup: int = 100               # [steps] linear warm-up, with any schedule
-    decay: float = 0.2              # wsd and stepwise: final share of the run in which the rate decays
-    decay_form: str = "linear"      # form of that decay: linear, exponential or sqrt (1 - sqrt)
-    rates: tuple = ()               # stepwise: ((tokens seen, learning rate), ...); the last one decays to lr_end
-    beta1: float = 0.9              # AdamW
-    beta2: float = 0.95             # AdamW
-    eps: float = 1e-8               # AdamW
-    weight_decay: float = 0.1       # AdamW, matrices only
+    warmup: int = 100               # [steps] length of the linear warm-up, in every schedule
+    decay: float = 0.2              # wsd and stepwise: fraction of the run, at its end, in which the rate decays
+    decay_form: str = "linear"      # shape of that decay: linear, exponential, or sqrt: 1 - sqrt(fraction of the decay done)
+    rates: tuple = ()               # stepwise: ((tokens, learning rate from then on), ...); the last rate decays to lr_end
+    beta1: float = 0.9              # AdamW's decay of the first moment
+    beta2: float = 0.95             # AdamW's decay of the second moment
+    eps: float = 1e-8               # AdamW's epsilon
+    weight_decay: float = 0.1       # AdamW's weight decay, applied to matrices only
     clip: float = 1.0               # largest global gradient norm; 0: no clipping
-    loss_chunk: int = 2048          # [tokens] number whose logits exist at a time
-    log_every: int = 10             # [steps] between TensorBoard entries
-    eval_every: int = 0             # [steps] between evaluations on held-out text; 0: never
-    eval_bytes: int = 65_536        # [bytes] held-out text in those evaluations; 0: all
-    sample_every: int = 0           # [steps] between samples; 0: never
+    loss_chunk: int = 2048          # [tokens] number of tokens whose logits are in memory at a time
+    log_every: int = 10             # [steps] number of steps between TensorBoard entries
+    eval_every: int = 0             # [steps] number of steps between evaluations on held-out text; 0: never
+    eval_bytes: int = 65_536        # [bytes] amount of held-out text in those evaluations; 0: all
+    sample_every: int = 0           # [steps] number of steps between samples; 0: never
     sample_prompt: str = "The state of the Union"   # prompt of those samples
     tensorboard: bool = True        # write TensorBoard files
-    seed: int = 0                   # of the initial parameters
+    seed: int = 0                   # random seed of the initial parameters
 
     def micro_batches(self, tokens: int) -> int:
         """Micro-batches of the step that begins after `tokens` tokens."""
@@ -227,15 +238,20 @@ class Train:
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Documents and how they are read."""
-    # embedded or generated sources ("sotu", "scenes", "maps", "words", tasks), or paths of .txt, .jsonl and folders of them
+    # "sotu" (embedded), "scenes", "maps", "words" or a task (generated), or paths: .txt, .jsonl, or folders of such files
     sources: tuple = ("sotu",)
-    # ((at least, below), ...), one pair a source: tokens of its training documents; (9, 0): 9 or more; (): all documents
+    # ((least, limit), ...), one pair for each source: it trains on documents of at least `least` and fewer than `limit`
+    # tokens; limit 0: no upper limit; (): all documents
     lengths: tuple = ()
-    weights: tuple = ()             # ((step, (weight, ...)), ...): mixture weights from that step on; (): by number of rows
-    interpolate: bool = False       # weights change linearly from each of these steps to the next, not at once
-    tokenizer: str = "bytes"        # bytes, numbers:COUNT, or the path of a tokenizer.json
-    shards: int = 8                 # virtual shards; they fix the order of the data, whatever the number of processes
-    seed: int = 0                   # of the order of the data
+    # ((step, (weight of each source, ...)), ...): mixture weights from that step on; (): in proportion to the numbers of rows
+    weights: tuple = ()
+    interpolate: bool = False       # change the weights linearly between the steps of data.weights, not at once
+    # "bytes"; or the path of a tokenizer.json; or "numbers:COUNT" for generated tasks: a text is a list of ids below COUNT
+    tokenizer: str = "bytes"
+    # number of streams that the rows are dealt to; each process reads some of them, so that the order of the data does not
+    # depend on the number of processes
+    shards: int = 8
+    seed: int = 0                   # random seed of the order of the data
 
     @property
     def tokenizer_file(self) -> str:
@@ -263,9 +279,9 @@ class Data:
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """When a run is saved."""
-    every: int = 500                # [steps] between checkpoints; one is also saved at the end and on SIGTERM
-    keep: int = 2                   # [checkpoints] how many of the newest stay on disk
-    verify: bool = True             # compare a checkpoint with its checksums before it is restored, which reads it twice
+    every: int = 500                # [steps] number of steps between checkpoints; one is also saved at the end and on SIGTERM
+    keep: int = 2                   # [checkpoints] number of the newest checkpoints that stay on disk
+    verify: bool = True             # compare a checkpoint with its checksums before restoring it, which reads it twice
 
     def validate(self):
         require(self.every > 0 and self.keep > 0, "checkpoint.every and checkpoint.keep must be positive")
@@ -274,11 +290,13 @@ class Checkpoint:
 @dataclasses.dataclass(frozen=True)
 class Guard:
     """What a run does when its loss is not finite or jumps."""
-    skips: int = 10                 # [steps] consecutive skipped steps (non-finite loss or gradient) before the run stops
-    spike: float = 0.0              # [nats] height above the median of recent losses that rolls the run back; 0: never
-    window: int = 50                # [steps] number of recent losses
-    beyond: int = 0                 # [steps] data to leave out after a spike, besides those since the checkpoint
-    rollbacks: int = 3              # [rollbacks] to one checkpoint before the run stops
+    # [steps] most steps in a row that may be skipped for a non-finite loss or gradient; one more rolls back or ends the run
+    skips: int = 10
+    spike: float = 0.0              # [nats] a loss this far above the median of recent losses rolls the run back; 0: never
+    window: int = 50                # [steps] number of recent losses that the median covers
+    # [steps] how many steps after a spike also lose their data; the steps from the checkpoint to the spike always do
+    beyond: int = 0
+    rollbacks: int = 3              # [rollbacks] most rollbacks to the same checkpoint; one more spike ends the run
 
     def validate(self):
         for name, least in (("skips", 0), ("spike", 0), ("window", 1), ("beyond", 0), ("rollbacks", 1)):
@@ -287,12 +305,13 @@ class Guard:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Number of devices along each mesh axis; at most one is -1, which takes the remaining devices (paper section 3.1)."""
+    """Number of devices along each mesh axis (paper section 3.1). One axis may be -1: it gets all remaining devices."""
     slice: int = dataclasses.field(default=1, kw_only=True)     # [devices] data parallel across pod slices: splits the batch
     edp: int = -1                   # [devices] expert data parallel: splits the batch, parameters and optimizer state (FSDP)
     ep: int = 1                     # [devices] expert parallel: splits the batch and the experts
-    etp: int = 1                    # [devices] expert tensor parallel: splits heads, experts' hidden width, vocabulary, time
-    seq: int = 1                    # [devices] sequence parallel: splits time
+    # [devices] expert tensor parallel: splits heads, experts' hidden width and vocabulary; between layers it splits time
+    etp: int = 1
+    seq: int = 1                    # [devices] sequence parallel: splits the tokens of a sequence
 
     def validate(self):
         sizes = dataclasses.astuple(self)
