@@ -3,10 +3,10 @@
 The MiniMaxForCausalLM of transformers 5.23.0 computes a different function (docs/model.md section 7). `load` changes one
 model in three respects, and does not change the library:
 
-    RoPE        The stock model rotates all K dimensions of a head, in pairs (i, i + K/2). The released model rotates the
-                first r = rotary_dim, in pairs (i, i + r/2). Attention scores do not change if q and k are permuted alike,
-                so hooks on q_proj and k_proj move each released pair to the position of a stock pair. The frequencies of
-                all other pairs are zero.
+    RoPE        The stock model rotates all K dimensions of a head, in pairs (i, i + K/2). The released model rotates only the
+                first r = rotary_dim, in pairs (i, i + r/2). Hooks on q_proj and k_proj permute the dimensions of q and k,
+                so that the released pair (i, i + r/2) becomes the stock pair (i, i + K/2) for i < r/2. The other stock
+                pairs get frequency zero. Attention scores do not change if q and k are permuted in the same way.
     decay       The slopes differ if the number of heads is not a power of two.
     dtype       The stock model keeps decays and states of lightning attention in its own dtype. The released model and
                 mmx keep them in float32; in bfloat16 the smallest slopes would be lost to rounding.

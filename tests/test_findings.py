@@ -122,7 +122,7 @@ def test_hybrid_ratio_and_windows(tmp_path, monkeypatch):
     assert [x.verdict for x in (alone, half, fourth, sixteenth, none, windows, *pure)] == [
         "contradicts", "supports", "not run", "supports", "supports", "contradicts", *["not run"] * 4]
     assert sixteenth.measured.endswith(
-        "1 in 8 0.951 (0.950 to 0.952), 1 in 16 0.601 (0.600 to 0.602); difference +0.350 (+0.350 to +0.350)")
+        "1 in 8 layers 0.951 (0.950 to 0.952), 1 in 16 layers 0.601 (0.600 to 0.602); difference +0.350 (+0.350 to +0.350)")
     labels, (panel,) = {}, figures.hybrid_ratio(pyplot).axes
     for line in panel.lines:
         labels[line.get_label()] = line.get_xdata().tolist()
@@ -307,8 +307,8 @@ def test_the_critical_batch_grows_more_slowly_than_the_papers(tmp_path, monkeypa
         for dim in (32, 64) for seed in range(3)])
     grows, steeply = claims.critical_batch()
     assert (grows.verdict, steeply.verdict) == ("supports", "contradicts")
-    assert grows.measured == ("p: mean of 2 widths 2.0 (2.0 to 2.0); width 32 2.0 (2.0 to 2.0), width 64 2.0 (2.0 to 2.0); "
-                              "width 64 minus width 32 +0.0 (+0.0 to +0.0)")
+    assert grows.measured == ("p, mean of 2 widths: 2.0 (2.0 to 2.0); width 32: 2.0 (2.0 to 2.0), width 64: 2.0 (2.0 to 2.0); "
+                              "width 64 minus width 32: +0.0 (+0.0 to +0.0)")
     panels = figures.critical_batch(pyplot).axes
     fits = [[line.get_label() for line in axes.lines if "loss^" in line.get_label()] for axes in panels]
     assert fits == [["loss^-2.0, our mean over widths", "loss^-6.1, the paper's slope"]] * 2

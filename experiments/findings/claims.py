@@ -77,9 +77,9 @@ def recall() -> list[Claim]:
         ("The hybrid of seven lightning layers and one softmax layer retrieves as well as softmax alone (Fig. 7)",
          hybrid | softmax, -0.02),
         ("A larger state of linear attention helps significantly (section 2.4): lightning alone with larger heads, which "
-         "also add parameters and FLOPs", {"heads of 32": ("LLLLLLLL", 32), "heads of 8": ("LLLLLLLL", 8)}, 0.02),
+         "also add parameters and FLOPs", {"32 dims per head": ("LLLLLLLL", 32), "8 dims per head": ("LLLLLLLL", 8)}, 0.02),
         ("The hybrid's softmax layer works as well in the middle as at the end (ours)",
-         {"4th of 8 layers": ("LLLSLLLL", 16)} | last, -0.02),
+         {"fourth layer": ("LLLSLLLL", 16)} | last, -0.02),
         ("The hybrid's softmax layer works as well at the beginning as at the end (ours)",
          {"first layer": ("SLLLLLLL", 16)} | last, -0.02))]
     kinds = {name: found.get(key) for name, key in (hybrid | softmax | lightning).items()}
@@ -118,13 +118,13 @@ def separation(hybrid: dict, softmax: dict, lightning: dict) -> tuple[str, str]:
 def hybrid_ratio() -> list[Claim]:
     found = best_arms(read_rows("hybrid_ratio"), ("other", "period"), mean_accuracy)
     test = "[hybrid_ratio.py](../experiments/hybrid_ratio.py): MQAR, 8 to 64 pairs in 32 to 256 tokens, 16 layers, equal FLOPs"
-    eighth = {"1 in 8": ("L", 8)}
+    eighth = {"1 in 8 layers": ("L", 8)}
     return [compare_accuracy(Claim(text, test), found, pair, bound) for text, pair, bound in (
         ("One softmax layer in 8 retrieves as well as softmax alone (Fig. 7)", eighth | {"softmax": ("L", 1)}, -0.02),
-        ("One softmax layer in 8 retrieves as well as one in 2 (ours)", eighth | {"1 in 2": ("L", 2)}, -0.02),
-        ("One softmax layer in 8 retrieves as well as one in 4 (ours)", eighth | {"1 in 4": ("L", 4)}, -0.02),
-        ("One softmax layer in 8 retrieves more than one in 16 (ours)", eighth | {"1 in 16": ("L", 16)}, 0.02),
-        ("One softmax layer in 16 retrieves more than none (ours)", {"1 in 16": ("L", 16), "none": ("L", 0)}, 0.02),
+        ("One softmax layer in 8 retrieves as well as one in 2 (ours)", eighth | {"1 in 2 layers": ("L", 2)}, -0.02),
+        ("One softmax layer in 8 retrieves as well as one in 4 (ours)", eighth | {"1 in 4 layers": ("L", 4)}, -0.02),
+        ("One softmax layer in 8 retrieves more than one in 16 (ours)", eighth | {"1 in 16 layers": ("L", 16)}, 0.02),
+        ("One softmax layer in 16 retrieves more than none (ours)", {"1 in 16 layers": ("L", 16), "no softmax layer": ("L", 0)}, 0.02),
         *((f"Between softmax layers (one in {period}), lightning retrieves more than softmax in a window of 32 tokens {source}",
            {"lightning": ("L", period), "window": ("W", period)}, 0.02)
           for period, source in ((8, "(Table 4)"), (2, "(ours)"), (4, "(ours)"), (16, "(ours)"))),
@@ -157,7 +157,7 @@ def rope_length() -> list[Claim]:
         test = f"[rope_length.py](../experiments/rope_length.py): trained on 256 bytes, evaluated to 2,048; {kind}"
         none, half, full = (found.get((pattern, turned)) for turned in (0, 8, 16))
         for text, arm in ((f"Half RoPE {EXTRAPOLATES} (section 2.4)", half), (f"No RoPE {EXTRAPOLATES} (ours)", none)):
-            pair = {f"bytes {BEYOND[-1]}": (arm, loss_in(BEYOND[-1])), "best earlier span": (arm, lowest_earlier_loss)}
+            pair = {f"bytes {BEYOND[-1]}:": (arm, loss_in(BEYOND[-1])), "best of the earlier spans:": (arm, lowest_earlier_loss)}
             claims.append(compare(Claim(f"{text}: {kind}", test), NATS, pair, -0.05))
         for text, span, bound in ((f"{NO_COST} (ours)", TRAINED, -0.01),
                                   *((f"{BETTER_BEYOND}, bytes {span}", span, 0.0) for span in BEYOND)):
@@ -192,8 +192,8 @@ def needle_rope() -> list[Claim]:
         test = (f"[needle_rope.py](../experiments/needle_rope.py): needles, trained on 256 bytes, evaluated to 2,048; "
                 f"{name}; 50 questions per length, the same for all seeds")
         for text, pair, bound in (
-                (f"Half RoPE {EXTRAPOLATES} (section 2.4)", {"at 2,048": (16, 2048), "at 256": (16, 256)}, -0.05),
-                (f"No RoPE {EXTRAPOLATES} (ours)", {"at 2,048": (0, 2048), "at 256": (0, 256)}, -0.05),
+                (f"Half RoPE {EXTRAPOLATES} (section 2.4)", {"at 2,048 bytes:": (16, 2048), "at 256 bytes:": (16, 256)}, -0.05),
+                (f"No RoPE {EXTRAPOLATES} (ours)", {"at 2,048 bytes:": (0, 2048), "at 256 bytes:": (0, 256)}, -0.05),
                 (f"{NO_COST} (ours)", {"half": (16, 256), "full": (32, 256)}, -0.05),
                 *((f"{BETTER_BEYOND}, at {n:,}", {"half": (16, n), "full": (32, n)}, 0.0) for n in (512, 1024, 2048))):
             pair = {label: (found.get((kind, *key)), "score") for label, key in pair.items()}
@@ -205,11 +205,12 @@ def needle_rope() -> list[Claim]:
 
 def moe_vs_dense() -> list[Claim]:
     test = "[moe_vs_dense.py](../experiments/moe_vs_dense.py): 16 experts, top-2, against a dense model with the same FLOPs"
+    facts_test = test + "; a fact is a key with a value of 16 random bits"
     text, facts = arms_by_task()
     first = Claim("A mixture of experts is better than a dense model at equal FLOPs (Fig. 4): text", test + "; 8 M bytes")
     pair = {"MoE": (text.get(("moe",)), loss), "dense": (text.get(("dense",)), loss)}
     return [compare(first, NATS, pair)] + [
-        compare(Claim(f"A mixture of experts remembers more of {count:,} facts after the same number of steps (ours)", test),
+        compare(Claim(f"A mixture of experts remembers more of {count:,} facts after the same number of steps (ours)", facts_test),
                 CORRECT_IDS,
                 {"MoE": (facts.get((count, "moe")), accuracy), "dense": (facts.get((count, "dense")), accuracy)})
         for count in sorted({count for count, _ in facts}) or [65536]]
@@ -322,10 +323,10 @@ def critical_batch() -> list[Claim]:
         mean, widths = mean_exponent(found), list(found)
         difference = interval(found[widths[-1]][seed] - found[widths[0]][seed]
                               for seed in sorted(found[widths[-1]].keys() & found[widths[0]].keys()))
-        text = f"p: mean of {len(found)} widths {mean.format(digits=1)}; " + ", ".join(
-            f"width {dim} {interval(by_seed.values()).format(digits=1)}" for dim, by_seed in found.items())
+        text = f"p, mean of {len(found)} widths: {mean.format(digits=1)}; " + ", ".join(
+            f"width {dim}: {interval(by_seed.values()).format(digits=1)}" for dim, by_seed in found.items())
         if len(found) > 1:
-            text += f"; width {widths[-1]} minus width {widths[0]} {difference.format(digits=1, sign='+')}"
+            text += f"; width {widths[-1]} minus width {widths[0]}: {difference.format(digits=1, sign='+')}"
         claims = [claim._replace(measured=text, verdict=verdict(mean, bound))
                   for claim, bound in zip(claims, (0, -log_log_slope(PAPERS_BATCHES)))]
     return claims

@@ -385,7 +385,8 @@ def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Load
     """Loads a checkpoint in either form for inference.
 
     The loaded model drops no tokens, and selects its kernels for the devices of this machine. On a mesh (jax.set_mesh) each
-    device gets its shard. The host's memory must hold one leaf at a time, with all its layers.
+    device gets its shard. The host needs memory for one parameter array at a time; such an array
+    contains all layers of one kind.
 
     Args:
       path: a workdir, one of its checkpoints/STEP, or a Hugging Face directory.

@@ -30,7 +30,8 @@ def build(config: ConfigDict | dict) -> Experiment:
 def sections(experiment: Experiment) -> dict:
     """The experiment as plain dicts, as config.json keeps it.
 
-    As in earlier versions, model.vision is left out for a text model, and model.window where it has its default.
+    model.vision is omitted for a text model, and model.window if it has its default. config.json is then the same as from
+    versions of mmx that did not have these keys.
     """
     values = dataclasses.asdict(experiment)
     if not experiment.model.vision.layers:

@@ -27,7 +27,7 @@ from mmx.model import Model, empty_cache, logits
 from mmx.model import encode_images as trace_images
 from mmx.parallel import cache as caches
 
-PREFILL_CHUNKS = 2048, 256, 128, 64, 32     # tokens in one call of prefill (the levels of paper section 3.3.3, and a chunk)
+PREFILL_CHUNKS = 2048, 256, 128, 64, 32     # tokens in one call of prefill; 32 to 256 are the padding levels of paper section 3.3.3
 DECODE_STEPS = 64       # most decode steps on the device before the host looks for requests that have ended
 ROWS = 32               # slots of a batch, by default
 
@@ -54,8 +54,9 @@ def generate(loaded, prompts, *, steps: int, images=(), prefix: Prefix | None = 
     Args:
       loaded: the result of `mmx.load`.
       prompts: a string or a list of strings, or token ids [B, T].
-      images: a list of files or PIL images for each prompt (for a prompt that is one string: its list). A text prompt
-        contains "<image>" where each image belongs; token ids contain `config.vision.token` as described in `forward`.
+      images: for each prompt a list of its images, as files or PIL images. If `prompts` is a string: the list of its images.
+        A text prompt contains "<image>" where each image belongs; token ids contain `config.vision.token` as described in
+        `forward`.
       prefix: the result of `make_prefix`; each prompt continues it.
       kv_dtype: dtype of the keys and values in the cache of softmax layers: float32, bfloat16 or int8. Empty: the dtype
         that the model computes in.
@@ -65,8 +66,8 @@ def generate(loaded, prompts, *, steps: int, images=(), prefix: Prefix | None = 
         top_k, top_p: sample from the k most likely tokens (0: from all), or from the most likely ones whose
           probabilities sum to top_p.
         seed: the same seed gives the same draws; each prompt has its own random stream.
-        stop: a string or several; the text ends before the first of them to be completed. It also ends before the
-          end-of-text token.
+        stop: a string or several strings. Generation ends as soon as the text contains one of them; the result does not
+          include it, nor the end-of-text token, which ends generation too.
 
     Returns:
       A list of strings for text prompts. For token ids, the new ids [B, steps]: they do not end early.
@@ -91,7 +92,7 @@ def generate(loaded, prompts, *, steps: int, images=(), prefix: Prefix | None = 
 
 def stream(loaded, requests, *, prefix: Prefix | None = None, kv_dtype: str = "", rows: int = ROWS,
            progress=None) -> Iterator[Output]:
-    """Generates for many requests and yields their Outputs: every DECODE_STEPS steps one for each running request.
+    """Generates for many requests. Every DECODE_STEPS steps, yields an Output for each running request.
 
     What a request generates does not depend on the other requests.
 

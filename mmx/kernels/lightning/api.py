@@ -29,7 +29,7 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
         decays the state as a real token does; padding at either end does not. None: one document, no padding.
       state_BHKV: the state before the first token; the first document of the row continues it. None: zeros.
       impl: "xla"; "tpu" or "gpu" (Pallas kernels); "triton" (the GPU kernels written in Triton, which needs jax-triton). None:
-        chosen by platform, GPU, dtype and shape; never "triton".
+        chosen by platform, model of GPU, dtype and shape; never "triton".
       chunk: tokens of a chunk, any positive number; it affects speed only. None: chosen by platform. GPU kernels support 16, 32
         and 64, depending on dtype and head dims. A GPU kernel chosen by impl=None uses the nearest supported chunk; one
         named by the caller refuses any other.
