@@ -34,6 +34,6 @@ def parse_lengths(text: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def latest(points, at):
+def value_at(points, at):
     """The value in ((begin, value), ...) of the last point that begins at or before `at`."""
     return points[bisect.bisect_right([begin for begin, _ in points], at) - 1][1]

@@ -7,7 +7,7 @@ import itertools
 import math
 
 from mmx.config.errors import require, require_choice
-from mmx.config.parsing import is_text, latest
+from mmx.config.parsing import is_text, value_at
 
 AUX_FORMS = ("switch", "paper", "hf")
 SCHEDULES = ("wsd", "cosine", "stepwise")
@@ -188,7 +188,7 @@ class Train:
 
     def micro_batches(self, tokens: int) -> int:
         """Micro-batches of the step that begins after `tokens` tokens."""
-        return latest(self.ramp, tokens) if self.ramp else 1
+        return value_at(self.ramp, tokens) if self.ramp else 1
 
     def tokens_seen(self, step: int) -> int:
         """Tokens before step number `step` (from 0), counted through the stages of the ramp."""

@@ -14,7 +14,7 @@ class Batches:
     def __init__(self, e: Experiment, mesh):
         host, self.hosts = meshes.data_host(mesh)
         self.stream = pipeline.stream(e.data, e.train, host=host, hosts=self.hosts, vision=e.model.vision,
-                                      blocks=sharding.size(mesh, sharding.ROWS), share=sharding.size(mesh, sharding.TIME))
+                                      blocks=sharding.size(mesh, sharding.ROWS), devices_per_block=sharding.size(mesh, sharding.TIME))
         self.rows, self.tiles = sharding.batch_sharding(mesh, leading=1), sharding.tile_sharding(mesh, leading=1)
         self.replicated = sharding.replicated(mesh)
 

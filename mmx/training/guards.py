@@ -36,7 +36,7 @@ class Guard:
 
     def state(self) -> dict:
         """What a checkpoint keeps of the guard, for JSON."""
-        return self.counts() | {"row": self.skipped_in_row, "losses": self.losses.copy()}
+        return self.counts() | {"row": self.skipped_in_a_row, "losses": self.losses.copy()}
 
     def counts(self) -> dict[str, int]:
         """What each line of metrics.jsonl reports of the guard."""
@@ -45,22 +45,22 @@ class Guard:
     def restore(self, state: dict | None) -> None:
         """Continues from a `state` of a checkpoint. None starts as in a new run."""
         state = state or {"skipped": 0, "rollbacks": 0, "row": 0, "losses": []}
-        self.skipped, self.rollbacks, self.skipped_in_row = state["skipped"], state["rollbacks"], state["row"]
+        self.skipped, self.rollbacks, self.skipped_in_a_row = state["skipped"], state["rollbacks"], state["row"]
         self.losses = state["losses"].copy()        # the last guard.window losses that were no spike
 
     def check(self, step: int, loss: float, grad_norm: float) -> Spike | None:
         """Counts a step. Returns a Spike if the run must roll back; raises DivergedError if the run cannot recover."""
         g = self.config
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             reason = f"step {step} has loss {loss} and gradient norm {grad_norm}"
-            if self.skipped_in_row <= g.skips:
+            if self.skipped_in_a_row <= g.skips:
                 return None
             if not g.spike:
                 before = f", and the {g.skips} steps before it were skipped too" if g.skips else ""
                 raise DivergedError(f"{reason}{before}{self._advice()}")
             return self._spike(step, reason)
-        self.skipped_in_row = 0
+        self.skipped_in_a_row = 0
         if g.spike and len(self.losses) == g.window and loss > (median := statistics.median(self.losses)) + g.spike:
             return self._spike(step, f"step {step} has loss {loss:.3f}, the median of the last {g.window} is {median:.3f}")
         self.losses = [*self.losses, loss][-g.window:] if g.spike else []
@@ -90,7 +90,7 @@ class Guard:
         for _ in range(self.config.beyond * self.train.micro_batches(self.train.tokens_seen(spike.step))):
             stream.next()
         state = restore()
-        stream.rewind_step(state.position["stream"])
+        stream.rewind_step_count(state.position["stream"])
         self.restore(state.position.get("guard"))
         self.rollbacks_since_save += 1      # those to this checkpoint are not in its own count
         self.rollbacks += self.rollbacks_since_save

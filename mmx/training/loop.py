@@ -109,12 +109,12 @@ def report(run: Run, done: StepResult) -> Spike | None:
     loss, grad_norm = float(done.metrics["loss"]), float(done.metrics["grad_norm"])
     if spike := run.guard.check(done.step, loss, grad_norm):
         return spike
-    if run.guard.skipped_in_row:
+    if run.guard.skipped_in_a_row:
         run.log.message(f"step {done.step} has loss {loss} and gradient norm {grad_norm}: its update was skipped", done.step)
     rate = run.log.tokens_per_s(done.tokens)
     record = build_record(run.experiment, done, run.guard.counts(), run.evaluation.bytes_per_token, rate)
-    board = done.step % run.experiment.train.log_every == 0 and not run.guard.skipped_in_row
-    run.log.step(record, done.metrics["load_E"], done.metrics["dropped"], board)
+    to_tensorboard = done.step % run.experiment.train.log_every == 0 and not run.guard.skipped_in_a_row
+    run.log.step(record, done.metrics["load_E"], done.metrics["dropped"], to_tensorboard)
     return None
 
 

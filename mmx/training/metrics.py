@@ -18,7 +18,7 @@ from mmx.files import atomic, untrusted
 
 SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate",
            "overflow_rate", "skipped", "rollbacks")
-FIGURES = {"step", "seconds", "tokens", *SCALARS}      # fields that must be numbers; others may be lists of numbers
+NUMERIC_FIELDS = {"step", "seconds", "tokens", *SCALARS}      # fields that must be numbers; others may be lists of numbers
 MOST_BYTES = 1 << 30        # largest metrics.jsonl that `read` takes: 1,000,000 steps
 
 
@@ -90,8 +90,8 @@ class Log:
         before, self.last = self.last, (tokens, time.monotonic())
         return (tokens - before[0]) / (self.last[1] - before[1])
 
-    def step(self, record: dict, load_LE, dropped_L, board: bool):
-        """Writes a step's record; to TensorBoard, with each layer's expert load and drop rate, only where `board` is true."""
+    def step(self, record: dict, load_LE, dropped_L, to_tensorboard: bool):
+        """Writes a step's record; to TensorBoard, with each layer's expert load and drop rate, only where `to_tensorboard` is true."""
         if not self.file:
             return
         with atomic.add_filename(self.path):
@@ -99,7 +99,7 @@ class Log:
         remaining = f", {max(0, self.seconds - record['seconds']):.0f} s left" if self.seconds else ""
         self.bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
                                  f"{record['tokens_per_s']:,.0f} tokens/s{remaining}", refresh=False)
-        if self.board and board:
+        if self.board and to_tensorboard:
             step = record["step"]
             for name in SCALARS:
                 self.board.add_scalar(f"train/{name}", record[name], step)
@@ -208,7 +208,7 @@ def _parse(line: bytes) -> dict:
     record = untrusted.loads(line)
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         raise ValueError("the line has no step")
-    return {name: _number(value) if name in FIGURES else _map(value, _number) for name, value in record.items()}
+    return {name: _number(value) if name in NUMERIC_FIELDS else _map(value, _number) for name, value in record.items()}
 
 
 def _number(x) -> int | float:

@@ -65,7 +65,7 @@ def learning_rate(t: config.Train, step: int, progress: float) -> float:
     warmup = min(1.0, (step + 1) / t.warmup) if t.warmup else 1.0
     if t.schedule == "cosine":
         return warmup * (t.lr_end + (t.lr - t.lr_end) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
-    peak = config.latest(t.rates, t.tokens_seen(step)) if t.schedule == "stepwise" else t.lr
+    peak = config.value_at(t.rates, t.tokens_seen(step)) if t.schedule == "stepwise" else t.lr
     remaining = min(1.0, max(0.0, 1 - progress) / t.decay) if t.decay else 1.0      # 1 before the decay, 0 at the end
     if t.decay_form == "exponential" and peak:
         return warmup * peak * (max(t.lr_end, 1e-3 * peak) / peak) ** (1 - remaining)    # an exponential never reaches 0

@@ -26,7 +26,7 @@ the first block of that row, which is then only fetched early. In a core without
 back unchanged. (If V is not a multiple of 128 lanes, a state takes more HBM, and XLA may copy it to another layout around
 the kernel.)
 
-GPU. A program takes one row, one head and `VALUES` columns of S, which stay in registers; programs of rows that are not live
+GPU. A program takes one row, one head and `COLUMNS` columns of S, which stay in registers; programs of rows that are not live
 end at once. The heads of a row belong to many programs, which is necessary to fill a GPU with a small batch. So a second
 kernel, with one program per row, normalizes and gates. o is written and read again in float32 between the two, 8 V more bytes
 per row and head.
@@ -52,7 +52,7 @@ INTERPRETED_CORES, INTERPRETED_HEADS = 2, 2         # so that small tests take s
 # GPU: columns of a program (the first that fills the GPU), warps of it, and warps of a program of the second kernel. Timed on
 # an H100 on 2026-11-27 for 64 rows, 64 heads, K = V = 128, bf16. 64 columns: 214 us (2.51 TB/s of states). 32 columns, used
 # where few rows would not fill the GPU: 227 us. 16 columns: 333 us. XLA: 213 us.
-VALUES, WARPS, NORM_WARPS = (64, 32), 4, 16
+COLUMNS, WARPS, NORM_WARPS = (64, 32), 4, 16
 LANES, MIB = 128, 1 << 20
 
 
@@ -140,8 +140,8 @@ def silu(x):
 def norm_and_gate(o, gate, norm, eps, axes, count):
     """Returns sigmoid(gate) * norm * o / rms(o) in the gate's dtype. The mean square is over `axes`, with `count` values."""
     wide = widen(o)
-    rms = jax.lax.rsqrt(jnp.sum(wide ** 2, axis=axes, keepdims=True) / count + eps)
-    return (jax.nn.sigmoid(widen(gate)) * (widen(norm) * (wide * rms))).astype(gate.dtype)
+    inverse_rms = jax.lax.rsqrt(jnp.sum(wide ** 2, axis=axes, keepdims=True) / count + eps)
+    return (jax.nn.sigmoid(widen(gate)) * (widen(norm) * (wide * inverse_rms))).astype(gate.dtype)
 
 
 def _xla(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B, eps):
@@ -258,18 +258,18 @@ def _tpu_kernel(live_ref, first_block_ref, log_decay_ref, q_ref, k_ref, v_ref, g
 
 def _gpu(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B, eps, interpret):
     B, H, K, V = state_BHKV.shape
-    values = min(V, next((v for v in VALUES if B * H * V // v >= 2 * platform.GPUS["h100"].cores), VALUES[-1]))
-    tiles = V // values
+    columns = min(V, next((n for n in COLUMNS if B * H * V // n >= 2 * platform.GPUS["h100"].multiprocessors), COLUMNS[-1]))
+    tiles = V // columns
     block_spec = lambda shape, index: pl.BlockSpec(shape, lambda i: index(i // (H * tiles), i // tiles % H, i % tiles))
     keys = block_spec((None, None, K), lambda b, h, tile: (b, h, 0))
-    columns = block_spec((None, None, values), lambda b, h, tile: (b, h, tile))
-    states = block_spec((None, None, K, values), lambda b, h, tile: (b, h, 0, tile))
+    column_block = block_spec((None, None, columns), lambda b, h, tile: (b, h, tile))
+    states = block_spec((None, None, K, columns), lambda b, h, tile: (b, h, 0, tile))
     live_B = live_B.astype(jnp.int32)
     o_BHV, state_BHKV = pl.pallas_call(
         _gpu_kernel, grid=(B * H * tiles,),
         in_specs=[block_spec((None,), lambda b, h, tile: (b,)), block_spec((None,), lambda b, h, tile: (h,)),
-                  keys, keys, columns, states],
-        out_specs=(columns, states),
+                  keys, keys, column_block, states],
+        out_specs=(column_block, states),
         out_shape=(jax.ShapeDtypeStruct(v_BHV.shape, jnp.float32), jax.ShapeDtypeStruct(state_BHKV.shape, jnp.float32)),
         input_output_aliases={5: 1}, interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),

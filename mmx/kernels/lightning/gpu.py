@@ -18,14 +18,14 @@ positive. The gradients have the same form, so the kernels of passes 1 and 3 com
 
 In reverse time a and b are exchanged, D is transposed, and U_n = sum_i a_i q_i^T do_i.
 
-A program of pass 3 processes one head, one span and `values` columns of the state. The state (K x values) and the decays of
+A program of pass 3 processes one head, one span and `columns` columns of the state. The state (K x columns) and the decays of
 the pairs of a chunk are float32 in registers. Tiles of q, k and v pass through shared memory. The scores, and copies of the
 state and of b v, are rounded to the inputs' dtype where they enter a product. Sums are float32; products of float32 inputs
 are IEEE float32. Pass 2 is a kernel of one multiplication and addition per element. XLA would fuse the same recurrence so
 that every S_n reads all U before it: N^2 / 2 states instead of 2 N.
 
 FLOPs per token and head with Q tokens in a chunk: 2 K V in pass 1. In pass 3 4 K V + 2 Q V, and 2 Q K for the scores in each
-of the V / values programs. HBM bytes per token and head, for elements of z bytes and spans of T / N tokens (the programs for
+of the V / columns programs. HBM bytes per token and head, for elements of z bytes and spans of T / N tokens (the programs for
 the columns of one span run side by side, so that they read q and k from HBM once and then from the L2 cache):
     forward    z (3 K + 3 V) + 16 K V N / T    z (2 K + 2 V) must be moved: 1.75 x at K = V = 128, T / N = 1,024, bf16
     backward   z (8 K + 8 V) + 36 K V N / T    z (4 K + 3 V) must be moved: 2.61 x
@@ -47,7 +47,7 @@ from mmx.kernels.products import dot
 class Tile(NamedTuple):
     """Sizes of a program of passes 1 and 3."""
     chunk: int      # tokens of a chunk
-    values: int     # columns of the state
+    columns: int    # columns of the state
     warps: int
     stages: int     # of the software pipeline over chunks
 
@@ -152,8 +152,8 @@ def _plan(q_BHTK, v_BHTV, chunk, interpret, tiles):
     V, chip = v_BHTV.shape[3], platform.gpu_model()
     tile = _tile(q_BHTK, v_BHTV, tiles)
     tile = tile._replace(chunk=chunk or tile.chunk)
-    programs = lambda span: B * H * pl.cdiv(T, span) * max(1, min(K, V) // tile.values)
-    span = next((s for s in SPANS if programs(s) >= platform.GPUS[chip].cores), SPANS[-1])
+    programs = lambda span: B * H * pl.cdiv(T, span) * max(1, min(K, V) // tile.columns)
+    span = next((s for s in SPANS if programs(s) >= platform.GPUS[chip].multiprocessors), SPANS[-1])
     return Plan(T, span, tile, interpret, chip)
 
 
@@ -200,13 +200,13 @@ def _contributions(k_BHTK, v_BHTV, log_decay_H, documents, plan, reverse):
     """Pass 1: returns U_n of every span, in float32."""
     B, H, _, K = k_BHTK.shape
     V = v_BHTV.shape[3]
-    values = min(V, plan.tile.values)
+    columns = min(V, plan.tile.columns)
     N = pl.cdiv(plan.T, plan.span)
-    block_spec, token_spec = _specs(H, V // values, plan)
+    block_spec, token_spec = _specs(H, V // columns, plan)
     return _launch(
-        _contribution_kernel, plan, documents, block_spec, (B * H * (V // values), N), (log_decay_H, k_BHTK, v_BHTV),
-        (token_spec(K), token_spec(values, tiled=True)),
-        block_spec((None, None, None, K, values), lambda b, h, n, tile: (n, b, h, 0, tile)),
+        _contribution_kernel, plan, documents, block_spec, (B * H * (V // columns), N), (log_decay_H, k_BHTK, v_BHTV),
+        (token_spec(K), token_spec(columns, tiled=True)),
+        block_spec((None, None, None, K, columns), lambda b, h, n, tile: (n, b, h, 0, tile)),
         jax.ShapeDtypeStruct((N, B, H, K, V), jnp.float32), reverse=reverse)
 
 
@@ -214,17 +214,17 @@ def _outputs(q_BHTK, k_BHTK, v_BHTV, state_NBHKV, log_decay_H, documents, plan, 
     """Pass 3: returns o_BHTV. If `transposed`, the states are given as V x K."""
     B, H, _, K = q_BHTK.shape
     V = v_BHTV.shape[3]
-    values = min(V, plan.tile.values)
-    block_spec, token_spec = _specs(H, V // values, plan)
+    columns = min(V, plan.tile.columns)
+    block_spec, token_spec = _specs(H, V // columns, plan)
     if transposed:
-        state = block_spec((None, None, None, values, K), lambda b, h, n, tile: (n, b, h, tile, 0))
+        state = block_spec((None, None, None, columns, K), lambda b, h, n, tile: (n, b, h, tile, 0))
     else:
-        state = block_spec((None, None, None, K, values), lambda b, h, n, tile: (n, b, h, 0, tile))
+        state = block_spec((None, None, None, K, columns), lambda b, h, n, tile: (n, b, h, 0, tile))
     return _launch(
-        _output_kernel, plan, documents, block_spec, (B * H * (V // values), len(state_NBHKV)),
+        _output_kernel, plan, documents, block_spec, (B * H * (V // columns), len(state_NBHKV)),
         (log_decay_H, state_NBHKV, q_BHTK, k_BHTK, v_BHTV),
-        (state, token_spec(K), token_spec(K), token_spec(values, tiled=True)),
-        token_spec(values, tiled=True), jax.ShapeDtypeStruct(v_BHTV.shape, v_BHTV.dtype), reverse=reverse,
+        (state, token_spec(K), token_spec(K), token_spec(columns, tiled=True)),
+        token_spec(columns, tiled=True), jax.ShapeDtypeStruct(v_BHTV.shape, v_BHTV.dtype), reverse=reverse,
         transposed=transposed)
 
 

@@ -146,7 +146,7 @@ def _kernel(*refs, queries, T, reverse, segmented):
     output_refs = take_refs(queries)
     state_ref, pair_ref, a_ref = refs
     heads, Q, V = v_ref.shape[1:]
-    b, hb, step, N = *map(pl.program_id, range(3)), pl.num_programs(2)
+    b, head_block, step, N = *map(pl.program_id, range(3)), pl.num_programs(2)
     n = N - 1 - step if reverse else step
 
     def decaying_tokens(n):
@@ -165,7 +165,7 @@ def _kernel(*refs, queries, T, reverse, segmented):
         i_Qp, j_Qp = (jax.lax.broadcasted_iota(jnp.int32, (Q, Q), axis) for axis in (0, 1))
         age_Qp = j_Qp - i_Qp if reverse else i_Qp - j_Qp
         for h in range(heads):
-            g = log_decay_H[hb * heads + h]
+            g = log_decay_H[head_block * heads + h]
             pair_ref[h] = jnp.where(age_Qp >= 0, jnp.exp(g * jnp.maximum(age_Qp, 0).astype(jnp.float32)), 0)
 
     @pl.when(a_is_stale)
@@ -173,7 +173,7 @@ def _kernel(*refs, queries, T, reverse, segmented):
         i_Qw = jax.lax.broadcasted_iota(jnp.int32, a_ref.shape[1:], 0)
         age_Qw = jnp.maximum(e - 1 - i_Qw if reverse else i_Qw + 1 - s, 0).astype(jnp.float32)
         for h in range(heads):
-            a_ref[h] = jnp.exp(log_decay_H[hb * heads + h] * age_Qw)
+            a_ref[h] = jnp.exp(log_decay_H[head_block * heads + h] * age_Qw)
 
     j_1p = jax.lax.broadcasted_iota(jnp.int32, (1, Q), 1)
     age_1p = jnp.maximum(j_1p + 1 - s if reverse else e - 1 - j_1p, 0).astype(jnp.float32)
@@ -196,7 +196,7 @@ def _kernel(*refs, queries, T, reverse, segmented):
 
     def start(h):
         """Advances the state of the head. Returns the scores and the product with the previous state, for each query array."""
-        g = log_decay_H[hb * heads + h]
+        g = log_decay_H[head_block * heads + h]
         k_pK, v_pV = memory(h)
         b_1p, r_1V = jnp.exp(g * age_1p), jnp.exp(g * age_1V)
         if segmented:
