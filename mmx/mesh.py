@@ -38,8 +38,8 @@ def parse(text: str) -> config.Mesh:
 def inference_mesh(c: config.Model, text: str):
     """Returns a context (jax.set_mesh) with the mesh of a `--mesh` flag, for inference.
 
-    The mesh must divide the experts, their hidden units and the heads. Any batch works: a batch that the mesh does not divide is
-    replicated.
+    The mesh must divide the experts, their hidden units and the heads. Any batch works: a batch that the mesh does not divide
+    is replicated.
     """
     return jax.set_mesh(make(Experiment(c.portable(), train=None, mesh=parse(text))))
 

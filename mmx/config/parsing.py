@@ -35,5 +35,5 @@ def parse_lengths(text: str) -> list[int]:
 
 
 def value_at(points, at):
-    """The value in ((begin, value), ...) of the last point that begins at or before `at`."""
+    """The value at `at` of a step function: of the last (begin, value) in `points` with begin <= at."""
     return points[bisect.bisect_right([begin for begin, _ in points], at) - 1][1]

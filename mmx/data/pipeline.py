@@ -42,7 +42,7 @@ def stream(data: config.Data, train: config.Train, *, host: int = 0, hosts: int 
       host: index of this host, out of `hosts`.
       vision: of a model with vision; batches then contain images.
       blocks: the rows of the whole batch are divided into so many blocks, each with separate tiles.
-      devices_per_block: devices among which a block's tiles are divided; the number of tiles is a multiple of it.
+      devices_per_block: number of devices that share the tiles of a block; the number of tiles is padded to a multiple of it.
     """
     return Stream(data, train, host, hosts, vision or config.Vision(), blocks, devices_per_block)
 
@@ -176,9 +176,9 @@ class Stream:
         self._given = np.array(state["given"], np.int64)
 
     def rewind_step_count(self, state: dict) -> None:
-        """Rolls the step counter back to `state` without rolling back the data: the next step reads rows that come now.
+        """Sets the number of steps to that of `state`, but keeps the position in the data.
 
-        The micro-batches after `state` do not count towards the batch ramp.
+        The micro-batches read after `state` do not count towards the batch ramp.
         """
         self._step, self._remaining = state["step"], state["left"]
         self._rolled_back = state.get("lost", 0) + self._micro - state["micro"]
