@@ -155,8 +155,8 @@ def combine(y_rD, group: Group, axes):
 def buffer_slots(M, top_k, experts, capacity, peers, transport, ragged=False) -> int:
     """Returns C: the slots of the buffer for one peer or, if `ragged`, of the buffer that all peers fill together.
 
-    C is `transport` times the number of assignments in a buffer under even routing, but at most the largest number that M tokens
-    on each device can need. With transport=0 it is that largest number.
+    C is `transport` times the number of assignments in a buffer under even routing, but at most the largest number that M
+    tokens on each device can need. With transport=0 it is that largest number.
     """
     senders = peers if ragged else 1
     needed = min(senders * M * min(top_k, experts), capacity * experts)

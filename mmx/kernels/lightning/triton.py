@@ -9,9 +9,9 @@ of the pairs of a chunk are float32 in registers. Tiles of q, k and v of one chu
 dtype. The scores, and copies of the state and of b v, are rounded to the inputs' dtype where they enter a product. Sums are
 float32; products of float32 inputs are IEEE float32, never tf32.
 
-jax-triton gives no error for a kernel that spills or that needs more shared memory than a GPU has: `mmx.compilers.ptx.dumped`
-reads both from the compiled kernels. jax-triton cannot run on a CPU. `interpret` therefore needs TRITON_INTERPRET=1, set before
-triton is imported, and a replacement of `triton_call` as in tests/kernels/lightning_triton_on_cpu.py.
+jax-triton reports no error for a kernel that spills or that needs more shared memory than a GPU has; `mmx.compilers.ptx.dumped`
+reads both from the compiled kernels. jax-triton cannot run on a CPU. To interpret the kernels, set TRITON_INTERPRET=1 before
+triton is imported, and replace `triton_call` as in tests/kernels/lightning_triton_on_cpu.py.
 """
 import functools
 
@@ -28,9 +28,9 @@ try:
 except ImportError as error:
     raise ImportError(f"lightning attention in Triton needs jax-triton ({error}): pip install jax-triton") from None
 
-# As `gpu.TILES`, for Triton 3.9: chosen on 2026-11-23 among a few that compile without a spill with segments and a T that is
-# not a multiple of the chunk; they were not timed then. No tile that was tried fits float32 with head dims of 256 on H100: the
-# best one spills 16 bytes per thread.
+# The same table as `gpu.TILES`, for Triton 3.9. The tiles were chosen on 2026-11-23 among a few that compile without a spill
+# with segments and a T that is not a multiple of the chunk; they were not timed then. On H100, all tiles that were tried for
+# float32 with head dims of 256 spill; the best one spills 16 bytes per thread.
 TILES = {
     "h100": {("bfloat16", 128): gpu.Tile(64, 64, 4, 2), ("bfloat16", 256): gpu.Tile(64, 64, 8, 2),
              ("float32", 128): gpu.Tile(16, 16, 8, 1)},
@@ -66,7 +66,7 @@ def _launch(kernel, arrays, out_shape, log_decay_H, documents, plan, **static):
     B, H, T, K = k_BHTK.shape
     V = v_BHTV.shape[3]
     columns = min(V, plan.tile.columns)
-    unused = (log_decay_H,) * 3     # without segments the kernels still take three arrays in their place, and do not read them
+    unused = (log_decay_H,) * 3     # without segments, the kernels do not read these three arguments, but they must be arrays
     return jax_triton.triton_call(
         log_decay_H, *(documents or unused), *arrays, kernel=kernel, out_shape=out_shape,
         grid=(B * H * (V // columns), triton.cdiv(T, plan.span)), num_warps=plan.tile.warps, num_stages=plan.tile.stages,
@@ -156,9 +156,9 @@ def _output_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, q_BHTK, k_
 
 @triton.jit
 def _program(V: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
-    """Returns the head of this program (of all B H), the first token of its span, and its columns.
+    """Returns the head of this program (among all B H heads), the first token of its span, and its columns.
 
-    Columns run fastest over the programs, so that these share the L2 cache.
+    Consecutive programs have different columns of the same head, so that they read q and k from the L2 cache.
     """
     x = tl.program_id(0)
     head = (x // (V // COLUMNS)).to(tl.int64)        # its offsets exceed 2^31 elements
@@ -174,7 +174,10 @@ def _chunks_in_span(span_start, T: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.c
 @triton.jit
 def _decays(log_decay, segments_BT, bounds_B2, documents_Bc, b, t_Q, first, last,
             T: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, SEGMENTED: tl.constexpr):
-    """Returns a and b of the tokens of a chunk, and r, all measured from token `first` to token `last`."""
+    """Returns a_Q and b_Q of the tokens t_Q of a chunk, and r, with the formulas of `xla.py`.
+
+    They are measured over the tokens `first` to `last` - 1: a whole span in pass 1, the chunk in pass 3.
+    """
     if SEGMENTED:
         begin, end = tl.load(bounds_B2 + b * 2), tl.load(bounds_B2 + b * 2 + 1)
     else:
