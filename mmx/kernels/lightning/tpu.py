@@ -60,8 +60,8 @@ from mmx.kernels.products import dot
 # {chip: (tokens of a chunk, heads of a step)}
 # Chunk: 256 tokens fill the 256-wide matrix unit of v6e, 128 tokens the 128-wide units of v5e and v5p.
 # Heads: 16 where they suffice, otherwise 32. 16 heads suffice on a chip if the estimated time of each pass is at most 0.95 of
-# the time that HBM needs for its bytes. Nothing overlaps with the first `start` and the last `finish` of a step. With more heads
-# in a step, these two take a smaller part of its time; but more heads need more VMEM and code.
+# the time that HBM needs for its bytes. Nothing overlaps with the first `start` and the last `finish` of a step. With more
+# heads in a step, these two take a smaller part of its time; but more heads need more VMEM and code.
 # Chosen on 2026-11-23 by static schedule estimates of the TPU compiler (libtpu 0.0.42.1; cycles without memory stalls; never
 # run on a TPU) at B=1 H=64 T=8192 K=V=128 bf16. The values for v4 (limited by its 16 MiB of VMEM) and tpu7x are copied from
 # similar chips; they compile but are not tuned.
