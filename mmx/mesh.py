@@ -1,10 +1,11 @@
 """Device meshes with the paper's groups as axes (paper section 3.1): all devices = slice x edp x ep x etp x seq.
 
-    slice   slices, which a slow network connects: rows only
-    edp     expert data parallel: rows; weights and optimizer state are sharded over it too (FSDP)
-    ep      expert parallel: rows and experts
-    etp     expert tensor parallel: heads, experts' hidden units and the vocabulary; between layers, time
-    seq     sequence parallel: time
+    axis    name                        what it shards
+    slice   slices of a multislice pod  rows; a slow network connects the slices
+    edp     expert data parallel        rows; weights and optimizer state (FSDP)
+    ep      expert parallel             rows; experts
+    etp     expert tensor parallel      inside a layer: heads, experts' hidden units, vocabulary; between layers: time (tokens)
+    seq     sequence parallel           time (tokens)
 """
 import dataclasses
 import math
@@ -35,19 +36,25 @@ def parse(text: str) -> config.Mesh:
 
 
 def inference_mesh(c: config.Model, text: str):
-    """Returns a context (jax.set_mesh) with the mesh of a `--mesh` flag, for inference: no batch has to divide by it."""
+    """Returns a context (jax.set_mesh) with the mesh of a `--mesh` flag, for inference.
+
+    The mesh must divide the experts, their hidden units and the heads. Any batch works: a batch that the mesh does not divide
+    is replicated.
+    """
     return jax.set_mesh(make(Experiment(c.portable(), train=None, mesh=parse(text))))
 
 
 def make(e: Experiment, processes: int = 1) -> Mesh:
     """Returns the experiment's mesh over the devices of all processes. An axis of size -1 gets all remaining devices.
 
-    CPU devices are simulated: as many as the mesh needs. For -1, one process simulates at most one device a core, and only as
-    many as divide the experiment. Several processes simulate the fewest devices that give each process the same number, since
-    their machines may have different numbers of cores.
+    CPU devices are simulated, as many as the mesh needs. If an axis has size -1, the number of CPU devices is chosen so that
+    the mesh divides the experiment's batch, sequence length, experts and heads (`mesh_error`):
+      - one process simulates as many devices as possible, but at most one per core;
+      - several processes simulate as few devices as possible, the same number in each process. The number of cores is not used,
+        because the processes' machines may differ in it.
     """
     sizes, free, fixed, text = _axes(e)
-    # Check the axes before JAX starts its devices, so that a mistake is reported at once. The free axis is chosen to fit.
+    # Check the fixed axes before JAX starts its devices, so that a mistake is reported at once.
     _check(e, sizes | {free: 1} if free else sizes)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     counts = range(cores // fixed, 1, -1) if processes == 1 else range(1, processes + 1)
@@ -60,12 +67,13 @@ def make(e: Experiment, processes: int = 1) -> Mesh:
     if e.model.ragged and devices[0].platform == "cpu":
         raise ConfigError("model.ragged=True needs TPUs or GPUs: CPUs have no ragged all-to-all. Use model.ragged=False")
     if free:
-        most, may_idle = len(devices) // fixed, devices[0].platform == "cpu" and processes == 1
-        if not most or (most * fixed != len(devices) and not may_idle):
+        # One process on CPU may leave devices unused: an earlier experiment in this process may have started more of them.
+        most, unused_allowed = len(devices) // fixed, devices[0].platform == "cpu" and processes == 1
+        if not most or (most * fixed != len(devices) and not unused_allowed):
             raise ConfigError(f"{text}: the product of the other axes, {fixed}, must divide the number of devices, "
                               f"{len(devices)}")
         sizes[free] = most
-        if may_idle:        # more CPU devices than this experiment can use: another experiment in this process started them
+        if unused_allowed:
             sizes[free] = next((n for n in range(most, 1, -1) if not mesh_error(e, sizes | {free: n})), 1)
     _check(e, sizes)
     world = math.prod(sizes.values())
@@ -79,9 +87,10 @@ def make(e: Experiment, processes: int = 1) -> Mesh:
 
 
 def data_host(mesh: Mesh) -> tuple[int, int]:
-    """Returns (host, hosts): a batch's rows are divided into `hosts` equal blocks, and this process reads block `host`.
+    """Returns (host, hosts) of this process, for `data.pipeline.stream`.
 
-    Processes whose devices share the same rows read the same block.
+    A batch's rows are divided into `hosts` equal blocks of consecutive rows, and this process reads block `host`. Processes
+    whose devices need the same rows get the same `host`, so `hosts` can be smaller than the number of processes.
     """
     devices_BT = mesh.devices.reshape(sharding.size(mesh, sharding.ROWS), -1)
     rows = {}
@@ -91,7 +100,7 @@ def data_host(mesh: Mesh) -> tuple[int, int]:
     blocks = sorted({tuple(block) for block in rows.values()})
     if sum(blocks, ()) != tuple(range(len(devices_BT))) or len({len(block) for block in blocks}) > 1:
         raise ConfigError(f"the number of devices of a process, {jax.local_device_count()}, must be a multiple or a divisor of "
-                          f"mesh.etp x mesh.seq = {devices_BT.shape[1]}: otherwise processes share a part of their rows only")
+                          f"mesh.etp x mesh.seq = {devices_BT.shape[1]}: otherwise the rows of two processes overlap in part")
     return blocks.index(tuple(rows[jax.process_index()])), len(blocks)
 
 
@@ -115,7 +124,11 @@ def _axes(e: Experiment) -> tuple[dict, str | None, int, str]:
 
 
 def _mesh(devices, sizes) -> Mesh:
-    """Keeps the order of devices: a process reads consecutive rows; neighbours share the inner axes, which exchange most."""
+    """Returns the mesh with the devices in their given order, and the axes from slice (outermost) to seq (innermost).
+
+    The devices of a process are consecutive in that order, so a process has consecutive rows. Neighbouring devices differ in
+    the innermost axes, etp and seq, which communicate the most.
+    """
     return Mesh(np.array(devices).reshape(*sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 

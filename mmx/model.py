@@ -1,9 +1,13 @@
-"""The decoder: embedding, the pattern's layers scanned over its repeats, final norm (docs/model.md section 2).
+"""The decoder: embedding, layers, final norm (docs/model.md section 2).
 
-    u = RMSNorm(x);   y  = alpha u + beta Mixer(u)          post-norm: the residual is the normed value,
-    v = RMSNorm(y);   x' = alpha v + beta MoE(v)            scaled by DeepNorm's alpha; pre-norm: alpha x and alpha y
+`model.pattern` has one letter for each layer; `layers.kinds` maps the letters to layer kinds. One repeat of the pattern is a
+group. The groups are scanned. A layer computes x' from x:
 
-A letter of the pattern is a layer kind, whose record is in `layers.kinds`.
+    post-norm    u = RMSNorm(x);   y = alpha u + beta Mixer(u);   v = RMSNorm(y);   x' = alpha v + beta MoE(v)
+    pre-norm     u = RMSNorm(x);   y = alpha x + beta Mixer(u);   v = RMSNorm(y);   x' = alpha y + beta MoE(v)
+
+alpha and beta are DeepNorm's factors: model.alpha_* and model.beta_*. Lower-case axes: b blocks of a batch's rows, one for each
+data shard of the mesh (`data.pipeline`); p patches of a block's images.
 """
 import dataclasses
 import functools
@@ -76,12 +80,13 @@ class Model(nn.Module):
           tokens_BT: token ids.
           segments_BT: document numbers from 1, 0 for padding; None: one document a row. With a cache: 1 for a token, 0 for
             padding on the right, which the cache does not keep.
-          positions_BT: positions for RoPE; None: the token's number in its row, counted on from the cache's tokens.
+          positions_BT: positions for RoPE. None: 0, 1, 2, ... in each row, or with a cache the numbers after its tokens.
           cache: from `empty_cache` or an earlier call; the tokens continue it.
           trace: also return every layer's input and router logits in the statistics.
-          places_BT: what replaces a token's embedding: 0 nothing, 1 the embedding that ends a line of patches, n + 2 patch n of
-            the row's block of images. None: no images.
-          images: from `encode_images`.
+          places_BT: what replaces each token's embedding. 0: nothing; the token is text. 1: newline_D, the embedding after a
+            line of patches. n + 2: patches_bpD[block, n], where `block` is the block of rows that contains the token's row.
+            None: there are no images.
+          images: (newline_D, patches_bpD) from `encode_images`.
 
         Returns:
           x_BTD, the cache with these tokens (or None), and a dict of statistics, each [layers, ...]: load_E, prob_E, z,
@@ -92,6 +97,7 @@ class Model(nn.Module):
         start_B = None if cache is None else cache["length_B"]
         if positions_BT is None:
             positions_BT = jnp.arange(T)[None] + (0 if start_B is None else start_B[:, None])
+        # "BS", not "BT": RoPE runs after time was gathered over the tensor axis, which is what S means in `parallel.sharding`.
         context = Context(segments_BT, constrain(positions_BT, "BS"), start_B)
         embed_WD = self.param("embed_WD", nn.initializers.normal(c.embed_std), (c.vocab, c.dim))
         x_BTD = vocabulary.embed(embed_WD, tokens_BT, c.dtype)
@@ -99,7 +105,8 @@ class Model(nn.Module):
             x_BTD = insert_patches(x_BTD, places_BT, *images)
         x_BTD = constrain(x_BTD, "BTD")
 
-        # No broadcast output: flax's check of such outputs would trace the body again, and it takes a shard_map for one.
+        # check_constancy_invariants=False: nothing is broadcast out of the scan. Flax's check for such outputs would trace the
+        # body a second time, and would mistake a shard_map in the body for a broadcast output.
         groups = nn.scan(Group, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.groups,
                          in_axes=(nn.broadcast, 0, 0), check_constancy_invariants=False)(c, trace, name="groups")
         layers = None if cache is None else cache["layers"]
@@ -115,14 +122,17 @@ class Model(nn.Module):
 
 
 def _with_remat(layer, c: config.Model):
-    """The layer's module, with model.remat one that recomputes its activations in its own backward pass, layer by layer."""
+    """The layer's module. With model.remat, the backward pass of a layer recomputes the layer's activations.
+
+    With model.keep_arrived, it does not recompute the tokens that the experts' devices received, so they are sent only once.
+    """
     if not c.remat:
         return layer
     return nn.remat(layer, policy=jax.checkpoint_policies.save_only_these_names(*[ARRIVED] * c.keep_arrived))
 
 
 def _constants(c: config.Model) -> dict:
-    """The constants of the layers that have some, by their name in a group, stacked over the groups."""
+    """The arrays that `Kind.constants` gives the layers, as {layer name in a group: arrays stacked over the groups}."""
     found = {}
     for i, letter in enumerate(c.pattern):
         if of_layer := kind_of(letter).constants:
@@ -132,7 +142,7 @@ def _constants(c: config.Model) -> dict:
 
 
 def encode_images(c: config.Model, params, pixels_bIYXZ):
-    """What `Model` takes as `images`: the vision encoder's newline_D, and patches_bpD of each block's tiles (`data.images`)."""
+    """Computes the argument `images` of `Model` from the tiles of each block: newline_D and patches_bpD (`layers.vision`)."""
     return Vision(c).apply({"params": params["vision"]}, pixels_bIYXZ)
 
 
@@ -143,14 +153,15 @@ def logits(params, x_BTD):
 
 
 @functools.partial(jax.jit, static_argnums=range(4))
-def empty_cache(c: config.Model, rows: int, places: int, kv_dtype: str = ""):
-    """A cache without tokens, with room for `places` tokens a row.
+def empty_cache(c: config.Model, rows: int, max_length: int, kv_dtype: str = ""):
+    """A cache without tokens, with room for `max_length` tokens a row.
 
-    It is {"length_B", "layers": {"layer_0": {...}, ...}}; a leaf's name ends in its axes, after the scanned groups L.
-    `kv_dtype` is the dtype of keys and values; empty: the computation's.
+    The cache is {"length_B", "layers": {"layer_0": {...}, ...}}. The name of a layer's entry ends in its axes, such as
+    "k_BGSK"; the array has one more axis in front, the groups (L). `kv_dtype` is the dtype of keys and values; empty: the
+    dtype of the computation.
     """
     def zeros(name, one):
-        sizes = {"B": rows, "S": places}
+        sizes = {"B": rows, "S": max_length}
         shape = [sizes.get(axis, size) for axis, size in zip(axes_of(name), one.shape)]
         return jnp.zeros((c.groups, *shape), one.dtype)
     layers = {f"layer_{i}": {name: zeros(name, one) for name, one in kind_of(letter).cache(c, kv_dtype or c.dtype).items()}
@@ -161,8 +172,9 @@ def empty_cache(c: config.Model, rows: int, places: int, kv_dtype: str = ""):
 def abstract_params(c: config.Model) -> dict:
     """The parameter tree of shapes, as `Model.init` creates it; float32.
 
-    Of each kind in the pattern one layer is traced: the time does not grow with the number of layers.
+    Only one layer of each kind is traced, so the time does not grow with the number of layers.
     """
+    # The implementation keys (kernel, chunk, remat, ...) do not change the parameters: `portable` resets them to defaults.
     plain = dataclasses.replace(c.portable(), dtype="float32", remat=False)
     traced = {letter: _abstract_layer(dataclasses.replace(plain, layers=1, pattern=letter)) for letter in set(c.pattern)}
     def stack(x):
@@ -174,7 +186,7 @@ def abstract_params(c: config.Model) -> dict:
 
 @functools.lru_cache(maxsize=512)
 def _abstract_layer(c: config.Model) -> dict:
-    """The parameters of a model of one layer. It is traced without a mesh, and within a transfer guard too."""
+    """The abstract parameters of a model of one layer, whatever mesh and transfer guard the caller has set."""
     kind_of(c.pattern)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())), jax.transfer_guard("allow"):
         return jax.eval_shape(lambda: Model(c).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]

@@ -343,7 +343,7 @@ def test_mistakes_in_an_experiment_are_reported_with_their_line(body, message, t
     (["--config.model.dtype=float64"], "needs JAX_ENABLE_X64=1"),
     (["--config.mesh.seq=3"], "must be divisible by mesh.seq=3"),
     (["--config.model.impl=gpu"],
-     "model.impl='gpu': this computation is for cpu; use impl='xla' or None (model.impl='' means None)"),
+     "model.impl='gpu': this computation is for cpu; use impl='xla' or None (in the config, impl=None is model.impl='')"),
 ])
 def test_train_writes_nothing_after_a_mistake(more, message, place, mmx_fails):
     assert message in mmx_fails(*train(place, *more, workdir="never"))

@@ -46,7 +46,7 @@ def test_nonfinite_steps_are_counted_until_too_many_in_a_row():
     g = guard(skips=2)
     for step, (loss, norm) in enumerate([(math.nan, 1), (1, math.inf), (1, 1), (math.inf, 1), (-math.inf, math.nan)], 1):
         assert g.check(step, loss, norm) is None
-    assert (g.skipped, g.skipped_in_row) == (4, 2)
+    assert (g.skipped, g.skipped_in_a_row) == (4, 2)
     with pytest.raises(DivergedError, match="^step 6 has loss nan and gradient norm 1, and the 2 steps before it were skipped "
                        "too: the checkpoints are from earlier steps; start in another --workdir with a lower learning rate "):
         g.check(6, math.nan, 1)

@@ -86,8 +86,8 @@ def test_packed_equals_separate(folder):
 def test_hosts_make_one_batch(folder):
     """Each host has the tiles of its blocks of rows, padded to the same number on all hosts."""
     t = config.Train(batch=B, length=T)
-    whole = stream(folder, t, blocks=4, share=2)
-    parts = [stream(folder, t, host=host, hosts=2, blocks=4, share=2) for host in range(2)]
+    whole = stream(folder, t, blocks=4, devices_per_block=2)
+    parts = [stream(folder, t, host=host, hosts=2, blocks=4, devices_per_block=2) for host in range(2)]
     for _ in range(5):
         batch, halves = whole.next(), [part.next() for part in parts]
         assert batch["pixels"].shape[1] % 2 == 0 and len(batch["pixels"]) == 4

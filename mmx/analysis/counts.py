@@ -63,10 +63,10 @@ def flops_companion(c: config.Model, length: int) -> float | None:
     neither source counts, the feed-forward part is the router and the top_k experts. None: a kind that neither source counts.
     """
     d, kinds = c.dim, {letter: kind_of(letter) for letter in set(c.pattern)}
-    if not all(kind.companion_flops for kind in kinds.values()):
+    if not all(kind.paper_flops for kind in kinds.values()):
         return None
     ffn = 8 * d ** 2 if c.experts == 1 else 3 * c.top_k * d * c.expert_dim + c.experts * d
-    return sum(6 * (4 * d ** 2 + ffn) + 20 * d + kinds[letter].companion_flops(c, length) for letter in c.layer_kinds)
+    return sum(6 * (4 * d ** 2 + ffn) + 20 * d + kinds[letter].paper_flops(c, length) for letter in c.layer_kinds)
 
 
 def flops_tile(c: config.Model) -> float:

@@ -35,16 +35,16 @@ from mmx.data.document_types import ImageText, PromptCompletion, TokenIds
 
 
 def stream(data: config.Data, train: config.Train, *, host: int = 0, hosts: int = 1, vision: config.Vision | None = None,
-           blocks: int = 1, share: int = 1) -> "Stream":
+           blocks: int = 1, devices_per_block: int = 1) -> "Stream":
     """The stream of micro-batches of one host, from the start.
 
     Args:
       host: index of this host, out of `hosts`.
       vision: of a model with vision; batches then contain images.
       blocks: the rows of the whole batch are divided into so many blocks, each with separate tiles.
-      share: devices among which a block's tiles are divided; the number of tiles is a multiple of it.
+      devices_per_block: number of devices that share the tiles of a block; the number of tiles is padded to a multiple of it.
     """
-    return Stream(data, train, host, hosts, vision or config.Vision(), blocks, share)
+    return Stream(data, train, host, hosts, vision or config.Vision(), blocks, devices_per_block)
 
 
 def stack_micro_batches(batches: list[dict]) -> dict[str, np.ndarray]:
@@ -87,10 +87,10 @@ class Stream:
     """See `stream`."""
 
     def __init__(self, data: config.Data, train: config.Train, host: int, hosts: int, vision: config.Vision, blocks: int,
-                 share: int):
+                 devices_per_block: int):
         _check_hosts(train.batch, data.shards, hosts)
         self.data, self.train, self.vision = data, train, vision
-        self._blocks, self._own_blocks, self._share = blocks, blocks // hosts, share
+        self._blocks, self._own_blocks, self._devices_per_block = blocks, blocks // hosts, devices_per_block
         self._own_rows = slice(host * train.batch // hosts, (host + 1) * train.batch // hosts)
         tokenizer = tokens.tokenizer(data.tokenizer)
         documents = {source: _tokenize_source(source, tokenizer, vision, train.contrastive > 0)
@@ -143,7 +143,7 @@ class Stream:
     def _collate_images(self, tokens_BT, row_images, global_rows) -> dict[str, np.ndarray]:
         """The image part of a batch. `global_rows`: (source, row number) of the rows of all hosts."""
         tiles_bB = np.array([self._packed[source].tiles(row) for source, row in global_rows]).reshape(self._blocks, -1)
-        most = self._share * images.padded_tiles(-(-int(tiles_bB.sum(1).max()) // self._share))
+        most = self._devices_per_block * images.padded_tiles(-(-int(tiles_bB.sum(1).max()) // self._devices_per_block))
         prepared = [images.prepare_all(self.vision, [image for image, _ in row]) for row in row_images]
         places_BT, pixels_bIYXZ = images.collate(self.vision, tokens_BT, prepared, self._own_blocks, most)
         ends_bI, rows_per_block = np.full(pixels_bIYXZ.shape[:2], -1, np.int32), len(row_images) // self._own_blocks
@@ -175,10 +175,10 @@ class Stream:
         self._rolled_back = state.get("lost", 0)       # older checkpoints do not have it
         self._given = np.array(state["given"], np.int64)
 
-    def rewind_step(self, state: dict) -> None:
-        """Rolls the step counter back to `state` without rolling back the data: the next step reads rows that come now.
+    def rewind_step_count(self, state: dict) -> None:
+        """Sets the number of steps to that of `state`, but keeps the position in the data.
 
-        The micro-batches after `state` do not count towards the batch ramp.
+        The micro-batches read after `state` do not count towards the batch ramp.
         """
         self._step, self._remaining = state["step"], state["left"]
         self._rolled_back = state.get("lost", 0) + self._micro - state["micro"]

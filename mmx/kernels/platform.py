@@ -15,8 +15,8 @@ from jax.sharding import AxisType
 
 class Gpu(NamedTuple):
     """What the kernels need to know of a GPU model."""
-    cores: int          # streaming multiprocessors
-    capability: int     # compute capability, times 10
+    multiprocessors: int    # streaming multiprocessors
+    capability: int         # compute capability, times 10
 
 
 GPUS = {"h100": Gpu(132, 90), "a100": Gpu(108, 80)}       # see `gpu_model` for other models

@@ -23,10 +23,12 @@ class Context(NamedTuple):
 
 class Layout(NamedTuple):
     """A tensor of the released checkpoint form."""
-    name: str           # below its layer's name; {e} is replaced by the expert's number
+    name: str           # after the prefix of its layer; {e} is replaced by the expert's number
     axes: str           # a space separates the tensor's own axes: "HK D" is a matrix [H * K, D]
-    part: int = 0       # number of this array among the `parts` arrays that the first letter interleaves
-    parts: int = 1      # qkv_proj interleaves 3: its rows are [q | k | v], head by head
+    # A released tensor may contain several parameters, interleaved along the first letter of `axes`. For example, the rows of
+    # qkv_proj ("HK D", parts=3) are q of head 0, k of head 0, v of head 0, q of head 1, and so on.
+    part: int = 0       # the number of this parameter among them
+    parts: int = 1      # how many parameters the tensor contains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,17 +45,20 @@ class Kind:
     name: str
     mixer: Callable                     # (config.Model, name) -> Flax module
     cache: Callable                     # (config.Model, dtype of keys and values) -> {name: `cache_entry`}
-    flops: Callable                     # (config.Model, length) -> a token's forward FLOPs besides products with parameters
+    flops: Callable                     # (config.Model, length) -> a token's forward FLOPs without products with parameters
     constants: Callable | None = None   # (config.Model, layer number) -> arrays that the mixer gets as `constants`
-    residual: str = "softmax"           # model.alpha_* and model.beta_* of this name scale the residual and the mixer's output
-    keys: tuple[str, ...] = ()          # keys of model that change the function of layers of this kind and of no other part
+    residual: str = "softmax"           # suffix of the keys model.alpha_* and model.beta_* that `model.Layer` uses
+    keys: tuple[str, ...] = ()          # the config keys model.* that affect layers of this kind only
     splits_time: bool = False           # whether mesh.seq may split its sequences
-    released: Released | None = None    # None: it cannot be converted
-    companion_flops: Callable | None = None     # (config.Model, length) -> FLOPs as arXiv 2406.16690 counts; None: not counted
+    released: Released | None = None    # None: layers of this kind cannot be converted
+    # (config.Model, length) -> a token's training FLOPs without products with parameters, as counted in the paper's Table 1 and
+    # in its companion, the paper on scaling laws of linear attention (arXiv 2406.16690). None: neither counts this kind.
+    # `analysis.counts.flops_companion` adds the rest.
+    paper_flops: Callable | None = None
 
 
 def extents(c: config.Model) -> dict[str, int]:
-    """The extent of each letter in the parameters and caches of layers."""
+    """The size of each axis letter in the parameters and caches of layers."""
     return {"W": c.vocab, "D": c.dim, "H": c.heads, "G": c.kv_heads, "K": c.head_dim, "V": c.head_dim,
             "E": c.experts, "F": c.expert_dim}
 
@@ -62,9 +67,12 @@ def param(module: nn.Module, name: str, fan_in: str = "", fan_out: str = "", sca
     """Creates the parameter `name`, whose last part spells its axes, and casts it to the computation's dtype.
 
     Args:
-      fan_in: the axes that a product with it sums; none: a norm's scale, initially ones.
-      fan_out: the axes of that product's result. The variance is Xavier's, or 1 / fan_in with model.init="fan_in".
-      scaled: whether DeepNorm scales the initial values by (8 layers)^(-1/4) (v, out and the FFN; paper section 4.2).
+      fan_in: letters of the parameter's input axes, which the product of an activation and the parameter sums. Empty: the
+        parameter is the scale of a norm, which starts at one.
+      fan_out: letters of the parameter's output axes. The initial variance is 2 / (fan_in + fan_out) (Xavier), or 1 / fan_in
+        with model.init="fan_in".
+      scaled: whether model.init="deepnorm" multiplies the initial values by (8 layers)^(-1/4). It does so for v, out and the
+        experts' weights (paper section 4.2).
     """
     c = module.config
     size = extents(c)
@@ -79,13 +87,13 @@ def param(module: nn.Module, name: str, fan_in: str = "", fan_out: str = "", sca
 
 
 def cache_entry(c: config.Model, name: str, dtype) -> jax.ShapeDtypeStruct:
-    """What a cache keeps under `name` for one row, and for one token where its axes have S."""
+    """Shape and dtype of the entry `name` of a cache, for one row and, if the name has an axis S, for one token."""
     size = extents(c) | {"B": 1, "S": 1}
     return jax.ShapeDtypeStruct(tuple(size[axis] for axis in axes_of(name)), dtype)
 
 
 def rms_norm(x_BTD, scale_D, eps: float):
-    """x / rms(x) in float32, cast back to x's dtype, then scaled (docs/model.md section 2)."""
+    """Returns x / rms(x), computed in float32 and cast back to x's dtype, then scaled (docs/model.md section 2)."""
     wide_BTD = widen(x_BTD)
-    rms_BT1 = jax.lax.rsqrt(jnp.mean(wide_BTD ** 2, axis=-1, keepdims=True) + eps)
-    return (wide_BTD * rms_BT1).astype(x_BTD.dtype) * scale_D
+    inverse_rms_BT1 = jax.lax.rsqrt(jnp.mean(wide_BTD ** 2, axis=-1, keepdims=True) + eps)
+    return (wide_BTD * inverse_rms_BT1).astype(x_BTD.dtype) * scale_D

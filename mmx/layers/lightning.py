@@ -2,9 +2,9 @@
 
     q, k, v = SiLU(W u);   o = lightning attention;   y = W_out( sigmoid(W_gate u) * RMSNorm over all heads (o) )
 
-With a cache, a single new token takes the decode kernel, which reads and writes the state once; longer inputs take the chunked
-kernel. Both share SiLU, norm and gate. The decode kernel has no Triton form: a model with impl="triton" decodes with the Pallas
-GPU kernel.
+With a cache, a single new token uses the decode kernel, which reads and writes the state once; longer inputs use the chunked
+kernel. Both share SiLU, norm and gate. The decode kernel has no Triton version: a model with impl="triton" decodes with the
+Pallas GPU kernel.
 """
 import flax.linen as nn
 import numpy as np
@@ -22,9 +22,9 @@ class Lightning(nn.Module):
 
     @nn.compact
     def __call__(self, u_BTD, context: Context, cache, log_decay_H):
-        """Returns y_BTD and the cache {"state_BHKV"} after the last token (None without one)."""
+        """Returns y_BTD and the cache {"state_BHKV"} after the last token (None without a cache)."""
         c = self.config
-        # A seed's initial values depend on the order in which parameters are created.
+        # Keep the order of these lines: a parameter's initial values depend on the order in which parameters are created.
         q_DHK, k_DHK = param(self, "q_DHK", "D", "HK"), param(self, "k_DHK", "D", "HK")
         v_DHV, norm_HV = param(self, "v_DHV", "D", "HV", True), param(self, "norm_HV")
         q_BHTK, k_BHTK, v_BHTV, gate_BHTV = to_heads(u_BTD, q_DHK=q_DHK, k_DHK=k_DHK, v_DHV=v_DHV,
@@ -46,16 +46,23 @@ class Lightning(nn.Module):
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """ALiBi slopes of a number of heads; if it is not a power of two, the rest come from the even places of the next ladder."""
-    def ladder(n):
+    """ALiBi's slope of each head.
+
+    For n heads, n a power of two, the slopes are the geometric sequence 2^(-8/n), 2^(-16/n), ..., 2^-8. For another number of
+    heads, let n be the largest power of two below it: the first n heads have the sequence for n, and the remaining heads have
+    the 1st, 3rd, 5th, ... element of the sequence for 2 n.
+    """
+    def sequence(n):
         return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
     power = 1 << (heads.bit_length() - 1)
-    return ladder(power) + ladder(2 * power)[::2][:heads - power]
+    return sequence(power) + sequence(2 * power)[::2][:heads - power]
 
 
 def log_decay(c: config.Model, layer: int) -> list[float]:
-    """Minus the released decay slope of each head, in nats a token: -slope_h (1 - layer/(layers-1) + 1e-5) (docs/model.md
-    section 3)."""
+    """Log decay of each head in nats per token, as in the released model: -slope_h (1 - layer / (layers - 1) + 1e-5).
+
+    See docs/model.md section 3.
+    """
     return [-slope * (1 - layer / max(c.layers - 1, 1) + 1e-5) for slope in alibi_slopes(c.heads)]
 
 
@@ -67,7 +74,7 @@ KIND = Kind(
     name="lightning attention",
     mixer=Lightning,
     cache=_cache,
-    flops=lambda c, length: 4 * c.heads * c.head_dim ** 2,       # the recurrence: the state's update, and reading it
+    flops=lambda c, length: 4 * c.heads * c.head_dim ** 2,       # the recurrence: 2 K V for k^T v, and 2 K V for q S
     constants=lambda c, layer: np.array(log_decay(c, layer), wide_dtype(c.dtype)),
     residual="lightning",
     keys=("head_norm_eps", "alpha_lightning", "beta_lightning"),
@@ -76,6 +83,6 @@ KIND = Kind(
         "q_DHK": Layout("self_attn.qkv_proj.weight", "HK D", 0, 3), "k_DHK": Layout("self_attn.qkv_proj.weight", "HK D", 1, 3),
         "v_DHV": Layout("self_attn.qkv_proj.weight", "HV D", 2, 3), "gate_DHV": Layout("self_attn.output_gate.weight", "HV D"),
         "norm_HV": Layout("self_attn.norm.weight", "HV"), "out_HVD": Layout("self_attn.out_proj.weight", "D HV")}),
-    # chunks of dim / heads tokens, and a gate of rank dim / heads
-    companion_flops=lambda c, length: 36 * c.dim ** 2 / c.heads,
+    # The papers count chunks of dim / heads tokens and a low-rank gate of rank dim / heads. This model's gate has full rank.
+    paper_flops=lambda c, length: 36 * c.dim ** 2 / c.heads,
 )

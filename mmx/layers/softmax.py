@@ -15,11 +15,11 @@ from mmx.parallel.projection import from_heads, to_heads
 
 class Softmax(nn.Module):
     config: config.Model
-    window: int = 0         # number of tokens that a token attends to, itself included; 0: all before it
+    window: int = 0         # number of tokens that a token attends to, itself included; 0: itself and all tokens before it
 
     @nn.compact
     def __call__(self, u_BTD, context: Context, cache, constants):
-        """Returns y_BTD and the cache's entries for these tokens, {"k_BGSK", "v_BGSV", ...} (None without a cache)."""
+        """Returns y_BTD and the new cache entries of these tokens, {"k_BGSK", "v_BGSV", ...} (None without a cache)."""
         c = self.config
         q_BHTK, k_BGTK, v_BGTV = to_heads(u_BTD, q_DHK=param(self, "q_DHK", "D", "HK"), k_DGK=param(self, "k_DGK", "D", "GK"),
                                           v_DGV=param(self, "v_DGV", "D", "GV", True))
@@ -39,7 +39,7 @@ def windowed(c: config.Model, name: str | None = None) -> Softmax:
 
 
 def _cache(c: config.Model, kv_dtype: str):
-    # A window layer keeps all tokens too, those that no later token attends to included.
+    # A window layer also keeps all tokens, even tokens that have left the window.
     entries = {"k_BGSK": kv_dtype, "v_BGSV": kv_dtype}
     if kv_dtype == "int8":
         entries |= {"k_scale_BGS": jnp.float32, "v_scale_BGS": jnp.float32}
@@ -47,12 +47,12 @@ def _cache(c: config.Model, kv_dtype: str):
 
 
 def _flops(c: config.Model, keys: float) -> float:
-    """Scores and values of a token that attends to so many keys."""
+    """FLOPs of the scores and of the weighted sum of values, for a token that attends to `keys` tokens."""
     return 4 * c.heads * c.head_dim * keys
 
 
 def _mean_keys(c: config.Model, length: int) -> float:
-    """How many keys a token of a window layer attends to, the mean over a sequence."""
+    """Number of tokens that a token of a window layer attends to, averaged over a sequence of `length` tokens."""
     full = min(c.window, length)
     return full - full * (full - 1) / 2 / max(length, 1)
 
@@ -67,7 +67,7 @@ KIND = Kind(
     released=Released(1, "full_attention", {
         "q_DHK": Layout("self_attn.q_proj.weight", "HK D"), "k_DGK": Layout("self_attn.k_proj.weight", "GK D"),
         "v_DGV": Layout("self_attn.v_proj.weight", "GV D"), "out_HVD": Layout("self_attn.o_proj.weight", "D HV")}),
-    companion_flops=lambda c, length: 12 * c.dim * length,
+    paper_flops=lambda c, length: 12 * c.dim * length,
 )
 WINDOW_KIND = Kind(
     name="softmax attention in a window",
@@ -75,5 +75,5 @@ WINDOW_KIND = Kind(
     cache=_cache,
     flops=lambda c, length: _flops(c, _mean_keys(c, length)),
     keys=(*KIND.keys, "window"),
-    companion_flops=lambda c, length: 12 * c.dim * min(length, c.window),
+    paper_flops=lambda c, length: 12 * c.dim * min(length, c.window),
 )

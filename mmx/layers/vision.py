@@ -5,12 +5,12 @@
     x = x + W_down GELU(W_up LayerNorm(x))              GELU by erf
     y = W_out GELU(W_in x)                              of the patches, without the class token; no norm at the end
 
-The decoder's image tokens are then replaced by these y, and by a learned newline vector after each line of patches
-(`parallel.vision.insert_patches`). On a mesh, tiles are sharded over all axes (`parallel.sharding`), and each layer's weights
-are gathered when it runs.
+`parallel.vision.insert_patches` then replaces the decoder's image tokens by y, and by a learned newline vector after each line
+of patches. On a mesh, tiles are sharded over all axes (`parallel.sharding`), and each layer gathers its weights when it runs.
 
 Axes: I tiles, P positions of a tile (the class token first, then its patches), J the ViT's width, A its heads, K their dim, U
-its hidden units, O the projector's hidden units, D the decoder's width, Y and X pixels down and across, Z colours.
+its hidden units, O the projector's hidden units, D the decoder's width, Y and X pixels down and across, Z colours. Lower-case
+axes: b blocks of a batch's rows, each with its own tiles (`data.pipeline`), p patches of all tiles of a block.
 """
 import functools
 import math
@@ -25,7 +25,7 @@ from mmx.parallel.sharding import constrain_tiles, replicate
 
 
 def extents(c: config.Model) -> dict[str, int]:
-    """The extent of each letter in the image encoder's parameters; Y and X are a patch's."""
+    """The size of each axis letter in the vision encoder's parameters, where Y and X count the pixels of a patch."""
     v = c.vision
     return {"Y": v.patch, "X": v.patch, "Z": 3, "P": v.side ** 2 + 1, "J": v.dim, "A": v.heads, "K": v.dim // v.heads,
             "U": v.hidden, "O": c.dim, "D": c.dim, "L": v.layers}
@@ -34,7 +34,8 @@ def extents(c: config.Model) -> dict[str, int]:
 def vit_param(module: nn.Module, name: str, fan_in: str = ""):
     """Creates the parameter `name`, which ends in its axes; returns it in the computation's dtype, gathered on every device.
 
-    The initial values are normal with variance 1/fan_in. Without `fan_in` they are ones for the scale of a norm, else zeros.
+    `fan_in` contains the letters of the input axes. The initial values are normal with variance 1/fan_in. Without `fan_in` they
+    are ones for the scale of a norm, and zeros otherwise.
     """
     c = module.config
     size = extents(c)
@@ -74,13 +75,13 @@ class Vision(nn.Module):
 
     @nn.compact
     def __call__(self, pixels_bIYXZ):
-        """Returns newline_D and patches_bpD: the p patches of each block's tiles, tile by tile and line by line.
+        """Returns newline_D and patches_bpD: the projected patches of each block, tile by tile and line by line.
 
-        `pixels_bIYXZ` contains the tiles of b equal blocks of a batch's rows.
+        `pixels_bIYXZ` contains I tiles for each of the b blocks. Inside this method, axis I counts the tiles of all blocks.
         """
         c, own = self.config, functools.partial(vit_param, self)
         v, blocks, tiles = c.vision, len(pixels_bIYXZ), math.prod(pixels_bIYXZ.shape[:2])
-        # r lines and c columns of patches
+        # Axes r, c: lines and columns of patches.
         split = pixels_bIYXZ.astype(c.dtype).reshape(tiles, v.side, v.patch, v.side, v.patch, 3)
         patches_IPJ = jnp.einsum("IrYcXZ,YXZJ->IrcJ", split, own("patch_YXZJ", "YXZ")).reshape(tiles, v.side ** 2, v.dim)
         class_IPJ = jnp.broadcast_to(own("class_J", "J"), (tiles, 1, v.dim))

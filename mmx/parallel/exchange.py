@@ -1,29 +1,38 @@
 """Exchange of tokens over the expert axes of the mesh: tokens travel to their experts, and outputs travel back.
 
-By default a device has a buffer of C slots for each of its peers, the devices of its ep group. The layout of tokens changes so:
-
-    [p, C, D] --all-to-all over ep--> --all-gather over etp--> [b, C, D], SwiGLU of E/ep experts with F/etp hidden units
-    [p, C, D] <--all-to-all over ep-- <--reduce-scatter over etp--
-
-A ragged all-to-all (TPU and GPU) sends no empty slots. Each device packs its assignments by peer and expert:
-
-    [a, D] --ragged all-to-all over ep--> [C, D] --all-gather over etp--> [b, C, D] and the same way back
-
-In both cases assignments are sorted by expert, and all devices know the counts. The counts alone therefore determine which
-expert each received slot belongs to.
-
-Router weights are sent ahead of the tokens, and the experts' devices multiply by them. The gradients of router weights are then
-computed on the experts' devices too. So no gradient needs the outputs on the tokens' devices, and a backward pass that
-recomputes the layer does not send the outputs back again.
-
 Upper-case letters are defined in `mmx.dims`, with local extents; E counts the experts of all devices. Lower-case letters:
 
     j choices of a token                    a assignments (see `parallel.routing`)
-    p peers, the devices of an ep group     t devices of an etp group           d devices of both axes
-    b received buffers                      s sources of one buffer             n token groups
+    p peers: the devices of an ep group     t devices of an etp group           d devices of both axes, d = t x p
+    b received buffers                      s sources that fill one buffer      n token groups
     e experts of one device                 r received slots, r = b x C
 
-With slots, each of the d devices fills one buffer: b = d, s = 1. In a ragged exchange all peers fill one buffer: b = t, s = p.
+By default, a device sends one buffer of C slots to each of its peers; unused slots are empty. It receives b = d buffers, each
+from s = 1 source:
+
+    1. all-to-all over ep           [p, C, D] -> [p, C, D]
+    2. all-gather over etp          [p, C, D] -> [b, C, D]
+    3. SwiGLU of the device's E / ep experts, each with F / etp hidden units
+    4. reduce-scatter over etp      [b, C, D] -> [p, C, D]
+    5. all-to-all over ep           [p, C, D] -> [p, C, D]
+
+A ragged all-to-all (TPU and GPU only) sends no empty slots. A device sends its a assignments sorted by peer, and all its peers
+together fill one buffer. It receives b = t buffers, each from s = p sources. Steps 1 and 5 change:
+
+    1. ragged all-to-all over ep    [a, D] -> [1, C, D]
+    5. ragged all-to-all over ep    [1, C, D] -> [a, D]
+
+Arrays with an axis p then have one buffer on this axis: token_pC is [1, a] before step 1, and x_pC is [1, C] after it.
+
+In both cases the assignments in a buffer are sorted by source and expert, and all devices know the counts. The counts alone
+therefore determine which expert each received slot belongs to.
+
+Router weights are sent before the tokens, and the experts' devices multiply the outputs by them. This saves communication if
+the backward pass recomputes the layer (model.remat):
+
+    - The gradient of a router weight needs the expert's output. It is computed on the expert's device, which has that output.
+    - So no gradient needs the outputs that step 5 sent to the tokens' devices.
+    - The backward pass therefore does not repeat steps 4 and 5.
 """
 import itertools
 import math
@@ -36,35 +45,38 @@ from jax.ad_checkpoint import checkpoint_name
 from mmx.kernels import grouped
 from mmx.parallel.routing import Choices, Routing, earlier_and_total, queue_order, rank
 
-ARRIVED = "arrived"         # name for jax.checkpoint policies: tokens and weights that arrived at their experts' devices
+ARRIVED = "arrived"         # name, for jax.checkpoint policies, of the tokens and router weights that a device received over ep
 
 
 class RaggedRoute(NamedTuple):
-    """A ragged all-to-all over ep, and its reverse: the last four arguments of jax.lax.ragged_all_to_all."""
-    slots: int                  # of the buffer that receives
-    dispatch: tuple
-    combine: tuple
+    """The arguments of a ragged all-to-all over ep and of the one that sends the results back."""
+    slots: int                  # slots of the receiving buffer
+    dispatch: tuple             # offsets and sizes, the last four arguments of jax.lax.ragged_all_to_all, to send tokens
+    combine: tuple              # the same, to send outputs back
 
 
 class Group(NamedTuple):
-    """A group of this device's tokens, and the buffers that this device receives for the same group of all devices."""
+    """One of the n token groups: this device's tokens of the group, and the buffers that it receives for the group.
+
+    Every device divides its tokens into n groups; one exchange handles the same group of all devices.
+    """
     tokens: slice
-    slot_Mj: jax.Array          # the slot of each assignment; an index past the end if it is not sent
+    slot_Mj: jax.Array          # the slot of each assignment; an index past the end if the assignment is not sent
     token_pC: jax.Array         # the token in each slot; M if the slot is empty
     sent: jax.Array             # how many assignments this device sends
     weight_bC: jax.Array        # the router weight of each received slot
-    sent_bse: jax.Array         # how many assignments each received buffer has from each source for each local expert
+    sent_bse: jax.Array         # number of assignments in each received buffer from each source for each expert of this device
     route: RaggedRoute | None   # None: not a ragged exchange
 
 
 def make_groups(choices: Choices, axes, experts: int, capacity: int, routing: Routing) -> list[Group]:
-    """Assigns slots to the assignments, group by group, and sends counts and router weights ahead of the tokens.
+    """Assigns slots to the assignments of each token group, and exchanges the counts and router weights of all groups.
 
     Args:
       choices: the choices of this device's tokens.
-      axes: the expert axes of the mesh that have more than one device, a part of ("etp", "ep").
-      experts: experts of one device.
-      capacity: assignments that one expert accepts from the whole batch.
+      axes: the axes among "etp" and "ep" that have more than one device.
+      experts: number of experts of one device.
+      capacity: number of assignments that one expert accepts from the whole batch.
     """
     (M, top_k), peers = choices.expert_Mj.shape, jax.lax.axis_size("ep") if "ep" in axes else 1
     ragged, E = routing.ragged and "ep" in axes, peers * experts
@@ -84,10 +96,13 @@ def make_groups(choices: Choices, axes, experts: int, capacity: int, routing: Ro
 
 
 def dispatch(x_MD, group: Group, axes):
-    """Sends a group's tokens to the devices of their experts; returns the received x_rD.
+    """Sends a group's tokens to the devices of their experts (steps 1 and 2). Returns the received x_rD.
 
-    A device receives (ep - 1) C D numbers over ep, then (etp - 1) ep C D over etp. With a ragged exchange it receives the
-    tokens that are sent to it over ep, at most C D numbers, then (etp - 1) C D over etp. `combine` moves the same back.
+    Numbers that a device receives; `combine` moves the same numbers back:
+
+                over ep                                 over etp
+    default     (ep - 1) C D                            (etp - 1) ep C D
+    ragged      D for each assignment, at most C D      (etp - 1) C D
     """
     with jax.named_scope("dispatch"):
         x_bCD = _send(grouped.take(x_MD, group.token_pC), axes, group.route)
@@ -95,28 +110,37 @@ def dispatch(x_MD, group: Group, axes):
 
 
 def contents(group: Group):
-    """What the received slots contain, derived from the counts alone.
+    """Describes what the received slots contain, derived from the counts alone.
 
-    A buffer is a sequence of runs, one for each source and expert in this order, followed by empty slots.
+    A run is a range of slots with all assignments of one source for one expert. A buffer consists of runs, ordered by source
+    and then by expert, followed by empty slots.
 
     Returns:
-      The received slots as Choices [r, 1], their ranks among all that their expert receives [r, 1], and that number [e].
+      choices [r, 1]: `Choices` with the expert, the router weight and "not empty" of each received slot.
+      rank_r1: how many assignments that this device received for the same expert come before the slot's.
+      count_e: number of assignments that this device received for each of its experts.
     """
     (buffers, C), experts = group.weight_bC.shape, group.sent_bse.shape[2]
-    size = group.sent_bse.reshape(buffers, -1)              # of each run, [b, s e]
+    size = group.sent_bse.reshape(buffers, -1)              # number of assignments in each run, [b, s e]
     slot_C, end = jnp.arange(C), jnp.cumsum(size, axis=1)
     run_bC = jnp.sum(slot_C[:, None] >= end[:, None], axis=2)
     filled_bC = run_bC < size.shape[1]
     run_bC = jnp.minimum(run_bC, size.shape[1] - 1)
-    # rank = (slot - the run's start) + the expert's earlier runs = slot + (the expert's runs up to this one) - the run's end
-    until = jnp.cumsum(group.sent_bse.reshape(-1, experts), axis=0).reshape(end.shape)
-    rank_bC = slot_C + jnp.take_along_axis(until - end, run_bC, axis=1)
+    # In buffer order, let `total` be the number of assignments in a run and in all earlier runs of the same expert. Then
+    #     rank = (assignments in the expert's earlier runs) + (position in the run)
+    #          = (total - size of the run)                  + (slot - (end of the run - size of the run))
+    #          = slot + total - end of the run
+    total = jnp.cumsum(group.sent_bse.reshape(-1, experts), axis=0).reshape(end.shape)
+    rank_bC = slot_C + jnp.take_along_axis(total - end, run_bC, axis=1)
     received = Choices(*(x.reshape(-1, 1) for x in (run_bC % experts, group.weight_bC, filled_bC)))
     return received, rank_bC.reshape(-1, 1), group.sent_bse.sum((0, 1))
 
 
 def combine(y_rD, group: Group, axes):
-    """Sends the experts' outputs back to the devices of their tokens; returns y_MD, the sum over each token's choices."""
+    """Sends the experts' outputs back to the devices of their tokens (steps 4 and 5).
+
+    Returns y_MD, the sum over each token's choices.
+    """
     D, peers = y_rD.shape[1], len(group.token_pC)
     with jax.named_scope("combine"):
         y_tpCD = y_rD.reshape(-1, peers, group.weight_bC.shape[1], D)
@@ -129,9 +153,10 @@ def combine(y_rD, group: Group, axes):
 
 
 def buffer_slots(M, top_k, experts, capacity, peers, transport, ragged=False) -> int:
-    """Returns the number of slots for each peer, or of a ragged exchange for all peers together.
+    """Returns C: the slots of the buffer for one peer or, if `ragged`, of the buffer that all peers fill together.
 
-    This is `transport` times an even share of the assignments, but at most what `M` tokens on each device can need.
+    C is `transport` times the number of assignments in a buffer under even routing, but at most the largest number that M
+    tokens on each device can need. With transport=0 it is that largest number.
     """
     senders = peers if ragged else 1
     needed = min(senders * M * min(top_k, experts), capacity * experts)
@@ -141,8 +166,8 @@ def buffer_slots(M, top_k, experts, capacity, peers, transport, ragged=False) ->
 def _assign_slots(choices: Choices, E: int, peers: int, size: int):
     """Returns slot_Mj, token_pC (see `Group`) and sent_E, the number of assignments sent to each expert.
 
-    `size`: slots for each peer. If more assignments choose a peer, first choices come before second choices. Within a buffer,
-    assignments are sorted by expert.
+    `size` is the number of slots for each peer. If more than `size` assignments choose a peer, first choices get slots before
+    second choices. Within a buffer, assignments are sorted by expert.
     """
     M, top_k = choices.expert_Mj.shape
     expert_a, keep_a = queue_order(choices.expert_Mj), queue_order(choices.keep_Mj)
@@ -161,8 +186,9 @@ def _assign_slots(choices: Choices, E: int, peers: int, size: int):
 def _assign_ragged_slots(choices: Choices, E: int, peers: int, size: int):
     """The same for a ragged exchange: a device sends from one buffer, which is sorted by expert and therefore by peer.
 
-    `size`: slots that a device has for what all its peers send. If more assignments choose a device, those of earlier devices
-    come first, and within a device first choices come before second choices.
+    `size` is the number of slots in which a device receives the assignments of all its peers. If more than `size` assignments
+    choose a device, the assignments of peers with a lower index get slots first, and within a peer first choices get slots
+    before second choices.
     """
     (M, top_k), experts = choices.expert_Mj.shape, E // peers
     if size < peers * M * min(top_k, experts):
@@ -174,19 +200,19 @@ def _assign_ragged_slots(choices: Choices, E: int, peers: int, size: int):
 
 
 def _ragged_route(sent_dE, slots: int, peers: int) -> RaggedRoute:
-    """The ragged exchange for the numbers of assignments that each device sends to each expert."""
+    """Returns the ragged exchange. `sent_dE` is the number of assignments that each device sends to each expert."""
     index, etp = jax.lax.axis_index("ep"), len(sent_dE) // peers
     etp_index = jax.lax.axis_index("etp") if etp > 1 else 0
     sent_pE = jax.lax.dynamic_index_in_dim(sent_dE.reshape(etp, peers, -1), etp_index, 0, keepdims=False)
-    sent_pp = sent_pE.reshape(peers, peers, -1).sum(2)          # from, to
-    # the offset of each pair's assignments in the sender's and in the receiver's buffer
+    sent_pp = sent_pE.reshape(peers, peers, -1).sum(2)          # axes: sender, receiver
+    # for each sender and receiver: the offset of the assignments in the sender's buffer, and in the receiver's buffer
     send_pp, receive_pp = (jnp.cumsum(sent_pp, axis) - sent_pp for axis in (1, 0))
     return RaggedRoute(slots, (send_pp[index], sent_pp[index], receive_pp[index], sent_pp[:, index]),
                   (receive_pp[:, index], sent_pp[:, index], send_pp[:, index], sent_pp[index]))
 
 
 def _to_local_experts(sent_dnE, axes, peers, ragged):
-    """The counts for this device's experts, by received buffer and source: sent_bsne."""
+    """Returns sent_bsne: the counts for this device's experts, by received buffer, source and token group."""
     if "ep" in axes:
         sent_dnpe = sent_dnE.reshape(*sent_dnE.shape[:2], peers, -1)
         sent_dnE = jax.lax.dynamic_index_in_dim(sent_dnpe, jax.lax.axis_index("ep"), 2, keepdims=False)
@@ -194,13 +220,16 @@ def _to_local_experts(sent_dnE, axes, peers, ragged):
 
 
 def _fill(weight_Mj, slot_Mj, token_pC):
-    """weight_pC: the router weight of each slot, 0 where the slot is empty."""
+    """Returns weight_pC: the router weight of each slot, 0 for an empty slot."""
     weight = jnp.zeros(token_pC.size, weight_Mj.dtype).at[slot_Mj].set(weight_Mj, mode="drop", unique_indices=True)
     return weight.reshape(token_pC.shape)
 
 
 def _send_weights(weight_pC: list, axes, routes, ragged) -> list:
-    """Sends all groups' router weights, 4 bytes a slot; returns weight_bC of each group. Without `ragged` in one exchange."""
+    """Sends the router weights of all groups, 4 bytes per slot. Returns weight_bC of each group.
+
+    By default one exchange sends the weights of all groups; if `ragged`, there is one exchange for each group.
+    """
     with jax.named_scope("weights"):
         if ragged:
             return [_send(weight[..., None], axes, route)[..., 0] for weight, route in zip(weight_pC, routes)]
@@ -209,7 +238,7 @@ def _send_weights(weight_pC: list, axes, routes, ragged) -> list:
 
 
 def _send(x_pC, axes, route: RaggedRoute | None = None):
-    """Sends slots to the experts' devices; returns the received buffers [b, C, ...]. Further axes stay as they are."""
+    """Sends buffers x_pC [p, C, ...] to the experts' devices (steps 1 and 2). Returns the received buffers [b, C, ...]."""
     if route:
         x_pC = checkpoint_name(_ragged_all_to_all(x_pC[0], route.slots, route.dispatch)[None], ARRIVED)
     elif "ep" in axes:      # 'p C -> p C': (ep - 1) C slots from the peers
@@ -220,8 +249,8 @@ def _send(x_pC, axes, route: RaggedRoute | None = None):
 
 
 def _ragged_all_to_all(x_aD, slots: int, offsets_and_sizes):
-    """Returns the received slots; those that nobody sends are 0."""
-    # The zero is computed from an offset: shard_map then knows that the result differs between devices as the offsets do.
+    """Returns the received slots. Slots that no device fills are 0."""
+    # The zero is computed from an offset, so that shard_map knows that the result differs between devices like the offsets.
     zero = offsets_and_sizes[0][0] * 0
     empty = jnp.full((slots, *x_aD.shape[1:]), zero, x_aD.dtype)
     return jax.lax.ragged_all_to_all(x_aD, empty, *offsets_and_sizes, axis_name="ep")

@@ -1,15 +1,16 @@
 """Mixture of experts; the result does not depend on the mesh (docs/model.md section 5; paper sections 2.1, 2.2.3, 3.1, 4.2).
 
-A token passes through these steps, which `_local` takes in this order:
+`_local` performs these steps in this order:
 
     1. The router chooses the token's experts.                                      routing.choose
-    2. Each choice joins its expert's queue; choices beyond capacity are dropped.   routing.queue_positions
+    2. Each choice enters its expert's queue; choices beyond capacity are dropped.  routing.queue_positions
     3. The token is sent to the devices of its experts.                             exchange.dispatch
     4. The experts compute their SwiGLU.                                            kernels.grouped
     5. The outputs are sent back and summed.                                        exchange.combine
 
-One device needs no steps 3 and 5. If the mesh does not shard the tokens (decoding a few rows), every device has all tokens:
-each computes the outputs of its experts, and the outputs are summed over the devices. Letters: see `parallel.routing`.
+A single device skips steps 3 and 5. If the mesh does not shard the tokens (decoding a few rows), every device has all tokens:
+each device computes the outputs of its experts, and an all-reduce sums the outputs. Lower-case axes: see `parallel.routing` and
+`parallel.exchange`.
 """
 import functools
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from mmx.parallel.routing import Choices, Routing, choose, expert_capacity, queu
 
 EXPERT_AXES = ("etp", "ep")             # mesh axes that shard the experts' weights
 WEIGHT_AXES = ("EDF", "EDF", "EFD")    # axes of the experts' weights w1, w3, w2
-FEW = 8                                 # up to so many assignments (decoding) are computed one by one
+FEW = 8                                 # at most this many assignments (decoding) are computed one by one
 
 
 class Axes(NamedTuple):
@@ -101,13 +102,13 @@ def _local(x_BTD, live_BT, router_DE, *weights, routing: Routing, axes: Axes, sp
 
 
 def _exchange(x_MD, choices: Choices, capacity: int, axes, weights, routing: Routing):
-    """Computes the experts' outputs where the experts are. Returns y_MD and how many assignments this device sent."""
+    """Sends the tokens to their experts' devices and the outputs back. Returns y_MD and the number of assignments sent."""
     groups = exchange.make_groups(choices, axes, len(weights[0]), capacity, routing)
     y_MD = []
     for group in groups:
         x_rD = exchange.dispatch(x_MD[group.tokens], group, axes)
         received, rank_r1, count_e = exchange.contents(group)
-        etp = len(group.weight_bC) // len(group.token_pC)
+        etp = len(group.weight_bC) // len(group.token_pC)       # b / p, with slots and ragged (see `parallel.exchange`)
         block = block_size(group.slot_Mj.size * etp, len(count_e))
         y_rD = _compute_sorted(x_rD, received, rank_r1, count_e, weights, block)
         y_MD.append(exchange.combine(y_rD, group, axes))
@@ -128,7 +129,10 @@ def _compute(x_MD, choices: Choices, weights):
 
 
 def _compute_replicated(x_MD, choices: Choices, axes, weights):
-    """y_MD of tokens that every device has: the sum over `axes` of the devices' experts and parts of F."""
+    """y_MD of tokens that every device has.
+
+    Each device computes its experts (ep) with its part of their hidden units F (etp). The outputs are summed over `axes`.
+    """
     E = len(weights[0])
     x_MD, weight_Mj, keep_Mj, own_Mj = jax.lax.pcast((x_MD, choices.weight_Mj, choices.keep_Mj, choices.expert_Mj), axes,
                                                      to="varying")
@@ -140,13 +144,17 @@ def _compute_replicated(x_MD, choices: Choices, axes, weights):
 
 
 def _compute_sorted(x_MD, choices: Choices, rank_Mj, count_E, weights, block: int):
-    """y_MD by `kernels.grouped`: rows sorted by expert, in blocks of `block` rows."""
+    """y_MD, computed by `kernels.grouped` on rows sorted by expert, in blocks of `block` rows."""
     plan = grouped.plan(choices.expert_Mj, rank_Mj, choices.keep_Mj, count_E, block)
     return grouped.expert_ffn(x_MD, choices.weight_Mj, *weights, plan, block=block)
 
 
 def _gathered(weights, specs, axes):
-    """This device's experts' weights with all of D, for tokens that differ over the mesh axes `axes`."""
+    """The complete weights of this device's experts, gathered from FSDP's shards.
+
+    `axes` are the mesh axes over which the weights' gradients are summed: the axes whose devices have different tokens or, if
+    all devices have the same tokens, the expert axes.
+    """
     return [sharding.gather_weight(*args, axes) for args in zip(weights, WEIGHT_AXES, specs)] if axes else weights
 
 

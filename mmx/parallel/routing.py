@@ -1,4 +1,4 @@
-"""Routing of tokens to experts: who goes where, who is dropped, and statistics of it (docs/model.md section 5).
+"""Routing of tokens to experts: the router, the experts' queues, dropped assignments, statistics (docs/model.md section 5).
 
 The router chooses `top_k` experts for each token. A choice of one token is an assignment. Each expert has one queue of
 assignments for the whole batch: all tokens' first choices come before all second choices, and within a choice tokens follow in
@@ -35,6 +35,7 @@ class Choices(NamedTuple):
     keep_Mj: jax.Array          # False where the token is padding or the expert's capacity is exceeded
 
     def of(self, tokens: slice) -> "Choices":
+        """The choices of some of the tokens."""
         return Choices(*(x[tokens] for x in self))
 
 
@@ -72,15 +73,16 @@ def queue_positions(expert_BTj, live_BT, E: int, rows=(), time=()):
     """
     chosen_BTjE = jax.nn.one_hot(expert_BTj, E, dtype=jnp.int32) * live_BT[..., None, None]
     before_BjE, total_jE = _counts_before(chosen_BTjE.sum(1), rows, time)
-    earlier_jE = jnp.cumsum(total_jE, axis=0) - total_jE        # of all tokens' earlier choices
+    earlier_jE = jnp.cumsum(total_jE, axis=0) - total_jE        # assignments of all tokens with an earlier choice (lower j)
     position_BTjE = jnp.cumsum(chosen_BTjE, axis=1) - 1 + (before_BjE + earlier_jE)[:, None]
     return jnp.take_along_axis(position_BTjE, expert_BTj[..., None], axis=3)[..., 0], total_jE
 
 
 def _counts_before(count_BjE, rows, time):
-    """Returns how many assignments precede each row's local tokens, by choice and expert [B, j, E], and the total [j, E].
+    """Returns how many assignments precede this device's tokens of each row, by choice and expert [B, j, E], and all [j, E].
 
-    A device receives 4 B j E bytes from each device of `time` and 4 j E bytes from each device of `rows`.
+    `count_BjE` counts the assignments of this device's tokens. A device receives 4 B j E bytes from each device of the mesh
+    axes `time` and 4 j E bytes from each device of `rows`.
     """
     earlier_BjE, row_BjE = earlier_and_total(count_BjE, time)
     before_jE, total_jE = earlier_and_total(row_BjE.sum(0), rows)
@@ -101,20 +103,27 @@ def queue_order(x_Mj):
     return x_Mj.T.reshape(-1)
 
 
-def rank(kind_a, keep_a, kinds: int):
-    """Returns each assignment's rank among the kept ones of its kind, and the number of kept ones of each kind."""
-    kept = jax.nn.one_hot(kind_a, kinds, dtype=jnp.int32) * keep_a[:, None]
-    return jnp.take_along_axis(jnp.cumsum(kept, axis=0) - 1, kind_a[:, None], axis=1)[:, 0], kept.sum(0)
+def rank(group_a, keep_a, groups: int):
+    """Ranks the assignments within groups, such as the assignments to the same expert or to the same peer.
+
+    Args:
+      group_a: the group of each assignment, 0 to groups - 1.
+      keep_a: False for assignments that do not count.
+    Returns:
+      For each assignment, how many kept assignments of its group come before it; and the number of kept assignments per group.
+    """
+    kept = jax.nn.one_hot(group_a, groups, dtype=jnp.int32) * keep_a[:, None]
+    return jnp.take_along_axis(jnp.cumsum(kept, axis=0) - 1, group_a[:, None], axis=1)[:, 0], kept.sum(0)
 
 
 def statistics(logits_ME, prob_ME, live_M, count_jE, keep_Mj, sent, axes) -> Stats:
     """Returns the batch's statistics.
 
     Args:
-      count_jE: assignments of all devices, before drops.
-      keep_Mj: this device's assignments within capacity.
-      sent: how many of those reached their expert.
-      axes: the mesh axes that shard the tokens; 4 (E + 3) bytes are summed over them.
+      count_jE: number of assignments of all devices, before drops.
+      keep_Mj: True for this device's assignments within capacity.
+      sent: number of this device's assignments that reached their expert.
+      axes: the mesh axes that shard the tokens. An all-reduce sums 4 (E + 3) bytes over them.
     """
     top_k = len(count_jE)
     count_E = count_jE.sum(0)
@@ -134,7 +143,7 @@ def balance_loss(load_E, prob_E, top_k: int, form: str):
     "paper"    (1/E) sum(load prob)          1/E^2
     "hf"       top_k E sum(load prob)        top_k
 
-    For "hf", pass the means of `load_E` and `prob_E` over all layers: its loss treats the layers as one
+    "hf" is the loss of transformers, which treats all layers as one: pass the means of `load_E` and `prob_E` over the layers
     (docs/model.md section 5).
     """
     E = len(load_E)

@@ -13,17 +13,21 @@ class Batches:
 
     def __init__(self, e: Experiment, mesh):
         host, self.hosts = meshes.data_host(mesh)
-        self.stream = pipeline.stream(e.data, e.train, host=host, hosts=self.hosts, vision=e.model.vision,
-                                      blocks=sharding.size(mesh, sharding.ROWS), share=sharding.size(mesh, sharding.TIME))
+        blocks, devices_per_block = sharding.size(mesh, sharding.ROWS), sharding.size(mesh, sharding.TIME)
+        self.stream = pipeline.stream(e.data, e.train, host=host, hosts=self.hosts, vision=e.model.vision, blocks=blocks,
+                                      devices_per_block=devices_per_block)
         self.rows, self.tiles = sharding.batch_sharding(mesh, leading=1), sharding.tile_sharding(mesh, leading=1)
         self.replicated = sharding.replicated(mesh)
 
     def next(self, micro_batches: int) -> tuple[dict, int]:
-        """The batch of a step, arrays [micro-batches, ...] by name, and how many image tiles it has."""
+        """The batch of a step and its number of image tiles.
+
+        The batch is a dict of global arrays [micro-batches, ...]; `loss.loss` describes them.
+        """
         batch = pipeline.stack_micro_batches([self.stream.next() for _ in range(micro_batches)])
         tiles = int(batch.pop("tiles", np.int64(0)).sum())
         arrays = {}
-        for name, x in batch.items():       # this process's part, [micro-batches, rows or blocks / hosts, ...]
+        for name, x in batch.items():       # x: this process's part, [micro-batches, rows / hosts or blocks / hosts, ...]
             shape = x.shape[0], x.shape[1] * self.hosts, *x.shape[2:]
             arrays[name] = _to_devices(self.tiles if name in ("pixels", "ends") else self.rows, x, shape)
         return arrays, tiles

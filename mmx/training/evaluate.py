@@ -1,8 +1,8 @@
 """Bits per byte of held-out text.
 
-    bits per byte = sum over all targets (end of text included) of -log2 p / bytes of the raw text
+    bits per byte = (sum over all targets of -log2 p) / (bytes of the raw text)
 
-Each document starts a new row, with its beginning-of-text token.
+The targets include the end-of-text token. Each document starts a new row, with its beginning-of-text token.
 """
 import functools
 import math
@@ -19,16 +19,18 @@ from mmx.training.loss import cross_entropy
 
 
 def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, context: int, loss_chunk: int, sharding=None):
-    """Makes a function (params, [(name, raw bytes)], limit) -> {name: bits per byte, ..., "all": ...}, compiled once.
+    """Makes a function (params, documents, limit) -> {name: bits per byte, ..., "all": bits per byte of all documents}.
 
-    The function reads only the first `limit` bytes of the documents (0: all).
+    `documents` is a list of (name, raw bytes). The function reads only their first `limit` bytes, counted over all documents
+    (0: all). It compiles the model once.
 
     Args:
       length: tokens in a row.
       batch: rows in a batch.
-      context: tokens of each row that repeat the row before it; they are context only and are not scored.
-      loss_chunk: how many rows of logits exist at a time.
-      sharding: shards a batch over a mesh; each process passes the whole batch.
+      context: number of tokens at the start of a row that repeat the end of the previous row of the same document. They give
+        context to the next tokens and are not scored again.
+      loss_chunk: number of tokens whose logits are in memory at the same time.
+      sharding: the sharding of a batch on a mesh, or None. Every process passes the whole batch.
     """
     replicated = sharding and NamedSharding(sharding.mesh, P())
 
@@ -57,7 +59,7 @@ def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, context:
 
 
 def bytes_per_token(tokenizer, documents) -> float:
-    """The mean bytes of a token of text; special tokens do not count. 1 where there is no text."""
+    """The mean number of bytes per token, without special tokens; 1 if there is no text."""
     count = sum(len(tokenizer.encode(raw, name)) for name, raw in documents)
     return sum(len(raw) for _, raw in documents) / count if count else 1.0
 
@@ -67,7 +69,7 @@ def first_bytes(documents, limit: int):
     chosen, remaining = [], limit or math.inf
     for name, raw in documents:
         size = min(remaining, len(raw))
-        if size < len(raw):     # a character has at most three continuation bytes; other bytes are cut at `size`
+        if size < len(raw):     # a UTF-8 character has at most 3 continuation bytes; bytes that are not UTF-8 are cut at `size`
             size = next((n for n in range(size, max(size - 4, 0), -1) if raw[n] & 0xC0 != 0x80), size)
         if size:
             chosen.append((name, raw[:size]))

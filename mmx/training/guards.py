@@ -1,10 +1,13 @@
-"""Guards against divergence: they count skipped steps and roll a run back after a loss spike.
+"""The guard against divergence: it counts skipped steps and rolls a run back after a loss spike.
 
-`step.train_step` skips the update of a step whose loss or gradient norm is not finite; the guard counts these steps. A spike
-is a loss more than guard.spike nats above the median of the last guard.window losses. It rolls the run back to its last
-checkpoint and discards the data read since then, because the same parameters on the same data would spike again. A run that
-neither skips nor rollbacks can save raises DivergedError. The guard's state is part of a checkpoint, so that a resumed run
-does the same as an uninterrupted one.
+1. `step.train_step` skips the update of a step whose loss or gradient norm is not finite. The guard counts these steps.
+2. The run is rolled back after a spike, or after more than guard.skips skipped steps in a row. A spike is a loss more than
+   guard.spike nats above the median of the last guard.window losses. A rollback restores the last checkpoint and discards the
+   data read since then, because the same parameters on the same data would spike again.
+3. The run raises DivergedError if it must roll back but cannot: rollbacks are disabled (guard.spike is 0), or there were
+   already guard.rollbacks rollbacks to the same checkpoint.
+
+The guard's state is part of a checkpoint, so a resumed run does the same as an uninterrupted run.
 """
 import math
 import statistics
@@ -15,12 +18,12 @@ from mmx.config import ConfigError
 
 
 class DivergedError(ConfigError):
-    """The run cannot recover. Started again, it would end at the same step."""
+    """The run cannot recover. If it were started again, it would stop at the same step."""
     code = 4
 
 
 class Spike(NamedTuple):
-    """A step that rolls the run back."""
+    """A step after which the run must be rolled back."""
     step: int
     reason: str
 
@@ -31,36 +34,40 @@ class Guard:
     def __init__(self, e: config.Experiment):
         self.config, self.train = e.guard, e.train
         self.rollbacks_since_save = 0
-        self.stream_states = {}     # of the last two steps, after their batches were read
+        self.stream_states = {}     # {step: state of the data stream after the step's batch was read} of the last two steps
         self.restore(None)
 
     def state(self) -> dict:
-        """What a checkpoint keeps of the guard, for JSON."""
-        return self.counts() | {"row": self.skipped_in_row, "losses": self.losses.copy()}
+        """The part of the guard that a checkpoint saves, for JSON. "row" is the number of skipped steps in a row."""
+        return self.counts() | {"row": self.skipped_in_a_row, "losses": self.losses.copy()}
 
     def counts(self) -> dict[str, int]:
-        """What each line of metrics.jsonl reports of the guard."""
+        """The counts that each line of metrics.jsonl contains."""
         return {"skipped": self.skipped, "rollbacks": self.rollbacks}
 
     def restore(self, state: dict | None) -> None:
-        """Continues from a `state` of a checkpoint. None starts as in a new run."""
+        """Restores the `state` of a checkpoint. None: the state of a new run."""
         state = state or {"skipped": 0, "rollbacks": 0, "row": 0, "losses": []}
-        self.skipped, self.rollbacks, self.skipped_in_row = state["skipped"], state["rollbacks"], state["row"]
-        self.losses = state["losses"].copy()        # the last guard.window losses that were no spike
+        self.skipped, self.rollbacks, self.skipped_in_a_row = state["skipped"], state["rollbacks"], state["row"]
+        self.losses = state["losses"].copy()        # the last guard.window losses, without spikes
 
     def check(self, step: int, loss: float, grad_norm: float) -> Spike | None:
-        """Counts a step. Returns a Spike if the run must roll back; raises DivergedError if the run cannot recover."""
+        """Checks the results of a step. Returns a Spike if the run must roll back.
+
+        Raises:
+          DivergedError: the run must roll back but cannot.
+        """
         g = self.config
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self.skipped, self.skipped_in_row = self.skipped + 1, self.skipped_in_row + 1
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
             reason = f"step {step} has loss {loss} and gradient norm {grad_norm}"
-            if self.skipped_in_row <= g.skips:
+            if self.skipped_in_a_row <= g.skips:
                 return None
             if not g.spike:
                 before = f", and the {g.skips} steps before it were skipped too" if g.skips else ""
                 raise DivergedError(f"{reason}{before}{self._advice()}")
             return self._spike(step, reason)
-        self.skipped_in_row = 0
+        self.skipped_in_a_row = 0
         if g.spike and len(self.losses) == g.window and loss > (median := statistics.median(self.losses)) + g.spike:
             return self._spike(step, f"step {step} has loss {loss:.3f}, the median of the last {g.window} is {median:.3f}")
         self.losses = [*self.losses, loss][-g.window:] if g.spike else []
@@ -82,20 +89,25 @@ class Guard:
             self.stream_states = {step - 1: self.stream_states.get(step - 1), step: stream.state()}
 
     def roll_back(self, spike: Spike, stream, restore):
-        """Restores the last checkpoint, but leaves the stream after the data of the spike and of guard.beyond more steps.
+        """Rolls the parameters and the guard back to the last checkpoint, and moves the stream past the data of the spike.
 
-        `restore` reads the last checkpoint and returns it as a `loop.State`, which this function returns.
+        The next step reads the data that follow the spike's batch, or with guard.beyond the data that many more steps later.
+
+        Args:
+          restore: reads the last checkpoint and returns it as a `loop.State`.
+        Returns:
+          That `loop.State`.
         """
-        stream.restore(self.stream_states[spike.step])
+        stream.restore(self.stream_states[spike.step])      # the loop may have read the batch of a later step already
         for _ in range(self.config.beyond * self.train.micro_batches(self.train.tokens_seen(spike.step))):
             stream.next()
         state = restore()
-        stream.rewind_step(state.position["stream"])
+        stream.rewind_step_count(state.position["stream"])      # the position in the data stays
         self.restore(state.position.get("guard"))
-        self.rollbacks_since_save += 1      # those to this checkpoint are not in its own count
-        self.rollbacks += self.rollbacks_since_save
+        self.rollbacks_since_save += 1
+        self.rollbacks += self.rollbacks_since_save     # the checkpoint's count is from before these rollbacks
         return state
 
     def saved(self) -> None:
-        """Resets the count of rollbacks to the same checkpoint: there is a new one."""
+        """Resets the number of rollbacks to the last checkpoint, because a new checkpoint was saved."""
         self.rollbacks_since_save = 0

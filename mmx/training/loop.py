@@ -1,4 +1,4 @@
-"""The training loop: fetch a batch, update, report a step late, save, evaluate, sample, roll back, stop."""
+"""The training loop: fetch a batch, update, report the previous step, save, evaluate, sample, roll back, stop."""
 import signal
 import time
 from collections.abc import Callable
@@ -26,14 +26,14 @@ class State(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """What a run computes of its parameters from time to time."""
-    bits_per_byte: Callable     # params -> bits per byte of held-out text
-    sample: Callable | None     # params -> a text
+    """The functions that evaluate a run's parameters, and a property of the held-out text."""
+    bits_per_byte: Callable     # params -> bits per byte of the held-out text
+    sample: Callable | None     # params -> a generated text; None: the run generates no samples
     bytes_per_token: float      # of the held-out text
 
 
 class Run(NamedTuple):
-    """What the loop works with, besides the state."""
+    """Everything that the loop needs besides the state."""
     experiment: config.Experiment
     batches: Batches
     update: Callable            # (params, opt, batch, lr) -> params, opt, metrics
@@ -59,8 +59,9 @@ def train_loop(run: Run, state: State, clock: Clock) -> int:
     """Trains until the run is done or a signal stops it, and saves the last step. Returns the number of steps done."""
     t, first = run.experiment.train, state.step
     step, params, opt, _ = state
-    pending = None      # the last step: its metrics are fetched after the next step is dispatched, so that no device waits
-    spike = None        # the step that rolls the run back
+    # The result of the last step. Its metrics are fetched only after the next step is dispatched, so that no device waits.
+    pending = None
+    spike = None        # the step after which the run must be rolled back
     while True:
         if spike:
             params = opt = metrics = pending = None     # frees memory for the restored arrays
@@ -76,7 +77,7 @@ def train_loop(run: Run, state: State, clock: Clock) -> int:
             if spike:
                 continue
             save(run, step, params, opt, seconds, force=done)
-        run.checkpoints.check_saved()       # raises the error of a save in the background
+        run.checkpoints.check_saved()       # raises the error of a checkpoint that could not be saved in the background
         if done:
             return step
         if step == first:
@@ -94,7 +95,7 @@ def train_loop(run: Run, state: State, clock: Clock) -> int:
 
 
 def fraction_done(t: config.Train, step: int, seconds: float) -> float:
-    """The part of the run that is done, 0 to 1: by the tokens or, with train.seconds, by the clock of process 0."""
+    """The part of the run that is done, 0 to 1, by the number of tokens or, with train.seconds, by the clock of process 0."""
     if not t.seconds:
         return t.tokens_seen(step) / t.tokens_seen(t.steps)
     if jax.process_count() > 1:
@@ -103,23 +104,24 @@ def fraction_done(t: config.Train, step: int, seconds: float) -> float:
     return seconds / t.seconds
 
 
-def report(run: Run, done: StepResult) -> Spike | None:
-    """Waits for a step's metrics and logs them, or returns the spike that rolls the run back."""
-    done = done._replace(metrics=jax.device_get(done.metrics))
-    loss, grad_norm = float(done.metrics["loss"]), float(done.metrics["grad_norm"])
-    if spike := run.guard.check(done.step, loss, grad_norm):
+def report(run: Run, result: StepResult) -> Spike | None:
+    """Waits for a step's metrics and logs them. If the run must roll back, returns the spike and logs nothing."""
+    result = result._replace(metrics=jax.device_get(result.metrics))
+    loss, grad_norm = float(result.metrics["loss"]), float(result.metrics["grad_norm"])
+    if spike := run.guard.check(result.step, loss, grad_norm):
         return spike
-    if run.guard.skipped_in_row:
-        run.log.message(f"step {done.step} has loss {loss} and gradient norm {grad_norm}: its update was skipped", done.step)
-    rate = run.log.tokens_per_s(done.tokens)
-    record = build_record(run.experiment, done, run.guard.counts(), run.evaluation.bytes_per_token, rate)
-    board = done.step % run.experiment.train.log_every == 0 and not run.guard.skipped_in_row
-    run.log.step(record, done.metrics["load_E"], done.metrics["dropped"], board)
+    if run.guard.skipped_in_a_row:
+        run.log.message(f"step {result.step} has loss {loss} and gradient norm {grad_norm}: its update was skipped",
+                        result.step)
+    rate = run.log.tokens_per_s(result.tokens)
+    record = build_record(run.experiment, result, run.guard.counts(), run.evaluation.bytes_per_token, rate)
+    to_tensorboard = result.step % run.experiment.train.log_every == 0 and not run.guard.skipped_in_a_row
+    run.log.step(record, result.metrics["load_E"], result.metrics["dropped"], to_tensorboard)
     return None
 
 
 def roll_back(run: Run, spike: Spike) -> tuple:
-    """Returns (step, params, opt) of the last checkpoint; the data since then are discarded."""
+    """Restores the last checkpoint and discards the data read since then. Returns its (step, params, opt)."""
     step, params, opt, _ = run.guard.roll_back(spike, run.batches.stream, run.restore)
     run.log.rewind(step, run.experiment.train.tokens_seen(step))
     run.log.message(f"{spike.reason}: rolled back to step {step}; the data read since then are discarded", step)
@@ -127,7 +129,7 @@ def roll_back(run: Run, spike: Spike) -> tuple:
 
 
 def save(run: Run, step: int, params, opt, seconds: float, force: bool) -> None:
-    """Starts saving a checkpoint where one is due or forced. The metrics up to `step` are on disk first."""
+    """Starts to save a checkpoint if one is due or forced. Before that, it writes the metrics up to `step` to disk."""
     run.log.flush()
     position = {"stream": run.batches.stream.state(), "seconds": seconds, "guard": run.guard.state()}
     if run.checkpoints.save(step, params, opt, position, force=force):
@@ -135,7 +137,7 @@ def save(run: Run, step: int, params, opt, seconds: float, force: bool) -> None:
 
 
 def evaluate_and_sample(run: Run, step: int, params) -> None:
-    """Logs the loss on held-out text and a sample, where they are due."""
+    """Logs the bits per byte of held-out text and a sample, each if it is due."""
     t = run.experiment.train
     with jax.transfer_guard_host_to_device("allow"):
         if t.eval_every and step % t.eval_every == 0:

@@ -1,14 +1,15 @@
 """The training loss: cross-entropy, the balance and z losses of the routers, and a contrastive loss of captioned images.
 
-The contrastive loss follows CoCa (arXiv 2205.01917), which the paper uses to pre-train its ViT. Over all N pairs of an image
-and its caption in a micro-batch, with vectors u_i of the images and v_i of the captions, all of length 1, it is
+The contrastive loss follows CoCa (arXiv 2205.01917), which the paper uses to pre-train its ViT. A micro-batch contains N pairs
+of an image with the unit vector u_i and its caption with the unit vector v_i. The loss is
 
-    (1/N) sum_i  -log softmax_j (u_i v_j / t)_i  -log softmax_j (v_i u_j / t)_i
+    -1/N sum_i ( log[ exp(u_i . v_i / t) / sum_j exp(u_i . v_j / t) ]  +  log[ exp(u_i . v_i / t) / sum_j exp(u_j . v_i / t) ] )
 
-The decoder reads each caption twice: after its image, for the cross-entropy, and alone, for v, its last hidden state
-(`data.pipeline`). u is the mean of the image's projected patches; of an image with several tiles, only the tile that shows all
-of it counts. t is 0.07 and not learned. These choices are ours. train.contrastive is the weight; 0.5 gives the two losses
-CoCa's ratio.
+The following choices are ours. u_i is the mean of the image's projected patches; if an image has several tiles, only the tile
+that shows the whole image counts. The decoder reads each caption twice (`data.pipeline`): once after its image, for the
+cross-entropy, and once without the image, for v_i, which is the last hidden state of the caption's last token. The temperature
+t is 0.07 and is not learned. train.contrastive is the weight of the contrastive loss relative to the cross-entropy. CoCa's
+weights are 1 for the contrastive loss and 2 for the cross-entropy, which corresponds to train.contrastive=0.5.
 """
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ TEMPERATURE = 0.07
 
 
 def router_losses(stats, c: config.Model):
-    """The balance loss and the z-loss, each a mean over the layers. c.aux="hf" first averages the statistics of all layers."""
+    """The balance loss and the z-loss, each averaged over the layers. With c.aux="hf", the statistics are averaged instead."""
     load_LE, prob_LE = stats["load_E"], stats["prob_E"]
     if c.aux == "hf":
         load_LE, prob_LE = load_LE.mean(0, keepdims=True), prob_LE.mean(0, keepdims=True)
@@ -32,16 +33,17 @@ def router_losses(stats, c: config.Model):
 
 
 def contrastive_loss(ends_bI, x_BTD, patches_bpD):
-    """The mean loss over all pairs of an image and its caption; 0 without any.
+    """The mean loss over all pairs of an image and its caption; 0 without any pair.
 
     Args:
-      ends_bI: where the caption of a tile ends in its block of rows, an index into [B / b * T]; -1: the tile has no caption.
+      ends_bI: for a tile that represents an image with a caption: where the caption's last token is in the tile's block of
+        rows. The block has B / b rows of T tokens, and token t of its row n has the number n T + t. -1 for all other tiles.
       x_BTD: the last hidden states.
-      patches_bpD: the projected patches, tile after tile.
+      patches_bpD: the projected patches of the b blocks, tile after tile.
     """
     (blocks, I), D = ends_bI.shape, x_BTD.shape[2]
     dtype = wide_dtype(x_BTD.dtype)
-    image_ID = patches_bpD.reshape(blocks * I, -1, D).mean(1, dtype=dtype)       # from here on I counts the tiles of all blocks
+    image_ID = patches_bpD.reshape(blocks * I, -1, D).mean(1, dtype=dtype)       # below, I counts the tiles of all blocks
     text_bID = jnp.take_along_axis(x_BTD.reshape(blocks, -1, D), jnp.maximum(ends_bI, 0)[..., None], axis=1)
     text_ID = text_bID.reshape(blocks * I, D)
     image_ID, text_ID = (x / jnp.maximum(jnp.linalg.norm(x, axis=1, keepdims=True), 1e-6)
@@ -55,12 +57,13 @@ def contrastive_loss(ends_bI, x_BTD, patches_bpD):
 def loss(model, params, batch, loss_chunk: int, contrastive: float = 0.0):
     """The loss that training minimizes, and a dict of metrics.
 
-    It is the mean nats per target plus the weighted router losses and, where the batch has images, the contrastive loss.
+    The loss is the mean nats per target plus the weighted router losses and, if the batch has images, the contrastive loss.
 
     Args:
-      batch: tokens, targets, segments, positions and weights, each [B, T]; with images also places [B, T], pixels
-        [b, I, Y, X, Z] and ends [b, I] (`data.pipeline`).
-      loss_chunk: how many rows of logits exist at a time.
+      batch: a dict of "tokens", "targets", "segments", "positions" and "weights" (0 if a token is not a target), each [B, T].
+        A batch with images also has "places" [B, T] (`Model`'s places_BT), "pixels" [b, I, Y, X, Z] and "ends" [b, I]
+        (`contrastive_loss`).
+      loss_chunk: number of tokens whose logits are in memory at the same time.
       contrastive: weight of the contrastive loss.
     """
     c, image_arguments = model.config, {}

@@ -18,37 +18,39 @@ from mmx.files import atomic, untrusted
 
 SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate",
            "overflow_rate", "skipped", "rollbacks")
-FIGURES = {"step", "seconds", "tokens", *SCALARS}      # fields that must be numbers; others may be lists of numbers
-MOST_BYTES = 1 << 30        # largest metrics.jsonl that `read` takes: 1,000,000 steps
+NUMERIC_FIELDS = {"step", "seconds", "tokens", *SCALARS}      # fields that must be a number; others may be lists of numbers
+MOST_BYTES = 1 << 30        # largest metrics.jsonl that `read` accepts, about 1,000,000 steps
 
 
 class StepResult(NamedTuple):
     """A finished step."""
     step: int           # the first is 1
-    tokens: int         # of the run, this step included
+    tokens: int         # tokens of the run up to and including this step
     tiles: int          # image tiles in the step's batch
     lr: float
     seconds: float      # training time of the run when the step was dispatched
     metrics: dict       # what `step.train_step` returns
 
 
-def build_record(e: config.Experiment, done: StepResult, counts: dict, bytes_per_token: float, tokens_per_s: float) -> dict:
-    """One line of metrics.jsonl. `counts` are the guard's skipped steps and rollbacks."""
-    m, c = done.metrics, e.model
-    tiles_per_token = done.tiles / (done.tokens - e.train.tokens_seen(done.step - 1))
+def build_record(e: config.Experiment, result: StepResult, counts: dict, bytes_per_token: float, tokens_per_s: float) -> dict:
+    """The record of a step for metrics.jsonl. `counts` is from `Guard.counts`."""
+    m, c = result.metrics, e.model
+    tiles_per_token = result.tiles / (result.tokens - e.train.tokens_seen(result.step - 1))
     flops_per_token = flops_training(c, e.train.length) + 3 * tiles_per_token * flops_tile(c)
-    record = {"step": done.step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / bytes_per_token,
-              "tokens": done.tokens, "lr": done.lr, "grad_norm": float(m["grad_norm"]), "seconds": done.seconds,
+    record = {"step": result.step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / bytes_per_token,
+              "tokens": result.tokens, "lr": result.lr, "grad_norm": float(m["grad_norm"]), "seconds": result.seconds,
               "aux_loss": float(m["aux_loss"]), "z_loss": float(m["z_loss"]), "drop_rate": float(m["dropped"].mean()),
               "overflow_rate": float(m["overflow"].mean()), **counts, "tokens_per_s": tokens_per_s,
               "flops_per_s": tokens_per_s * flops_per_token}
     if c.vision.layers:
-        record["tiles"] = done.tiles
+        record["tiles"] = result.tiles
     if "contrastive_loss" in m:
         record["contrastive_loss"] = float(m["contrastive_loss"])
     if "layer_norms" in m:
         record["layer_norms"] = [float(f"{norm:.4g}") for norm in m["layer_norms"]]
-    if "micro_norm_squared" in m:       # the root mean square over the micro-batches: above grad_norm by their noise
+    if "micro_norm_squared" in m:
+        # The root mean square of the micro-batches' gradient norms. The noise of these gradients makes it larger than
+        # grad_norm, the norm of their mean.
         record["micro_norm"] = math.sqrt(m["micro_norm_squared"])
     return record
 
@@ -56,8 +58,8 @@ def build_record(e: config.Experiment, done: StepResult, counts: dict, bytes_per
 class Log:
     """Writes the metrics of a run.
 
-    A resumed run repeats the steps after its checkpoint, so opening a log removes the lines after `step`. A process with
-    `write=False` writes nothing and only measures the throughput. An OSError names the file that could not be written.
+    A resumed run repeats the steps after its checkpoint. Opening a log therefore removes the lines after `step`. A process with
+    `write=False` writes nothing and only measures the throughput. If a file cannot be written, the OSError contains its name.
     """
 
     def __init__(self, workdir: Path, t: config.Train, step: int, tokens: int, write: bool = True):
@@ -90,8 +92,11 @@ class Log:
         before, self.last = self.last, (tokens, time.monotonic())
         return (tokens - before[0]) / (self.last[1] - before[1])
 
-    def step(self, record: dict, load_LE, dropped_L, board: bool):
-        """Writes a step's record; to TensorBoard, with each layer's expert load and drop rate, only where `board` is true."""
+    def step(self, record: dict, load_LE, dropped_L, to_tensorboard: bool):
+        """Writes the record of a step to metrics.jsonl and shows it in the progress bar.
+
+        With `to_tensorboard`, also writes it to TensorBoard, with the expert load and the drop rate of each layer.
+        """
         if not self.file:
             return
         with atomic.add_filename(self.path):
@@ -99,7 +104,7 @@ class Log:
         remaining = f", {max(0, self.seconds - record['seconds']):.0f} s left" if self.seconds else ""
         self.bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
                                  f"{record['tokens_per_s']:,.0f} tokens/s{remaining}", refresh=False)
-        if self.board and board:
+        if self.board and to_tensorboard:
             step = record["step"]
             for name in SCALARS:
                 self.board.add_scalar(f"train/{name}", record[name], step)
@@ -144,7 +149,7 @@ class Log:
             self.file = self.board = None
 
     def _close_files(self):
-        with contextlib.ExitStack() as stack:       # closes both files though one of them fails
+        with contextlib.ExitStack() as stack:       # closes both files even if closing one of them fails
             if self.board:
                 stack.callback(self.board.close)
             if self.file:
@@ -154,9 +159,9 @@ class Log:
 
 
 class _SafeWriter:
-    """Catches the errors of the thread that writes TensorBoard events, for `check` to raise.
+    """Catches OSErrors of the thread that writes TensorBoard events. `check` raises them in the training loop.
 
-    An error, such as a full disk, would end that thread, and a later event would then wait forever.
+    Without it, an error such as a full disk would end that thread, and writing a later event would wait forever.
     """
 
     def __init__(self, writer):
@@ -176,9 +181,9 @@ class _SafeWriter:
 
 
 def read(workdir: Path, *names: str) -> list[dict]:
-    """The records of metrics.jsonl that have all of these names, with nan for null; [] where there is no file.
+    """The records of metrics.jsonl that have all fields `names`, with nan for null; [] if there is no file.
 
-    Reading stops at the first damaged line. Raises ConfigError where the file is not regular or has more than MOST_BYTES.
+    Reading stops at the first damaged line. Raises ConfigError if the file is not a regular file or exceeds MOST_BYTES.
     """
     path, records = workdir / "metrics.jsonl", []
     for line in untrusted.read_bytes(path, MOST_BYTES).splitlines() if path.exists() else ():
@@ -190,7 +195,7 @@ def read(workdir: Path, *names: str) -> list[dict]:
 
 
 def latest(workdir: Path) -> dict | None:
-    """The record of the last complete line of metrics.jsonl (at most 1 MiB of it); None without one."""
+    """The record of the last complete line of metrics.jsonl; None without one. Reads only the last 1 MiB of the file."""
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return None
@@ -208,7 +213,7 @@ def _parse(line: bytes) -> dict:
     record = untrusted.loads(line)
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         raise ValueError("the line has no step")
-    return {name: _number(value) if name in FIGURES else _map(value, _number) for name, value in record.items()}
+    return {name: _number(value) if name in NUMERIC_FIELDS else _map(value, _number) for name, value in record.items()}
 
 
 def _number(x) -> int | float:
@@ -220,7 +225,7 @@ def _number(x) -> int | float:
 
 
 def _line(record: dict) -> str:
-    """A record as JSON, which has no nan and no infinity: null replaces them."""
+    """A record as one line of JSON. JSON has no nan and no infinity, so they become null."""
     return json.dumps({k: _map(v, lambda x: x if math.isfinite(x) else None) for k, v in record.items()}) + "\n"
 
 
@@ -229,7 +234,7 @@ def _map(value, function):
 
 
 def _truncate(path: Path, step: int):
-    """Removes the lines of steps after `step`, and all lines after the first damaged one; the others keep their bytes."""
+    """Removes the lines of steps after `step`, the first damaged line and all lines after it. Other lines stay unchanged."""
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(untrusted.open_file(path, sys.maxsize)) if path.exists() else ()
         file = stack.enter_context(atomic.replacing(path, "wb"))

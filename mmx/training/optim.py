@@ -1,8 +1,8 @@
 """AdamW, the parts of the parameters that are frozen, and the learning rate of each step.
 
-Learning rate and batch size are functions of the step's number, computed on the host: a resumed run needs no state for them.
-Paper section 4.2: 500 steps of warm-up, stepwise constant rates, exponential decay at the end, batch doubled at given token
-counts.
+The host computes the learning rate and the batch size from the step's number and the progress of the run, so a checkpoint does
+not contain them. The paper (section 4.2) trains with 500 steps of warm-up, stepwise constant rates, an exponential decay at
+the end, and a batch size that doubles at given numbers of tokens.
 """
 import itertools
 import math
@@ -19,7 +19,7 @@ from mmx.dims import is_matrix
 def adamw(t: config.Train) -> optax.GradientTransformation:
     """AdamW with clipped gradients and a learning rate of 1: the caller multiplies the updates by the step's rate.
 
-    Only matrices decay. Updates of the vision parameters are multiplied by train.vision_lr.
+    Weight decay applies only to matrices. Updates of the vision parameters are multiplied by train.vision_lr.
     """
     def decays(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path[-1].key), params)
@@ -39,12 +39,13 @@ def split(params: dict, freeze: tuple) -> tuple[dict, dict]:
     """Splits nested parameters into (learned, frozen).
 
     Args:
-      freeze: names of parts that do not learn: paths joined by dots, such as "groups" or "vision.layers".
+      freeze: names of the frozen parts: paths joined by dots, such as "groups" or "vision.layers".
     Raises:
-      ConfigError where no part has a name of `freeze`, or where it names every part.
+      ConfigError: `freeze` contains a name that no part has, or names every part.
     """
     flat = flatten_dict(params)
-    parts = {path: [".".join(path[:n + 1]) for n in range(len(path))] for path in flat}     # the names that contain a leaf
+    # {path of a leaf: names of all parts that contain the leaf}
+    parts = {path: [".".join(path[:n + 1]) for n in range(len(path))] for path in flat}
     known = dict.fromkeys(itertools.chain(*parts.values()))
     for name in freeze:
         if name not in known:
@@ -61,13 +62,16 @@ def join(learned: dict, frozen: dict) -> dict:
 
 
 def learning_rate(t: config.Train, step: int, progress: float) -> float:
-    """The rate of step number `step` (from 0), which begins when `progress` (0 to 1) of the run is done."""
+    """The learning rate of step number `step` (the first is 0).
+
+    `progress` is the part of the run that is done when the step begins, 0 to 1 (`loop.fraction_done`).
+    """
     warmup = min(1.0, (step + 1) / t.warmup) if t.warmup else 1.0
     if t.schedule == "cosine":
         return warmup * (t.lr_end + (t.lr - t.lr_end) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
     peak = config.value_at(t.rates, t.tokens_seen(step)) if t.schedule == "stepwise" else t.lr
-    remaining = min(1.0, max(0.0, 1 - progress) / t.decay) if t.decay else 1.0      # 1 before the decay, 0 at the end
+    remaining = min(1.0, max(0.0, 1 - progress) / t.decay) if t.decay else 1.0      # of the decay: 1 before it, 0 at the end
     if t.decay_form == "exponential" and peak:
         return warmup * peak * (max(t.lr_end, 1e-3 * peak) / peak) ** (1 - remaining)    # an exponential never reaches 0
-    share = remaining if t.decay_form == "linear" else 1 - math.sqrt(1 - remaining)
-    return warmup * (t.lr_end + (peak - t.lr_end) * share)
+    height = remaining if t.decay_form == "linear" else 1 - math.sqrt(1 - remaining)     # 1 at the peak, 0 at train.lr_end
+    return warmup * (t.lr_end + (peak - t.lr_end) * height)

@@ -1,4 +1,4 @@
-"""A training run, phase by phase: checks, mesh, program, data, restored state, loop (paper section 4.2)."""
+"""A training run, phase by phase: checks, mesh, compiled functions, data, restored state, loop (paper section 4.2)."""
 import contextlib
 import dataclasses
 import functools
@@ -30,9 +30,9 @@ from mmx.training.step import abstract_state, init, jit_train_step
 
 
 def train(experiment: Experiment, workdir: str | Path, sample=None, processes: int = 1) -> dict:
-    """Trains to the end, or until SIGTERM or Ctrl-C, from the last checkpoint in WORKDIR on.
+    """Starts or resumes the run in WORKDIR, and trains to its end or until SIGTERM or Ctrl-C.
 
-    Several processes, joined by jax.distributed, all call it with the same experiment and WORKDIR.
+    If several processes train together (jax.distributed), each of them calls it with the same experiment and WORKDIR.
 
     Args:
       sample: a function (model, params, tokenizer, prompt) -> text for the samples in TensorBoard.
@@ -42,7 +42,7 @@ def train(experiment: Experiment, workdir: str | Path, sample=None, processes: i
       signal that stopped the run or 0; "process", the index of this process.
     """
     t, c, workdir = experiment.train, experiment.checkpoint, Path(workdir)
-    # these phases write nothing: an experiment that cannot run leaves the workdir as it is
+    # The phases before the lock write no file, so an experiment that cannot run leaves the workdir unchanged.
     tokenizer = check_experiment(experiment, sample)
     mesh = meshes.make(experiment, processes)
     check_same_experiment(experiment)
@@ -72,7 +72,7 @@ def train(experiment: Experiment, workdir: str | Path, sample=None, processes: i
 
 
 def check_experiment(e: Experiment, sample):
-    """Returns the tokenizer. Raises ConfigError where it does not fit the model, or a later part of the run would fail."""
+    """Returns the tokenizer. Raises ConfigError if it does not fit the model, or if a setting would make the run fail later."""
     tokenizer = tokens.tokenizer(e.data.tokenizer)
     tokens.check_vocab(tokenizer, e.model.vocab)
     if sample and e.train.sample_every:
@@ -86,13 +86,13 @@ def check_experiment(e: Experiment, sample):
 
 
 def check_same_experiment(e: Experiment) -> None:
-    """Raises ConfigError where the processes have different experiments: they would wait for each other forever."""
+    """Raises ConfigError if the processes have different experiments, with which they would wait for each other forever."""
     if jax.process_count() == 1:
         return
     sums = multihost_utils.process_allgather(np.uint32(zlib.crc32(to_json(e).encode())))
     if different := np.flatnonzero(sums != sums[0]).tolist():
-        raise ConfigError(f"process {different[0]} was given another experiment than process 0: run the same command "
-                          "everywhere, with another --process only")
+        raise ConfigError(f"process {different[0]} has a different experiment than process 0: run the same command for every "
+                          "process; only --process may differ")
 
 
 class Program(NamedTuple):
@@ -104,13 +104,15 @@ class Program(NamedTuple):
 
 
 def build_program(e: Experiment, mesh) -> Program:
-    """Checks that the model can run and that train.freeze names parts of it. Compilation itself follows at the first calls."""
+    """Checks that the model can run and that train.freeze names parts of it. The functions are compiled when first called."""
     t, model, optimizer = e.train, Model(e.model), optim.adamw(e.train)
     with jax.set_mesh(mesh):
         try:
             abstract = abstract_state(model, optimizer, t, mesh)
-        except NotImplementedError as error:        # model.impl names a kernel that cannot run on these devices
-            raise ConfigError(f"model.{error} (model.impl='' means None)") from None
+        except NotImplementedError as error:
+            # model.impl names a kernel that cannot run on these devices. The message starts with "impl='NAME'" and may advise
+            # impl=None, as the kernels' functions call it.
+            raise ConfigError(f"model.{error} (in the config, impl=None is model.impl='')") from None
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return Program(abstract, jax.jit(functools.partial(init, model, optimizer, t), out_shardings=shardings),
                    jax.jit(lambda params: optimizer.init(optim.split(params, t.freeze)[0]), out_shardings=shardings[1]),
@@ -118,11 +120,11 @@ def build_program(e: Experiment, mesh) -> Program:
 
 
 def build_evaluation(e: Experiment, mesh, tokenizer, sample) -> Evaluation:
-    """The functions that evaluate parameters on held-out text and sample from them. They drop no token, as in inference."""
+    """Returns the functions that evaluate parameters on held-out text and sample from them. They drop no token."""
     t, held_out = e.train, pipeline.validation(e.data)
     if t.eval_every and not held_out:
-        raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text, and data.sources has only ids or images: set "
-                          "it to 0")
+        raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text, but data.sources has only ids or images: set "
+                          "train.eval_every=0")
     model = Model(dataclasses.replace(e.model, capacity=0.0, transport=0.0))
     evaluate = make_evaluator(model, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
                               loss_chunk=t.loss_chunk, sharding=sharding.batch_sharding(mesh))
@@ -132,27 +134,33 @@ def build_evaluation(e: Experiment, mesh, tokenizer, sample) -> Evaluation:
 
 
 class InitialCheckpoints(NamedTuple):
-    """The checkpoints from which a new run takes parameters; None where it does not. A resumed run takes none."""
-    params: object | None       # train.init_from
-    vision: object | None       # train.init_vision
+    """The checkpoints that initialize the parameters of a new run. A resumed run uses neither."""
+    params: object | None       # of train.init_from; None: no checkpoint
+    vision: object | None       # of train.init_vision; None: no checkpoint
 
 
 def open_initial_checkpoints(e: Experiment, workdir: Path) -> InitialCheckpoints:
-    """Opens the checkpoints that the experiment names. Raises ConfigError where one does not fit the model."""
+    """Opens the checkpoints that the experiment names. Raises ConfigError if one does not fit the model."""
     t, new = e.train, not find_step(workdir)
     return InitialCheckpoints(convert.open_initial(t.init_from, e.model) if t.init_from and new else None,
                               convert.open_initial_vision(t.init_vision, e.model) if t.init_vision and new else None)
 
 
 def warn_of_differences(e: Experiment, initial: InitialCheckpoints, log: Log, step: int) -> None:
-    """Logs the settings that make the model of train.init_from compute something else with the same parameters."""
+    """Logs the settings in which this model and the model of train.init_from differ.
+
+    Only settings are listed that change the results of a model without changing its parameters.
+    """
     if initial.params and (different := convert.differing_settings(initial.params.model, e.model)):
         log.message(f"train.init_from={e.train.init_from!r} was trained with other settings: {', '.join(different)}", step)
 
 
 @contextlib.contextmanager
 def lock_workdir(workdir: Path):
-    """Process 0 locks WORKDIR for all processes. Where it cannot, every process raises the same ConfigError."""
+    """A context in which process 0 holds the lock of WORKDIR for all processes.
+
+    If process 0 cannot lock WORKDIR, every process raises the same ConfigError.
+    """
     with contextlib.ExitStack() as stack:
         problem = ""
         if jax.process_index() == 0:
@@ -166,18 +174,21 @@ def lock_workdir(workdir: Path):
 
 
 def restore_state(checkpoints: Checkpoints, program: Program, initial: InitialCheckpoints, start: dict) -> State:
-    """The last checkpoint. Without one, a new run at position `start`, with new parameters or the ones from `initial`."""
+    """The state of the last checkpoint. Without a checkpoint, the state of a new run.
+
+    A new run starts at position `start`. Its parameters are from `initial`, or new if `initial` has no checkpoints.
+    """
     restored = checkpoints.restore(*program.abstract)
     if restored is None and not any(initial):
         return State(0, *program.init(), start)
     step, params, opt, position = restored or (0, initial_params(program, initial), None, None)
-    if opt is None:     # parameters only, from `initial` or a converted checkpoint: a new run
+    if opt is None:     # only parameters, from `initial` or a converted checkpoint: this is a new run
         opt, position = program.init_optimizer(params), start
     return State(step, params, opt, position)
 
 
 def initial_params(program: Program, initial: InitialCheckpoints) -> dict:
-    """The parameters of the initial checkpoints. Parameters that they lack, such as the vision of a text model, are new."""
+    """The parameters of the initial checkpoints. Parameters that they do not contain, such as the vision encoder, are new."""
     abstract = program.abstract[0]
     params = convert.load_initial(initial.params, abstract) if initial.params else {}
     if missing := abstract.keys() - params.keys():

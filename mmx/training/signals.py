@@ -6,9 +6,9 @@ import jax
 
 
 class StopSignals:
-    """A context in which SIGTERM and a first Ctrl-C set `number`, which the loop reads; a second Ctrl-C interrupts at once.
+    """A context in which SIGTERM and the first Ctrl-C set `number`, which the loop reads. A second Ctrl-C interrupts at once.
 
-    Several processes must stop at the same step. There JAX's preemption service handles SIGTERM
+    With several processes, all must stop at the same step. JAX's preemption service then handles SIGTERM
     (`Checkpoints.preempted`), and this class installs no handlers.
     """
     number = 0      # the signal that asks the run to stop; 0: none
@@ -22,7 +22,7 @@ class StopSignals:
         self.number = number
         if number == signal.SIGINT:
             signal.signal(number, self.previous[number])
-            os.write(2, b"\nstopping: this step ends and is saved; Ctrl-C once more quits at once\n")
+            os.write(2, b"\nstopping after this step, which is saved; press Ctrl-C again to quit at once\n")
 
     def __exit__(self, *_):
         for number, handler in self.previous.items():

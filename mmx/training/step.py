@@ -26,7 +26,7 @@ def abstract_state(model: Model, optimizer, train: config.Train, mesh):
 
 
 def jit_train_step(model: Model, optimizer, train: config.Train, state):
-    """Compiles `train_step` for the shardings of `state`, from `abstract_state`. It donates params and opt."""
+    """Returns `train_step` under jit, with the shardings of `state` (from `abstract_state`) and donated params and opt."""
     shardings = jax.tree.map(lambda x: x.sharding, state)
     metrics = sharding.replicated(jax.tree.leaves(shardings)[0].mesh)
     return jax.jit(functools.partial(train_step, model=model, optimizer=optimizer, train=train),
@@ -34,14 +34,14 @@ def jit_train_step(model: Model, optimizer, train: config.Train, state):
 
 
 def train_step(params, opt, batch, lr, *, model: Model, optimizer, train: config.Train):
-    """Updates the parameters once, by the gradient of the mean loss over the targets of all micro-batches.
+    """Updates the parameters once, with the gradient of the loss averaged over the targets of all micro-batches.
 
-    A step whose loss or gradient norm is not finite returns params and opt unchanged.
+    If the loss or the gradient norm is not finite, returns params and opt unchanged.
 
     Args:
-      params: all parameters. Those that train.freeze names have no gradient and no optimizer state.
+      params: all parameters. Parameters that train.freeze names have no gradient and no optimizer state.
       opt: the optimizer state.
-      batch: a dict of arrays [micro-batches, B, T]; the images' arrays are [micro-batches, N, ...] (`data.pipeline`).
+      batch: the dict of arrays that `loss.loss` describes, each with a first axis of micro-batches.
       lr: the learning rate of this step.
     Returns:
       params, opt, and a dict of metrics.
@@ -59,8 +59,9 @@ def train_step(params, opt, batch, lr, *, model: Model, optimizer, train: config
         (_, metrics), grads = grad(learned, jax.tree.map(lambda x: x[0], batch))
     else:
         grads, metrics = jax.lax.scan(add_micro_batch, jax.tree.map(jnp.zeros_like, learned), batch)
-        targets = metrics["targets"]        # of each micro-batch: its weight in the means, as in one large batch
-        count = targets.sum()               # 0 where every row is part of a prompt
+        # Weighting each micro-batch by its number of targets gives the same means as one large batch.
+        targets = metrics["targets"]
+        count = targets.sum()               # 0 if every token of the batch is part of a prompt, which has no targets
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
         metrics = jax.tree.map(lambda m: jnp.average(m, 0, jnp.where(count, targets, 1)), metrics)
     norm = optax.tree.norm(grads)
@@ -72,9 +73,9 @@ def train_step(params, opt, batch, lr, *, model: Model, optimizer, train: config
 
 
 def _layer_norms(grads) -> dict:
-    """The gradient norm of each layer that learns, in the order of the layers."""
-    def squares(x):     # of each group: the first axis of a leaf is the scan over groups
+    """The gradient norm of each layer that is not frozen, in the order of the layers."""
+    def squares_L(x):       # the sum of squares for each group; the first axis of a leaf is the scan over groups
         return jnp.sum(x ** 2, axis=tuple(range(1, x.ndim)))
     names = sorted(grads, key=lambda name: int(name.removeprefix("layer_")))
-    layers = [sum(map(squares, jax.tree.leaves(grads[name]))) for name in names]
+    layers = [sum(map(squares_L, jax.tree.leaves(grads[name]))) for name in names]
     return {"layer_norms": jnp.sqrt(jnp.stack(layers, axis=1).reshape(-1))} if names else {}

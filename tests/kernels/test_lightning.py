@@ -150,14 +150,14 @@ def test_decreasing_documents_are_an_error():
     good, decreasing = (jnp.asarray([row]) for row in ([0, 1, 1, 0, 1, 2, 2, 0], [1, 1, 2, 2, 0, 1, 1, 1]))
     attend = lambda seg: lightning_attention(q, k, v, log_decay_H, segments_BT=seg)[0]
     attend(good)
-    with pytest.raises(ValueError, match="segments_BT must number documents upwards"):
+    with pytest.raises(ValueError, match="document numbers in segments_BT must not decrease"):
         attend(decreasing)
     jax.jit(lambda: attend(good))()             # values are known in the trace, too
     with pytest.raises(ValueError, match="segments_BT"):
         jax.jit(lambda: attend(decreasing))()
     checked = jax.jit(checkify.checkify(jax.jit(attend)))
     assert checked(good)[0].get() is None
-    assert "segments_BT must number documents upwards" in checked(decreasing)[0].get()
+    assert "document numbers in segments_BT must not decrease" in checked(decreasing)[0].get()
 
 
 def test_decreasing_documents_give_nan_without_checkify(impl):

@@ -215,8 +215,8 @@ def test_processes_that_slurm_does_not_start_are_reported(place):
 @pytest.mark.parametrize("edp, rates, message", [
     (1, (1, 1), "the mesh uses 1 of the 2 devices of 2 processes, but it must use all of them. "
      "Set one axis to -1 to use all devices"),
-    (2, (1, 2), "process 1 was given another experiment than process 0: run the same command "
-     "everywhere, with another --process only")])
+    (2, (1, 2), "process 1 has a different experiment than process 0: run the same command for every process; "
+     "only --process may differ")])
 def test_every_process_reports_an_invalid_experiment(edp, rates, message, place):
     port = free_port()
     started = [by_hand(arguments(place, "never", {"edp": edp}, **{"train.lr": rates[process]}), 2, (process,), port)[0]

@@ -24,22 +24,23 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
     Args:
       q_BHTK, k_BHTK, v_BHTV: queries, keys, values, of one dtype, float32 or bfloat16 (float64 under x64); any T >= 1.
       log_decay_H: minus the slope, in nats per token; never positive. It is treated as a constant: its gradient is zero.
-      segments_BT: the document of each token, an integer. A token sees only its own document. Along T, documents are numbered
-        upwards from 1; 0 is padding. Padding adds nothing to the state, and its output is zero. Padding between real tokens
-        decays the state as a real token does; padding at either end does not. None: one document, no padding.
+      segments_BT: the document number of each token, an integer. A token attends only to its own document. Document numbers are
+        positive and never decrease along T; 0 is padding. Padding adds nothing to the state, and its output is zero. Padding
+        between real tokens decays the state as a real token does; padding at either end does not. None: one document, no
+        padding.
       state_BHKV: the state before the first token; the first document of the row continues it. None: zeros.
       impl: "xla"; "tpu" or "gpu" (Pallas kernels); "triton" (the GPU kernels written in Triton, which needs jax-triton). None:
-        chosen by platform, model of GPU, dtype and shape; never "triton".
-      chunk: tokens of a chunk, any positive number; it affects speed only. None: chosen by platform. GPU kernels support 16, 32
-        and 64, depending on dtype and head dims. A GPU kernel chosen by impl=None uses the nearest supported chunk; one
-        named by the caller refuses any other.
+        chosen by platform, GPU, dtype and shape; never "triton".
+      chunk: tokens of a chunk, any positive number; it affects speed only. None: chosen by platform. GPU kernels support only
+        16, 32 and 64, depending on dtype and head dims. With impl=None, a GPU kernel uses the nearest supported chunk. With a
+        GPU kernel named by `impl`, an unsupported chunk raises NotImplementedError.
 
     Returns:
       o_BHTV in v's dtype, and state_BHKV after the last real token, float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError: shapes, dtypes or values do not match this description. If document numbers decrease under jit, where they
-        are not known, there is no ValueError: the results of that row are NaN, and `checkify.checkify` reports the error.
+      ValueError: shapes, dtypes or values do not match this description. Under jit, document numbers are not known. If they
+        decrease in a row, there is no ValueError: the results of that row are NaN, and `checkify.checkify` reports the error.
       NotImplementedError: the named implementation does not exist, or cannot run here or on these arrays.
     """
     check(q_BHTK, "BHTK", "q_BHTK")
@@ -60,7 +61,7 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
         state_BHKV = xla.zeros_like(sharded_BHKV).astype(dtype)
     check(state_BHKV, "BHKV", "state_BHKV", B=B, H=H, K=K, V=v_BHTV.shape[3])
     check_floats(state_BHKV=state_BHKV)
-    if segments_BT is not None:     # NaN in the state makes all results of a wrong row NaN, where checkify does not report it
+    if segments_BT is not None:     # if a row's document numbers decrease, NaN in its state makes all results of the row NaN
         state_BHKV = jnp.where(_documents_ascend(segments_BT)[:, None, None, None], state_BHKV, jnp.nan)
     if chunk is not None and (not isinstance(chunk, (int, np.integer)) or chunk < 1):
         raise ValueError(f"chunk={chunk!r} must be a positive integer")
@@ -74,7 +75,7 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
 
 
 def check_log_decay(log_decay_H, H: int) -> None:
-    """Raises a one-line ValueError if it is not an array of H real numbers, or if a known value is positive or NaN."""
+    """Raises a one-line ValueError if `log_decay_H` is not an array of H floats, or if a known value is positive or NaN."""
     check(log_decay_H, "H", "log_decay_H", H=H)
     if not jnp.issubdtype(log_decay_H.dtype, jnp.floating):
         raise ValueError(f"log_decay_H is {log_decay_H.dtype}; it must contain floating-point numbers")
@@ -83,15 +84,15 @@ def check_log_decay(log_decay_H, H: int) -> None:
 
 
 def _documents_ascend(segments_BT):
-    """Returns for each row whether its documents are numbered upwards.
+    """Returns for each row whether its document numbers are positive and never decrease (0 is padding).
 
-    Raises a ValueError if the values are known and are not. Adds a check for checkify if they are traced.
+    If the numbers are known, raises a ValueError unless this is true for all rows. If they are traced, adds a checkify check.
     """
     known = not isinstance(segments_BT, jax.core.Tracer)
     segments_BT = np.asarray(segments_BT) if known else segments_BT     # inside a jit, jnp would trace even known values
     latest_BT = np.maximum.accumulate(segments_BT, axis=1) if known else jax.lax.cummax(segments_BT, axis=1)
     ascend_B = ((segments_BT == 0) | ((segments_BT == latest_BT) & (segments_BT > 0))).all(axis=1)
-    message = "segments_BT must number documents upwards along T, with 0 for padding: sort the documents of each row"
+    message = "document numbers in segments_BT must not decrease along T (0 is padding): sort the documents of each row"
     if not known:
         checkify.debug_check(ascend_B.all(), message)
     elif not ascend_B.all():

@@ -6,30 +6,37 @@ For each row and head h (docs/model.md section 3):
     y = sigmoid(gate) * norm * o / sqrt(mean of o^2 over all heads + eps)
 
 All values from the inputs to y are float32; only y is rounded to the inputs' dtype. `layers/lightning.py` calls `decode` for a
-single token with a cache. For longer inputs it calls `silu` and `norm_and_gate` before and after attention, and q, k, v and o
-are rounded between them.
+single token with a cache. For longer inputs it calls `silu`, attention and `norm_and_gate`, and q, k, v and o are rounded to
+the inputs' dtype between these calls.
 
-FLOPs per row and head: 5 K V, far too few to matter. Bytes: 8 K V to read and write the state once, and (2 K + 3 V) elements
-of q, k, v, gate and y. With K = V = 128 and bf16 the total is 1.01 times the bytes of the state. So an implementation must read
-S once, use it twice, and write it in place. The kernels alias the state, and a caller that donates the state to its jit avoids
-a copy. XLA's implementation also does this, in one large fusion among small ones. Static estimates on v5p for 64 rows of 64
-heads: 125 us for XLA and 145 us for the kernel, while HBM needs 194 us for the states. The advantage of the kernels is that
-rows that are not live (idle slots) move no data except the zeros of y, whereas XLA moves every state.
+Cost per row and head. FLOPs: 5 K V, far too few to matter. Bytes: 8 K V to read and write the state once, and (2 K + 3 V)
+elements of q, k, v, gate and y. With K = V = 128 and bf16 the total is 1.01 times the bytes of the state. The time is therefore
+the time to move the states through HBM, and an implementation must read S once, use it twice, and write it in place:
 
-TPU. The grid is (cores, rows of a core, parts of the heads); a core executes its steps in order. A step keeps the states of
-the heads of its part in VMEM, input and output, each twice for the pipeline. o of the row stays in VMEM until the last
-part, which normalizes and gates it. k and q are transposed once per part, so that k and q of one head are columns; the
-vector unit then makes one pass over S. The matrix unit is of no use: a product of one row with S would load all of S as
-weights. The pipeline copies a block in or out only when the block index changes. So the index map of a row that is not live
-repeats the block already in VMEM: the last block of the previous live row of the core. Before the first live row, it names
-the first block of that row, which is then only fetched early. In a core without live rows, one block is read and written
-back unchanged. (If V is not a multiple of 128 lanes, a state takes more HBM, and XLA may copy it to another layout around
-the kernel.)
+  - The kernels alias the state. A caller that donates the state to its jit avoids a copy.
+  - XLA's implementation also reads and writes each state once, in one large fusion among small ones.
+  - Neither has too much arithmetic. On v5p, for 64 rows of 64 heads, HBM needs 194 us for the states. The estimated time of the
+    instructions without waiting for memory is shorter: 125 us for XLA and 145 us for the kernel.
+  - The advantage of the kernels: rows that are not live (idle slots) move no data except the zeros of y. XLA moves every state.
 
-GPU. A program takes one row, one head and `VALUES` columns of S, which stay in registers; programs of rows that are not live
-end at once. The heads of a row belong to many programs, which is necessary to fill a GPU with a small batch. So a second
-kernel, with one program per row, normalizes and gates. o is written and read again in float32 between the two, 8 V more bytes
-per row and head.
+TPU. The grid is (cores, rows of a core, parts of the heads); a core executes its steps in order. The states of a step's heads
+are in VMEM, as input and as output, each twice for the pipeline. o of the row stays in VMEM until the step of the last part,
+which normalizes and gates it. k and q are transposed once per step, so that k and q of one head are columns; the vector unit
+then makes one pass over S. The matrix unit would not help: for a product of one row with S it would load all of S as weights.
+If V is not a multiple of 128 lanes, a state takes more HBM, and XLA may copy it to another layout around the kernel.
+
+The pipeline copies a block of states between HBM and VMEM only when the block index changes from one step to the next. The
+index map uses this so that rows that are not live copy nothing:
+
+    the row                                     block index of all its steps
+    not live, after a live row of the core      last block of the previous live row: it is still in VMEM
+    not live, before the first live row         first block of the first live row: it is copied once, earlier than needed
+    in a core without live rows                 first block of the core: it is copied once and written back unchanged
+
+GPU. A program takes one row, one head and some columns of S (see COLUMNS), which stay in registers; programs of rows that are
+not live end at once. The heads of a row belong to many programs, because one program per row would not fill a GPU with a small
+batch. So a second kernel, with one program per row, normalizes and gates. The first kernel writes o in float32 and the second
+reads it, which adds 8 V bytes per row and head.
 """
 import functools
 
@@ -45,14 +52,18 @@ from mmx.kernels.dtypes import check_floats, wide_dtype, widen
 from mmx.kernels.lightning.api import check_log_decay
 
 # Largest number of heads of a TPU step. Chosen on 2026-11-23 by static schedule estimates of the TPU compiler (libtpu 0.0.42.1;
-# cycles without memory stalls; never run on a TPU) for 64 rows, 64 heads, K = V = 128, bf16: 145, 327 and 227 us on v5p, v5e
-# and v6e, where HBM needs 194, 655 and 327 us for the states. With 16 heads: 185-218, 412-488 and 291-339 us.
+# cycles without memory stalls; never run on a TPU) for 64 rows, 64 heads, K = V = 128, bf16, in us:
+#                                        v5p        v5e        v6e
+#     32 heads                           145        327        227
+#     16 heads, range of estimates       185-218    412-488    291-339
+#     HBM needs, for the states          194        655        327
 MAX_HEADS = 32
-INTERPRETED_CORES, INTERPRETED_HEADS = 2, 2         # so that small tests take several steps
-# GPU: columns of a program (the first that fills the GPU), warps of it, and warps of a program of the second kernel. Timed on
-# an H100 on 2026-11-27 for 64 rows, 64 heads, K = V = 128, bf16. 64 columns: 214 us (2.51 TB/s of states). 32 columns, used
-# where few rows would not fill the GPU: 227 us. 16 columns: 333 us. XLA: 213 us.
-VALUES, WARPS, NORM_WARPS = (64, 32), 4, 16
+INTERPRETED_CORES, INTERPRETED_HEADS = 2, 2         # in the interpreter: few heads, so that small tests take several steps
+# Columns of S of a GPU program: the first number that gives every multiprocessor of an H100 two programs, else the last one.
+# Timed on an H100 on 2026-11-27 for 64 rows, 64 heads, K = V = 128, bf16. 64 columns: 214 us (2.51 TB/s of states). 32 columns:
+# 227 us. 16 columns: 333 us. XLA: 213 us.
+COLUMNS = 64, 32
+WARPS, NORM_WARPS = 4, 16       # warps of a program of the first and of the second GPU kernel
 LANES, MIB = 128, 1 << 20
 
 
@@ -138,10 +149,10 @@ def silu(x):
 
 
 def norm_and_gate(o, gate, norm, eps, axes, count):
-    """Returns sigmoid(gate) * norm * o / rms(o) in the gate's dtype. The mean square is over `axes`, with `count` values."""
+    """Returns sigmoid(gate) * norm * o / rms(o) in the gate's dtype. rms is over `axes`, which have `count` values."""
     wide = widen(o)
-    rms = jax.lax.rsqrt(jnp.sum(wide ** 2, axis=axes, keepdims=True) / count + eps)
-    return (jax.nn.sigmoid(widen(gate)) * (widen(norm) * (wide * rms))).astype(gate.dtype)
+    inverse_rms = jax.lax.rsqrt(jnp.sum(wide ** 2, axis=axes, keepdims=True) / count + eps)
+    return (jax.nn.sigmoid(widen(gate)) * (widen(norm) * (wide * inverse_rms))).astype(gate.dtype)
 
 
 def _xla(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B, eps):
@@ -198,7 +209,7 @@ def _tpu(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B
 
 
 def _tpu_heads(B, H, K, V, interpret):
-    """Returns the number of cores, the heads of a step (0 if not even one fits), and the bytes of VMEM the kernel may use."""
+    """Returns the number of cores, the heads of a step (0 if no head fits), and the bytes of VMEM that the kernel may use."""
     cores, max_heads, vmem = 1, MAX_HEADS, 16 * MIB
     if interpret:
         cores, max_heads = INTERPRETED_CORES, INTERPRETED_HEADS
@@ -212,9 +223,10 @@ def _tpu_heads(B, H, K, V, interpret):
 
 
 def _first_blocks(live_B, cores, parts):
-    """Returns the block index of the first part of each live row, and the index of all parts of each other row.
+    """Returns one block index for each row. For a live row, it is the block of the row's first part; its part p has block + p.
 
-    The rows are divided evenly among the cores. The module's docstring explains which block a row that is not live repeats.
+    For a row that is not live, it is the block of all parts (see the table in the module's docstring). The rows are divided
+    evenly among the cores.
     """
     def of_core(live_B, first_row):
         row_B = jnp.arange(len(live_B), dtype=jnp.int32)
@@ -258,18 +270,18 @@ def _tpu_kernel(live_ref, first_block_ref, log_decay_ref, q_ref, k_ref, v_ref, g
 
 def _gpu(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B, eps, interpret):
     B, H, K, V = state_BHKV.shape
-    values = min(V, next((v for v in VALUES if B * H * V // v >= 2 * platform.GPUS["h100"].cores), VALUES[-1]))
-    tiles = V // values
+    columns = min(V, next((n for n in COLUMNS if B * H * V // n >= 2 * platform.GPUS["h100"].multiprocessors), COLUMNS[-1]))
+    tiles = V // columns
     block_spec = lambda shape, index: pl.BlockSpec(shape, lambda i: index(i // (H * tiles), i // tiles % H, i % tiles))
     keys = block_spec((None, None, K), lambda b, h, tile: (b, h, 0))
-    columns = block_spec((None, None, values), lambda b, h, tile: (b, h, tile))
-    states = block_spec((None, None, K, values), lambda b, h, tile: (b, h, 0, tile))
+    column_block = block_spec((None, None, columns), lambda b, h, tile: (b, h, tile))
+    states = block_spec((None, None, K, columns), lambda b, h, tile: (b, h, 0, tile))
     live_B = live_B.astype(jnp.int32)
     o_BHV, state_BHKV = pl.pallas_call(
         _gpu_kernel, grid=(B * H * tiles,),
         in_specs=[block_spec((None,), lambda b, h, tile: (b,)), block_spec((None,), lambda b, h, tile: (h,)),
-                  keys, keys, columns, states],
-        out_specs=(columns, states),
+                  keys, keys, column_block, states],
+        out_specs=(column_block, states),
         out_shape=(jax.ShapeDtypeStruct(v_BHV.shape, jnp.float32), jax.ShapeDtypeStruct(state_BHKV.shape, jnp.float32)),
         input_output_aliases={5: 1}, interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),

@@ -1,16 +1,16 @@
-"""Where the documents of a row begin and end, as the kernels need it.
+"""Where the documents of a row begin and end, in the form that the kernels need.
 
-Documents are numbered upwards along a row. So the document that the state belongs to after some tokens is the largest so
-far. The initial state belongs to the first real document.
+Document numbers never decrease along a row, and 0 is padding. So after some tokens, the state belongs to the document with the
+largest number so far. The initial state belongs to the first real document.
 """
 import jax
 import jax.numpy as jnp
 
 
 def real_bounds(segments_BT):
-    """Returns the index of each row's first real token and one past its last, as int32 B x 2; (0, 0) if all is padding.
+    """Returns begin and end of each row, int32 B x 2; (0, 0) if all tokens are padding.
 
-    The state decays only between these bounds.
+    begin is the index of the first real token, and end - 1 that of the last one. The state decays only between these bounds.
     """
     real_BT = segments_BT > 0
     end_B = jnp.max(jnp.where(real_BT, jnp.arange(1, real_BT.shape[1] + 1), 0), axis=1)
@@ -18,7 +18,7 @@ def real_bounds(segments_BT):
 
 
 def state_documents(segments_BT, Q):
-    """Returns the document that the state belongs to before every chunk of Q tokens and after the last, B x (N + 1)."""
+    """Returns the document that the state belongs to before each chunk of Q tokens and after the last chunk, B x (N + 1)."""
     first_B1 = jnp.min(jnp.where(segments_BT > 0, segments_BT, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
     padded_BT = jnp.pad(segments_BT, ((0, 0), (0, -segments_BT.shape[1] % Q)))
     last_BN = jax.lax.cummax(padded_BT.reshape(len(padded_BT), -1, Q).max(2), axis=1)

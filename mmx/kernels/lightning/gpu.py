@@ -1,34 +1,46 @@
 """Lightning attention on NVIDIA GPUs, in three passes over spans of the sequence (Pallas-Triton), forward and backward.
 
 The state depends on all tokens before it, so with one program per head most of a GPU would be idle. The sequence is therefore
-cut into N spans of 256 to 1,024 tokens, which are processed in parallel. Let S_n be the state before span n, r_n the decay
+divided into N spans of 256 to 1,024 tokens, which are processed in parallel. Let S_n be the state before span n, r_n the decay
 over the span, and U_n what the span adds to the state (docs/model.md section 3):
 
-    pass 1: U_n = sum_j b_j k_j^T v_j      for each span independently
-    pass 2: S_{n+1} = r_n S_n + U_n        over the spans, from the initial state; r_n is 0 if the document changes
-    pass 3: o_i = a_i q_i S + sum_{j <= i} D_ij (q_i . k_j) v_j,  S <- r S + sum_j b_j k_j^T v_j
-                                           for each span independently, chunk by chunk from S = S_n
+    pass 1    U_n = sum_j b_j k_j^T v_j        for each span independently
+    pass 2    S_{n+1} = r_n S_n + U_n          over the spans, from the initial state; r_n is 0 if the document changes
+    pass 3    o_i = a_i q_i S + sum_{j <= i} D_ij (q_i . k_j) v_j
+              S <- r S + sum_j b_j k_j^T v_j   for each span independently, chunk by chunk, starting with S = S_n
 
-a, b, r and D are the decays defined in `xla.py`, measured over a span in pass 1 and over a chunk in pass 3. No exponent is
-positive. The gradients have the same form, so the kernels of passes 1 and 3 compute them too. With attention(q, k, v):
+a, b, r and D are the decays defined in `xla.py`, measured over a span in passes 1 and 2 and over a chunk in pass 3. The
+gradients have the same form as the outputs, so the same kernels compute them:
 
-    dq = attention(do, v, k)               with S^T
-    dv = attention(k, q, do)               in reverse time, with dS
-    dk = attention(v, do, q)               in reverse time, with dS^T
+    gradient    pass 3 with (q, k, v) =    time       states
+    dq          (do, v, k)                 forward    S_n transposed, recomputed by passes 1 and 2
+    dv          (k, q, do)                 reverse    dS_n
+    dk          (v, do, q)                 reverse    dS_n transposed
 
-In reverse time a and b are exchanged, D is transposed, and U_n = sum_i a_i q_i^T do_i.
+Passes 1 and 2 in reverse time compute dS_n once for dv and dk, from U_n = sum_i a_i q_i^T do_i and the gradient of the last
+state. In reverse time a and b are exchanged, and D is transposed.
 
-A program of pass 3 processes one head, one span and `values` columns of the state. The state (K x values) and the decays of
-the pairs of a chunk are float32 in registers. Tiles of q, k and v pass through shared memory. The scores, and copies of the
-state and of b v, are rounded to the inputs' dtype where they enter a product. Sums are float32; products of float32 inputs
-are IEEE float32. Pass 2 is a kernel of one multiplication and addition per element. XLA would fuse the same recurrence so
-that every S_n reads all U before it: N^2 / 2 states instead of 2 N.
+A program of pass 3 processes one head, one span and `Tile.columns` columns of the state. The state (K x columns) and the decays
+of the pairs of a chunk are float32 in registers. Tiles of q, k and v pass through shared memory. The scores, and copies of the
+state and of b v, are rounded to the inputs' dtype before they enter a product. Sums are float32; products of float32 inputs
+are IEEE float32.
 
-FLOPs per token and head with Q tokens in a chunk: 2 K V in pass 1. In pass 3 4 K V + 2 Q V, and 2 Q K for the scores in each
-of the V / values programs. HBM bytes per token and head, for elements of z bytes and spans of T / N tokens (the programs for
-the columns of one span run side by side, so that they read q and k from HBM once and then from the L2 cache):
-    forward    z (3 K + 3 V) + 16 K V N / T    z (2 K + 2 V) must be moved: 1.75 x at K = V = 128, T / N = 1,024, bf16
-    backward   z (8 K + 8 V) + 36 K V N / T    z (4 K + 3 V) must be moved: 2.61 x
+Pass 2 is a kernel with one multiplication and one addition per element, which reads N and writes N states per head. Plain XLA
+would compute every S_n from all U before it in one fusion, and read about N^2 / 2 states.
+
+FLOPs per token and head, with Q tokens in a chunk: pass 1: 2 K V. Pass 3: 4 K V + 2 Q V, and 2 Q K for the scores in each of
+the V / columns programs.
+
+HBM bytes per token and head, for elements of z bytes and spans of T / N tokens (ratio at K = V = 128, T / N = 1,024, bf16):
+
+                moved by these kernels           inputs and outputs once    ratio
+    forward     z (3 K + 3 V) + 16 K V N / T     z (2 K + 2 V)              1.75
+    backward    z (8 K + 8 V) + 36 K V N / T     z (4 K + 3 V)              2.61
+
+The programs for different columns of a span run at the same time. Only one of them reads q and k from HBM; the others read them
+from the L2 cache.
+
+Axis p is the tokens of a chunk as keys, where Q is the same tokens as queries; axis c is chunks.
 """
 import functools
 from collections.abc import Callable
@@ -47,24 +59,25 @@ from mmx.kernels.products import dot
 class Tile(NamedTuple):
     """Sizes of a program of passes 1 and 3."""
     chunk: int      # tokens of a chunk
-    values: int     # columns of the state
+    columns: int    # columns of the state
     warps: int
     stages: int     # of the software pipeline over chunks
 
 
-# By dtype and the larger head dim (at most). Chosen on 2026-11-23 among a few that compile without a spill in the hardest case:
-# segments and a T that is not a multiple of the chunk. 41 tiles were timed on an H100 on 2026-11-27 (bfloat16, head dims of
-# 128, 8,192 tokens): the tile below takes 0.424 ms, the fastest 0.411 ms; with gradients 1.271 and 1.270 ms. The tiles for
-# A100 were never timed.
+# {GPU: {(dtype, width): tile}}: the first entry is used whose dtype is the inputs' and whose width is at least max(K, V). The
+# tiles were chosen on 2026-11-23 among a few that compile without a spill in the hardest case: segments and a T that is not a
+# multiple of the chunk. On 2026-11-27, 41 tiles were timed on an H100 (bfloat16, head dims of 128, 8,192 tokens). Forward, the
+# tile below takes 0.424 ms and the fastest one 0.411 ms; forward and backward, 1.271 ms and 1.270 ms. The tiles for A100 were
+# never timed.
 TILES = {
     "h100": {("bfloat16", 128): Tile(64, 64, 4, 2), ("bfloat16", 256): Tile(64, 64, 8, 2),
              ("float32", 256): Tile(16, 16, 8, 1)},
     "a100": {("bfloat16", 128): Tile(32, 64, 4, 3), ("bfloat16", 256): Tile(32, 64, 8, 2),
              ("float32", 256): Tile(16, 16, 8, 1)},
 }
-KEY_SLICE = 64      # key dims of one product: whole keys of 128 or 256 dims spill
-SPANS = 1024, 512, 256          # tokens
-CHUNKS = 16, 32, 64, 128        # tokens
+KEY_SLICE = 64      # key dims of one product; products with whole keys of 128 or 256 dims spill
+SPANS = 1024, 512, 256          # tokens of a span; the first that fills the GPU is used
+CHUNKS = 16, 32, 64, 128        # tokens of a chunk
 
 
 class Plan(NamedTuple):
@@ -77,11 +90,11 @@ class Plan(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """Functions that run passes 1 and 3, of this file or of `triton.py`, and the arrays and tiles that they support."""
-    contributions: Callable
-    outputs: Callable
-    refusal: Callable
-    tiles: dict
+    """An implementation of passes 1 and 3: the Pallas kernels of this file or the Triton kernels of `triton.py`."""
+    contributions: Callable     # pass 1
+    outputs: Callable           # pass 3
+    refusal: Callable           # why the kernels do not support some arrays
+    tiles: dict                 # like TILES
 
 
 def forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk, interpret=False, kernels=None):
@@ -152,8 +165,8 @@ def _plan(q_BHTK, v_BHTV, chunk, interpret, tiles):
     V, chip = v_BHTV.shape[3], platform.gpu_model()
     tile = _tile(q_BHTK, v_BHTV, tiles)
     tile = tile._replace(chunk=chunk or tile.chunk)
-    programs = lambda span: B * H * pl.cdiv(T, span) * max(1, min(K, V) // tile.values)
-    span = next((s for s in SPANS if programs(s) >= platform.GPUS[chip].cores), SPANS[-1])
+    programs = lambda span: B * H * pl.cdiv(T, span) * max(1, min(K, V) // tile.columns)
+    span = next((s for s in SPANS if programs(s) >= platform.GPUS[chip].multiprocessors), SPANS[-1])
     return Plan(T, span, tile, interpret, chip)
 
 
@@ -161,7 +174,7 @@ class Documents(NamedTuple):
     """Where documents begin and end. The kernels get None instead if there are no segments."""
     segments_BT: jax.Array
     bounds_B2: jax.Array                # first real token, and one past the last: the state decays only between them
-    state_documents_Bc: jax.Array       # document of the state before every chunk, and after the last
+    state_documents_Bc: jax.Array       # document of the state before each of the chunks, and after the last one
 
 
 def _documents(segments_BT, plan):
@@ -172,8 +185,8 @@ def _documents(segments_BT, plan):
 
 
 def _carry(added_NBHKV, start_BHKV, log_decay_H, documents, plan, reverse):
-    """Pass 2: returns the state before every span (after it in reverse time), and the state at the end."""
-    edges = jnp.arange(len(added_NBHKV) + 1, dtype=jnp.int32) * plan.span        # first token of every span, and the end
+    """Pass 2: returns the state before each span (in reverse time: after each span), and the last state."""
+    edges = jnp.arange(len(added_NBHKV) + 1, dtype=jnp.int32) * plan.span        # first token of each span, and the end
     if documents is None:
         time_NB, same_NB = jnp.diff(jnp.minimum(edges, plan.T))[:, None], True
     else:
@@ -200,13 +213,13 @@ def _contributions(k_BHTK, v_BHTV, log_decay_H, documents, plan, reverse):
     """Pass 1: returns U_n of every span, in float32."""
     B, H, _, K = k_BHTK.shape
     V = v_BHTV.shape[3]
-    values = min(V, plan.tile.values)
+    columns = min(V, plan.tile.columns)
     N = pl.cdiv(plan.T, plan.span)
-    block_spec, token_spec = _specs(H, V // values, plan)
+    block_spec, token_spec = _specs(H, V // columns, plan)
     return _launch(
-        _contribution_kernel, plan, documents, block_spec, (B * H * (V // values), N), (log_decay_H, k_BHTK, v_BHTV),
-        (token_spec(K), token_spec(values, tiled=True)),
-        block_spec((None, None, None, K, values), lambda b, h, n, tile: (n, b, h, 0, tile)),
+        _contribution_kernel, plan, documents, block_spec, (B * H * (V // columns), N), (log_decay_H, k_BHTK, v_BHTV),
+        (token_spec(K), token_spec(columns, tiled=True)),
+        block_spec((None, None, None, K, columns), lambda b, h, n, tile: (n, b, h, 0, tile)),
         jax.ShapeDtypeStruct((N, B, H, K, V), jnp.float32), reverse=reverse)
 
 
@@ -214,24 +227,25 @@ def _outputs(q_BHTK, k_BHTK, v_BHTV, state_NBHKV, log_decay_H, documents, plan, 
     """Pass 3: returns o_BHTV. If `transposed`, the states are given as V x K."""
     B, H, _, K = q_BHTK.shape
     V = v_BHTV.shape[3]
-    values = min(V, plan.tile.values)
-    block_spec, token_spec = _specs(H, V // values, plan)
+    columns = min(V, plan.tile.columns)
+    block_spec, token_spec = _specs(H, V // columns, plan)
     if transposed:
-        state = block_spec((None, None, None, values, K), lambda b, h, n, tile: (n, b, h, tile, 0))
+        state = block_spec((None, None, None, columns, K), lambda b, h, n, tile: (n, b, h, tile, 0))
     else:
-        state = block_spec((None, None, None, K, values), lambda b, h, n, tile: (n, b, h, 0, tile))
+        state = block_spec((None, None, None, K, columns), lambda b, h, n, tile: (n, b, h, 0, tile))
     return _launch(
-        _output_kernel, plan, documents, block_spec, (B * H * (V // values), len(state_NBHKV)),
+        _output_kernel, plan, documents, block_spec, (B * H * (V // columns), len(state_NBHKV)),
         (log_decay_H, state_NBHKV, q_BHTK, k_BHTK, v_BHTV),
-        (state, token_spec(K), token_spec(K), token_spec(values, tiled=True)),
-        token_spec(values, tiled=True), jax.ShapeDtypeStruct(v_BHTV.shape, v_BHTV.dtype), reverse=reverse,
+        (state, token_spec(K), token_spec(K), token_spec(columns, tiled=True)),
+        token_spec(columns, tiled=True), jax.ShapeDtypeStruct(v_BHTV.shape, v_BHTV.dtype), reverse=reverse,
         transposed=transposed)
 
 
 def _specs(H, tiles, plan):
-    """Returns two functions that make block specs: for any array by (b, h, n, tile), and for the tokens of a span.
+    """Returns two functions that make block specs: one for any array, and one for the tokens of a span.
 
-    The first axis of the grid contains rows, heads and tiles of columns. Tiles run fastest, so that they share the L2 cache.
+    The grid's first axis is (row b, head h, tile of columns) flattened, and its second axis is the span n. The tile changes
+    fastest, so that consecutive programs read the same q and k from the L2 cache.
     """
     def block_spec(shape, index):
         return pl.BlockSpec(shape, lambda i, n: index(i // (H * tiles), i // tiles % H, n, i % tiles))
@@ -256,7 +270,7 @@ def _launch(kernel, plan, documents, block_spec, grid, arrays, specs, out_spec, 
 
 
 def _carry_kernel(r_ref, added_ref, start_ref, states_ref, end_ref, *, reverse):
-    """Computes the states of one head before all spans, for some of their rows."""
+    """Computes some rows of one head's states before all spans."""
     N = states_ref.shape[0]
 
     def step(i, state_KV):
@@ -321,7 +335,10 @@ def _output_kernel(log_decay_ref, state_ref, q_ref, k_ref, v_ref, *refs, plan, r
 
 
 def _decays(log_decay, document_refs, plan, span_start):
-    """Returns a function that gives a, b of the tokens of chunk c, and r, all measured from token `first` to token `last`."""
+    """Returns a function that computes a_Q and b_Q of the tokens of chunk c, and r, with the formulas of `xla.py`.
+
+    They are measured over the tokens `first` to `last` - 1: the whole span in pass 1, the chunk in pass 3.
+    """
     chunk = plan.tile.chunk
     begin, end = (document_refs[1][0], document_refs[1][1]) if document_refs else (0, plan.T)
     time = lambda tokens: jnp.clip(tokens, begin, end)
@@ -348,7 +365,7 @@ def _chunks_in_span(plan, span_start):
 
 
 def _chunk_rows(ref, c, plan, span_start, columns=...):
-    """Returns a reference to chunk c of the span, and a mask that is False after the last token (None: all True)."""
+    """Returns a reference to chunk c of the span, and a mask that is False after token T - 1 (None: True everywhere)."""
     chunk = plan.tile.chunk
     rows = ref.at[pl.ds(c * chunk, chunk), columns]
     if plan.T % chunk == 0:
@@ -358,6 +375,6 @@ def _chunk_rows(ref, c, plan, span_start, columns=...):
 
 
 def _load(ref, c, plan, span_start, columns=...):
-    """Loads chunk c of the span, with zeros after the last token."""
+    """Loads chunk c of the span, with zeros after token T - 1."""
     rows, mask = _chunk_rows(ref, c, plan, span_start, columns)
     return plgpu.load(rows, mask=mask, other=None if mask is None else 0)

@@ -3,8 +3,9 @@
     S_t = exp(g) S_{t-1} + k_t^T v_t        o_t = q_t S_t        (docs/model.md section 3; paper equation 8 with decay)
 
 A token of segment 0 is padding: it adds nothing to the state, and its output is zero. The state decays once for every token,
-real or padding, from the first to the last real token of the row; padding at either end does not decay it. A token with
-another segment than the last real token starts from an empty state. The first real token continues the given state.
+real or padding, from the first to the last real token of the row; padding at either end does not decay it. The first real token
+of a row continues the given state. Any other real token whose segment differs from that of the previous real token starts from
+an empty state.
 """
 import jax
 import jax.numpy as jnp

@@ -1,8 +1,7 @@
 """Lightning attention on TPU: one Pallas kernel, run once forward in time and, for the gradients, once in each direction.
 
-The kernel uses the chunked form of `xla.py`: a chunk has Q tokens, S is the state before it, and D_ij = exp(g (i - j)) if
-j <= i and both tokens belong to one document, otherwise 0. It scans the chunks for queries x, a memory of pairs (k, v) and a
-state S of shape (K, V):
+The kernel uses the chunked form of `xla.py`, with chunks of Q tokens and the decays a, b, r and D defined there. It scans the
+chunks for queries x, a memory of pairs (k, v) and a state S of shape (K, V):
 
     y_i = a_i x_i S + sum_j D_ij (x_i . k_j) v_j        S <- r S + sum_j b_j k_j^T v_j
 
@@ -13,30 +12,40 @@ Optionally it also computes a second output from the same S, for queries w that 
 Every pass is such a scan. The backward pass keeps no results of the forward pass: the states are recomputed in VMEM and never
 written to HBM.
 
-    forward     forward in time    x = q          k, v = k, v     S = state       y = o           last S = state
-    gradient 1  forward in time    x = do         k, v = v, k     S = state^T     y = dq
-    gradient 2  reverse in time    x = k, w = v   k, v = q, do    S = dstate      y = dv, z = dk  last S = d(initial state)
+    pass          time       x, w    (k, v)     initial S                        outputs           last S
+    forward       forward    q       (k, v)     initial state                    y = o             last state
+    gradient 1    forward    do      (v, k)     initial state, transposed        y = dq            not used
+    gradient 2    reverse    k, v    (q, do)    gradient of the last state       y = dv, z = dk    gradient of the initial state
 
-In reverse time a and b are exchanged and D is transposed. The state decays only for the tokens [begin, end) of a row: all of
-them, or those from the first to the last real one. Let tokens s to e - 1 of a chunk lie in this range. Then
+In reverse time a and b are exchanged and D is transposed. The state decays only for the tokens begin to end - 1 of a row: from
+the first to the last real token, or all tokens if there are no segments. Let s to e - 1 be the tokens of a chunk in this range,
+numbered from 0 in the chunk. Then
 
-    a_i = exp(g (i + 1 - s))    b_j = exp(g (e - 1 - j))    r = exp(g (e - s))
+    a_i = exp(g (i + 1 - s))    b_j = exp(g (e - 1 - j))    r = exp(g (e - s))    or 0, as in `xla.py`
 
-a_i is 0 unless token i belongs to the document of the state before the chunk, b_j is 0 unless token j belongs to the document
-of the state after it, and r is 0 unless these documents are the same.
+The grid is (B, H / heads, N). A step processes one chunk of `heads` heads; chunks are innermost and in order.
 
-The grid is (B, H / heads, N), with chunks innermost and in order. VMEM contains the blocks of the inputs and outputs, twice
-for the pipeline; S of each head of the step, float32, as the block of the last state; and D and a of each of these heads,
-float32, computed at the first chunk and again where s or e changes. SMEM contains g, the range and the documents of each
-chunk. b_j scales k^T along lanes, so no array of size (B, H, T) is made. The last chunk may extend past T; the kernel then
-sets the extra rows of the memory to zero.
+    VMEM    blocks of the inputs and outputs, each twice for the pipeline
+            S of each head, float32: the output block of the last state
+            D of each head, float32, computed at the first chunk
+            a of each head, float32, computed at the first chunk and again when s (in reverse time: e) changes
+    SMEM    g, begin and end, and the documents of the states between chunks
 
-The matrix unit executes in program order. So the kernel starts a head (its scores and its products with the state) before it
-finishes the previous head (from scores to outputs): the second product of a head then does not wait for anything.
+b needs no array in memory: the kernel computes it as a row of Q lanes, by which it multiplies k^T (K x Q). The last chunk may
+extend past T; the kernel then sets k and v of the extra tokens to zero.
 
-FLOPs per token and head: 2 Q (K + V) + 4 K V forward, the same in gradient 1, 4 Q (K + V) + 6 K V in gradient 2 (products
-over the pairs of a chunk are counted as whole squares). Each pass reads or writes these arrays once: q, k, v, o; then k, v,
-do, dq; then q, k, v, do, dk, dv. Axis W is the width of an output, K or V.
+The matrix unit executes its products in program order. A head has two groups of products: `start` computes the scores and the
+products with the state, and `finish` computes the outputs from scores * D. The kernel orders them start(0), start(1),
+finish(0), start(2), finish(1), ...: the vector unit multiplies the scores of a head by D while the matrix unit computes
+`start` of the next head, so that `finish` does not wait.
+
+                  FLOPs per token and head      arrays that are read or written once
+    forward       2 Q (K + V) + 4 K V           q, k, v, o
+    gradient 1    2 Q (K + V) + 4 K V           k, v, do, dq
+    gradient 2    4 Q (K + V) + 6 K V           q, k, v, do, dk, dv
+
+The FLOPs include the pairs (i, j) of a chunk for which D is 0. Axis p is the tokens of a chunk as keys, where Q is the same
+tokens as queries; axis w is the width of an output, K or V.
 """
 import functools
 
@@ -48,11 +57,13 @@ from jax.experimental.pallas import tpu as pltpu
 from mmx.kernels.lightning.documents import real_bounds, state_documents
 from mmx.kernels.products import dot
 
-# Tokens of a chunk and heads of a step. Chosen on 2026-11-23 by static schedule estimates of the TPU compiler (libtpu
-# 0.0.42.1; cycles without memory stalls; never run on a TPU) at B=1 H=64 T=8192 K=V=128 bf16: the smaller of 16 and 32 heads
-# with which every pass takes at most 0.95 of the time that its bytes take from HBM on v5e, v5p and v6e. More heads hide more
-# of the first and last products of a step, but need more VMEM and code. A chunk of 256 fills the 256-wide matrix unit of v6e,
-# one of 128 the 128-wide unit of v5e and v5p. The values for v4 (limited by its 16 MiB of VMEM) and tpu7x are copied from
+# {chip: (tokens of a chunk, heads of a step)}
+# Chunk: 256 tokens fill the 256-wide matrix unit of v6e, 128 tokens the 128-wide units of v5e and v5p.
+# Heads: 16 where they suffice, otherwise 32. 16 heads suffice on a chip if the estimated time of each pass is at most 0.95 of
+# the time that HBM needs for its bytes. Nothing overlaps with the first `start` and the last `finish` of a step. With more
+# heads in a step, these two take a smaller part of its time; but more heads need more VMEM and code.
+# Chosen on 2026-11-23 by static schedule estimates of the TPU compiler (libtpu 0.0.42.1; cycles without memory stalls; never
+# run on a TPU) at B=1 H=64 T=8192 K=V=128 bf16. The values for v4 (limited by its 16 MiB of VMEM) and tpu7x are copied from
 # similar chips; they compile but are not tuned.
 BLOCKS = {
     pltpu.ChipVersion.TPU_V4: (128, 16),
@@ -134,8 +145,8 @@ def _scan(queries, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk, 
 def _kernel(*refs, queries, T, reverse, segmented):
     """Processes one chunk of the heads of one step.
 
-    The refs are scalars (g; with segments also the range and documents), segments, queries, k, v, initial state, outputs,
-    last state, D and a.
+    `refs` are, in this order: g; with segments also the bounds, the states' documents and the segments; one or two queries (x,
+    w); k; v; the initial state; one or two outputs (y, z); the last state; D; a.
     """
     refs = list(refs)
     take_refs = lambda count: [refs.pop(0) for _ in range(count)]
@@ -146,7 +157,7 @@ def _kernel(*refs, queries, T, reverse, segmented):
     output_refs = take_refs(queries)
     state_ref, pair_ref, a_ref = refs
     heads, Q, V = v_ref.shape[1:]
-    b, hb, step, N = *map(pl.program_id, range(3)), pl.num_programs(2)
+    b, head_block, step, N = *map(pl.program_id, range(3)), pl.num_programs(2)
     n = N - 1 - step if reverse else step
 
     def decaying_tokens(n):
@@ -165,7 +176,7 @@ def _kernel(*refs, queries, T, reverse, segmented):
         i_Qp, j_Qp = (jax.lax.broadcasted_iota(jnp.int32, (Q, Q), axis) for axis in (0, 1))
         age_Qp = j_Qp - i_Qp if reverse else i_Qp - j_Qp
         for h in range(heads):
-            g = log_decay_H[hb * heads + h]
+            g = log_decay_H[head_block * heads + h]
             pair_ref[h] = jnp.where(age_Qp >= 0, jnp.exp(g * jnp.maximum(age_Qp, 0).astype(jnp.float32)), 0)
 
     @pl.when(a_is_stale)
@@ -173,7 +184,7 @@ def _kernel(*refs, queries, T, reverse, segmented):
         i_Qw = jax.lax.broadcasted_iota(jnp.int32, a_ref.shape[1:], 0)
         age_Qw = jnp.maximum(e - 1 - i_Qw if reverse else i_Qw + 1 - s, 0).astype(jnp.float32)
         for h in range(heads):
-            a_ref[h] = jnp.exp(log_decay_H[hb * heads + h] * age_Qw)
+            a_ref[h] = jnp.exp(log_decay_H[head_block * heads + h] * age_Qw)
 
     j_1p = jax.lax.broadcasted_iota(jnp.int32, (1, Q), 1)
     age_1p = jnp.maximum(j_1p + 1 - s if reverse else e - 1 - j_1p, 0).astype(jnp.float32)
@@ -188,7 +199,7 @@ def _kernel(*refs, queries, T, reverse, segmented):
         from_state_Qw = (jnp.broadcast_to(segments_1p, (a_ref.shape[2], Q)).T == first_document).astype(jnp.float32)
 
     def memory(h):
-        """Returns k and v of the head, with zeros after the last token."""
+        """Returns k and v of the head, with zeros after token T - 1."""
         keys_values = k_ref[0, h], v_ref[0, h]
         if T % Q == 0:
             return keys_values
@@ -196,7 +207,7 @@ def _kernel(*refs, queries, T, reverse, segmented):
 
     def start(h):
         """Advances the state of the head. Returns the scores and the product with the previous state, for each query array."""
-        g = log_decay_H[hb * heads + h]
+        g = log_decay_H[head_block * heads + h]
         k_pK, v_pV = memory(h)
         b_1p, r_1V = jnp.exp(g * age_1p), jnp.exp(g * age_1V)
         if segmented:

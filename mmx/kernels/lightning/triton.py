@@ -4,14 +4,14 @@ The algorithm, plan, bytes and FLOPs are the same as in `gpu.py`, and its pass 2
 kernels differs. One kernel computes what every span adds to the state (pass 1). The other computes the outputs from the
 states before the spans (pass 3). With the arguments that `gpu.py` lists they also compute dq, dk and dv.
 
-A program processes one head, one span and `values` columns of the state. The state, in slices of 64 key dims, and the decays
+A program processes one head, one span and `columns` columns of the state. The state, in slices of 64 key dims, and the decays
 of the pairs of a chunk are float32 in registers. Tiles of q, k and v of one chunk pass through shared memory in their own
 dtype. The scores, and copies of the state and of b v, are rounded to the inputs' dtype where they enter a product. Sums are
 float32; products of float32 inputs are IEEE float32, never tf32.
 
-jax-triton gives no error for a kernel that spills or that needs more shared memory than a GPU has: `mmx.compilers.ptx.dumped`
-reads both from the compiled kernels. jax-triton cannot run on a CPU. `interpret` therefore needs TRITON_INTERPRET=1, set before
-triton is imported, and a replacement of `triton_call` as in tests/kernels/lightning_triton_on_cpu.py.
+jax-triton reports no error for a kernel that spills or that needs more shared memory than a GPU has; `mmx.compilers.ptx.dumped`
+reads both from the compiled kernels. jax-triton cannot run on a CPU. To interpret the kernels, set TRITON_INTERPRET=1 before
+triton is imported, and replace `triton_call` as in tests/kernels/lightning_triton_on_cpu.py.
 """
 import functools
 
@@ -28,9 +28,9 @@ try:
 except ImportError as error:
     raise ImportError(f"lightning attention in Triton needs jax-triton ({error}): pip install jax-triton") from None
 
-# As `gpu.TILES`, for Triton 3.9: chosen on 2026-11-23 among a few that compile without a spill with segments and a T that is
-# not a multiple of the chunk; they were not timed then. No tile that was tried fits float32 with head dims of 256 on H100: the
-# best one spills 16 bytes per thread.
+# The same table as `gpu.TILES`, for Triton 3.9. The tiles were chosen on 2026-11-23 among a few that compile without a spill
+# with segments and a T that is not a multiple of the chunk; they were not timed then. On H100, all tiles that were tried for
+# float32 with head dims of 256 spill; the best one spills 16 bytes per thread.
 TILES = {
     "h100": {("bfloat16", 128): gpu.Tile(64, 64, 4, 2), ("bfloat16", 256): gpu.Tile(64, 64, 8, 2),
              ("float32", 128): gpu.Tile(16, 16, 8, 1)},
@@ -65,25 +65,25 @@ def _launch(kernel, arrays, out_shape, log_decay_H, documents, plan, **static):
     *_, k_BHTK, v_BHTV = arrays[:3]
     B, H, T, K = k_BHTK.shape
     V = v_BHTV.shape[3]
-    values = min(V, plan.tile.values)
-    unused = (log_decay_H,) * 3     # without segments the kernels still take three arrays in their place, and do not read them
+    columns = min(V, plan.tile.columns)
+    unused = (log_decay_H,) * 3     # without segments, the kernels do not read these three arguments, but they must be arrays
     return jax_triton.triton_call(
         log_decay_H, *(documents or unused), *arrays, kernel=kernel, out_shape=out_shape,
-        grid=(B * H * (V // values), triton.cdiv(T, plan.span)), num_warps=plan.tile.warps, num_stages=plan.tile.stages,
+        grid=(B * H * (V // columns), triton.cdiv(T, plan.span)), num_warps=plan.tile.warps, num_stages=plan.tile.stages,
         compute_capability=platform.GPUS[plan.chip].capability, H=H, T=T, K=K, V=V, CHUNK=plan.tile.chunk, SPAN=plan.span,
-        VALUES=values, SEGMENTED=documents is not None, **static)
+        COLUMNS=columns, SEGMENTED=documents is not None, **static)
 
 
 @triton.jit
 def _contribution_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, k_BHTK, v_BHTV, added_NBHKV,
                          H: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
-                         SPAN: tl.constexpr, VALUES: tl.constexpr, SEGMENTED: tl.constexpr, REVERSE: tl.constexpr):
-    head, span_start, columns_V = _program(V, VALUES, SPAN)
+                         SPAN: tl.constexpr, COLUMNS: tl.constexpr, SEGMENTED: tl.constexpr, REVERSE: tl.constexpr):
+    head, span_start, columns_V = _program(V, COLUMNS, SPAN)
     k_BHTK += head * T * K
     v_BHTV += head * T * V
     log_decay = tl.load(log_decay_H + head % H)
     keys_K = tl.arange(0, K)
-    added_KV = tl.zeros((K, VALUES), tl.float32)
+    added_KV = tl.zeros((K, COLUMNS), tl.float32)
     for c in range(_chunks_in_span(span_start, T, CHUNK, SPAN)):
         t_p = span_start + c * CHUNK + tl.arange(0, CHUNK)
         a_p, b_p, _ = _decays(log_decay, segments_BT, bounds_B2, documents_Bc, head // H, t_p, span_start, span_start + SPAN,
@@ -93,21 +93,21 @@ def _contribution_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, k_BH
         decayed_v_pV = (v_pV.to(tl.float32) * decay_p[:, None]).to(v_pV.dtype)
         k_pK = _load(k_BHTK, t_p, keys_K, K, T, CHUNK)
         added_KV = tl.dot(tl.trans(k_pK), decayed_v_pV, added_KV, input_precision="ieee")
-    added_NBHKV += (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // (V // VALUES)) + head) * K * V
+    added_NBHKV += (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // (V // COLUMNS)) + head) * K * V
     tl.store(added_NBHKV + keys_K[:, None] * V + columns_V[None, :], added_KV)
 
 
 @triton.jit
 def _output_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, q_BHTK, k_BHTK, v_BHTV, state_NBHKV, o_BHTV,
                    H: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
-                   SPAN: tl.constexpr, VALUES: tl.constexpr, SEGMENTED: tl.constexpr, REVERSE: tl.constexpr,
+                   SPAN: tl.constexpr, COLUMNS: tl.constexpr, SEGMENTED: tl.constexpr, REVERSE: tl.constexpr,
                    TRANSPOSED: tl.constexpr, SLICE: tl.constexpr):
-    head, span_start, columns_V = _program(V, VALUES, SPAN)
+    head, span_start, columns_V = _program(V, COLUMNS, SPAN)
     q_BHTK += head * T * K
     k_BHTK += head * T * K
     v_BHTV += head * T * V
     o_BHTV += head * T * V
-    state_NBHKV += (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // (V // VALUES)) + head) * K * V
+    state_NBHKV += (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // (V // COLUMNS)) + head) * K * V
     key_stride: tl.constexpr = 1 if TRANSPOSED else V
     value_stride: tl.constexpr = K if TRANSPOSED else 1
     states_KV = ()
@@ -130,7 +130,7 @@ def _output_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, q_BHTK, k_
         v_pV = _load(v_BHTV, t_Q, columns_V, V, T, CHUNK)
         decayed_v_pV = (v_pV.to(tl.float32) * to_state_p[:, None]).to(v_pV.dtype)
         scores_Qp = tl.zeros((CHUNK, CHUNK), tl.float32)
-        o_QV = tl.zeros((CHUNK, VALUES), tl.float32)
+        o_QV = tl.zeros((CHUNK, COLUMNS), tl.float32)
         next_states_KV = ()
         for first_key in tl.static_range(0, K, SLICE):
             keys_K = first_key + tl.arange(0, SLICE)
@@ -155,14 +155,14 @@ def _output_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, q_BHTK, k_
 
 
 @triton.jit
-def _program(V: tl.constexpr, VALUES: tl.constexpr, SPAN: tl.constexpr):
-    """Returns the head of this program (of all B H), the first token of its span, and its columns.
+def _program(V: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
+    """Returns the head of this program (among all B H heads), the first token of its span, and its columns.
 
-    Columns run fastest over the programs, so that these share the L2 cache.
+    Consecutive programs have different columns of the same head, so that they read q and k from the L2 cache.
     """
     x = tl.program_id(0)
-    head = (x // (V // VALUES)).to(tl.int64)        # its offsets exceed 2^31 elements
-    return head, tl.program_id(1) * SPAN, x % (V // VALUES) * VALUES + tl.arange(0, VALUES)
+    head = (x // (V // COLUMNS)).to(tl.int64)        # its offsets exceed 2^31 elements
+    return head, tl.program_id(1) * SPAN, x % (V // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
 
 
 @triton.jit
@@ -174,7 +174,10 @@ def _chunks_in_span(span_start, T: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.c
 @triton.jit
 def _decays(log_decay, segments_BT, bounds_B2, documents_Bc, b, t_Q, first, last,
             T: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, SEGMENTED: tl.constexpr):
-    """Returns a and b of the tokens of a chunk, and r, all measured from token `first` to token `last`."""
+    """Returns a_Q and b_Q of the tokens t_Q of a chunk, and r, with the formulas of `xla.py`.
+
+    They are measured over the tokens `first` to `last` - 1: a whole span in pass 1, the chunk in pass 3.
+    """
     if SEGMENTED:
         begin, end = tl.load(bounds_B2 + b * 2), tl.load(bounds_B2 + b * 2 + 1)
     else:

@@ -1,19 +1,24 @@
 """Lightning attention in chunks, as plain XLA: differentiable, memory linear in T, any T, segments, states in and out.
 
-Let g = log_decay and S the state before a chunk of Q tokens. Each token from the first to the last real one of a row takes
-one unit of time; padding outside takes none. c_i is the time from the start of the chunk up to and including token i, and c
-is the time of the whole chunk:
+A row is divided into N chunks of Q tokens. Let S be the state before a chunk, S' the state after it, and g = log_decay:
 
-    o_i = a_i q_i S + sum_{j <= i} D_ij (q_i . k_j) v_j        a_i  = exp(g c_i)        or 0
-    S'  = r S + sum_j b_j k_j^T v_j                            b_j  = exp(g (c - c_j))  or 0
-                                                               D_ij = exp(g (i - j))    or 0
-                                                               r    = exp(g c)          or 0
+    o_i = a_i q_i S + sum_{j <= i} D_ij (q_i . k_j) v_j
+    S'  = r S + sum_j b_j k_j^T v_j
 
-The factors are 0 across documents: a_i unless token i belongs to the document of S, b_j unless token j belongs to the
-document of S', D_ij unless i and j belong to the same document, r unless S and S' do. No exponent is positive. Products of
-the pairs in a chunk cost 4 Q K FLOPs per token and head, products with the state 4 K V. The backward pass keeps only the
-inputs. It recomputes the states of the chunks, then visits the chunks in reverse with dS = r dS' + sum_i a_i q_i^T do_i.
-States, decays and sums are float32 (docs/model.md section 3).
+The state decays by exp(g) for each token from the first to the last real token of a row, and not for the padding at either
+end. Let c_i be the number of such tokens in the chunk up to and including token i, and c their number in the whole chunk:
+
+    factor    value              from ... to                           0 unless these belong to the same document
+    a_i       exp(g c_i)         state before the chunk to token i     S and token i
+    b_j       exp(g (c - c_j))   token j to state after the chunk      token j and S'
+    r         exp(g c)           state before to state after           S and S'
+    D_ij      exp(g (i - j))     token j to token i                    token j and token i
+
+No exponent is positive. FLOPs per token and head: 2 Q (K + V) for the products of the pairs in a chunk, 4 K V for the products
+with the state. The backward pass keeps only the inputs. It recomputes the states of the chunks, then visits the chunks in
+reverse with dS = r dS' + sum_i a_i q_i^T do_i. States, decays and sums are float32 (docs/model.md section 3).
+
+Axis p is the tokens of a chunk as keys, where Q is the same tokens as queries.
 """
 from typing import NamedTuple
 
@@ -26,7 +31,7 @@ from mmx.kernels.products import einsum
 
 
 class Chunks(NamedTuple):
-    """Decays and documents of all chunks. The batch extent is 1 without segments."""
+    """Decays (see the table above) and documents of all chunks. Without segments, axis B has size 1."""
     a_NBHQ: jax.Array
     b_NBHQ: jax.Array
     r_NBH: jax.Array
@@ -44,11 +49,11 @@ def forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk)
     def step(n, carry):
         state_BHKV, o_BHTV = carry
         q_BHQK, k_BHQK, v_BHQV = (_take(x, n, chunk) for x in (q_BHTK, k_BHTK, v_BHTV))
-        c = jax.tree.map(lambda x: x[n], chunks)
-        scores_BHQp = einsum("BHQK,BHpK->BHQp", q_BHQK, k_BHQK) * pair_decay(c)
+        this = jax.tree.map(lambda x: x[n], chunks)
+        scores_BHQp = einsum("BHQK,BHpK->BHQp", q_BHQK, k_BHQK) * pair_decay(this)
         o_BHQV = einsum("BHQp,BHpV->BHQV", scores_BHQp.astype(v_BHQV.dtype), v_BHQV)
-        o_BHQV += einsum("BHQK,BHKV->BHQV", q_BHQK * c.a_NBHQ[..., None], state_BHKV)
-        return _advance(state_BHKV, k_BHQK, v_BHQV, c), _put(o_BHTV, o_BHQV, n)
+        o_BHQV += einsum("BHQK,BHKV->BHQV", q_BHQK * this.a_NBHQ[..., None], state_BHKV)
+        return _advance(state_BHKV, k_BHQK, v_BHQV, this), _put(o_BHTV, o_BHQV, n)
 
     start = state_BHKV, zeros_like(v_BHTV)
     state_BHKV, o_BHTV = jax.lax.fori_loop(0, len(chunks.r_NBH), step, start)
@@ -65,8 +70,8 @@ def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BH
     q_BHTK, k_BHTK, v_BHTV, do_BHTV = (_pad(x, chunk) for x in (q_BHTK, k_BHTK, v_BHTV, do_BHTV))
 
     def state_step(state_BHKV, n):
-        c = jax.tree.map(lambda x: x[n], chunks)
-        return _advance(state_BHKV, _take(k_BHTK, n, chunk), _take(v_BHTV, n, chunk), c), state_BHKV
+        this = jax.tree.map(lambda x: x[n], chunks)
+        return _advance(state_BHKV, _take(k_BHTK, n, chunk), _take(v_BHTV, n, chunk), this), state_BHKV
 
     _, state_NBHKV = jax.lax.scan(state_step, state_BHKV, jnp.arange(N))
 
@@ -74,14 +79,14 @@ def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BH
         dstate_BHKV, dq_BHTK, dk_BHTK, dv_BHTV = carry
         n = N - 1 - i
         q_BHQK, k_BHQK, v_BHQV, do_BHQV = (_take(x, n, chunk) for x in (q_BHTK, k_BHTK, v_BHTV, do_BHTV))
-        c, state_BHKV = jax.tree.map(lambda x: x[n], (chunks, state_NBHKV))
-        a_BHQ1, b_BHQ1, decay_BHQp = c.a_NBHQ[..., None], c.b_NBHQ[..., None], pair_decay(c)
+        this, state_BHKV = jax.tree.map(lambda x: x[n], (chunks, state_NBHKV))
+        a_BHQ1, b_BHQ1, decay_BHQp = this.a_NBHQ[..., None], this.b_NBHQ[..., None], pair_decay(this)
         scores_BHQp = (einsum("BHQK,BHpK->BHQp", q_BHQK, k_BHQK) * decay_BHQp).astype(do_BHQV.dtype)
         dscores_BHQp = (einsum("BHQV,BHpV->BHQp", do_BHQV, v_BHQV) * decay_BHQp).astype(k_BHQK.dtype)
         dq_BHQK = einsum("BHQp,BHpK->BHQK", dscores_BHQp, k_BHQK) + einsum("BHQV,BHKV->BHQK", do_BHQV * a_BHQ1, state_BHKV)
         dk_BHQK = einsum("BHQp,BHQK->BHpK", dscores_BHQp, q_BHQK) + einsum("BHQV,BHKV->BHQK", v_BHQV * b_BHQ1, dstate_BHKV)
         dv_BHQV = einsum("BHQp,BHQV->BHpV", scores_BHQp, do_BHQV) + einsum("BHQK,BHKV->BHQV", k_BHQK * b_BHQ1, dstate_BHKV)
-        dstate_BHKV = c.r_NBH[..., None, None] * dstate_BHKV + einsum("BHQK,BHQV->BHKV", q_BHQK * a_BHQ1, do_BHQV)
+        dstate_BHKV = this.r_NBH[..., None, None] * dstate_BHKV + einsum("BHQK,BHQV->BHKV", q_BHQK * a_BHQ1, do_BHQV)
         return dstate_BHKV, _put(dq_BHTK, dq_BHQK, n), _put(dk_BHTK, dk_BHQK, n), _put(dv_BHTV, dv_BHQV, n)
 
     start = dstate_BHKV, *map(zeros_like, (q_BHTK, k_BHTK, v_BHTV))
@@ -90,9 +95,9 @@ def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BH
 
 
 def zeros_like(x):
-    """Returns zeros that are distributed over devices as x is.
+    """Returns zeros with the sharding of x, as a value computed from x.
 
-    jnp.zeros_like loses the sharding of x in a jit whose mesh is known only from its arguments.
+    jnp.zeros_like(x) would not keep the sharding under jit if the arguments are sharded and no mesh is set (jax.set_mesh).
     """
     return jnp.where(False, jax.lax.stop_gradient(x), 0)
 
@@ -102,9 +107,9 @@ def _chunk_size(chunk, T):
     return min(chunk or (64 if platform.name() == "cpu" else 128), T)
 
 
-def _advance(state_BHKV, k_BHQK, v_BHQV, c):
-    """Returns the state after a chunk."""
-    return c.r_NBH[..., None, None] * state_BHKV + einsum("BHQK,BHQV->BHKV", k_BHQK * c.b_NBHQ[..., None], v_BHQV)
+def _advance(state_BHKV, k_BHQK, v_BHQV, this: Chunks):
+    """Returns the state after a chunk. `this` contains the decays of this chunk, without axis N."""
+    return this.r_NBH[..., None, None] * state_BHKV + einsum("BHQK,BHQV->BHKV", k_BHQK * this.b_NBHQ[..., None], v_BHQV)
 
 
 def _pad(x_BHTK, chunk):
@@ -144,11 +149,12 @@ def _chunks(log_decay_H, segments_BT, T, chunk):
 
 
 def _pair_decay(log_decay_H, chunk, segmented):
-    """Returns a function that gives D of one chunk: the same for all chunks, but 0 across documents if `segmented`."""
+    """Returns a function that returns D of a chunk. D is the same for all chunks, except where `segmented` makes it 0."""
     distance_Qp = jnp.arange(chunk)[:, None] - jnp.arange(chunk)
     decay_HQp = jnp.where(distance_Qp >= 0, jnp.exp(log_decay_H[:, None, None] * jnp.maximum(distance_Qp, 0)), 0)
 
-    def within_documents(c):
-        same_BQp = (c.segments_NBQ[:, :, None] == c.segments_NBQ[:, None, :]) & (c.segments_NBQ > 0)[:, None, :]
+    def within_documents(this: Chunks):
+        segments_BQ = this.segments_NBQ
+        same_BQp = (segments_BQ[:, :, None] == segments_BQ[:, None, :]) & (segments_BQ > 0)[:, None, :]
         return jnp.where(same_BQp[:, None], decay_HQp, 0)
-    return within_documents if segmented else lambda c: decay_HQp
+    return within_documents if segmented else lambda _: decay_HQp
