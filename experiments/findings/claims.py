@@ -124,7 +124,8 @@ def hybrid_ratio() -> list[Claim]:
         ("One softmax layer in 8 retrieves as well as one in 2 (ours)", eighth | {"1 in 2 layers": ("L", 2)}, -0.02),
         ("One softmax layer in 8 retrieves as well as one in 4 (ours)", eighth | {"1 in 4 layers": ("L", 4)}, -0.02),
         ("One softmax layer in 8 retrieves more than one in 16 (ours)", eighth | {"1 in 16 layers": ("L", 16)}, 0.02),
-        ("One softmax layer in 16 retrieves more than none (ours)", {"1 in 16 layers": ("L", 16), "no softmax layer": ("L", 0)}, 0.02),
+        ("One softmax layer in 16 retrieves more than none (ours)",
+         {"1 in 16 layers": ("L", 16), "no softmax layer": ("L", 0)}, 0.02),
         *((f"Between softmax layers (one in {period}), lightning retrieves more than softmax in a window of 32 tokens {source}",
            {"lightning": ("L", period), "window": ("W", period)}, 0.02)
           for period, source in ((8, "(Table 4)"), (2, "(ours)"), (4, "(ours)"), (16, "(ours)"))),
@@ -157,7 +158,7 @@ def rope_length() -> list[Claim]:
         test = f"[rope_length.py](../experiments/rope_length.py): trained on 256 bytes, evaluated to 2,048; {kind}"
         none, half, full = (found.get((pattern, turned)) for turned in (0, 8, 16))
         for text, arm in ((f"Half RoPE {EXTRAPOLATES} (section 2.4)", half), (f"No RoPE {EXTRAPOLATES} (ours)", none)):
-            pair = {f"bytes {BEYOND[-1]}:": (arm, loss_in(BEYOND[-1])), "best of the earlier spans:": (arm, lowest_earlier_loss)}
+            pair = {f"bytes {BEYOND[-1]}:": (arm, loss_in(BEYOND[-1])), "best earlier span:": (arm, lowest_earlier_loss)}
             claims.append(compare(Claim(f"{text}: {kind}", test), NATS, pair, -0.05))
         for text, span, bound in ((f"{NO_COST} (ours)", TRAINED, -0.01),
                                   *((f"{BETTER_BEYOND}, bytes {span}", span, 0.0) for span in BEYOND)):
@@ -210,7 +211,8 @@ def moe_vs_dense() -> list[Claim]:
     first = Claim("A mixture of experts is better than a dense model at equal FLOPs (Fig. 4): text", test + "; 8 M bytes")
     pair = {"MoE": (text.get(("moe",)), loss), "dense": (text.get(("dense",)), loss)}
     return [compare(first, NATS, pair)] + [
-        compare(Claim(f"A mixture of experts remembers more of {count:,} facts after the same number of steps (ours)", facts_test),
+        compare(Claim(f"A mixture of experts remembers more of {count:,} facts after the same number of steps (ours)",
+                      facts_test),
                 CORRECT_IDS,
                 {"MoE": (facts.get((count, "moe")), accuracy), "dense": (facts.get((count, "dense")), accuracy)})
         for count in sorted({count for count, _ in facts}) or [65536]]
