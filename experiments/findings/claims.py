@@ -158,8 +158,7 @@ def rope_length() -> list[Claim]:
         test = f"[rope_length.py](../experiments/rope_length.py): trained on 256 bytes, evaluated to 2,048; {kind}"
         none, half, full = (found.get((pattern, turned)) for turned in (0, 8, 16))
         for text, arm in ((f"Half RoPE {EXTRAPOLATES} (section 2.4)", half), (f"No RoPE {EXTRAPOLATES} (ours)", none)):
-            pair = {f"bytes {BEYOND[-1]}:": (arm, loss_in(BEYOND[-1])),
-                    "best of the earlier spans:": (arm, lowest_earlier_loss)}
+            pair = {f"bytes {BEYOND[-1]}:": (arm, loss_in(BEYOND[-1])), "best earlier span:": (arm, lowest_earlier_loss)}
             claims.append(compare(Claim(f"{text}: {kind}", test), NATS, pair, -0.05))
         for text, span, bound in ((f"{NO_COST} (ours)", TRAINED, -0.01),
                                   *((f"{BETTER_BEYOND}, bytes {span}", span, 0.0) for span in BEYOND)):
@@ -213,7 +212,8 @@ def moe_vs_dense() -> list[Claim]:
     pair = {"MoE": (text.get(("moe",)), loss), "dense": (text.get(("dense",)), loss)}
     return [compare(first, NATS, pair)] + [
         compare(Claim(f"A mixture of experts remembers more of {count:,} facts after the same number of steps (ours)",
-                      facts_test), CORRECT_IDS,
+                      facts_test),
+                CORRECT_IDS,
                 {"MoE": (facts.get((count, "moe")), accuracy), "dense": (facts.get((count, "dense")), accuracy)})
         for count in sorted({count for count, _ in facts}) or [65536]]
 

@@ -27,7 +27,7 @@ from mmx.model import Model, empty_cache, logits
 from mmx.model import encode_images as trace_images
 from mmx.parallel import cache as caches
 
-PREFILL_CHUNKS = 2048, 256, 128, 64, 32  # tokens in a call of prefill; 32 to 256 are the padding levels of paper section 3.3.3
+PREFILL_CHUNKS = 2048, 256, 128, 64, 32     # tokens of one prefill call; 32 to 256: padding levels of paper section 3.3.3
 DECODE_STEPS = 64       # most decode steps on the device before the host looks for requests that have ended
 ROWS = 32               # slots of a batch, by default
 
