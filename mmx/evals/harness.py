@@ -179,7 +179,7 @@ def _settings(arguments: dict) -> dict:
     given = normalize_gen_kwargs(arguments, STEPS)
     other = {name: value for name, value in given.items() if name not in GENERATION and value not in (None, False, 1)}
     if other:
-        raise ConfigError(f"generation arguments {other} are none of {', '.join(sorted(GENERATION))}")
+        raise ConfigError(f"generation arguments {other} are not supported; supported are {', '.join(sorted(GENERATION))}")
     drawn = {name: given[name] for name in ("top_k", "top_p") if given["do_sample"] and given.get(name) is not None}
     stop = tuple(text for text in given["until"] if text)
     sampling = engine.Sampling(temperature=given.get("temperature", 0.0), stop=stop, **drawn)

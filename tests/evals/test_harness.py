@@ -17,6 +17,7 @@ from mmx import config
 from mmx.checkpoints import convert, manager
 from mmx.config import ConfigError
 from mmx.evals import harness
+from mmx.inference.sampling import Sampling
 from mmx.model import Model, logits
 
 MODEL = Model(config.Model(dim=16, layers=2, pattern="LS", heads=2, kv_heads=1, head_dim=8, rotary_dim=4, experts=4,
@@ -148,9 +149,9 @@ def test_generation_ends_at_a_stop_string(lm, loaded):
 
 def test_sampling_uses_the_arguments_of_the_task():
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 5, "until": "\n"}
-    assert harness._settings(sampling) == {"steps": 5, "temperature": 0.7, "top_p": 0.9, "stop": ("\n",)}
-    assert harness._settings({"temperature": 0.0, "top_p": 0.9}) == {"steps": 256, "temperature": 0.0, "stop": ()}
-    with pytest.raises(ConfigError, match="{'num_beams': 4} are not supported; use do_sample"):
+    assert harness._settings(sampling) == {"steps": 5, "sampling": Sampling(temperature=0.7, top_p=0.9, stop=("\n",))}
+    assert harness._settings({"temperature": 0.0, "top_p": 0.9}) == {"steps": 256, "sampling": Sampling(temperature=0.0)}
+    with pytest.raises(ConfigError, match="{'num_beams': 4} are not supported; supported are do_sample"):
         harness._settings({"num_beams": 4})
 
 
