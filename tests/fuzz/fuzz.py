@@ -132,7 +132,7 @@ def child(name: str, count: int, seed: int, folder: Path):
 
 def kind(message: str) -> str:
     """A message without its names, numbers and paths, which differ from input to input."""
-    return re.sub(r"'[^']*'|\"[^\"]*\"|[\d.,]+|\S*/\S*", "~", message)[:60]
+    return re.sub(r"'[^']*'|\"[^\"]*\"|[\d.,]+|\S*/\S*", "~", message)[:100]
 
 
 def main():
