@@ -228,7 +228,7 @@ def test_a_vit_with_another_tile_size(whole):
     assert np.abs(corners - vit["place_PJ"][1:]).max() < 0.3 * np.abs(vit["place_PJ"]).max()
     with pytest.raises(ConfigError, match="has model.vision.hidden=12, this model 13"):
         convert.open_initial_vision(whole, dataclasses.replace(C, vision=dataclasses.replace(V, hidden=13)))
-    with pytest.raises(ConfigError, match="train.init_vision=.*: this model reads text alone; set model.vision.layers"):
+    with pytest.raises(ConfigError, match="train.init_vision=.*: this is a text model; set model.vision.layers"):
         convert.open_initial_vision(whole, dataclasses.replace(C, vision=config.Vision()))
 
 

@@ -347,7 +347,7 @@ def load_initial(source: ReleasedSource | WorkdirSource, params: dict) -> dict:
 def open_initial_vision(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
     """Opens a checkpoint from whose ViT `model` can start (train.init_vision). Its tiles may have another size."""
     if not model.vision.layers:
-        raise ConfigError(f"train.init_vision={str(path)!r}: this model reads text alone; set model.vision.layers")
+        raise ConfigError(f"train.init_vision={str(path)!r}: this is a text model; set model.vision.layers")
     source = open_source(path)
     for name in ("layers", "dim", "heads", "hidden", "patch"):
         found, wanted = (getattr(m.vision, name) for m in (source.model, model))
