@@ -366,7 +366,7 @@ def test_mistakes_are_reported_in_one_line_and_leave_no_files(tmp_path, mistake)
 def test_wrong_paths_and_options(tmp_path):
     write_released(tmp_path / "hf", SMALL)
     hf, new = tmp_path / "hf", tmp_path / "new"
-    for call, message in ((lambda: convert.from_hf(tmp_path / "none", new), "is no directory"),
+    for call, message in ((lambda: convert.from_hf(tmp_path / "none", new), "is not a directory"),
                           (lambda: convert.from_hf(tmp_path, new), "neither a workdir .* nor a Hugging Face"),
                           (lambda: convert.from_hf(hf, hf), "exists and is not empty"),
                           (lambda: convert.to_hf(hf, new, "stock"), "dialect 'stock' is none of"),

@@ -234,7 +234,7 @@ def test_a_sample_prompt_that_does_not_encode_is_refused_at_once(text, tmp_path)
 
 
 @pytest.mark.parametrize("source, message", [
-    ("nowhere", "is no directory"), ("", "neither a workdir"),
+    ("nowhere", "is not a directory"), ("", "neither a workdir"),
     ("uninterrupted", r"uninterrupted' does not contain the tensors of this model: it has misshapen embed_WD \[264, 16\] "
                       r"instead of \[264, 32\]")])
 def test_a_misfit_of_init_from_writes_nothing(source, message, uninterrupted, text, tmp_path):

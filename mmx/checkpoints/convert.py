@@ -138,7 +138,7 @@ def open_source(path: str | Path) -> ReleasedSource | WorkdirSource:
     """Opens a workdir (its latest step), one of its checkpoints/STEP, or a Hugging Face directory."""
     path = Path(path).absolute()
     if not path.is_dir():
-        raise ConfigError(f"checkpoint {path} is no directory")
+        raise ConfigError(f"checkpoint {path} is not a directory")
     found = manager.find_step(path)
     if found:
         return WorkdirSource(*found)

@@ -112,7 +112,7 @@ def check_ids(c, ids_BT):
 def _check(request: Request):
     prompt, steps = request.prompt, request.steps
     if isinstance(prompt, str) and not is_text(prompt):
-        raise ConfigError(f"prompt {prompt!a} is no text: it contains bytes that are not UTF-8, or half of a surrogate pair")
+        raise ConfigError(f"prompt {prompt!a} is not text: it contains bytes that are not UTF-8, or half of a surrogate pair")
     if not isinstance(steps, (int, np.integer)):
         raise ConfigError(f"steps={steps!r} must be a whole number")
     if steps < 1:

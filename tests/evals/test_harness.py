@@ -192,7 +192,7 @@ def test_checkpoints_without_a_usable_tokenizer(converted):
 
 @pytest.mark.parametrize("arguments, message", [
     ({}, "has no path: known are path"), ({"path": "RUN", "pth": 3}, "pth: known are path"),
-    ({"path": "/nowhere"}, "/nowhere is no directory"), ({"path": "RUN", "dtype": "float8"}, "dtype 'float8' is none of"),
+    ({"path": "/nowhere"}, "/nowhere is not a directory"), ({"path": "RUN", "dtype": "float8"}, "dtype 'float8' is none of"),
     ({"path": "RUN", "max_length": -1.0}, "max_length=-1.0 must be a positive integer"),
     ({"path": "RUN", "batch_size": "many"}, "--batch_size=many must be a positive integer")])
 def test_mistakes(run, arguments, message):
