@@ -15,7 +15,7 @@ class Stream:
     """A data stream that counts the batches read and keeps what `Guard.roll_back` passes."""
 
     def __init__(self):
-        self.read, self.repeated = 0, None
+        self.read, self.rewound_to = 0, None
 
     def state(self):
         return {"read": self.read}
@@ -26,8 +26,8 @@ class Stream:
     def next(self):
         self.read += 1
 
-    def repeat(self, state):
-        self.repeated = state
+    def rewind_step_count(self, state):
+        self.rewound_to = state
 
 
 class Restored:
@@ -85,7 +85,7 @@ def test_a_rollback_discards_the_data_up_to_the_spike_and_beyond():
         g.record_stream(step, stream)
     restored = g.roll_back(g.check(3, 4, 1), stream, lambda: Restored(state))
     assert restored.position["guard"] == state and g.losses == [2]
-    assert stream.read == 5 and stream.repeated == {"read": 0}      # three batches up to the spike, two beyond it
+    assert stream.read == 5 and stream.rewound_to == {"read": 0}      # three batches up to the spike, two beyond it
 
 
 def test_a_restored_guard_continues_the_same():
