@@ -69,9 +69,9 @@ class Tile(NamedTuple):
 
 # {GPU: {(dtype, width): tile}}. `_tile` uses the first entry that has the inputs' dtype and a width of at least max(K, V).
 # The tiles were chosen on 2026-11-23 among a few that compile without a spill in the hardest case: segments and a T that is not
-# a multiple of the chunk. On 2026-11-27, 41 tiles were timed on an H100 (bfloat16, head dims of 128, 8,192 tokens). Forward, the
-# tile below takes 0.424 ms and the fastest one 0.411 ms; forward and backward, 1.271 ms and 1.270 ms. The tiles for A100 were
-# never timed.
+# a multiple of the chunk. On 2026-11-27, 41 tiles were timed on an H100 (bfloat16, head dims of 128, 8,192 tokens). Forward,
+# the tile below takes 0.424 ms and the fastest one 0.411 ms; forward and backward, 1.271 ms and 1.270 ms. The tiles for A100
+# were never timed.
 TILES = {
     "h100": {("bfloat16", 128): Tile(64, 64, 4, 2), ("bfloat16", 256): Tile(64, 64, 8, 2),
              ("float32", 256): Tile(16, 16, 8, 1)},
