@@ -108,8 +108,8 @@ class Model(nn.Module):
             x_BTD = insert_patches(x_BTD, places_BT, *images)
         x_BTD = constrain(x_BTD, "BTD")
 
-        # check_constancy_invariants=False: Flax's check matters only if a scan has broadcast outputs, and this scan has none. The
-        # check would trace the body a second time. It would also take a shard_map in the body for a broadcast output.
+        # check_constancy_invariants=False: Flax's check is for scans with broadcast outputs, and this scan has none. The check
+        # would trace the body a second time. It would also take a shard_map in the body for a broadcast output.
         groups = nn.scan(Group, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.groups,
                          in_axes=(nn.broadcast, 0, 0), check_constancy_invariants=False)(c, trace, name="groups")
         layers = None if cache is None else cache["layers"]
