@@ -31,6 +31,8 @@ def axes_of(name: str) -> str:
 
 
 def is_matrix(name: str) -> bool:
-    """Whether a parameter of this name takes part in a matrix product: neither a norm's scale, nor a vector, nor the biases of
-    the ViT's heads."""
+    """Whether a parameter of this name is multiplied in a matrix product.
+
+    False for scales of norms, for vectors, and for q_AK, k_AK and v_AK: these are biases of the ViT, with one row per head.
+    """
     return not name.startswith("norm") and len(axes_of(name)) > 1 and axes_of(name) != "AK"

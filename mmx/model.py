@@ -39,7 +39,8 @@ class Layer(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, context: Context, cache, constants):
         c, kind = self.config, kind_of(self.letter)
-        alpha, beta = (getattr(c, f"{factor}_{kind.residual}") for factor in ("alpha", "beta"))
+        # alpha_softmax and beta_softmax, or alpha_lightning and beta_lightning
+        alpha, beta = getattr(c, f"alpha_{kind.residual}"), getattr(c, f"beta_{kind.residual}")
         u_BTD = rms_norm(x_BTD, param(self, "norm_mixer_D"), c.norm_eps)
         mixed_BTD, cache = kind.mixer(c, name="mixer")(u_BTD, context, cache, constants)
         y_BTD = alpha * (u_BTD if c.postnorm else x_BTD) + beta * constrain(mixed_BTD, "BTD")
@@ -83,9 +84,10 @@ class Model(nn.Module):
           positions_BT: positions for RoPE. None: 0, 1, 2, ... in each row, or with a cache the numbers after its tokens.
           cache: from `empty_cache` or an earlier call; the tokens continue it.
           trace: also return every layer's input and router logits in the statistics.
-          places_BT: what replaces each token's embedding. 0: nothing; the token is text. 1: newline_D, the embedding after a
-            line of patches. n + 2: patches_bpD[block, n], where `block` is the block of rows that contains the token's row.
-            None: there are no images.
+          places_BT: a code for what replaces each token's embedding. None: there are no images.
+            0: nothing; the token is text.
+            1: newline_D, the embedding after a line of patches.
+            2, 3, ...: patch 0, 1, ... of the block of rows that the token is in: patches_bpD[block, code - 2].
           images: (newline_D, patches_bpD) from `encode_images`.
 
         Returns:
@@ -97,7 +99,8 @@ class Model(nn.Module):
         start_B = None if cache is None else cache["length_B"]
         if positions_BT is None:
             positions_BT = jnp.arange(T)[None] + (0 if start_B is None else start_B[:, None])
-        # "BS", not "BT": RoPE runs after time was gathered over the tensor axis, which is what S means in `parallel.sharding`.
+        # "BS", not "BT": in `parallel.sharding`, T is time sharded over the mesh axes seq and etp, and S is time sharded over
+        # seq only. Inside a mixer, where RoPE runs, etp shards the heads, so time is sharded over seq only.
         context = Context(segments_BT, constrain(positions_BT, "BS"), start_B)
         embed_WD = self.param("embed_WD", nn.initializers.normal(c.embed_std), (c.vocab, c.dim))
         x_BTD = vocabulary.embed(embed_WD, tokens_BT, c.dtype)
@@ -105,14 +108,15 @@ class Model(nn.Module):
             x_BTD = insert_patches(x_BTD, places_BT, *images)
         x_BTD = constrain(x_BTD, "BTD")
 
-        # check_constancy_invariants=False: nothing is broadcast out of the scan. Flax's check for such outputs would trace the
-        # body a second time, and would mistake a shard_map in the body for a broadcast output.
+        # check_constancy_invariants=False: Flax's check is for scans with broadcast outputs, and this scan has none. The check
+        # would trace the body a second time. It would also take a shard_map in the body for a broadcast output.
         groups = nn.scan(Group, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.groups,
                          in_axes=(nn.broadcast, 0, 0), check_constancy_invariants=False)(c, trace, name="groups")
         layers = None if cache is None else cache["layers"]
         x_BTD, (layers, stats) = groups(x_BTD, context, layers, _constants(c))
         if cache is not None:
             new_B = T if segments_BT is None else jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
+            # `append` gets x_BTD because the write of a single token must wait for all reads of the cache: x_BTD needs them.
             cache = {"length_B": start_B + new_B, "layers": append(cache["layers"], layers, start_B, x_BTD)}
         self.param("head_WD", nn.initializers.normal(c.dim ** -0.5), (c.vocab, c.dim))
         x_BTD = rms_norm(x_BTD, param(self, "norm_D"), c.norm_eps)
@@ -128,7 +132,8 @@ def _with_remat(layer, c: config.Model):
     """
     if not c.remat:
         return layer
-    return nn.remat(layer, policy=jax.checkpoint_policies.save_only_these_names(*[ARRIVED] * c.keep_arrived))
+    kept = [ARRIVED] if c.keep_arrived else []
+    return nn.remat(layer, policy=jax.checkpoint_policies.save_only_these_names(*kept))
 
 
 def _constants(c: config.Model) -> dict:
@@ -147,7 +152,7 @@ def encode_images(c: config.Model, params, pixels_bIYXZ):
 
 
 def logits(params, x_BTD):
-    """logits_BTW of the model's hidden states, float32."""
+    """logits_BTW of the model's hidden states; float32, or float64 for float64 hidden states."""
     return jnp.einsum("BTD,WD->BTW", x_BTD, params["head_WD"].astype(x_BTD.dtype),
                       preferred_element_type=wide_dtype(x_BTD.dtype))
 
@@ -160,12 +165,14 @@ def empty_cache(c: config.Model, rows: int, max_length: int, kv_dtype: str = "")
     "k_BGSK"; the array has one more axis in front, the groups (L). `kv_dtype` is the dtype of keys and values; empty: the
     dtype of the computation.
     """
-    def zeros(name, one):
+    def zeros(name, entry):     # `entry` has the shape for one row and one token (`layers.common.cache_entry`)
         sizes = {"B": rows, "S": max_length}
-        shape = [sizes.get(axis, size) for axis, size in zip(axes_of(name), one.shape)]
-        return jnp.zeros((c.groups, *shape), one.dtype)
-    layers = {f"layer_{i}": {name: zeros(name, one) for name, one in kind_of(letter).cache(c, kv_dtype or c.dtype).items()}
-              for i, letter in enumerate(c.pattern)}
+        shape = [sizes.get(axis, size) for axis, size in zip(axes_of(name), entry.shape)]
+        return jnp.zeros((c.groups, *shape), entry.dtype)
+    layers = {}
+    for i, letter in enumerate(c.pattern):
+        entries = kind_of(letter).cache(c, kv_dtype or c.dtype)
+        layers[f"layer_{i}"] = {name: zeros(name, entry) for name, entry in entries.items()}
     return shard_cache({"length_B": jnp.zeros(rows, jnp.int32), "layers": layers})
 
 
@@ -187,6 +194,6 @@ def abstract_params(c: config.Model) -> dict:
 @functools.lru_cache(maxsize=512)
 def _abstract_layer(c: config.Model) -> dict:
     """The abstract parameters of a model of one layer, whatever mesh and transfer guard the caller has set."""
-    kind_of(c.pattern)
+    kind_of(c.pattern)      # raises ConfigError if the letter is unknown
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())), jax.transfer_guard("allow"):
         return jax.eval_shape(lambda: Model(c).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]

@@ -23,8 +23,8 @@ class Context(NamedTuple):
 
 class Layout(NamedTuple):
     """A tensor of the released checkpoint form."""
-    name: str           # after the prefix of its layer; {e} is replaced by the expert's number
-    axes: str           # a space separates the tensor's own axes: "HK D" is a matrix [H * K, D]
+    name: str           # without its layer's prefix ("model.layers.0."); {e} is replaced by the expert's number
+    axes: str           # the letters of its axes, with a space between two axes: "HK D" is a matrix [H * K, D]
     # A released tensor may contain several parameters, interleaved along the first letter of `axes`. For example, the rows of
     # qkv_proj ("HK D", parts=3) are q of head 0, k of head 0, v of head 0, q of head 1, and so on.
     part: int = 0       # the number of this parameter among them
@@ -45,15 +45,15 @@ class Kind:
     name: str
     mixer: Callable                     # (config.Model, name) -> Flax module
     cache: Callable                     # (config.Model, dtype of keys and values) -> {name: `cache_entry`}
-    flops: Callable                     # (config.Model, length) -> a token's forward FLOPs without products with parameters
+    flops: Callable                     # (config.Model, length) -> forward FLOPs per token, without the mixer's projections
     constants: Callable | None = None   # (config.Model, layer number) -> arrays that the mixer gets as `constants`
     residual: str = "softmax"           # suffix of the keys model.alpha_* and model.beta_* that `model.Layer` uses
     keys: tuple[str, ...] = ()          # the config keys model.* that affect layers of this kind only
     splits_time: bool = False           # whether mesh.seq may split its sequences
     released: Released | None = None    # None: layers of this kind cannot be converted
-    # (config.Model, length) -> a token's training FLOPs without products with parameters, as counted in the paper's Table 1 and
-    # in its companion, the paper on scaling laws of linear attention (arXiv 2406.16690). None: neither counts this kind.
-    # `analysis.counts.flops_companion` adds the rest.
+    # (config.Model, length) -> training FLOPs per token, without the mixer's q, k, v and output projections. The count follows
+    # Table 1 of the MiniMax-01 paper (arXiv 2501.08313) and its companion on scaling laws of linear attention (arXiv
+    # 2406.16690). None: the papers do not count this kind. `analysis.counts.flops_companion` adds the rest.
     paper_flops: Callable | None = None
 
 
@@ -83,6 +83,7 @@ def param(module: nn.Module, name: str, fan_in: str = "", fan_out: str = "", sca
     std = fan_in_size ** -0.5 if c.init == "fan_in" else (2 / (fan_in_size + fan_out_size)) ** 0.5
     if c.init == "deepnorm" and scaled:
         std *= (8 * c.layers) ** -0.25
+    # A new parameter is a float array. A parameter that the caller passes to `apply` may be an `int8.Int8`.
     return dequantize(module.param(name, nn.initializers.normal(std), shape), c.dtype)
 
 

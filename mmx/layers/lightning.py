@@ -26,7 +26,7 @@ class Lightning(nn.Module):
         c = self.config
         # Keep the order of these lines: a parameter's initial values depend on the order in which parameters are created.
         q_DHK, k_DHK = param(self, "q_DHK", "D", "HK"), param(self, "k_DHK", "D", "HK")
-        v_DHV, norm_HV = param(self, "v_DHV", "D", "HV", True), param(self, "norm_HV")
+        v_DHV, norm_HV = param(self, "v_DHV", "D", "HV", scaled=True), param(self, "norm_HV")
         q_BHTK, k_BHTK, v_BHTV, gate_BHTV = to_heads(u_BTD, q_DHK=q_DHK, k_DHK=k_DHK, v_DHV=v_DHV,
                                                      gate_DHV=param(self, "gate_DHV", "D", "HV"))
         state_BHKV = cache and cache["state_BHKV"]
@@ -41,8 +41,9 @@ class Lightning(nn.Module):
             o_BHTV, state_BHKV = attention.lightning(
                 q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT=context.segments_BT, state_BHKV=state_BHKV,
                 impl=c.impl or None, chunk=c.chunk or None)
-            y_BHTV = decode.norm_and_gate(o_BHTV, gate_BHTV, norm_HV[:, None], c.head_norm_eps, (1, 3), norm_HV.size)
-        return from_heads(y_BHTV, param(self, "out_HVD", "HV", "D", True)), cache and {"state_BHKV": state_BHKV}
+            y_BHTV = decode.norm_and_gate(o_BHTV, gate_BHTV, norm_HV[:, None], c.head_norm_eps,
+                                          axes=(1, 3), count=norm_HV.size)      # the norm is over H and V
+        return from_heads(y_BHTV, param(self, "out_HVD", "HV", "D", scaled=True)), cache and {"state_BHKV": state_BHKV}
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -83,6 +84,8 @@ KIND = Kind(
         "q_DHK": Layout("self_attn.qkv_proj.weight", "HK D", 0, 3), "k_DHK": Layout("self_attn.qkv_proj.weight", "HK D", 1, 3),
         "v_DHV": Layout("self_attn.qkv_proj.weight", "HV D", 2, 3), "gate_DHV": Layout("self_attn.output_gate.weight", "HV D"),
         "norm_HV": Layout("self_attn.norm.weight", "HV"), "out_HVD": Layout("self_attn.out_proj.weight", "D HV")}),
-    # The papers count chunks of dim / heads tokens and a low-rank gate of rank dim / heads. This model's gate has full rank.
-    paper_flops=lambda c, length: 36 * c.dim ** 2 / c.heads,
+    # The papers' layer has chunks of dim / heads tokens and a gate of two matrices, dim x rank and rank x dim, where rank is
+    # dim / heads (this model's gate has full rank). Forward FLOPs in units of dim^2 / heads: 4 for the pairs of tokens in a
+    # chunk, 4 for the state, 4 for the gate. Training takes three times as many.
+    paper_flops=lambda c, length: 3 * (4 + 4 + 4) * c.dim ** 2 / c.heads,
 )

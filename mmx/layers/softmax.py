@@ -22,7 +22,7 @@ class Softmax(nn.Module):
         """Returns y_BTD and the new cache entries of these tokens, {"k_BGSK", "v_BGSV", ...} (None without a cache)."""
         c = self.config
         q_BHTK, k_BGTK, v_BGTV = to_heads(u_BTD, q_DHK=param(self, "q_DHK", "D", "HK"), k_DGK=param(self, "k_DGK", "D", "GK"),
-                                          v_DGV=param(self, "v_DGV", "D", "GV", True))
+                                          v_DGV=param(self, "v_DGV", "D", "GV", scaled=True))
         q_BHTK, k_BGTK = (rope(x, context.positions_BT, rotary_dim=c.rotary_dim, theta=c.rope_theta)
                           for x in (q_BHTK, k_BGTK))
         if cache is None:
@@ -30,7 +30,7 @@ class Softmax(nn.Module):
         else:
             o_BHTV = attention.softmax_with_cache(q_BHTK, k_BGTK, v_BGTV, cache, context.start_B, self.window)
             new = kv_entries(k_BGTK, v_BGTV, cache)
-        return from_heads(o_BHTV, param(self, "out_HVD", "HV", "D", True)), new
+        return from_heads(o_BHTV, param(self, "out_HVD", "HV", "D", scaled=True)), new
 
 
 def windowed(c: config.Model, name: str | None = None) -> Softmax:
@@ -39,7 +39,7 @@ def windowed(c: config.Model, name: str | None = None) -> Softmax:
 
 
 def _cache(c: config.Model, kv_dtype: str):
-    # A window layer also keeps all tokens, even tokens that have left the window.
+    # Both kinds keep all tokens of a row. A window layer does not drop the tokens that have left the window.
     entries = {"k_BGSK": kv_dtype, "v_BGSV": kv_dtype}
     if kv_dtype == "int8":
         entries |= {"k_scale_BGS": jnp.float32, "v_scale_BGS": jnp.float32}
@@ -54,7 +54,10 @@ def _flops(c: config.Model, keys: float) -> float:
 def _mean_keys(c: config.Model, length: int) -> float:
     """Number of tokens that a token of a window layer attends to, averaged over a sequence of `length` tokens."""
     full = min(c.window, length)
-    return full - full * (full - 1) / 2 / max(length, 1)
+    # Token i = 0, 1, ... attends to min(i + 1, full) tokens. The first tokens attend to full - 1, full - 2, ..., 0 fewer than
+    # `full`. These differences add up to:
+    missing = full * (full - 1) / 2
+    return full - missing / max(length, 1)
 
 
 KIND = Kind(

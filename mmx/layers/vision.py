@@ -59,15 +59,15 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_IPJ, _):
-        own = functools.partial(vit_param, self)
+        create = functools.partial(vit_param, self)
         u_IPJ = layer_norm(self, x_IPJ, "_attention")
-        q_IPAK, k_IPAK, v_IPAK = (jnp.einsum("IPJ,JAK->IPAK", u_IPJ, own(f"{name}_JAK", "J")) + own(f"{name}_AK")
+        q_IPAK, k_IPAK, v_IPAK = (jnp.einsum("IPJ,JAK->IPAK", u_IPJ, create(f"{name}_JAK", "J")) + create(f"{name}_AK")
                                   for name in "qkv")
         o_IPAK = jax.nn.dot_product_attention(q_IPAK, k_IPAK, v_IPAK)
-        x_IPJ += jnp.einsum("IPAK,AKJ->IPJ", o_IPAK, own("out_AKJ", "AK")) + own("out_J")
-        h_IPU = jnp.einsum("IPJ,JU->IPU", layer_norm(self, x_IPJ, "_mlp"), own("up_JU", "J")) + own("up_U")
+        x_IPJ += jnp.einsum("IPAK,AKJ->IPJ", o_IPAK, create("out_AKJ", "AK")) + create("out_J")
+        h_IPU = jnp.einsum("IPJ,JU->IPU", layer_norm(self, x_IPJ, "_mlp"), create("up_JU", "J")) + create("up_U")
         h_IPU = jax.nn.gelu(h_IPU, approximate=False)
-        return constrain_tiles(x_IPJ + jnp.einsum("IPU,UJ->IPJ", h_IPU, own("down_UJ", "U")) + own("down_J")), None
+        return constrain_tiles(x_IPJ + jnp.einsum("IPU,UJ->IPJ", h_IPU, create("down_UJ", "U")) + create("down_J")), None
 
 
 class Vision(nn.Module):
@@ -79,16 +79,17 @@ class Vision(nn.Module):
 
         `pixels_bIYXZ` contains I tiles for each of the b blocks. Inside this method, axis I counts the tiles of all blocks.
         """
-        c, own = self.config, functools.partial(vit_param, self)
+        c, create = self.config, functools.partial(vit_param, self)
         v, blocks, tiles = c.vision, len(pixels_bIYXZ), math.prod(pixels_bIYXZ.shape[:2])
-        # Axes r, c: lines and columns of patches.
+        # Axes y, x: lines and columns of patches. Axes Y, X: pixels of a patch.
         split = pixels_bIYXZ.astype(c.dtype).reshape(tiles, v.side, v.patch, v.side, v.patch, 3)
-        patches_IPJ = jnp.einsum("IrYcXZ,YXZJ->IrcJ", split, own("patch_YXZJ", "YXZ")).reshape(tiles, v.side ** 2, v.dim)
-        class_IPJ = jnp.broadcast_to(own("class_J", "J"), (tiles, 1, v.dim))
-        x_IPJ = layer_norm(self, jnp.concatenate([class_IPJ, constrain_tiles(patches_IPJ)], axis=1) + own("place_PJ", "J"))
+        patches_IPJ = jnp.einsum("IyYxXZ,YXZJ->IyxJ", split, create("patch_YXZJ", "YXZ")).reshape(tiles, v.side ** 2, v.dim)
+        # class_J, place_PJ and newline_D are embeddings. Their fan_in only sets the variance of the initial values, 1/J or 1/D.
+        class_IPJ = jnp.broadcast_to(create("class_J", "J"), (tiles, 1, v.dim))
+        x_IPJ = layer_norm(self, jnp.concatenate([class_IPJ, constrain_tiles(patches_IPJ)], axis=1) + create("place_PJ", "J"))
         layers = nn.scan(nn.remat(Block) if c.remat else Block, variable_axes={"params": 0}, split_rngs={"params": True},
                          length=v.layers)
         x_IPJ, _ = layers(c, name="layers")(constrain_tiles(x_IPJ), None)
-        h_IPO = jax.nn.gelu(jnp.einsum("IPJ,JO->IPO", x_IPJ[:, 1:], own("in_JO", "J")) + own("in_O"), approximate=False)
-        y_IPD = jnp.einsum("IPO,OD->IPD", h_IPO, own("out_OD", "O")) + own("out_D")
-        return own("newline_D", "D"), constrain_tiles(y_IPD).reshape(blocks, -1, c.dim)
+        h_IPO = jax.nn.gelu(jnp.einsum("IPJ,JO->IPO", x_IPJ[:, 1:], create("in_JO", "J")) + create("in_O"), approximate=False)
+        y_IPD = jnp.einsum("IPO,OD->IPD", h_IPO, create("out_OD", "O")) + create("out_D")
+        return create("newline_D", "D"), constrain_tiles(y_IPD).reshape(blocks, -1, c.dim)

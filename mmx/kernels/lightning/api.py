@@ -31,9 +31,10 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
       state_BHKV: the state before the first token; the first document of the row continues it. None: zeros.
       impl: "xla"; "tpu" or "gpu" (Pallas kernels); "triton" (the GPU kernels written in Triton, which needs jax-triton). None:
         chosen by platform, GPU, dtype and shape; never "triton".
-      chunk: tokens of a chunk, any positive number; it affects speed only. None: chosen by platform. GPU kernels support only
-        16, 32 and 64, depending on dtype and head dims. With impl=None, a GPU kernel uses the nearest supported chunk. With a
-        GPU kernel named by `impl`, an unsupported chunk raises NotImplementedError.
+      chunk: tokens of a chunk, any positive number; it affects speed only. None: chosen by platform. GPU kernels support 16, 32
+        and 64, up to the chunk in `gpu.TILES` or `triton.TILES` for the GPU, dtype and head dims: at most 64 in bfloat16 on
+        H100, 32 in bfloat16 on A100, 16 in float32. With impl=None, a GPU kernel uses the largest supported chunk that is not
+        above `chunk` (16 if there is none). With a GPU kernel named by `impl`, an unsupported chunk raises NotImplementedError.
 
     Returns:
       o_BHTV in v's dtype, and state_BHKV after the last real token, float32 (float64 for float64 inputs).
@@ -57,8 +58,9 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
         check(segments_BT, "BT", "segments_BT", B=B, T=T)
         segments_BT = as_int32(segments_BT, "segments_BT")
     if state_BHKV is None:
-        sharded_BHKV = k_BHTK.sum(2)[..., None] * v_BHTV.sum(2)[:, :, None]     # gives the state the sharding of k and v
-        state_BHKV = xla.zeros_like(sharded_BHKV).astype(dtype)
+        # The values of this product are not used: `xla.zeros_like` takes its shape, and its sharding, which comes from k and v.
+        product_BHKV = k_BHTK.sum(2)[..., None] * v_BHTV.sum(2)[:, :, None]
+        state_BHKV = xla.zeros_like(product_BHKV).astype(dtype)
     check(state_BHKV, "BHKV", "state_BHKV", B=B, H=H, K=K, V=v_BHTV.shape[3])
     check_floats(state_BHKV=state_BHKV)
     if segments_BT is not None:     # if a row's document numbers decrease, NaN in its state makes all results of the row NaN
@@ -101,7 +103,10 @@ def _documents_ascend(segments_BT):
 
 
 def refusal(impl, q_BHTK, v_BHTV, chunk=None) -> str:
-    """Returns why the implementation cannot run here or on these arrays; empty if it can."""
+    """Returns the reason why the implementation cannot run here or on these arrays; "" if it can.
+
+    Asks `platform.refusal` about the device, then the implementation's own `refusal` about the arrays.
+    """
     if impl == "xla":
         return ""
     if reason := platform.refusal("gpu" if impl == "triton" else impl, q_BHTK):

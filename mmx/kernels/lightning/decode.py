@@ -15,8 +15,8 @@ the time to move the states through HBM, and an implementation must read S once,
 
   - The kernels alias the state. A caller that donates the state to its jit avoids a copy.
   - XLA's implementation also reads and writes each state once, in one large fusion among small ones.
-  - Neither has too much arithmetic. On v5p, for 64 rows of 64 heads, HBM needs 194 us for the states. The estimated time of the
-    instructions without waiting for memory is shorter: 125 us for XLA and 145 us for the kernel.
+  - Memory limits both XLA's implementation and the TPU kernel. On v5p, for 64 rows of 64 heads, HBM needs 194 us for the
+    states. The estimated time of the instructions, without waiting for memory, is 125 us for XLA and 145 us for the kernel.
   - The advantage of the kernels: rows that are not live (idle slots) move no data except the zeros of y. XLA moves every state.
 
 TPU. The grid is (cores, rows of a core, parts of the heads); a core executes its steps in order. The states of a step's heads
@@ -25,13 +25,14 @@ which normalizes and gates it. k and q are transposed once per step, so that k a
 then makes one pass over S. The matrix unit would not help: for a product of one row with S it would load all of S as weights.
 If V is not a multiple of 128 lanes, a state takes more HBM, and XLA may copy it to another layout around the kernel.
 
-The pipeline copies a block of states between HBM and VMEM only when the block index changes from one step to the next. The
-index map uses this so that rows that are not live copy nothing:
+A block is the states of one part of the heads of one row. The pipeline copies a block between HBM and VMEM only when the block
+index changes from one step to the next. The steps of a live row take its blocks in order. All steps of a row that is not live
+take the same block, chosen so that the row copies nothing of its own:
 
-    the row                                     block index of all its steps
-    not live, after a live row of the core      last block of the previous live row: it is still in VMEM
-    not live, before the first live row         first block of the first live row: it is copied once, earlier than needed
-    in a core without live rows                 first block of the core: it is copied once and written back unchanged
+    row that is not live             block of all its steps
+    after a live row of the core     last block of the previous live row: it is still in VMEM
+    before the first live row        first block of the first live row: it is copied once, earlier than needed
+    in a core without live rows      first block of the core: it is copied once and written back unchanged
 
 GPU. A program takes one row, one head and some columns of S (see COLUMNS), which stay in registers; programs of rows that are
 not live end at once. The heads of a row belong to many programs, because one program per row would not fill a GPU with a small
@@ -55,16 +56,17 @@ from mmx.kernels.lightning.api import check_log_decay
 # cycles without memory stalls; never run on a TPU) for 64 rows, 64 heads, K = V = 128, bf16, in us:
 #                                        v5p        v5e        v6e
 #     32 heads                           145        327        227
-#     16 heads, range of estimates       185-218    412-488    291-339
+#     16 heads, lowest and highest       185, 218   412, 488   291, 339
 #     HBM needs, for the states          194        655        327
 MAX_HEADS = 32
 INTERPRETED_CORES, INTERPRETED_HEADS = 2, 2         # in the interpreter: few heads, so that small tests take several steps
-# Columns of S of a GPU program: the first number that gives every multiprocessor of an H100 two programs, else the last one.
+# Columns of S that a GPU program processes. `_gpu` uses 64 if the grid then has at least two programs for each multiprocessor
+# of an H100, otherwise 32.
 # Timed on an H100 on 2026-11-27 for 64 rows, 64 heads, K = V = 128, bf16. 64 columns: 214 us (2.51 TB/s of states). 32 columns:
 # 227 us. 16 columns: 333 us. XLA: 213 us.
 COLUMNS = 64, 32
 WARPS, NORM_WARPS = 4, 16       # warps of a program of the first and of the second GPU kernel
-LANES, MIB = 128, 1 << 20
+LANES, SUBLANES, MIB = 128, 8, 1 << 20
 
 
 def decode(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B=None, *, eps, impl=None,
@@ -161,7 +163,7 @@ def _xla(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B
     decay_H11 = jnp.exp(log_decay_H)[:, None, None]
     new_BHKV = decay_H11 * state_BHKV + k_BHK[..., None] * v_BHV[:, :, None]
     o_BHV = jnp.einsum("BHK,BHKV->BHV", q_BHK, new_BHKV, precision=jax.lax.Precision.HIGHEST)
-    y_BHV = norm_and_gate(o_BHV, gate_BHV, norm_HV, eps, (1, 2), norm_HV.size)
+    y_BHV = norm_and_gate(o_BHV, gate_BHV, norm_HV, eps, axes=(1, 2), count=norm_HV.size)
     return (jnp.where(live_B[:, None, None], y_BHV, 0),
             jnp.where(live_B[:, None, None, None], new_BHKV, state_BHKV))
 
@@ -216,17 +218,18 @@ def _tpu_heads(B, H, K, V, interpret):
     elif pltpu.is_tpu_device():
         chip = pltpu.get_tpu_info()
         cores, vmem = chip.num_cores, chip.vmem_capacity_bytes
-    bytes_per_head = 4 * 4 * pl.cdiv(K, 8) * 8 * pl.cdiv(V, LANES) * LANES
+    copies, float32_bytes = 4, 4        # the pipeline keeps two copies of each state as input and two as output
+    bytes_per_head = copies * float32_bytes * pl.cdiv(K, SUBLANES) * SUBLANES * pl.cdiv(V, LANES) * LANES
     max_heads = min(max_heads, vmem * 3 // 4 // bytes_per_head)
     cores = pl.cdiv(B, pl.cdiv(B, cores))       # every core has a row
     return cores, max((d for d in range(1, max_heads + 1) if H % d == 0), default=0), vmem
 
 
 def _first_blocks(live_B, cores, parts):
-    """Returns one block index for each row. For a live row, it is the block of the row's first part; its part p has block + p.
+    """Returns the block index of the first step of each row. The rows are divided evenly among the cores.
 
-    For a row that is not live, it is the block of all parts (see the table in the module's docstring). The rows are divided
-    evenly among the cores.
+    A live row uses this block for its part 0, the next block for its part 1, and so on. A row that is not live uses this block
+    for all its parts (see the table in the module's docstring).
     """
     def of_core(live_B, first_row):
         row_B = jnp.arange(len(live_B), dtype=jnp.int32)
@@ -256,7 +259,7 @@ def _tpu_kernel(live_ref, first_block_ref, log_decay_ref, q_ref, k_ref, v_ref, g
 
     @pl.when(live & (part == parts - 1))
     def _():
-        y_ref[...] = norm_and_gate(o_ref[...], gate_ref[...], norm_ref[...], eps, (1, 2, 3), parts * heads * V)
+        y_ref[...] = norm_and_gate(o_ref[...], gate_ref[...], norm_ref[...], eps, axes=(1, 2, 3), count=parts * heads * V)
 
     # The last core may have more rows than the batch.
     @pl.when(~live & (part == 0) & (b < B))
@@ -270,7 +273,8 @@ def _tpu_kernel(live_ref, first_block_ref, log_decay_ref, q_ref, k_ref, v_ref, g
 
 def _gpu(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B, eps, interpret):
     B, H, K, V = state_BHKV.shape
-    columns = min(V, next((n for n in COLUMNS if B * H * V // n >= 2 * platform.GPUS["h100"].multiprocessors), COLUMNS[-1]))
+    enough_programs = 2 * platform.GPUS["h100"].multiprocessors
+    columns = min(V, next((n for n in COLUMNS if B * H * V // n >= enough_programs), COLUMNS[-1]))
     tiles = V // columns
     block_spec = lambda shape, index: pl.BlockSpec(shape, lambda i: index(i // (H * tiles), i // tiles % H, i % tiles))
     keys = block_spec((None, None, K), lambda b, h, tile: (b, h, 0))
@@ -312,7 +316,7 @@ def _gpu_norm_kernel(live_ref, o_ref, gate_ref, norm_ref, y_ref, *, eps, width):
     valid = jnp.arange(o_ref.shape[0], dtype=jnp.int32) < width
     live = valid & (live_ref[...] > 0)
     o, gate, norm = (plgpu.load(ref, mask=live, other=0) for ref in (o_ref, gate_ref, norm_ref))
-    y = norm_and_gate(o, gate, norm, eps, 0, width)
+    y = norm_and_gate(o, gate, norm, eps, axes=0, count=width)
     plgpu.store(y_ref, jnp.where(live, y, 0), mask=valid)
 
 

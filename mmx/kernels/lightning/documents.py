@@ -18,7 +18,11 @@ def real_bounds(segments_BT):
 
 
 def state_documents(segments_BT, Q):
-    """Returns the document that the state belongs to before each chunk of Q tokens and after the last chunk, B x (N + 1)."""
+    """Returns the document that the state belongs to before each chunk of Q tokens and after the last chunk, B x (N + 1).
+
+    Example with Q = 2: the segments 0 0 0 3 3 5 give 3 3 3 5. Before the first real token, the state belongs to that token's
+    document. If all tokens of a row are padding, the result is the largest int32.
+    """
     first_B1 = jnp.min(jnp.where(segments_BT > 0, segments_BT, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
     padded_BT = jnp.pad(segments_BT, ((0, 0), (0, -segments_BT.shape[1] % Q)))
     last_BN = jax.lax.cummax(padded_BT.reshape(len(padded_BT), -1, Q).max(2), axis=1)

@@ -10,15 +10,17 @@ over the span, and U_n what the span adds to the state (docs/model.md section 3)
               S <- r S + sum_j b_j k_j^T v_j   for each span independently, chunk by chunk, starting with S = S_n
 
 a, b, r and D are the decays defined in `xla.py`, measured over a span in passes 1 and 2 and over a chunk in pass 3. The
-gradients have the same form as the outputs, so the same kernels compute them:
+gradients have the same form as the outputs (`xla.py` writes them out), so the same kernels compute them. Each line of the table
+gives the arrays that replace q, k, v and S_n:
 
-    gradient    pass 3 with (q, k, v) =    time       states
+    gradient    for (q, k, v)              time       for S_n
     dq          (do, v, k)                 forward    S_n transposed, recomputed by passes 1 and 2
     dv          (k, q, do)                 reverse    dS_n
     dk          (v, do, q)                 reverse    dS_n transposed
 
 Passes 1 and 2 in reverse time compute dS_n once for dv and dk, from U_n = sum_i a_i q_i^T do_i and the gradient of the last
-state. In reverse time a and b are exchanged, and D is transposed.
+state. In reverse time a and b are exchanged, and D is transposed. For example, pass 3 with queries k, keys q and values do
+computes dv_j = b_j k_j dS + sum_{i >= j} D_ij (k_j . q_i) do_i.
 
 A program of pass 3 processes one head, one span and `Tile.columns` columns of the state. The state (K x columns) and the decays
 of the pairs of a chunk are float32 in registers. Tiles of q, k and v pass through shared memory. The scores, and copies of the
@@ -26,7 +28,8 @@ state and of b v, are rounded to the inputs' dtype before they enter a product. 
 are IEEE float32.
 
 Pass 2 is a kernel with one multiplication and one addition per element, which reads N and writes N states per head. Plain XLA
-would compute every S_n from all U before it in one fusion, and read about N^2 / 2 states.
+would compute all S_n in one fusion, each S_n separately from all U before it. It would read U_0 for N states, U_1 for N - 1
+states, and so on: about N^2 / 2 reads.
 
 FLOPs per token and head, with Q tokens in a chunk: pass 1: 2 K V. Pass 3: 4 K V + 2 Q V, and 2 Q K for the scores in each of
 the V / columns programs.
@@ -64,11 +67,11 @@ class Tile(NamedTuple):
     stages: int     # of the software pipeline over chunks
 
 
-# {GPU: {(dtype, width): tile}}: the first entry is used whose dtype is the inputs' and whose width is at least max(K, V). The
-# tiles were chosen on 2026-11-23 among a few that compile without a spill in the hardest case: segments and a T that is not a
-# multiple of the chunk. On 2026-11-27, 41 tiles were timed on an H100 (bfloat16, head dims of 128, 8,192 tokens). Forward, the
-# tile below takes 0.424 ms and the fastest one 0.411 ms; forward and backward, 1.271 ms and 1.270 ms. The tiles for A100 were
-# never timed.
+# {GPU: {(dtype, width): tile}}. `_tile` uses the first entry that has the inputs' dtype and a width of at least max(K, V).
+# The tiles were chosen on 2026-11-23 among a few that compile without a spill in the hardest case: segments and a T that is not
+# a multiple of the chunk. On 2026-11-27, 41 tiles were timed on an H100 (bfloat16, head dims of 128, 8,192 tokens). Forward,
+# the tile below takes 0.424 ms and the fastest one 0.411 ms; forward and backward, 1.271 ms and 1.270 ms. The tiles for A100
+# were never timed.
 TILES = {
     "h100": {("bfloat16", 128): Tile(64, 64, 4, 2), ("bfloat16", 256): Tile(64, 64, 8, 2),
              ("float32", 256): Tile(16, 16, 8, 1)},
@@ -77,7 +80,7 @@ TILES = {
 }
 KEY_SLICE = 64      # key dims of one product; products with whole keys of 128 or 256 dims spill
 SPANS = 1024, 512, 256          # tokens of a span; the first that fills the GPU is used
-CHUNKS = 16, 32, 64, 128        # tokens of a chunk
+CHUNKS = 16, 32, 64, 128        # tokens of a chunk; above the chunk of the tile in TILES only in the interpreter
 
 
 class Plan(NamedTuple):
@@ -190,21 +193,23 @@ def _carry(added_NBHKV, start_BHKV, log_decay_H, documents, plan, reverse):
     if documents is None:
         time_NB, same_NB = jnp.diff(jnp.minimum(edges, plan.T))[:, None], True
     else:
-        span_documents = documents.state_documents_Bc[:, ::plan.span // plan.tile.chunk].T
-        time_NB = jnp.diff(jnp.clip(edges[:, None], *documents.bounds_B2.T), axis=0)
+        chunks_per_span = plan.span // plan.tile.chunk
+        span_documents = documents.state_documents_Bc[:, ::chunks_per_span].T       # of the states at the edges
+        begin_B, end_B = documents.bounds_B2.T
+        time_NB = jnp.diff(jnp.clip(edges[:, None], begin_B, end_B), axis=0)        # tokens of a span at which the state decays
         same_NB = span_documents[:-1] == span_documents[1:]
     r_NBH = jnp.where(jnp.asarray(same_NB)[..., None], jnp.exp(log_decay_H * time_NB[..., None]), 0)
 
     r_NBH = jnp.broadcast_to(r_NBH, added_NBHKV.shape[:3])
     _, B, H, K, V = added_NBHKV.shape
-    rows = max(1, min(K, 256 // V))
-    tiles = K // rows
-    block_spec, _ = _specs(H, tiles, plan)
-    states = block_spec((len(edges) - 1, None, None, rows, V), lambda b, h, n, tile: (0, b, h, tile, 0))
-    state = block_spec((None, None, rows, V), lambda b, h, n, tile: (b, h, tile, 0))
+    rows = max(1, min(K, 256 // V))     # a program processes this many of the K rows of a head's states
+    parts = K // rows
+    block_spec, _ = _specs(H, parts, plan)
+    states = block_spec((len(edges) - 1, None, None, rows, V), lambda b, h, n, part: (0, b, h, part, 0))
+    state = block_spec((None, None, rows, V), lambda b, h, n, part: (b, h, part, 0))
     return pl.pallas_call(
-        functools.partial(_carry_kernel, reverse=reverse), grid=(B * H * tiles, 1),
-        in_specs=[block_spec((len(edges) - 1, None, None), lambda b, h, n, tile: (0, b, h)), states, state],
+        functools.partial(_carry_kernel, reverse=reverse), grid=(B * H * parts, 1),
+        in_specs=[block_spec((len(edges) - 1, None, None), lambda b, h, n, part: (0, b, h)), states, state],
         out_specs=(states, state), out_shape=(added_NBHKV, start_BHKV), interpret=plan.interpret,
         compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1), name="carry")(r_NBH, added_NBHKV, start_BHKV)
 
@@ -245,7 +250,8 @@ def _specs(H, tiles, plan):
     """Returns two functions that make block specs: one for any array, and one for the tokens of a span.
 
     The grid's first axis is (row b, head h, tile of columns) flattened, and its second axis is the span n. The tile changes
-    fastest, so that consecutive programs read the same q and k from the L2 cache.
+    fastest, so that consecutive programs read the same q and k from the L2 cache. In pass 2, parts of the rows of a state take
+    the place of tiles of columns.
     """
     def block_spec(shape, index):
         return pl.BlockSpec(shape, lambda i, n: index(i // (H * tiles), i // tiles % H, n, i % tiles))
@@ -337,7 +343,8 @@ def _output_kernel(log_decay_ref, state_ref, q_ref, k_ref, v_ref, *refs, plan, r
 def _decays(log_decay, document_refs, plan, span_start):
     """Returns a function that computes a_Q and b_Q of the tokens of chunk c, and r, with the formulas of `xla.py`.
 
-    They are measured over the tokens `first` to `last` - 1: the whole span in pass 1, the chunk in pass 3.
+    The function's arguments are (c, first, last). a, b and r are measured over the tokens `first` to `last` - 1: the whole span
+    in pass 1, the chunk in pass 3.
     """
     chunk = plan.tile.chunk
     begin, end = (document_refs[1][0], document_refs[1][1]) if document_refs else (0, plan.T)

@@ -5,23 +5,26 @@ chunks for queries x, a memory of pairs (k, v) and a state S of shape (K, V):
 
     y_i = a_i x_i S + sum_j D_ij (x_i . k_j) v_j        S <- r S + sum_j b_j k_j^T v_j
 
-Optionally it also computes a second output from the same S, for queries w that use v as keys and k as values:
+dv and dk need the same state (dS), so one scan computes both. For this, the kernel has an optional second output z, for queries
+w that use v as keys and k as values:
 
     z_i = a_i w_i S^T + sum_j D_ij (w_i . v_j) k_j
 
-Every pass is such a scan. The backward pass keeps no results of the forward pass: the states are recomputed in VMEM and never
-written to HBM.
+Every pass is such a scan. The table gives the arrays that replace x, w, k, v and S, from the gradients in `xla.py`. The
+backward pass keeps no results of the forward pass: the states are recomputed in VMEM and never written to HBM.
 
     pass          time       x, w    (k, v)     initial S                        outputs           last S
     forward       forward    q       (k, v)     initial state                    y = o             last state
     gradient 1    forward    do      (v, k)     initial state, transposed        y = dq            not used
     gradient 2    reverse    k, v    (q, do)    gradient of the last state       y = dv, z = dk    gradient of the initial state
 
-In reverse time a and b are exchanged and D is transposed. The state decays only for the tokens begin to end - 1 of a row: from
-the first to the last real token, or all tokens if there are no segments. Let s to e - 1 be the tokens of a chunk in this range,
-numbered from 0 in the chunk. Then
+In reverse time a and b are exchanged and D is transposed (see the gradients in `xla.py`). The state decays only at the tokens
+begin to end - 1 of a row: from the first to the last real token, or all tokens if there are no segments. Number the tokens of a
+chunk from 0, and let s to e - 1 be those at which the state decays. For example, Q = 128, begin = 3 and end = 200 give s = 3
+and e = 128 in the first chunk, and s = 0 and e = 72 in the second. Then a, b and r are as follows, or 0 where two documents
+differ, as in `xla.py`:
 
-    a_i = exp(g (i + 1 - s))    b_j = exp(g (e - 1 - j))    r = exp(g (e - s))    or 0, as in `xla.py`
+    a_i = exp(g (i + 1 - s))    b_j = exp(g (e - 1 - j))    r = exp(g (e - s))
 
 The grid is (B, H / heads, N). A step processes one chunk of `heads` heads; chunks are innermost and in order.
 
@@ -59,9 +62,9 @@ from mmx.kernels.products import dot
 
 # {chip: (tokens of a chunk, heads of a step)}
 # Chunk: 256 tokens fill the 256-wide matrix unit of v6e, 128 tokens the 128-wide units of v5e and v5p.
-# Heads: 16 where they suffice, otherwise 32. 16 heads suffice on a chip if the estimated time of each pass is at most 0.95 of
-# the time that HBM needs for its bytes. Nothing overlaps with the first `start` and the last `finish` of a step. With more
-# heads in a step, these two take a smaller part of its time; but more heads need more VMEM and code.
+# Heads: 16 if, with 16 heads, the estimated time of every pass is at most 0.95 of the time that HBM needs for the bytes of the
+# pass; otherwise 32. The reason: nothing overlaps with the first `start` and the last `finish` of a step. With more heads in a
+# step, these two take a smaller part of its time, but the step needs more VMEM and code.
 # Chosen on 2026-11-23 by static schedule estimates of the TPU compiler (libtpu 0.0.42.1; cycles without memory stalls; never
 # run on a TPU) at B=1 H=64 T=8192 K=V=128 bf16. The values for v4 (limited by its 16 MiB of VMEM) and tpu7x are copied from
 # similar chips; they compile but are not tuned.
@@ -75,6 +78,8 @@ BLOCKS = {
 DEFAULT_BLOCKS = 128, 16        # for a chip that is not in the table, or if the chip is not known
 INTERPRETED_BLOCKS = 128, 2     # few heads, so that small tests take several steps
 LANES, MIB = 128, 1 << 20
+PIPELINE_COPIES = 2     # copies of a block in VMEM: the pipeline copies the next block while the kernel uses this one
+FLOAT32_BYTES = 4
 
 
 def refusal(q_BHTK, v_BHTV, chunk) -> str:
@@ -146,7 +151,7 @@ def _kernel(*refs, queries, T, reverse, segmented):
     """Processes one chunk of the heads of one step.
 
     `refs` are, in this order: g; with segments also the bounds, the states' documents and the segments; one or two queries (x,
-    w); k; v; the initial state; one or two outputs (y, z); the last state; D; a.
+    w); k; v; the initial state; one or two outputs (y, z); the last state (`state_ref`); D (`pair_ref`); a (`a_ref`).
     """
     refs = list(refs)
     take_refs = lambda count: [refs.pop(0) for _ in range(count)]
@@ -168,6 +173,7 @@ def _kernel(*refs, queries, T, reverse, segmented):
     s, e = decaying_tokens(n)
     first = step == 0
     s_before, e_before = decaying_tokens(n + 1 if reverse else n - 1)
+    # a depends on s, or in reverse time on e. It is computed again if this differs from the chunk of the previous step.
     a_is_stale = first | (e != e_before if reverse else s != s_before)
 
     @pl.when(first)
@@ -215,8 +221,9 @@ def _kernel(*refs, queries, T, reverse, segmented):
         state_KV = state_ref[0, h]
         narrow_KV = state_KV.astype(k_pK.dtype)
         k_Kp = (k_pK.T.astype(jnp.float32) * b_1p).astype(k_pK.dtype)
-        products = [(dot(ref[0, h], keys, 1, 1), dot(ref[0, h], narrow_KV, 1, axis))
-                    for ref, keys, axis in zip(query_refs, (k_pK, v_pV), (0, 1))]
+        # x k^T and x S; with second queries also w v^T and w S^T
+        products = [(dot(ref[0, h], keys, 1, 1), dot(ref[0, h], narrow_KV, 1, state_axis))
+                    for ref, keys, state_axis in zip(query_refs, (k_pK, v_pV), (0, 1))]
         state_ref[0, h] = r_1V * state_KV + dot(k_Kp, v_pV, 1, 0)
         return products
 
@@ -252,7 +259,10 @@ def _blocks(chunk, B, H, T, K, V, queries, itemsize, interpret):
         # Multiples of the lanes. Above 256 tokens the squares of scores cost more than they save.
         Q = LANES * min(pl.cdiv(chunk or default_chunk, LANES), pl.cdiv(T, LANES), 2)
     wide = [pl.cdiv(x, LANES) * LANES for x in (K, V)]
-    bytes_per_head = 2 * Q * sum(wide) * itemsize * (1 + queries) + 4 * K * wide[1] * 4 + Q * (Q + max(wide)) * 4
+    tokens = (1 + queries) * Q * sum(wide) * itemsize                   # k and v; each query array and its output
+    states = 2 * K * wide[1] * FLOAT32_BYTES                            # the initial and the last state
+    decays = (Q * Q + Q * max(wide)) * FLOAT32_BYTES                    # D and a
+    bytes_per_head = PIPELINE_COPIES * (tokens + states) + decays
     # A quarter of VMEM stays free for the compiler's spills. Every core needs a part of the heads.
     max_heads = min(max_heads, vmem * 3 // 4 // bytes_per_head, B * H // cores)
     return Q, max((d for d in range(1, max_heads + 1) if H % d == 0), default=1), vmem

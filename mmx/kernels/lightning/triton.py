@@ -93,7 +93,8 @@ def _contribution_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, k_BH
         decayed_v_pV = (v_pV.to(tl.float32) * decay_p[:, None]).to(v_pV.dtype)
         k_pK = _load(k_BHTK, t_p, keys_K, K, T, CHUNK)
         added_KV = tl.dot(tl.trans(k_pK), decayed_v_pV, added_KV, input_precision="ieee")
-    added_NBHKV += (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // (V // COLUMNS)) + head) * K * V
+    heads = tl.num_programs(0) // (V // COLUMNS)     # B H: the first axis of the grid is (B H, tiles of columns)
+    added_NBHKV += (tl.program_id(1).to(tl.int64) * heads + head) * K * V
     tl.store(added_NBHKV + keys_K[:, None] * V + columns_V[None, :], added_KV)
 
 
@@ -107,7 +108,8 @@ def _output_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, q_BHTK, k_
     k_BHTK += head * T * K
     v_BHTV += head * T * V
     o_BHTV += head * T * V
-    state_NBHKV += (tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // (V // COLUMNS)) + head) * K * V
+    heads = tl.num_programs(0) // (V // COLUMNS)     # B H: the first axis of the grid is (B H, tiles of columns)
+    state_NBHKV += (tl.program_id(1).to(tl.int64) * heads + head) * K * V
     key_stride: tl.constexpr = 1 if TRANSPOSED else V
     value_stride: tl.constexpr = K if TRANSPOSED else 1
     states_KV = ()
@@ -176,7 +178,7 @@ def _decays(log_decay, segments_BT, bounds_B2, documents_Bc, b, t_Q, first, last
             T: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, SEGMENTED: tl.constexpr):
     """Returns a_Q and b_Q of the tokens t_Q of a chunk, and r, with the formulas of `xla.py`.
 
-    They are measured over the tokens `first` to `last` - 1: a whole span in pass 1, the chunk in pass 3.
+    a, b and r are measured over the tokens `first` to `last` - 1: a whole span in pass 1, the chunk in pass 3.
     """
     if SEGMENTED:
         begin, end = tl.load(bounds_B2 + b * 2), tl.load(bounds_B2 + b * 2 + 1)

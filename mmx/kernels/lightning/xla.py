@@ -5,18 +5,30 @@ A row is divided into N chunks of Q tokens. Let S be the state before a chunk, S
     o_i = a_i q_i S + sum_{j <= i} D_ij (q_i . k_j) v_j
     S'  = r S + sum_j b_j k_j^T v_j
 
-The state decays by exp(g) for each token from the first to the last real token of a row, and not for the padding at either
-end. Let c_i be the number of such tokens in the chunk up to and including token i, and c their number in the whole chunk:
+The state decays by exp(g) at each token from the first to the last real token of a row, and not at the padding at either end.
+Let t_i be the number of tokens of the chunk, up to and including token i, at which the state decays. Let t be this number for
+the whole chunk. A state belongs to the document of the last real token before it, or of the row's first real token if there is
+none (`documents.state_documents`). A factor is 0 if the two things in its last column belong to different documents:
 
-    factor    value              from ... to                           0 unless these belong to the same document
-    a_i       exp(g c_i)         state before the chunk to token i     S and token i
-    b_j       exp(g (c - c_j))   token j to state after the chunk      token j and S'
-    r         exp(g c)           state before to state after           S and S'
+    factor    value              decay from ... to ...                 same document
+    a_i       exp(g t_i)         state before the chunk to token i     S and token i
+    b_j       exp(g (t - t_j))   token j to state after the chunk      token j and S'
+    r         exp(g t)           state before to state after           S and S'
     D_ij      exp(g (i - j))     token j to token i                    token j and token i
 
 No exponent is positive. FLOPs per token and head: 2 Q (K + V) for the products of the pairs in a chunk, 4 K V for the products
-with the state. The backward pass keeps only the inputs. It recomputes the states of the chunks, then visits the chunks in
-reverse with dS = r dS' + sum_i a_i q_i^T do_i. States, decays and sums are float32 (docs/model.md section 3).
+with the state. The gradients of a chunk follow from do and from dS', the gradient of the state after the chunk:
+
+    dq_i = a_i do_i S^T  + sum_{j <= i} D_ij (do_i . v_j) k_j
+    dk_j = b_j v_j dS'^T + sum_{i >= j} D_ij (v_j . do_i) q_i
+    dv_j = b_j k_j dS'   + sum_{i >= j} D_ij (k_j . q_i) do_i
+    dS   = r dS' + sum_i a_i q_i^T do_i
+
+Each of these has the form of o or S'. For example, dq is o with (do, v, k) as (q, k, v) and S^T as S. The equations of dk, dv
+and dS run in reverse time, from dS' to dS: in them, a and b are exchanged and D is transposed.
+
+The backward pass keeps only the inputs. It recomputes the states of the chunks, then visits the chunks in reverse. States,
+decays and sums are float32 (docs/model.md section 3).
 
 Axis p is the tokens of a chunk as keys, where Q is the same tokens as queries.
 """
@@ -31,7 +43,10 @@ from mmx.kernels.products import einsum
 
 
 class Chunks(NamedTuple):
-    """Decays (see the table above) and documents of all chunks. Without segments, axis B has size 1."""
+    """Decays (see the table above) and documents of all chunks. Without segments, axis B has size 1.
+
+    In the loops over chunks, `this` contains the arrays of one chunk: the fields keep their names, but have no axis N.
+    """
     a_NBHQ: jax.Array
     b_NBHQ: jax.Array
     r_NBH: jax.Array
@@ -108,7 +123,7 @@ def _chunk_size(chunk, T):
 
 
 def _advance(state_BHKV, k_BHQK, v_BHQV, this: Chunks):
-    """Returns the state after a chunk. `this` contains the decays of this chunk, without axis N."""
+    """Returns the state after a chunk."""
     return this.r_NBH[..., None, None] * state_BHKV + einsum("BHQK,BHQV->BHKV", k_BHQK * this.b_NBHQ[..., None], v_BHQV)
 
 
@@ -135,7 +150,9 @@ def _chunks(log_decay_H, segments_BT, T, chunk):
 
     first_NB1 = jnp.arange(len(segments_NBQ))[:, None, None] * chunk
     begin_B1, end_B1 = jnp.split(bounds_B2, 2, axis=1)
-    start_NB1, time_NBQ = (jnp.clip(first_NB1 + offset, begin_B1, end_B1) for offset in (0, jnp.arange(1, chunk + 1)))
+    # Clipping to [begin, end] counts only tokens at which the state decays. time and total are t_i and t of the docstring.
+    start_NB1 = jnp.clip(first_NB1, begin_B1, end_B1)
+    time_NBQ = jnp.clip(first_NB1 + jnp.arange(1, chunk + 1), begin_B1, end_B1)
     time_NBQ = (time_NBQ - start_NB1).astype(log_decay_H.dtype)
     total_NB1 = time_NBQ[:, :, -1:]
 
