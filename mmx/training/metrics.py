@@ -159,7 +159,7 @@ class Log:
 
 
 class _SafeWriter:
-    """Keeps the first OSError of the thread that writes TensorBoard events. `check` raises it in the training loop.
+    """Catches OSErrors of the thread that writes TensorBoard events. `check` raises the last one in the training loop.
 
     An uncaught error, such as a full disk, would end that thread. Writing a later event would then wait forever.
     """
