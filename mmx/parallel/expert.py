@@ -54,12 +54,12 @@ def moe(x_BTD, live_BT, router_DE, weights, routing: Routing):
         top_k: experts of a token.
         capacity: capacity factor. Each expert accepts at most capacity * tokens * top_k / experts assignments of the whole
           batch; later ones are dropped. 0: no dropping.
-        transport: buffer factor of the all-to-all. Each device sends at most transport * (its assignments / devices)
-          assignments to each peer; 0: enough for any routing.
+        transport: buffer factor of the all-to-all over the mesh axis ep. A device sends at most transport * (its assignments /
+          ep) assignments to each of the ep devices; 0: enough for any routing.
         token_groups: number of groups that a device's tokens are exchanged in. The exchange of one group overlaps with the
           computation of another.
-        ragged: use a ragged all-to-all, which CPUs do not have. `transport` then limits what a device receives from all
-          peers together.
+        ragged: use a ragged all-to-all, which CPUs do not have, instead of the default mode (see `parallel.exchange`).
+          `transport` then limits what a device receives from all ep devices together.
     Returns:
       y_BTD, the router logits_BTE, and the routing statistics (`routing.Stats`).
     """
@@ -108,7 +108,7 @@ def _exchange(x_MD, choices: Choices, capacity: int, axes, weights, routing: Rou
     for group in groups:
         x_rD = exchange.dispatch(x_MD[group.tokens], group, axes)
         received, rank_r1, count_e = exchange.contents(group)
-        etp = len(group.weight_bC) // len(group.token_pC)       # b / p, with slots and ragged (see `parallel.exchange`)
+        etp = jax.lax.axis_size("etp") if "etp" in axes else 1
         block = block_size(group.slot_Mj.size * etp, len(count_e))
         y_rD = _compute_sorted(x_rD, received, rank_r1, count_e, weights, block)
         y_MD.append(exchange.combine(y_rD, group, axes))
@@ -134,13 +134,12 @@ def _compute_replicated(x_MD, choices: Choices, axes, weights):
     Each device computes its experts (ep) with its part of their hidden units F (etp). The outputs are summed over `axes`.
     """
     E = len(weights[0])
-    x_MD, weight_Mj, keep_Mj, own_Mj = jax.lax.pcast((x_MD, choices.weight_Mj, choices.keep_Mj, choices.expert_Mj), axes,
-                                                     to="varying")
+    x_MD, choices = jax.lax.pcast((x_MD, choices), axes, to="varying")
     if "ep" in axes:
-        own_Mj -= jax.lax.axis_index("ep") * E
-        keep_Mj &= (own_Mj >= 0) & (own_Mj < E)
-    own = Choices(jnp.clip(own_Mj, 0, E - 1), weight_Mj, keep_Mj)
-    return jax.lax.psum(_compute(x_MD, own, weights), axes)     # 'M D -> M D', summed
+        local_Mj = choices.expert_Mj - jax.lax.axis_index("ep") * E     # 0 to E - 1 for an expert of this device
+        is_local_Mj = (local_Mj >= 0) & (local_Mj < E)
+        choices = Choices(jnp.clip(local_Mj, 0, E - 1), choices.weight_Mj, choices.keep_Mj & is_local_Mj)
+    return jax.lax.psum(_compute(x_MD, choices, weights), axes)     # 'M D -> M D', summed
 
 
 def _compute_sorted(x_MD, choices: Choices, rank_Mj, count_E, weights, block: int):
@@ -152,8 +151,8 @@ def _compute_sorted(x_MD, choices: Choices, rank_Mj, count_E, weights, block: in
 def _gathered(weights, specs, axes):
     """The complete weights of this device's experts, gathered from FSDP's shards.
 
-    `axes` are the mesh axes over which the weights' gradients are summed: the axes whose devices have different tokens or, if
-    all devices have the same tokens, the expert axes.
+    `axes` are the mesh axes whose devices compute different outputs. If the mesh shards the tokens, these are the token axes,
+    otherwise the expert axes. The backward pass sums the weights' gradients over `axes` (see `sharding.gather_weight`).
     """
     return [sharding.gather_weight(*args, axes) for args in zip(weights, WEIGHT_AXES, specs)] if axes else weights
 

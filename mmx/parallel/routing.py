@@ -62,8 +62,11 @@ def choose(x_MD, router_DE, top_k: int):
 
 def expert_capacity(capacity: float, assignments: int, E: int) -> int:
     """Returns how many assignments one expert accepts: ceil(capacity x assignments / E), or all if `capacity` is 0."""
-    # The product is truncated to a multiple of 1e-6: a rounding error such as 1.1 x 10 = 11.000000000000002 must not add one.
-    return -(-int(capacity * assignments * 1e6) // int(E * 1e6)) if capacity else assignments
+    if not capacity:
+        return assignments
+    # 1.1 x 10 is 11.000000000000002 in floating point. Only six decimals are kept, so that the ceiling is 11 and not 12.
+    millionths = int(capacity * assignments * 1e6)
+    return -(-millionths // int(E * 1e6))       # the ceiling of the quotient
 
 
 def queue_positions(expert_BTj, live_BT, E: int, rows=(), time=()):
@@ -79,10 +82,15 @@ def queue_positions(expert_BTj, live_BT, E: int, rows=(), time=()):
 
 
 def _counts_before(count_BjE, rows, time):
-    """Returns how many assignments precede this device's tokens of each row, by choice and expert [B, j, E], and all [j, E].
+    """Counts assignments over the devices of the mesh axes `rows` and `time`.
 
-    `count_BjE` counts the assignments of this device's tokens. A device receives 4 B j E bytes from each device of the mesh
-    axes `time` and 4 j E bytes from each device of `rows`.
+    A device receives 4 B j E bytes from each device along `time` and 4 j E bytes from each device along `rows`.
+
+    Args:
+      count_BjE: for each row, choice and expert, the number of assignments of this device's tokens.
+    Returns:
+      before_BjE: the number of assignments of the same choice and expert that come before this device's tokens of the row.
+      total_jE: the number of assignments of all rows and devices.
     """
     earlier_BjE, row_BjE = earlier_and_total(count_BjE, time)
     before_jE, total_jE = earlier_and_total(row_BjE.sum(0), rows)
@@ -90,10 +98,13 @@ def _counts_before(count_BjE, rows, time):
 
 
 def earlier_and_total(count, axes):
-    """Returns the sum of `count` over the devices with a lower index on the mesh axes, and the sum over all devices."""
+    """Returns the sum of `count` over the devices with a lower index on the mesh axes, and the sum over all devices.
+
+    A device receives the bytes of `count` from each other device.
+    """
     if not axes:
         return jnp.zeros_like(count), count
-    counts = jax.lax.all_gather(count, axes)        # 'n -> devices n': 4 n bytes from each other device
+    counts = jax.lax.all_gather(count, axes)        # [...] -> [devices, ...]
     before = jnp.arange(len(counts)) < jax.lax.axis_index(axes)
     return jnp.tensordot(before.astype(count.dtype), counts, 1), jax.lax.psum(count, axes)
 

@@ -7,12 +7,15 @@ from mmx.config import Experiment
 from mmx.data import pipeline
 from mmx.parallel import sharding
 
+TILE_ARRAYS = ("pixels", "ends")        # arrays of a batch by block and tile (see `loss.loss`); the others are by row
+
 
 class Batches:
     """The training data of a run. The state of `stream` is the same in all processes."""
 
     def __init__(self, e: Experiment, mesh):
         host, self.hosts = meshes.data_host(mesh)
+        # The mesh divides the rows of a batch into blocks. A block's rows and image tiles are on the same devices.
         blocks, devices_per_block = sharding.size(mesh, sharding.ROWS), sharding.size(mesh, sharding.TIME)
         self.stream = pipeline.stream(e.data, e.train, host=host, hosts=self.hosts, vision=e.model.vision, blocks=blocks,
                                       devices_per_block=devices_per_block)
@@ -27,9 +30,9 @@ class Batches:
         batch = pipeline.stack_micro_batches([self.stream.next() for _ in range(micro_batches)])
         tiles = int(batch.pop("tiles", np.int64(0)).sum())
         arrays = {}
-        for name, x in batch.items():       # x: this process's part, [micro-batches, rows / hosts or blocks / hosts, ...]
+        for name, x in batch.items():       # x: this process's part, [micro-batches, rows or blocks / hosts, ...]
             shape = x.shape[0], x.shape[1] * self.hosts, *x.shape[2:]
-            arrays[name] = _to_devices(self.tiles if name in ("pixels", "ends") else self.rows, x, shape)
+            arrays[name] = _to_devices(self.tiles if name in TILE_ARRAYS else self.rows, x, shape)
         return arrays, tiles
 
     def replicate(self, x: float):

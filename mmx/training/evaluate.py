@@ -27,8 +27,8 @@ def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, context:
     Args:
       length: tokens in a row.
       batch: rows in a batch.
-      context: number of tokens at the start of a row that repeat the end of the previous row of the same document. They give
-        context to the next tokens and are not scored again.
+      context: overlap of the rows of a document: each row after the first starts with the last `context` tokens of the row
+        before. These tokens are not scored again, so such a row scores length - context tokens.
       loss_chunk: number of tokens whose logits are in memory at the same time.
       sharding: the sharding of a batch on a mesh, or None. Every process passes the whole batch.
     """
@@ -43,9 +43,9 @@ def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, context:
         documents = first_bytes(documents, limit)
         encoded = [tokens.document(tokenizer, raw, name) for name, raw in documents]
         rows = packing.batches(encoded, length, batch, context)
-        count = sum(len(range(0, max(len(d) - 1 - context, 1), length - context)) for d in encoded)
+        row_count = sum(len(range(0, max(len(d) - 1 - context, 1), length - context)) for d in encoded)     # as in packing.rows
         nats, pending = np.zeros(len(documents)), []
-        for document_B, row in tqdm(rows, "bits per byte", -(-count // batch), unit="batch", disable=not progress):
+        for document_B, row in tqdm(rows, "bits per byte", -(-row_count // batch), unit="batch", disable=not progress):
             if sharding:
                 row = {k: jax.make_array_from_process_local_data(sharding, x, x.shape) for k, x in row.items()}
             pending.append((document_B, nats_B(params, row)))

@@ -38,7 +38,7 @@ class Guard:
         self.restore(None)
 
     def state(self) -> dict:
-        """The part of the guard that a checkpoint saves, for JSON. "row" is the number of skipped steps in a row."""
+        """The part of the guard that a checkpoint saves, for JSON. The key "row" means `skipped_in_a_row`."""
         return self.counts() | {"row": self.skipped_in_a_row, "losses": self.losses.copy()}
 
     def counts(self) -> dict[str, int]:
@@ -91,7 +91,7 @@ class Guard:
     def roll_back(self, spike: Spike, stream, restore):
         """Rolls the parameters and the guard back to the last checkpoint, and moves the stream past the data of the spike.
 
-        The next step reads the data that follow the spike's batch, or with guard.beyond the data that many more steps later.
+        The stream continues after the spike's batch. With guard.beyond, it also skips the data of the next guard.beyond steps.
 
         Args:
           restore: reads the last checkpoint and returns it as a `loop.State`.
@@ -102,10 +102,12 @@ class Guard:
         for _ in range(self.config.beyond * self.train.micro_batches(self.train.tokens_seen(spike.step))):
             stream.next()
         state = restore()
-        stream.rewind_step_count(state.position["stream"])      # the position in the data stays
-        self.restore(state.position.get("guard"))
+        # The next step has the checkpoint's step number but new data: the stream's position in the data does not go back.
+        stream.rewind_step_count(state.position["stream"])
         self.rollbacks_since_save += 1
-        self.rollbacks += self.rollbacks_since_save     # the checkpoint's count is from before these rollbacks
+        self.restore(state.position.get("guard"))
+        # The line above set self.rollbacks to the checkpoint's count, which includes no rollback to this checkpoint.
+        self.rollbacks += self.rollbacks_since_save
         return state
 
     def saved(self) -> None:

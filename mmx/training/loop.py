@@ -22,7 +22,7 @@ class State(NamedTuple):
     step: int           # steps done
     params: dict
     opt: tuple
-    position: dict      # for JSON: "stream" and "guard" are their states, "seconds" the training time
+    position: dict      # for JSON: the states of the data "stream" and of the "guard", and the training time in "seconds"
 
 
 class Evaluation(NamedTuple):
@@ -87,7 +87,7 @@ def train_loop(run: Run, state: State, clock: Clock) -> int:
         params, opt, metrics = run.update(params, opt, batch, run.batches.replicate(lr))
         step += 1
         if pending:
-            spike = report(run, pending)
+            spike = report(run, pending)        # rolled back at the start of the next iteration
         run.guard.record_stream(step, run.batches.stream)
         pending = StepResult(step, t.tokens_seen(step), tiles, lr, clock.seconds(), metrics)
         run.log.bar.update()

@@ -36,10 +36,10 @@ def contrastive_loss(ends_bI, x_BTD, patches_bpD):
     """The mean loss over all pairs of an image and its caption; 0 without any pair.
 
     Args:
-      ends_bI: for a tile that represents an image with a caption: where the caption's last token is in the tile's block of
-        rows. The block has B / b rows of T tokens, and token t of its row n has the number n T + t. -1 for all other tiles.
-      x_BTD: the last hidden states.
-      patches_bpD: the projected patches of the b blocks, tile after tile.
+      ends_bI: the index of the last token of the tile's caption, -1 for a tile without a caption. The index counts the tokens
+        of the tile's block, row after row: it is n T + t for token t of the block's row n.
+      x_BTD: the last hidden states. The rows form b blocks of B / b rows.
+      patches_bpD: the projected patches of each block, tile after tile.
     """
     (blocks, I), D = ends_bI.shape, x_BTD.shape[2]
     dtype = wide_dtype(x_BTD.dtype)

@@ -159,17 +159,18 @@ class Log:
 
 
 class _SafeWriter:
-    """Catches OSErrors of the thread that writes TensorBoard events. `check` raises them in the training loop.
+    """Catches OSErrors of the thread that writes TensorBoard events. `check` raises the last one in the training loop.
 
-    Without it, an error such as a full disk would end that thread, and writing a later event would wait forever.
+    An uncaught error, such as a full disk, would end that thread. Writing a later event would then wait forever.
     """
 
     def __init__(self, writer):
         self.error, inner = None, writer._ev_writer
-        for name in ("write_event", "flush", "close"):
+        for name in ("write_event", "flush", "close"):      # replaces the three methods by calls of `_call`
             setattr(inner, name, functools.partial(self._call, name, getattr(inner, name), inner._file_name))
 
     def _call(self, name, function, path, *args):
+        """Calls a method of the writer. After an error, only `close` does anything."""
         try:
             return function(*args) if name == "close" or not self.error else None
         except OSError as error:

@@ -70,8 +70,10 @@ def learning_rate(t: config.Train, step: int, progress: float) -> float:
     if t.schedule == "cosine":
         return warmup * (t.lr_end + (t.lr - t.lr_end) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
     peak = config.value_at(t.rates, t.tokens_seen(step)) if t.schedule == "stepwise" else t.lr
-    remaining = min(1.0, max(0.0, 1 - progress) / t.decay) if t.decay else 1.0      # of the decay: 1 before it, 0 at the end
+    # The rate decays in the last t.decay of the run (a fraction). `remaining` is the fraction of that decay still to come.
+    remaining = min(1.0, max(0.0, 1 - progress) / t.decay) if t.decay else 1.0      # 1 before the decay, 0 at its end
     if t.decay_form == "exponential" and peak:
-        return warmup * peak * (max(t.lr_end, 1e-3 * peak) / peak) ** (1 - remaining)    # an exponential never reaches 0
+        end = max(t.lr_end, 1e-3 * peak)        # at least peak / 1000: an exponential cannot decay to 0
+        return warmup * peak * (end / peak) ** (1 - remaining)
     height = remaining if t.decay_form == "linear" else 1 - math.sqrt(1 - remaining)     # 1 at the peak, 0 at train.lr_end
     return warmup * (t.lr_end + (peak - t.lr_end) * height)

@@ -28,6 +28,8 @@ from mmx.training.metrics import Log
 from mmx.training.signals import StopSignals
 from mmx.training.step import abstract_state, init, jit_train_step
 
+LEAST_MEAN_BYTES = 65_536       # bytes per token are a mean over at least so many bytes: less text gives an inaccurate mean
+
 
 def train(experiment: Experiment, workdir: str | Path, sample=None, processes: int = 1) -> dict:
     """Starts or resumes the run in WORKDIR, and trains to its end or until SIGTERM or Ctrl-C.
@@ -110,8 +112,8 @@ def build_program(e: Experiment, mesh) -> Program:
         try:
             abstract = abstract_state(model, optimizer, t, mesh)
         except NotImplementedError as error:
-            # model.impl names a kernel that cannot run on these devices. The message starts with "impl='NAME'" and may advise
-            # impl=None, as the kernels' functions call it.
+            # The kernel that model.impl names cannot run here. Its message starts with its argument, such as "impl='gpu': ...",
+            # and may advise impl=None.
             raise ConfigError(f"model.{error} (in the config, impl=None is model.impl='')") from None
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return Program(abstract, jax.jit(functools.partial(init, model, optimizer, t), out_shardings=shardings),
@@ -120,17 +122,18 @@ def build_program(e: Experiment, mesh) -> Program:
 
 
 def build_evaluation(e: Experiment, mesh, tokenizer, sample) -> Evaluation:
-    """Returns the functions that evaluate parameters on held-out text and sample from them. They drop no token."""
+    """Returns the functions that evaluate parameters on held-out text and sample from them. The functions drop no token."""
     t, held_out = e.train, pipeline.validation(e.data)
     if t.eval_every and not held_out:
         raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text, but data.sources has only ids or images: set "
                           "train.eval_every=0")
-    model = Model(dataclasses.replace(e.model, capacity=0.0, transport=0.0))
+    model = Model(dataclasses.replace(e.model, capacity=0.0, transport=0.0))        # 0: no limit, so no token is dropped
     evaluate = make_evaluator(model, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
                               loss_chunk=t.loss_chunk, sharding=sharding.batch_sharding(mesh))
+    mean_bytes = t.eval_bytes and max(t.eval_bytes, LEAST_MEAN_BYTES)       # 0: all
     return Evaluation(lambda params: evaluate(params, held_out, t.eval_bytes)["all"],
                       sample and (lambda params: sample(model, params, tokenizer, t.sample_prompt)),
-                      bytes_per_token(tokenizer, first_bytes(held_out, t.eval_bytes and max(t.eval_bytes, 65_536))))
+                      bytes_per_token(tokenizer, first_bytes(held_out, mean_bytes)))
 
 
 class InitialCheckpoints(NamedTuple):
@@ -178,13 +181,16 @@ def restore_state(checkpoints: Checkpoints, program: Program, initial: InitialCh
 
     A new run starts at position `start`. Its parameters are from `initial`, or new if `initial` has no checkpoints.
     """
-    restored = checkpoints.restore(*program.abstract)
-    if restored is None and not any(initial):
+    if restored := checkpoints.restore(*program.abstract):
+        step, params, opt, position = restored
+        if opt is not None:
+            return State(step, params, opt, position)
+        # a converted checkpoint has only parameters
+    elif any(initial):
+        step, params = 0, initial_params(program, initial)
+    else:
         return State(0, *program.init(), start)
-    step, params, opt, position = restored or (0, initial_params(program, initial), None, None)
-    if opt is None:     # only parameters, from `initial` or a converted checkpoint: this is a new run
-        opt, position = program.init_optimizer(params), start
-    return State(step, params, opt, position)
+    return State(step, params, program.init_optimizer(params), start)
 
 
 def initial_params(program: Program, initial: InitialCheckpoints) -> dict:

@@ -61,9 +61,11 @@ def train_step(params, opt, batch, lr, *, model: Model, optimizer, train: config
         grads, metrics = jax.lax.scan(add_micro_batch, jax.tree.map(jnp.zeros_like, learned), batch)
         # Weighting each micro-batch by its number of targets gives the same means as one large batch.
         targets = metrics["targets"]
-        count = targets.sum()               # 0 if every token of the batch is part of a prompt, which has no targets
+        count = targets.sum()
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
-        metrics = jax.tree.map(lambda m: jnp.average(m, 0, jnp.where(count, targets, 1)), metrics)
+        # A batch of prompts only has no targets. Its metrics are the plain means: with weights of 0, jnp.average returns nan.
+        weights = jnp.where(count > 0, targets, 1)
+        metrics = jax.tree.map(lambda m: jnp.average(m, 0, weights), metrics)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     updates, new_opt = optimizer.update(grads, opt, learned)
