@@ -32,5 +32,5 @@ def axes_of(name: str) -> str:
 
 def is_matrix(name: str) -> bool:
     """Whether a parameter of this name takes part in a matrix product: neither a norm's scale, nor a vector, nor the biases of
-    the ViT's heads."""
+    the ViT's heads, which have two axes ("AK")."""
     return not name.startswith("norm") and len(axes_of(name)) > 1 and axes_of(name) != "AK"
