@@ -10,7 +10,7 @@ embedded corpus in rows of 256, and are evaluated on held-out rows of 2,048 byte
 needle_rope.py measures retrieval, which needs its own training data. Two learning rates, three seeds.
 Time: 0.04 hours on one H100 for 36 runs, 15 at a time, on 2026-11-27.
 Result: that half RoPE works beyond the training length is contradicted: the hybrid's loss in bytes 1,024 to 2,047 is 1.58 nats
-higher (1.14 to 1.96) than in its best earlier span, the first 256 bytes. Without RoPE it is 0.007 higher (0.003 to 0.008):
+higher (1.14 to 1.96) than in the first 256 bytes, where its loss is lowest. Without RoPE it is 0.007 higher (0.003 to 0.008):
 supports. Whether half RoPE is better than full RoPE beyond 256 bytes cannot be told: both have 2.9 nats or more there in some
 seed, near the 3.02 of byte frequencies alone. In bytes 256 to 511 and in all seeds, the hybrid is better with half RoPE than
 with full RoPE, by 0.26 (0.07 to 0.40), and softmax alone is worse, by 0.36 (0.25 to 0.45). Within 256 bytes, half RoPE is

@@ -4,9 +4,10 @@ The MiniMaxForCausalLM of transformers 5.23.0 computes a different function (doc
 model in three respects, and does not change the library:
 
     RoPE        The stock model rotates all K dimensions of a head, in pairs (i, i + K/2). The released model rotates only the
-                first r = rotary_dim, in pairs (i, i + r/2). Hooks on q_proj and k_proj permute the dimensions of q and k,
-                so that the released pair (i, i + r/2) becomes the stock pair (i, i + K/2) for i < r/2. The other stock
-                pairs get frequency zero. Attention scores do not change if q and k are permuted in the same way.
+                first r = rotary_dim, in pairs (i, i + r/2). Hooks on q_proj and k_proj permute the dimensions of q and k.
+                For i < r/2, dimension i stays and dimension i + r/2 moves to i + K/2, so a released pair becomes a stock pair.
+                The other stock pairs get frequency zero. Attention scores do not change if q and k are permuted in the same
+                way.
     decay       The slopes differ if the number of heads is not a power of two.
     dtype       The stock model keeps decays and states of lightning attention in its own dtype. The released model and
                 mmx keep them in float32; in bfloat16 the smallest slopes would be lost to rounding.

@@ -36,7 +36,7 @@ def test_text_01_has_the_released_names_and_shapes():
     assert shapes["model.layers.79.self_attn.k_proj.weight"] == (1024, 6144)
     assert shapes["model.layers.79.self_attn.o_proj.weight"] == (6144, 8192)
     assert shapes["model.layers.0.block_sparse_moe.experts.31.w2.weight"] == (6144, 9216)
-    assert max(np.prod(leaf.chunks(2)) * 2 for leaf in hf_layout.leaves(model)) <= hf_layout.SLICE_BYTES
+    assert max(np.prod(leaf.slice_shape(2)) * 2 for leaf in hf_layout.leaves(model)) <= hf_layout.SLICE_BYTES
 
 
 def test_layouts_by_hand(tmp_path):

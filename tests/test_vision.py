@@ -241,7 +241,8 @@ def test_images_must_match_their_tokens(loaded):
             (lambda: mmx.forward(loaded, ids_T[None], images=[pictures, pictures]), "a list for each of 1 rows, got 2"),
             (lambda: mmx.generate(loaded, ids_T[None], steps=1, images=[pictures, pictures]), "each of 1 prompts, got 2"),
             (lambda: mmx.generate(loaded, ids_T[None, :-4], steps=1, images=[pictures]), "the prompt ends in an image"),
-            (lambda: mmx.forward(loaded, ids_T[None], images=[[3]]), "an image must be the path of a file or a PIL.Image, not int")):
+            (lambda: mmx.forward(loaded, ids_T[None], images=[[3]]),
+             "an image must be the path of a file or a PIL.Image, not int")):
         with pytest.raises(ConfigError, match=message):
             call()
 

@@ -106,7 +106,7 @@ def one_step(folder, mesh=None, **changes):
     """Metrics and gradients of a step of two micro-batches, in float64; on a mesh layers are recomputed."""
     c = config.Model(**{**vars(C), "dtype": "float64", "remat": mesh is not None})
     model, optimizer = Model(c), optim.adamw(TRAIN)
-    where = {"blocks": sharding.size(mesh, sharding.ROWS), "share": sharding.size(mesh, sharding.TIME)} if mesh else {}
+    where = {"blocks": sharding.size(mesh, sharding.ROWS), "devices_per_block": sharding.size(mesh, sharding.TIME)} if mesh else {}
     batches = stream(folder, TRAIN, **where)
     batch = pipeline.stack_micro_batches([batches.next() for _ in range(2)])
     del batch["tiles"]

@@ -32,8 +32,7 @@ CORRECT_ANSWERS = Measure("correct answers, %", floor=QUARTER, ceiling=ALL, scal
 ACCURACY = Measure("accuracy, mean over all tasks", floor=QUARTER, ceiling=ALL)
 CORRECT_IDS = Measure("share of value ids predicted correctly", floor=QUARTER, ceiling=ALL)
 DROPPED = Measure("dropped assignments, %", lower=True, scale=100, digits=2)
-FADING = Measure("decrease of the gradient norm from the last quarter of the layers to the first, in powers of ten", lower=True,
-                 digits=2)
+FADING = Measure("log10(gradient norm in the last quarter of the layers / in the first quarter)", lower=True, digits=2)
 PADDING = Measure("padding, % of the real tokens", lower=True, scale=100, digits=1)
 
 
@@ -158,7 +157,8 @@ def rope_length() -> list[Claim]:
         test = f"[rope_length.py](../experiments/rope_length.py): trained on 256 bytes, evaluated to 2,048; {kind}"
         none, half, full = (found.get((pattern, turned)) for turned in (0, 8, 16))
         for text, arm in ((f"Half RoPE {EXTRAPOLATES} (section 2.4)", half), (f"No RoPE {EXTRAPOLATES} (ours)", none)):
-            pair = {f"bytes {BEYOND[-1]}:": (arm, loss_in(BEYOND[-1])), "best earlier span:": (arm, lowest_earlier_loss)}
+            pair = {f"bytes {BEYOND[-1]}:": (arm, loss_in(BEYOND[-1])),
+                    "lowest loss on earlier bytes:": (arm, lowest_earlier_loss)}
             claims.append(compare(Claim(f"{text}: {kind}", test), NATS, pair, -0.05))
         for text, span, bound in ((f"{NO_COST} (ours)", TRAINED, -0.01),
                                   *((f"{BETTER_BEYOND}, bytes {span}", span, 0.0) for span in BEYOND)):
@@ -319,8 +319,10 @@ def mean_exponent(found: dict[int, dict[int, float]]) -> Interval:
 def critical_batch() -> list[Claim]:
     test = ("[critical_batch.py](../experiments/critical_batch.py): runs on bytes; the gradient noise scale, an estimate of "
             "the critical batch, is fitted as loss^-p; learning rate 0.003 (no other tried)")
-    claims = [Claim("The critical batch grows as the loss falls (Fig. 13)", test),
-              Claim("At these widths it grows at least as fast as loss^-6.1, the slope of the four points of Fig. 13", test)]
+    bounds = 0, -log_log_slope(PAPERS_BATCHES)
+    texts = ("The critical batch grows as the loss falls (Fig. 13)",
+             "At these widths it grows at least as fast as loss^-6.1, the slope of the four points of Fig. 13")
+    claims = [Claim(text, f"{test}; claim: mean of p above {bound:.2g}") for text, bound in zip(texts, bounds)]
     if found := exponents_by_width():
         mean, widths = mean_exponent(found), list(found)
         difference = interval(found[widths[-1]][seed] - found[widths[0]][seed]
@@ -330,7 +332,7 @@ def critical_batch() -> list[Claim]:
         if len(found) > 1:
             text += f"; width {widths[-1]} minus width {widths[0]}: {difference.format(digits=1, sign='+')}"
         claims = [claim._replace(measured=text, verdict=verdict(mean, bound))
-                  for claim, bound in zip(claims, (0, -log_log_slope(PAPERS_BATCHES)))]
+                  for claim, bound in zip(claims, bounds)]
     return claims
 
 
@@ -342,12 +344,12 @@ def padding() -> list[Claim]:
     for median in sorted(median for median, in found) or [512]:
         test = f"`python experiments/measure/padding.py`: 1,000 log-normal lengths per seed with a median of {median:,} tokens"
         arm = found.get((median,))
-        for text, name, field, note in (
+        for text, name, field in (
                 ("Packing adds less padding than rounding each sample up to 256 tokens, as the paper's kernel does (ours)",
-                 "packed", "packed", ""),
-                ("Blocks of 32 to 256 tokens add less padding than blocks of 256 alone (section 3.3.3)", "blocks of 32 to 256",
-                 "levels", "; blocks of 32 to 256 cannot add more, so only the size of the difference is informative")):
-            claims.append(compare(Claim(f"{text}: median {median:,}", test + note), PADDING,
+                 "packed", "packed"),
+                ("Blocks of 32 to 256 tokens add less padding than blocks of 256 alone (section 3.3.3). They cannot add more, "
+                 "so only the size of the difference is informative", "blocks of 32 to 256", "levels")):
+            claims.append(compare(Claim(f"{text}: median {median:,}", test), PADDING,
                                   {name: (arm, field), "blocks of 256": (arm, "blocks")}))
     return claims
 

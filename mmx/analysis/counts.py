@@ -1,7 +1,7 @@
-"""Parameters and FLOPs of a model, counted from the shapes that its modules create and from its kinds' records.
+"""Parameters and FLOPs of a model, counted from the shapes of its parameters and the `Kind` records of its layers.
 
-FLOPs count the model's function: two for each multiplication with a matrix parameter, and what a kind's record says that
-its mixer computes besides. Embedding lookup, norms, routing and recomputation count nothing.
+A token costs two FLOPs for each matrix parameter that it is multiplied with, plus the FLOPs that `Kind.flops` gives for the
+rest of a mixer. Embedding lookup, norms, the choice of experts and recomputation count as 0.
 """
 import dataclasses
 import functools
@@ -55,12 +55,13 @@ def flops_training(c: config.Model, length: int) -> float:
 
 
 def flops_companion(c: config.Model, length: int) -> float | None:
-    """Forward and backward FLOPs of a token as the paper's Table 1 and its companion (arXiv 2406.16690, appendix A) count.
+    """Forward and backward FLOPs of a token, as counted in the paper's Table 1 and in arXiv 2406.16690, appendix A.
 
-    They count by the number of layers, width d and heads h alone: a layer has 4 d^2 parameters in its mixer and 8 d^2 in its
-    dense feed-forward part, six FLOPs each; a softmax token attends to all `length` keys; lightning has chunks of d / h tokens
-    and a gate of rank d / h; norms and activations are 20 d. Embedding and head count nothing. With more than one expert, which
-    neither source counts, the feed-forward part is the router and the top_k experts. None: a kind that neither source counts.
+    The two sources count by the number of layers, width d and heads h alone: a layer has 4 d^2 parameters in its mixer and 8
+    d^2 in its dense feed-forward part, six FLOPs each; a softmax token attends to all `length` keys; lightning has chunks of d
+    / h tokens and a gate of rank d / h; norms and activations are 20 d. Embedding and head count nothing. With more than one
+    expert, which neither source counts, the feed-forward part is the router and the top_k experts. Returns None if neither
+    source counts one of the model's kinds.
     """
     d, kinds = c.dim, {letter: kind_of(letter) for letter in set(c.pattern)}
     if not all(kind.paper_flops for kind in kinds.values()):
@@ -72,7 +73,7 @@ def flops_companion(c: config.Model, length: int) -> float | None:
 def flops_tile(c: config.Model) -> float:
     """Forward FLOPs of one image tile through the encoder and the projector; 0 for a model without vision.
 
-    Two for each matrix parameter and place that it is applied to, 4 P^2 J a layer for scores and values.
+    A matrix parameter costs two FLOPs at each position that it is applied to. Scores and values cost 4 P^2 J a layer.
     """
     v = c.vision
     if not v.layers:

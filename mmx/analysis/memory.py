@@ -76,7 +76,8 @@ def all_softmax(m: config.Model) -> config.Model:
 def params_read(m: config.Model, tokens: int) -> float:
     """The expected number of parameters that a step of `tokens` tokens reads.
 
-    These are all but the embedding, of which few rows are read, and the experts that `tokens` uniform draws of top_k select.
+    The embedding does not count, because few of its rows are read. Of the experts, the expected number that the tokens select
+    counts if each token draws top_k experts uniformly. All other parameters count.
     """
     counts, idle = count_params(m), m.experts - m.top_k
     expert = (counts.total - counts.vision - counts.active_all) / idle if idle else 0

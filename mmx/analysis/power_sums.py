@@ -2,8 +2,8 @@
 
     log L = logsumexp over m of (u_m - e_m x_m)
 
-x_m is the logarithm of a feature of the run (compute, parameters, tokens) less its mean over the runs, so that 25 thousand
-parameters and 1 trillion tokens are the same problem. The constant term has e_m = 0.
+x_m is the logarithm of a feature of the run (compute, parameters, tokens) less its mean over the runs, so the fit does not
+depend on the unit of the feature. The constant term has e_m = 0.
 
 `solve` minimises from the best of a grid of starting points: L-BFGS first, then `descend` to the last digit. `bootstrap`
 runs `descend` on all resamples at once. scipy.optimize.least_squares finds the same minima (exponents within 1e-8), but one
@@ -96,10 +96,10 @@ def solve(x_KI, y_I, constant: bool, delta: float, bounds) -> np.ndarray:
 def descend(theta_RJ, x_KI, weight_RI, y_I, delta: float, bounds, steps: int = 400) -> tuple[np.ndarray, np.ndarray]:
     """Moves each row of `theta_RJ` to the nearest minimum of its Huber loss with weights `weight_RI`.
 
-    The step solves a linear system of a sum of two matrices. Newton's matrix counts only the runs with residuals below delta
-    and may be singular. The matrix of iteratively reweighted least squares counts all runs, and its steps never increase the
-    loss. The factor of the second matrix falls after a step that decreases the loss and grows after any other step, as the
-    damping of Levenberg and Marquardt does.
+    Each step solves a linear system whose matrix is N + damping * W. N is Newton's matrix: it contains only the runs with
+    residuals below delta and may be singular. W is the matrix of iteratively reweighted least squares: it contains all runs,
+    and its steps never increase the loss. As in the method of Levenberg and Marquardt, the damping falls after a step that
+    decreases the loss and grows after any other step.
 
     Returns:
       theta_RJ and the loss_R.

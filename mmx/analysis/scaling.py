@@ -12,10 +12,10 @@
                 (arXiv 2501.08313, eq 14; the paper gives neither the fitting method nor the fitted values)
 
 C is compute in FLOPs; N and P are parameters; D and T are tokens. Every law except isoflop is a sum of powers
-(mmx.analysis.power_sums). The bootstrap draws runs with replacement; for isoflop it draws residuals of the parabolas, within
-and across budgets. A 95 % interval is symmetric about the value (about its logarithm for coefficients). Its half width is the
-distance to the further of the 2.5 % and 97.5 % percentiles of the resamples, times the quotient of Student's t and normal
-quantiles, which widens it for few runs.
+(mmx.analysis.power_sums). The bootstrap draws runs with replacement. For isoflop it keeps the fitted parabolas
+and adds residuals drawn from all budgets. A 95 % interval is symmetric about the value (about its logarithm for coefficients).
+Its half width is the distance from the value to the 2.5 % or the 97.5 % percentile of the resamples, whichever is further away.
+For few runs it is widened by the quotient of Student's t quantile and the normal one.
 
 Array axes: R, I, K and J as in power_sums; G compute budgets.
 """

@@ -170,7 +170,7 @@ def from_hf(path: str | Path, out: str | Path, dtype: str | None = None, progres
         leaves = hf_layout.leaves(source.model)
         dtypes = {leaf.path: _dtype(dtype) or source.dtype(leaf) for leaf in leaves}
         arrays = manager.create_params(partial / "checkpoints" / "0", {
-            leaf.path: (leaf.shape, dtypes[leaf.path], leaf.chunks(source.dtype(leaf).itemsize)) for leaf in leaves})
+            leaf.path: (leaf.shape, dtypes[leaf.path], leaf.slice_shape(source.dtype(leaf).itemsize)) for leaf in leaves})
 
         def write(leaf, piece, slice_):
             with manager.storage_errors(f"{out} cannot be written"):
@@ -189,8 +189,9 @@ def to_hf(path: str | Path, out: str | Path, dialect: str = "transformers", dtyp
     Args:
       path: a checkpoint in either form.
       out: the new directory.
-      dialect: the keys of config.json. "transformers" loads everywhere: it contains the released keys too, and the decay
-        buffers if the number of heads is not a power of two, for which transformers would compute different ones.
+      dialect: the keys of config.json. "transformers" loads everywhere, because it contains the released keys too. If the
+        number of heads is not a power of two, it also contains the decay buffers, because transformers computes different
+        decays.
       dtype: "float32", "bfloat16" or "float16"; None: the dtype of each array stays.
       shard_bytes: most bytes of tensors in one file, unless a single tensor is larger.
     Returns:

@@ -17,7 +17,8 @@ FACTORS = {     # key of mmx: (key of the released dialect, key of transformers)
 def read_model(config: dict, where) -> dict:
     """The arguments of config.Model that a config.json in either dialect describes. Raises ConfigError.
 
-    If it has the keys of both dialects, the released ones apply, because transformers always rotates the whole head. Missing
+    If it has the keys of both dialects, the released ones apply: transformers rotates the whole head
+    whatever its keys say, so they can be wrong. Missing
     keys get the defaults of the released code, except postnorm: it is true, as in every released config.
 
     Args:
@@ -129,9 +130,9 @@ def _as_list(value) -> list:
 def write_model(model: Model, dialect: str, dtype: str, ids: dict) -> dict:
     """config.json of a model, as a dict.
 
-    The transformers dialect contains the released keys too: transformers keeps and ignores them, and does not apply its
-    own key for partial RoPE. router_aux_loss_coef is scaled so that transformers' form of the balance loss has the same
-    effect as the model's (docs/model.md section 5).
+    The transformers dialect contains the released keys too. transformers ignores them, and keeps them if it writes the file
+    again. It also ignores its own key for partial RoPE. router_aux_loss_coef is scaled so that transformers' form of the
+    balance loss has the same effect as the model's (docs/model.md section 5).
 
     Args:
       dialect: "released" or "transformers".

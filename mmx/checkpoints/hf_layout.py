@@ -1,9 +1,9 @@
 """Names and layouts of the tensors of the released checkpoint form (docs/model.md section 6).
 
-`leaves` lists the arrays of a model's parameter tree with the released tensors that each of them stacks; reading and writing
-walk the same slices. A slice is a range of a released tensor's first axis: one contiguous range of bytes, or one for each head
-where q, k and v are interleaved. Memory is bounded by SLICE_BYTES, not by a tensor. Shapes come from the modules themselves
-(`model.abstract_params`), names of a mixer's tensors from its kind's record.
+`leaves` lists the arrays of a model's parameter tree. Each array stacks one or more released tensors, which the list names.
+Reading and writing use the same slices. A slice is a range of a released tensor's first axis. It is one contiguous range of
+bytes, or one range for each head if the tensor interleaves q, k and v. Memory is bounded by SLICE_BYTES, not by a tensor.
+Shapes come from the modules themselves (`model.abstract_params`), names of a mixer's tensors from its kind's record.
 """
 import dataclasses
 import math
@@ -83,7 +83,7 @@ class Leaf:
         return "".join(letter for letter in self.axes if letter not in self.released)
 
     @property
-    def own(self) -> str:
+    def tensor_axes(self) -> str:
         """The leaf's axes within one released tensor."""
         return self.axes[len(self.stacked):]
 
@@ -106,7 +106,7 @@ class Leaf:
         count = max(1, SLICE_BYTES // (math.prod(rest) * itemsize))
         return -(-first // -(-first // count))
 
-    def chunks(self, itemsize: int) -> tuple[int, ...]:
+    def slice_shape(self, itemsize: int) -> tuple[int, ...]:
         """The shape of a slice in the leaf."""
         special = dict.fromkeys(self.stacked, 1) | {self.released[0]: self.slice_length(itemsize)}
         return tuple(special.get(letter, size) for letter, size in zip(self.axes, self.shape))
@@ -118,16 +118,16 @@ class Leaf:
         for index, name in self.tensors():
             for start in range(0, end, length):
                 span = slice(start, min(start + length, end))
-                inside = tuple(span if letter == first else slice(None) for letter in self.own)
+                inside = tuple(span if letter == first else slice(None) for letter in self.tensor_axes)
                 yield Slice(name, span.start, span.stop, index + inside)
 
     def from_released(self, block: np.ndarray) -> np.ndarray:
         """A slice in the released layout, transposed to the leaf's axes."""
-        return block.transpose([self.released.index(letter) for letter in self.own])
+        return block.transpose([self.released.index(letter) for letter in self.tensor_axes])
 
     def to_released(self, block: np.ndarray) -> np.ndarray:
         """The inverse of `from_released`."""
-        return np.ascontiguousarray(block.transpose([self.own.index(letter) for letter in self.released]))
+        return np.ascontiguousarray(block.transpose([self.tensor_axes.index(letter) for letter in self.released]))
 
 
 def leaves(model: Model) -> list[Leaf]:

@@ -48,7 +48,7 @@ class Checkpoints:
     Args:
       every: a step is saved every `every` steps.
       keep: number of latest steps that are kept.
-      verify: whether `restore` compares files with their checksums. The processes share the files.
+      verify: whether `restore` compares files with their checksums. Each process compares some of the files.
     """
 
     def __init__(self, workdir: str | Path, every: int, keep: int, verify: bool = True):
@@ -180,7 +180,7 @@ class Checkpoints:
 
 
 def first_problem(problem: str) -> str:
-    """Returns the first non-empty problem of any process, the same in all. Every process must call it."""
+    """Returns the first message that is not empty, in the order of processes. Every process must call it; all get the same."""
     if jax.process_count() == 1:
         return problem
     buffer = np.zeros(1000, np.uint8)
@@ -308,7 +308,7 @@ def storage_errors(problem: str, remedy: str = ""):
 def open_arrays(step: Path, item: str = "params", limits: dict = CONTEXT) -> dict[tuple[str, ...], ts.TensorStore]:
     """Opens the arrays of an item of a step, by their paths in its tree. Read them with `read_slice`.
 
-    Chunks of zeros are written too, so a missing chunk is an error.
+    zarr may omit chunks that contain only zeros. Ours are always written, so a missing chunk is an error.
 
     Args:
       limits: TensorStore's limits of memory and parallel work.
@@ -381,7 +381,8 @@ def _read_tree(step: Path, item: str, tree):
 def create_params(step: Path, arrays: dict[tuple[str, ...], tuple]) -> dict[tuple[str, ...], ts.TensorStore]:
     """Creates a step with empty arrays in a params item that Orbax can restore.
 
-    Each chunk is one file (Orbax's layout without OCDBT), so writing a slice that is a chunk rewrites nothing.
+    Each chunk is one file, so writing a slice that is a chunk rewrites nothing. (Orbax's default layout, OCDBT, puts many chunks
+    into one file.)
 
     Args:
       arrays: (shape, dtype, chunk shape) by path in the parameter tree.

@@ -189,9 +189,10 @@ class Files:
 
 
 def byte_ranges(leaf: Leaf, piece: Slice, itemsize: int) -> Iterator[tuple[int, int, int]]:
-    """The contiguous parts of a slice: (offset in the tensor [bytes], start, stop), the latter along the slice's first axis.
+    """The contiguous parts of a slice: (offset in the tensor [bytes], start, stop). start and stop are indices of the slice's
+    first axis.
 
-    It is one part, or one for each entry of that axis if the tensor interleaves several arrays, such as q, k and v.
+    There is one part, or one for each entry of that axis if the tensor interleaves several arrays, such as q, k and v.
     """
     row = math.prod(leaf.sizes(leaf.released[1:])) * itemsize
     _, _, part, parts = leaf.layout

@@ -191,8 +191,8 @@ def tokens_per_row(e: Experiment, mode: str) -> int:
 def context_length(e: Experiment, mode: str) -> int:
     """Returns the length of a sequence whose mean FLOPs per token equal the mean of the tokens that one run processes.
 
-    A run processes the last T tokens of a row of length n. They attend to n - T / 2 keys on average, and so do all tokens of a
-    sequence of 2 n - T tokens.
+    A run processes the last T tokens of a row of length n, which attend to n - T / 2 keys on average. The tokens of a causal
+    sequence of m tokens attend to m / 2 keys on average, so m = 2 n - T.
     """
     return 2 * e.train.length - tokens_per_row(e, mode)
 

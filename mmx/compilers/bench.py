@@ -4,8 +4,8 @@ Compiled for a described chip, with no need for the hardware: for TPUs a static 
 for the bytes that must be moved (the floor); for GPUs the resources of the compiled kernels. Nothing runs, so none of these
 figures is a measured time. Timed on this machine's device: the median of several runs, for each length.
 
-The inputs are one sequence (64 for decode), 64 heads of 128, in bfloat16 (float32 when timed on a CPU). The case "layer" adds
-the projections of MiniMax-Text-01, whose model dimension is 6,144.
+The inputs are one sequence (64 sequences for decode) with 64 heads of dimension 128, in bfloat16 (float32 when timed on a CPU).
+The case "layer" adds the projections of MiniMax-Text-01, whose model dimension is 6,144.
 """
 import functools
 import importlib
@@ -267,7 +267,7 @@ def _triton_program(run, *shapes, chip):
               jax_triton.triton_lib, _JAX_TRITON_DUMP_DIR=folder, _COMPILED_KERNEL_CACHE={})):
         kernels, text = ptx.program(run, *shapes, chip=chip)
         return kernels | {name: cost._replace(ctas=grids[name.partition(" ")[0]])
-                          for name, cost in ptx.dumped(folder, chip).items()}, text
+                          for name, cost in ptx.read_dump(folder, chip).items()}, text
 
 
 def _time(lengths, out, as_json):
@@ -325,7 +325,7 @@ def _time_row(case, impl, length, tokens, ms, moved):
 
 
 def median_ms(function, *args, carried=False):
-    """Median time of RUNS calls, or more while they take less than half a second, up to 100, in milliseconds.
+    """Median time of a call in milliseconds. Makes RUNS calls, or more (at most 100) until they take half a second together.
 
     carried: pass the result on as the first argument of the next call.
     """

@@ -7,8 +7,8 @@ XLA's own cost analysis counts the body of a loop once. Here an instruction coun
 
 - Loops in HLO for GPUs and CPUs state their trip count (known_trip_count).
 - For TPUs the trip count is the largest constant in the loop's condition, less the counter's first value.
-- If the condition has no constant, the loop is assumed to slice its way through the largest array that its body slices.
-- Of a conditional, the branch with the most matrix FLOPs counts.
+- If the condition has no constant, the trip count is the number of slices in the largest array that the loop's body slices.
+- A conditional counts as its branch with the most matrix FLOPs.
 
 The figures are therefore upper bounds where a run skips work.
 """

@@ -2,7 +2,7 @@
 
 XLA compiles for a described GPU (mmx/compilers/*.txtpb) and writes the PTX of each kernel and the launch plan. `ptxas`
 assembles the PTX and reports registers and spills; the launch plan has shared memory and grids. jax-triton compiles its
-kernels itself, and `dumped` reads the files it writes. All figures are resources, not times.
+kernels itself, and `read_dump` reads the files it writes. All figures are resources, not times.
 """
 import functools
 import glob
@@ -72,7 +72,7 @@ def program(function, *args, chip: str) -> tuple[dict[str, Kernel], str]:
     return kernels, compiled.as_text()
 
 
-def dumped(folder, chip: str) -> dict[str, Kernel]:
+def read_dump(folder, chip: str) -> dict[str, Kernel]:
     """Reads the kernels that jax-triton compiled for `chip` and wrote to `folder` (JAX_TRITON_DUMP_DIR).
 
     The keys are the kernel's name and its subfolder, separated by a space.

@@ -1,8 +1,8 @@
 """Static cost of a jitted function on a TPU, from libtpu's compiler; no TPU is needed.
 
 libtpu compiles for a described TPU and dumps, for every kernel and fusion, its schedule: a list of bundles (instruction
-words). A TensorCore issues one bundle a cycle, before the compiler inserts delays. This module parses three of the dumped
-files and the optimised HLO:
+words). A TensorCore issues one bundle a cycle. The schedule is from the stage before the compiler inserts delays. This module
+parses three of the dumped files and the optimised HLO:
 
     *-pre-delay-per-bundle-utilization.txt      how many slots of each functional unit every bundle uses
     *-packed-bundles-post-ra.txt                the bundles' instructions, from which loops and branches are read

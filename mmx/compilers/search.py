@@ -6,9 +6,9 @@ The cost model estimates the peak memory of a device from the sharding tables, a
 - gradients.
 - saved: what the layers save for the backward pass, which is each layer's input if layers are recomputed (model.remat).
 - vocabulary: embedding and head, gathered.
-- work: the logits of one chunk, or one layer's gathered weights and activations, with gradients of the same size in
-  training, plus the inputs and outputs of experts. The larger of the two counts. In training with recomputation, the experts
-  of all layers of the pattern count, since the compiler computes the gradients of their weights last.
+- work: the larger of two: the logits of one chunk; or one layer's gathered weights and activations, with gradients of the same
+  size in training, plus the inputs and outputs of experts. In training with recomputation, the inputs and outputs of the
+  experts of all layers of the pattern count, because the compiler computes the gradients of the experts' weights last.
 
 It estimates the seconds of a step as max(compute, overlapped exchanges) + exposed exchanges:
 

@@ -34,7 +34,8 @@ class Vision:
     hidden: int = 4096              # U, width of the ViT's MLPs
     tile: int = 336                 # [pixels] height and width of a tile
     patch: int = 14                 # [pixels] height and width of a patch; a tile has (tile / patch)^2 patches
-    # grids (rows, columns) of tiles that an image may be cut into; a tile of the whole image is added; (): that tile only
+    # grids (rows, columns) of tiles that an image may be cut into. Every image also gets a tile with the whole image; with (),
+    # it gets only this tile
     grids: tuple = dataclasses.field(default=GRIDS, repr=False)
     norm_eps: float = 1e-5          # epsilon of the ViT's layer norms
     token: int = 200_025            # token id that stands for each token of an image
@@ -78,19 +79,20 @@ class Model:
     experts: int = 8                # E, number of experts in a layer
     top_k: int = 2                  # number of experts that process a token
     expert_dim: int = 512           # F, hidden width of an expert
-    # capacity factor: an expert accepts at most capacity * tokens * top_k / experts tokens of a batch and drops the others;
-    # 0: no dropping
+    # capacity factor: capacity * (tokens of the batch * top_k / experts) is the largest number of tokens that an expert
+    # accepts. It drops the others. 0: no dropping
     capacity: float = 0.0
-    # buffer factor of the all-to-all that sends tokens to experts: a device sends each of its n peers at most
-    # transport / n of its tokens' assignments and drops the others; 0: large enough for any routing
+    # buffer factor of the all-to-all that sends tokens to experts. Of its tokens' assignments, a device sends at most the
+    # fraction transport / mesh.ep to each device and drops the others. 0: buffers are large enough for any routing
     transport: float = 0.0
-    # number of groups into which a device splits its tokens: one group is exchanged while the experts compute another
+    # number of groups into which a device splits its tokens. While experts compute one group, the next is exchanged, so that
+    # communication overlaps with compute
     token_groups: int = 1
     # send tokens to experts by a ragged all-to-all (TPU and GPU), which needs no padding; transport then limits what a device
     # receives from all peers together
     ragged: bool = False
-    # load-balancing loss, from f, the share of assignments of each expert, and m, its mean router probability: switch
-    # E sum(f m); paper (1/E) sum(f m); hf: top_k E sum(f m), with f and m averaged over all layers first
+    # form of the load-balancing loss, with s = sum over experts of (share of assignments * mean router probability): switch:
+    # E s; paper: s / E; hf: top_k E s, with both factors averaged over all layers first (docs/model.md section 5)
     aux: str = "switch"
     aux_weight: float = 0.01        # weight of the load-balancing loss (paper section 4.2)
     z_weight: float = 0.0           # weight of the router z-loss, mean of logsumexp(logits)^2
@@ -104,13 +106,15 @@ class Model:
     beta_lightning: float = 1.0     # factor of the mixer's output, lightning layers
     beta_softmax: float = 1.0       # the same for softmax and window layers
     beta_moe: float = 1.0           # factor of the experts' output
-    context: int = 8192             # [tokens] longest intended sequence; written to config.json, limits nothing
+    # [tokens] longest intended sequence; written to config.json. Training and inference also accept longer sequences
+    context: int = 8192
     # initial values: xavier, fan_in, or deepnorm: xavier with the v, output and expert matrices times (8 * layers)^(-1/4)
     init: str = "deepnorm"
     embed_std: float = 0.02         # standard deviation of the embedding's initial values
     dtype: str = "float32"          # dtype of the computation: float32, bfloat16 or float64; trained parameters are float32
     remat: bool = False             # recompute each layer's activations in the backward pass
-    # with remat: keep the tokens that arrived at their experts' devices, so that the backward pass does not send them again
+    # with remat: store the tokens that a device received for its experts, so that the backward pass does not exchange them
+    # again; needs more memory
     keep_arrived: bool = False
     impl: str = ""                  # lightning attention kernel: xla, tpu, gpu or triton; empty: by platform
     chunk: int = 0                  # [tokens] chunk of lightning attention; 0: chosen by the kernel
@@ -147,7 +151,7 @@ class Model:
         m.vision.validate(m.vocab)
 
     def portable(self) -> "Model":
-        """The same function with the implementation keys at their defaults, which any machine can compute."""
+        """The same function in a form that any machine can compute: IMPLEMENTATION_KEYS have their defaults."""
         return dataclasses.replace(self, **{name: getattr(Model, name) for name in IMPLEMENTATION_KEYS})
 
     @property
@@ -180,7 +184,7 @@ class Train:
     lr_end: float = 0.0             # final learning rate
     schedule: str = "wsd"           # wsd (warm-up, stable, decay), cosine or stepwise
     warmup: int = 100               # [steps] length of the linear warm-up, in every schedule
-    decay: float = 0.2              # wsd and stepwise: fraction of the run, at its end, in which the rate decays
+    decay: float = 0.2              # wsd and stepwise: fraction of the run, at its end, in which the learning rate decays
     decay_form: str = "linear"      # shape of that decay: linear, exponential, or sqrt: 1 - sqrt(fraction of the decay done)
     rates: tuple = ()               # stepwise: ((tokens, learning rate from then on), ...); the last rate decays to lr_end
     beta1: float = 0.9              # AdamW's decay of the first moment
@@ -294,7 +298,7 @@ class Guard:
     skips: int = 10
     spike: float = 0.0              # [nats] a loss this far above the median of recent losses rolls the run back; 0: never
     window: int = 50                # [steps] number of recent losses that the median covers
-    # [steps] how many steps after a spike also lose their data; the steps from the checkpoint to the spike always do
+    # [steps] after a rollback, the run skips the data of the steps up to the spike, and the data of this many steps after it
     beyond: int = 0
     rollbacks: int = 3              # [rollbacks] most rollbacks to the same checkpoint; one more spike ends the run
 
@@ -309,7 +313,8 @@ class Mesh:
     slice: int = dataclasses.field(default=1, kw_only=True)     # [devices] data parallel across pod slices: splits the batch
     edp: int = -1                   # [devices] expert data parallel: splits the batch, parameters and optimizer state (FSDP)
     ep: int = 1                     # [devices] expert parallel: splits the batch and the experts
-    # [devices] expert tensor parallel: splits heads, experts' hidden width and vocabulary; between layers it splits time
+    # [devices] expert tensor parallel: inside a layer it splits heads, experts' hidden width and vocabulary; between layers it
+    # splits the tokens of a sequence
     etp: int = 1
     seq: int = 1                    # [devices] sequence parallel: splits the tokens of a sequence
 

@@ -1,9 +1,9 @@
 """Image preprocessing: an image file becomes tiles of pixels and a list of image tokens ("anyres", docs/model.md section 8).
 
     grid       the grid of tiles (rows x columns) that keeps the most pixels of the image; among equals, the one with the
-               least padding
+               fewest tiles
     tiles      first the whole image resized to one tile, then the tiles of the grid, row by row. For the grid, the image is
-               scaled to fit (bicubic, the free side rounded down) and centred on black
+               scaled to fit (bicubic; one side fills the grid, the other is rounded down) and centred on black
     tokens     the patches of the resized tile, then the grid's patches row by row, with a newline token after each row.
                Patches in the black margins are dropped; the image's aspect ratio decides which ones
 
@@ -45,8 +45,8 @@ class PreparedImage(NamedTuple):
 def best_grid(v: Vision, height, width):
     """(rows, columns) of the grid of tiles for an image; arrays of them if the sizes are arrays.
 
-    Computed in float64, as in the released code. Exact arithmetic would choose another grid for about one large size in
-    thousands.
+    Computed in float64, as in the released code. Of the large image sizes, about one in thousands would get another grid with
+    exact arithmetic.
     """
     grid_rows, grid_columns = np.array(v.grids).T
     height, width = np.float64(height)[..., None], np.float64(width)[..., None]

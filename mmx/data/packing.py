@@ -30,7 +30,7 @@ class Packed:
 
     Without explicit targets, rows have no padding. A document of n tokens fills n // T rows alone, so each of these rows has an
     unbroken context of T tokens. The remainders of all documents are concatenated and split every T tokens. The last row is
-    filled with the beginnings of documents, so fewer than T tokens occur twice.
+    filled up with tokens that other rows contain too, from the beginnings of documents: fewer than T tokens.
 
     Documents with explicit targets that fit into a row are packed in their order, as many into each row as fit.
 

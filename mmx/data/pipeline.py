@@ -6,18 +6,19 @@ v + 2 shards, ... of that order. Rows are shuffled, not documents, because some 
 every batch mixes parts of many documents from the first step on. All shards are dealt from one order, so an epoch reads every
 row once.
 
-The rows of a batch fall into gcd(B, shards) equal blocks. Each block owns an equal block of shards and reads them round-robin.
-Host h makes rows [h B / hosts, (h + 1) B / hosts), so it reads only shards [h shards / hosts, (h + 1) shards / hosts).
-Concatenated in order, the hosts' batches are the same global batch for every number of hosts that divides B and data.shards.
+The rows of a batch fall into gcd(B, shards) equal parts, and the shards into as many. Part i of the rows comes from part i of
+the shards, one row of each shard in turn. Host h makes rows [h B / hosts, (h + 1) B / hosts), so it reads only shards [h shards
+/ hosts, (h + 1) shards / hosts). Concatenated in order, the hosts' batches are the same global batch for every number of hosts
+that divides B and data.shards.
 
 The source of a row is drawn from (seed, micro-batch, row), weighted by data.weights at the current step. These are the weights
-of the latest entry whose step is not in the future, or with data.interpolate a linear interpolation to the next entry. Every
+of the latest entry whose step has been reached. With data.interpolate, they are interpolated linearly to the next entry. Every
 host draws for the whole batch (which takes microseconds), so every host knows the state: how many rows of each source each
 virtual shard has given. The state is the same on all hosts, and any number of hosts can resume from it.
 
 The stream reads image sizes when it is created and decodes an image when its row is needed. A batch with images falls into
-blocks of rows, one for each data shard of the mesh, and a block's tiles are stored together. Every host knows the rows of the
-whole batch, so all hosts pad their blocks to the same number of tiles: enough for the fullest block, rounded up by
+blocks of rows, one for each group of devices with the same rows, and a block's tiles are stored together. Every host knows the
+rows of the whole batch, so all hosts pad their blocks to the same number of tiles: enough for the fullest block, rounded up by
 `images.padded_tiles`.
 """
 import functools
@@ -176,7 +177,7 @@ class Stream:
         self._given = np.array(state["given"], np.int64)
 
     def rewind_step_count(self, state: dict) -> None:
-        """Sets the number of steps to that of `state`, but keeps the position in the data.
+        """Sets the number of steps to that of `state`, but keeps the position in the data. A rollback needs this.
 
         The micro-batches read after `state` do not count towards the batch ramp.
         """

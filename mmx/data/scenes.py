@@ -107,7 +107,7 @@ def documents(name: str, split: str) -> list[tuple[str, ImageText]]:
 def is_held_out(shape: str, colour: str, count: int) -> bool:
     """Whether images with exactly `count` objects of this shape and colour are held out of training.
 
-    20 of the 100 combinations are: each shape and each colour occurs in four of them, each count in five.
+    20 of the 100 combinations are held out: each shape and each colour occurs in four of them, each count in five.
     """
     return (SHAPES.index(shape) + list(COLOURS).index(colour)) % 5 == count - 1
 

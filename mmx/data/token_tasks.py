@@ -9,7 +9,8 @@ half. (Zoology fills with any ids, so a key may recur by chance, followed by ano
     held    number of validation documents, and of test documents
 
 facts: memorization. A document is one of `count` facts: a key of two ids, all keys different, and a value of two random ids,
-2 log2(vocab) bits. There is nothing to generalize to, so validation (and test) is `held` of the training facts.
+2 log2(vocab) bits. There is nothing to generalize to, so the validation split and the test split each
+consist of `held` of the training facts.
 
 `seed` changes the documents. A target is -1 where the loss does not count. Documents have no bos and no eos.
 """

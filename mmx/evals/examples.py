@@ -50,7 +50,7 @@ def grid_plan(example, lengths, rows, examples: int, max_row: int = -1) -> Calla
     Args:
       example: makes an example from (length, row, seed, options).
       lengths, rows, examples: defaults; `examples` is the number in each cell.
-      max_row: --rows may also be a number from 0 to this.
+      max_row: besides `rows`, --rows accepts numbers from 0 to `max_row`.
     """
     def plan(options):
         check_rows(options.rows, rows, max_row)
@@ -103,7 +103,7 @@ def prompt_length(example: Example, options: SuiteOptions) -> int:
 
 
 def answer_budget(tokenizer, least: int, answers) -> int:
-    """Tokens to generate: at least `least`, the benchmark's number. It assumes tokens of about a word; bytes need more."""
+    """Tokens to generate: at least `least`, the benchmark's number for tokens of about a word. With bytes, more are needed."""
     return max(least, 2 * count_tokens(", ".join(answers), tokenizer))
 
 

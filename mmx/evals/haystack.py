@@ -14,8 +14,8 @@ class Essay:
 
     Args:
       rng: draws the position.
-      length: upper limit of the words that will be taken. The start is chosen so that so many held-out words follow; it is the
-        beginning of the corpus if it has fewer.
+      length: upper limit of the words that will be taken. The start is chosen so that at least `length` words of the split
+        follow; it is the beginning of the split if the split has fewer.
       train: use the training split.
     """
 

@@ -97,7 +97,7 @@ def components(label: str) -> list[str]:
     """The parts of an answer that are scored: the items of a numbered list; else lines, if there are several and all end with a
     full stop; else clauses.
 
-    This rule gives the table of the released score.py for each of its twenty labels.
+    The released score.py lists the parts of its twenty labels in a table. This rule gives the same parts.
     """
     lines = [line.strip() for line in label.strip().split("\n")]
     if all(re.match(r"\d+\. ", line) for line in lines):

@@ -1,9 +1,9 @@
 """Needle in a haystack: one sentence in a long text, by the text's length and the sentence's depth.
 
 The needle is the one in the evaluation of MiniMax-01 (paper figure 14), the haystack is the embedded corpus. For training there
-is one more row, `again`: the needle's number is repeated again and again, separated by a random number of dots. (With a fixed
-number of dots, counting would be enough.) From this row a small model learns to look back; from the depths alone it does not,
-even with many more steps.
+is one more kind of example, `again`: the needle's number is repeated again and again, separated by a random number of dots.
+(With a fixed number of dots, counting would be enough.) From these examples a small model learns to look back; from the depths
+alone it does not, even with many more steps.
 """
 from mmx.evals import haystack
 from mmx.evals.examples import Example, SuiteOptions, answer_budget, fit_to_length, grid_plan, make_rng

@@ -111,7 +111,8 @@ def _chain(length: int, letters: int, rng, tokenizer, before: str = "") -> tuple
 def cwe(task: str, length: int, rng, options: SuiteOptions) -> Example:
     """Common words: ten words that occur 30 times among others that occur 3 times; 6 and 1 times below 4,096 tokens.
 
-    RULER assumes tokens that are parts of words. With bytes, 30 repetitions may not fit into 4,096 either; then it is 6 and 1.
+    RULER assumes tokens that are parts of words. If 30 repetitions do not fit, which happens with bytes, the words occur 6
+    times and 1 time at any length.
     """
     size = length // (2 if length < 4096 else 6)        # more than fit, as a word and its number take at least two tokens
     pool, shuffle_seed = haystack.words(rng, 50 + size), rng.integers(2**63)
@@ -139,7 +140,8 @@ def _list(words: list[str], often: int, rarely: int, rng) -> str:
 
 
 def fwe(task: str, length: int, rng, options: SuiteOptions) -> Example:
-    """Frequent words: coded words whose counts follow a zeta distribution with alpha 2; the most frequent one becomes dots."""
+    """Frequent words: coded words whose counts follow a zeta distribution with alpha 2. The most frequent one is written as
+    dots, as noise."""
     size = max(length // 50, 5)
     random_codes = ("".join(LETTERS[i] for i in code) for code in rng.integers(26, size=(2 * size, 6)))
     codes = list(dict.fromkeys(random_codes))[:size]

@@ -1,7 +1,8 @@
 """Questions about generated images, with combinations and words that no training image has (`mmx.data.scenes`).
 
 Each question is asked twice: with its image, and blind, with an image of the background only. An answer is right if it is equal
-to the truth. For a word, the score is the fraction of positions with the right letter, out of the longer of answer and truth.
+to the truth. For a word, the score is the number of positions with the right letter, divided by the length of the answer or of
+the truth, whichever is longer.
 """
 import functools
 import json
@@ -59,7 +60,7 @@ def letter_accuracy(answer: str, truth: str) -> float:
 
 
 def chance() -> dict[str, float]:
-    """The score of giving the same answer to every question, by row.
+    """Chance level: the score of giving the same answer to every question, by row of the table.
 
     For words, the answer is the commonest letter at each position, with the length that scores best.
     """

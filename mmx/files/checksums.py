@@ -15,7 +15,7 @@ MOST_BYTES = 256 << 20      # of checksums.json: enough for 1,500,000 files
 def write(folder: Path) -> None:
     """Writes checksums.json of a folder.
 
-    Checksums in folder/*/*/checksums.json are copied; the remaining files are read.
+    If a folder two levels below has a checksums.json, its checksums are copied. All other files are read.
     """
     table = {}
     for part in sorted(folder.glob(f"*/*/{NAME}")):

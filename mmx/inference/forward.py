@@ -21,7 +21,7 @@ def forward(loaded, tokens_BT, mask_BT=None, images=None, *, params=None):
       tokens_BT: token ids. Known values are checked; traced values, as under jax.jit, are not.
       mask_BT: 0 marks padding, whose logits are meaningless. None: no padding.
       images: a list of files or PIL images for each row. Their patches replace the row's tokens with the id
-        `config.vision.token`, in order; `mmx.data.images.count` says how many such tokens an image needs. With images,
+        `config.vision.token`, in order; `mmx.data.images.token_count` says how many such tokens an image needs. With images,
         tokens_BT must be known.
       params: parameters to use instead of `loaded.params`, for jax.grad.
 

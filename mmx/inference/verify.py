@@ -13,9 +13,9 @@ def verify(a: str | Path, b: str | Path, torch: bool = False, weights_dtype: str
            length: int = 64, seed: int = 0) -> dict[str, float]:
     """The largest difference between the logits of two checkpoints on random tokens, in float32.
 
-    mmx runs checkpoint `a`. What runs `b` is the key of each result: "mmx", with `weights_dtype` as in `mmx.load`; or with
-    `torch=True` "mmx.torch", which computes the function of the released weights, and "stock transformers", which
-    computes a different one.
+    mmx runs checkpoint `a`. The keys of the result name the implementation that runs `b`: "mmx", with `weights_dtype` as in
+    `mmx.load`; or with `torch=True` "mmx.torch", which computes the function of the released weights, and "stock transformers",
+    which computes a different one.
     """
     first, vocab = load(a, "float32"), find_model(b).vocab
     if first.config.vocab != vocab:

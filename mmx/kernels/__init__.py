@@ -4,7 +4,7 @@ Axes are named by the letters of `mmx.dims`. N counts the parts of a sequence: c
 blocks of queries; Q counts the tokens of such a part, or the rows of one block of an expert. Lower-case letters are axes that
 only kernels have:
 
-    p  tokens of the chunk or block of keys that Q meets
+    p  tokens of the chunk, or keys of the block, that are multiplied with the Q tokens
     u  blocks of keys (attention/xla.py)
     c  boundaries of chunks: before every chunk and after the last, N + 1
     w  width of an output, K or V (lightning/tpu.py)

@@ -2,15 +2,15 @@
 
     y_m = sum_j weight_mj  W2_e ( SiLU(W1_e x_m) * W3_e x_m ),   e = expert_mj
 
-Each token m is assigned to J experts. Every assignment that is kept (not dropped) gets a row. Rows are sorted by expert, and
-the rows of each expert start on a block boundary, so that all rows of a block use the weights of one expert. Sorting and its
-inverse are both gathers: the plan lists the rows of each token and the token of each row.
+Each token m is assigned to several experts: its choices j. Every assignment that is kept (not dropped) gets a row. Rows are
+sorted by expert, and the rows of each expert start on a block boundary, so that all rows of a block use the weights of one
+expert. Sorting and its inverse are both gathers: the plan lists the rows of each token and the token of each row.
 
     "blocks"  A loop over the blocks in use, which reads the weights of one expert at a time. Its own backward pass keeps the
               two products before the gate. The work is proportional to the kept tokens, not to the size of the buffer.
               For CPU, where ragged_dot is five times slower.
     "ragged"  lax.ragged_dot over the sorted rows, differentiated by JAX. Rows are multiplied by their routing weights before
-              W2, so that no gradient needs the result of W2. For TPU.
+              W2. After W2, the gradient of the routing weights would need the result of W2. For TPU.
     "gpu"     The same with the products of `grouped_gpu`, because XLA's ragged_dot does E times the work on GPUs.
 """
 import functools

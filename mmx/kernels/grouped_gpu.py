@@ -1,6 +1,6 @@
 """Products of rows with the matrix of their expert on NVIDIA GPUs (Pallas-Triton). Rows are sorted as `grouped.plan` describes.
 
-    y_i = x_i W_e        dx_i = dy_i W_e^T        dW_e = sum_i x_i^T dy_i,   i the rows of expert e
+    y_r = x_r W_e        dx_r = dy_r W_e^T        dW_e = sum_r x_r^T dy_r,   r the rows of expert e
 
 XLA does not have such a product for GPUs: its `ragged_dot` multiplies every row by all E matrices, with zeros for the rows of
 other experts, which is E times the work. Here, for y and dx, a program takes one block of rows, all of one expert, and some

@@ -1,7 +1,7 @@
 """The platform that a computation is traced for, and the implementation that runs there.
 
-If the current mesh consists of described devices, to compile for a TPU or GPU that is not present, the platform is theirs.
-Otherwise it is the platform of this machine.
+A mesh can consist of described devices: descriptions of TPUs or GPUs that are not present, for compilation only
+(mmx.compilers). If the current mesh does, the platform is theirs. Otherwise it is the platform of this machine.
 """
 import functools
 import re
@@ -50,7 +50,7 @@ def choose(op: str, impl: str | None, names: tuple[str, ...], refusal: Callable[
         the reason once.
       names: all implementations.
       refusal: returns why the named implementation cannot run here or on these arrays; an empty string if it can.
-      array: one of the arrays, which shows whether XLA partitions the computation.
+      array: one of the arrays. Its sharding shows whether XLA partitions the computation.
     Raises:
       NotImplementedError: the caller's choice does not exist or cannot run.
     """

@@ -3,8 +3,8 @@
 XLA's CPU client allocates new memory for every call. With pages of 4 KiB, the page faults can take as long as the
 computation: a fifth of a training step of the tiny sizes, half of one lightning layer over 16,384 tokens. glibc's malloc
 uses huge pages only if GLIBC_TUNABLES asks for them before the process starts. The same variable limits the number of
-arenas: by default there are eight for each core, the threads of every save use others of them, and the process grows for
-hours.
+malloc's arenas. By default there are eight for each core. Each save of a checkpoint has new threads, which use other arenas, so
+the memory of the process would grow for hours.
 """
 import os
 import sys

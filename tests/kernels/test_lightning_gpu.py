@@ -75,7 +75,7 @@ def compiled(tmp_path, monkeypatch):
         kernels = ptx.resources(run, q, q, v, v, struct((H,), jnp.float32), segments, state, state, chip=chip)
         passes = "contribution", "output", "carry"
         kernels = {name: kernel for name, kernel in kernels.items() if name.startswith(passes)}
-        return kernels | ptx.dumped(tmp_path, chip), launched + [kernel.ctas for kernel in kernels.values()]
+        return kernels | ptx.read_dump(tmp_path, chip), launched + [kernel.ctas for kernel in kernels.values()]
     return compile_for
 
 

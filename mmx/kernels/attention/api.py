@@ -28,8 +28,8 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
         the queries and have the same segments. None, with start_B: all keys are valid.
       start_B: position of each row's first query on the key axis. With a cache, which has room for S keys, it is the number of
         tokens before the queries; keys after the position of a query are masked. If the key arrays are one part of the
-        sequence (as in ring attention), positions count from the first key of this part. start_b is then negative if the
-        part begins after the first query. None: 0.
+        sequence (as in ring attention), positions count from the first key of this part. start_B is then negative for rows
+        whose part begins after the first query. None: 0.
       window: largest number of keys that a query sees: those at its own position and directly before it. 0: no limit.
       scales: (k_scale_BGS, v_scale_BGS), which multiply int8 keys and values; there are no gradients then. None: keys and
         values are floating-point.

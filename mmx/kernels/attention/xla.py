@@ -12,8 +12,8 @@ q, k, v, o and lse, and visits the same pairs of blocks once more:
     p = exp(z - lse)    dz = p (do . v - o . do + dlse)    dv = p^T do    dk = dz^T q / sqrt(K)    dq = dz k / sqrt(K)
 
 Each pair of a query and a key costs each head 2 (K + V) FLOPs forward and 6 K + 4 V backward. The R query heads of a KV head
-are rows of one product. Scores, statistics and sums are float32. Axes: N blocks of queries, U blocks of keys, Q rows of a
-query block (R heads times its tokens), P keys of a key block. If a length is not a multiple of the block, the last block
+are rows of one product. Scores, statistics and sums are float32. Axes: N blocks of queries, u blocks of keys, Q rows of a
+query block (R heads times its tokens), p keys of a key block. If a length is not a multiple of the block, the last block
 starts early: the queries that it shares with the previous block are computed twice, and the shared keys are masked.
 """
 import dataclasses
@@ -210,7 +210,8 @@ class Visibility:
     def mask(self, z_BGQp, n, u, repeated_queries=False):
         """Returns the scores of a pair of blocks, with -inf where the query does not see the key.
 
-        If `repeated_queries`, queries that the previous block contains too are also masked, for sums over queries.
+        If the last block of queries starts early, it repeats queries of the previous block. `repeated_queries` also masks
+        these, for sums over queries.
         """
         t_Q1 = jnp.minimum(n * self.queries, self.T - self.queries) + jnp.arange(self.queries)[:, None]
         s_p = jnp.minimum(u * self.keys, self.S - self.keys) + jnp.arange(self.keys)

@@ -9,9 +9,9 @@ of the pairs of a chunk are float32 in registers. Tiles of q, k and v of one chu
 dtype. The scores, and copies of the state and of b v, are rounded to the inputs' dtype where they enter a product. Sums are
 float32; products of float32 inputs are IEEE float32, never tf32.
 
-jax-triton reports no error for a kernel that spills or that needs more shared memory than a GPU has; `mmx.compilers.ptx.dumped`
-reads both from the compiled kernels. jax-triton cannot run on a CPU. To interpret the kernels, set TRITON_INTERPRET=1 before
-triton is imported, and replace `triton_call` as in tests/kernels/lightning_triton_on_cpu.py.
+jax-triton reports no error for a kernel that spills or that needs more shared memory than a GPU has;
+`mmx.compilers.ptx.read_dump` reads both from the compiled kernels. jax-triton cannot run on a CPU. To interpret the kernels,
+set TRITON_INTERPRET=1 before triton is imported, and replace `triton_call` as in tests/kernels/lightning_triton_on_cpu.py.
 """
 import functools
 

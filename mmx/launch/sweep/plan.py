@@ -32,8 +32,8 @@ def estimate_rate(todo: list[Cell], done: list[dict], run_copies, out: Path, giv
     Args:
       todo: the cells to run.
       done: the rows of the sweep's finished runs.
-      run_copies: run_copies(function, *args) executes as many copies of a job at once as the sweep will execute runs, and
-        returns their outcomes. None: the rate cannot be measured.
+      run_copies: run_copies(function, *args) executes copies of a job at the same time, as many as the sweep will execute runs
+        at the same time, and returns their outcomes. None: the rate cannot be measured.
       out: where the runs that measure keep their files.
       given: FLOPs per second, or None.
     """

@@ -24,8 +24,8 @@ MAX_BYTES = 1 << 30     # of runs.jsonl
 def make(cell: Cell, folder: Path, measured: dict) -> dict:
     """Returns the row of a run that ended in `folder`: the cell's keys, counts, what was `measured`, and training metrics.
 
-    "train_loss" and "layer_norms" are means over the last twentieth of the steps. "course" has the means of PARTS parts
-    of the run, for norms the root mean squares.
+    "train_loss" and "layer_norms" are means over the last twentieth of the steps. "course" divides the run into PARTS equal
+    parts and has the mean of each part (for norms, the root mean square).
     """
     import jax
 
