@@ -106,8 +106,8 @@ def one_step(folder, mesh=None, **changes):
     """Metrics and gradients of a step of two micro-batches, in float64; on a mesh layers are recomputed."""
     c = config.Model(**{**vars(C), "dtype": "float64", "remat": mesh is not None})
     model, optimizer = Model(c), optim.adamw(TRAIN)
-    where = {"blocks": sharding.size(mesh, sharding.ROWS), "devices_per_block": sharding.size(mesh, sharding.TIME)} if mesh else {}
-    batches = stream(folder, TRAIN, **where)
+    sizes = [sharding.size(mesh, axes) for axes in (sharding.ROWS, sharding.TIME)] if mesh else [1, 1]
+    batches = stream(folder, TRAIN, blocks=sizes[0], devices_per_block=sizes[1])
     batch = pipeline.stack_micro_batches([batches.next() for _ in range(2)])
     del batch["tiles"]
     params, opt = start()

@@ -381,8 +381,8 @@ def _read_tree(step: Path, item: str, tree):
 def create_params(step: Path, arrays: dict[tuple[str, ...], tuple]) -> dict[tuple[str, ...], ts.TensorStore]:
     """Creates a step with empty arrays in a params item that Orbax can restore.
 
-    Each chunk is one file, so writing a slice that is a chunk rewrites nothing. (Orbax's default layout, OCDBT, puts many chunks
-    into one file.)
+    Each chunk is one file, so writing a slice that is a chunk rewrites nothing. (Orbax's default layout, OCDBT, puts many
+    chunks into one file.)
 
     Args:
       arrays: (shape, dtype, chunk shape) by path in the parameter tree.
