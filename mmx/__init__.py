@@ -1,4 +1,4 @@
-"""mmx is a JAX implementation of MiniMax-01, a hybrid of lightning and softmax attention with mixture-of-experts layers.
+"""mmx is a JAX implementation of MiniMax-01: lightning and softmax attention, with mixture-of-experts layers.
 
     loaded = mmx.load("demo")                               # a workdir of `mmx train`, or a Hugging Face directory
     logits_BTW = mmx.forward(loaded, tokens_BT)             # batch B, tokens T, vocabulary W; works under jax.jit and jax.grad

@@ -166,7 +166,7 @@ def test_eval_runs_a_suite_and_resumes_it(place, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "needle.json").read_text())
     assert found["examples"] == 4 and found["score"] == 0 and list(found["scores"]) == ["0", "100"] and found["step"] == 4
-    assert "Needle in a haystack, accuracy %, 4 examples" in out and "needle.png" in out
+    assert "Needle in a haystack, accuracy (%), 4 examples" in out and "needle.png" in out
     assert (tmp_path / "out" / "needle.png").read_bytes()[:4] == b"\x89PNG"
     lines = (tmp_path / "out" / "needle.jsonl").read_text()
     assert len(lines.splitlines()) == 5 and all(0 < json.loads(line)["tokens"] <= 256 for line in lines.splitlines()[1:])

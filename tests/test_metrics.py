@@ -152,5 +152,5 @@ def test_a_restart_keeps_a_file_of_any_size(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     metrics.Log(tmp_path, Train(steps=100, tensorboard=False), 3, 0).close()
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [lines[0], lines[1], lines[3]]
-    with pytest.raises(ConfigError, match="more than 10"):
+    with pytest.raises(ConfigError, match="at most 10 are allowed"):
         metrics.read(tmp_path)
