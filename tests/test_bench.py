@@ -93,7 +93,7 @@ def test_times_and_plot_on_this_machine(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("lengths", ["64,x", "0", ""])
 def test_malformed_lengths(lengths, tmp_path, capsys):
     assert cli.main(["bench", "kernels", "--live", "--lengths", lengths, "--out", str(tmp_path / "new")]) == 2
-    assert f"--lengths {lengths!r} does not parse: give tokens" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert f"--lengths {lengths!r} must be numbers of tokens" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("flags, message", [

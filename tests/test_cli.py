@@ -215,7 +215,7 @@ def test_perplexity_by_position_equals_that_of_the_logits(place, tmp_path):
 
 @pytest.mark.parametrize("more, message", [
     (["--suite", "needel"], "there is no suite 'needel'; did you mean needle?"),
-    (["--suite", "needle", "--lengths", "4x"], "--lengths '4x' does not parse"),
+    (["--suite", "needle", "--lengths", "4x"], "--lengths '4x' must be numbers of tokens"),
     (["--suite", "needle", "--lengths", "1k", "--context", "1000"], "prompts of 1,024 tokens are longer than --context 1,000"),
     (["--suite", "needle", "--lengths", "1k,100"], "length 100 is too short for needle, whose shortest prompt has"),
     (["--suite", "needle", "--examples", "0"], "--examples 0 is out of range"),
@@ -303,8 +303,8 @@ def test_public_names(place):
     (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--steps", "0"], "steps=0 is out of range"),
     (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--steps", "x"], "invalid int value: 'x'"),
     (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--config.train.steps=1"], "unknown argument"),
-    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--seed", str(2**64)], "0 <= seed < 2^32"),
-    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--top-k", "3000000000"], "0 <= top_k < 2^31"),
+    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--seed", str(2**64)], "must be from 0 to 2^32 - 1"),
+    (["generate", "--checkpoint", ORACLE, "--prompt", "a", "--top-k", "3000000000"], "must be from 0 (all tokens) to 2^31 - 1"),
     (["generate", "--checkpoint", ORACLE, "--prompt", "a\udcff"], r"prompt 'a\udcff' is not text"),
     (["config", TINY, "--config.train.sample_prompt=a\udcff"], r"train.sample_prompt='a\udcff' must be UTF-8 text"),
     (["eval", "--checkpoint", ORACLE, "--split", "train"], "invalid choice: 'train'"),
