@@ -19,6 +19,7 @@ import pytest
 from rich.console import Console
 
 from mmx import cli
+from mmx.analysis import counts
 from mmx.config import ConfigError, build
 from mmx.launch import experiments, sweep
 from mmx.launch.sweep import executors, plan, scheduler, worker
@@ -94,8 +95,9 @@ def test_each_run_is_trained_once_and_has_one_row(place, trained, tmp_path, caps
     model = experiments.read(str(tmp_path / "small.py"), []).model
     first = found[0]
     assert (first["arch"], first["tokens"], first["loss"], first["bits_per_byte"], first["seconds"]) == ("S", 128, 2, 3, 2)
-    assert (first["params"], first["params_total"]) == (model.params_active, model.params_total)
-    assert first["flops"] == 128 * model.flops_training(16) and first["flops_companion"] == 128 * model.flops_companion(16)
+    assert (first["params"], first["params_total"]) == (counts.count_params(model).active, counts.count_params(model).total)
+    assert first["flops"] == 128 * counts.flops_training(model, 16)
+    assert first["flops_companion"] == 128 * counts.flops_companion(model, 16)
     assert first["course"]["micro_norm"] == [None] * 4 + [2.0] * 4       # steps of one micro-batch have none
     assert first["train_loss"] == 2.0 and set(first["versions"]) == {"mmx", "jax", "python"}
     assert cli.main(command) == 0 and rows(tmp_path) == found
@@ -221,7 +223,7 @@ def test_guards_are_part_of_the_hash(place):
 
 @pytest.mark.parametrize("grid, more, message", [
     ('{"train.lr": [1e-3, -1.0]}', [], "cell 2 of 2 (train.lr=-1.0): train.lr=-1.0 must be 0 or more"),
-    ('{"arch": ["S", "LS"]}', [], "cell 2 of 2 (arch=LS): model.pattern='LS' has 2 letters, which does not divide"),
+    ('{"arch": ["S", "LS"]}', [], "cell 2 of 2 (arch=LS): model.layers=1 must be divisible by the 2 letters"),
     ('{"train.stepz": [1]}', [], "cell 1 of 1 (train.stepz=1): unknown config key train.stepz; did you mean train.steps?"),
     ('{"train.lr": ["fast"]}', [], "cell 1 of 1 (train.lr=fast): config key train.lr needs float, got 'fast'"),
     ('{"width": [1]}', [], "unexpected keyword argument 'width'"),
