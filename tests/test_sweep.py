@@ -397,7 +397,8 @@ sys.modules["jax"] = types.SimpleNamespace(device_count=lambda: 1, devices=lambd
 sys.modules["optax"] = types.SimpleNamespace(GradientTransformation=None)
 sys.modules["mmx.analysis.counts"] = types.SimpleNamespace(
     count_params=lambda c: types.SimpleNamespace(total=3, active=1, active_all=2), flops_training=lambda c, length: 1e3,
-    flops_companion=lambda c, length: 1e3)
+    flops_companion=lambda c, length: 1e3, flops_tile=lambda c: 0.0)
+sys.modules["mmx.layers.kinds"] = types.SimpleNamespace(check_pattern=lambda pattern: None)
 for name, function in (TRAIN, train), (MEASURE, measure):
     module, _, attribute = name.rpartition(".")
     sys.modules[module] = types.SimpleNamespace(**{attribute: function})
