@@ -138,7 +138,7 @@ def test_draws_do_not_depend_on_the_number_of_decode_steps_in_a_block(loaded, mo
 
 
 def frequencies(logits_W, count=4000, temperature=1.0, top_k=None, top_p=1.0):
-    """How often each token is drawn."""
+    """How often each token is drawn. With 4,000 draws the standard error is at most 0.008; the tests allow 0.03, under four."""
     parameters = sampling.SlotSampling(*(np.full(count, x) for x in (temperature, top_k or len(logits_W), top_p)))
     logits_BW = jnp.broadcast_to(jnp.asarray(logits_W), (count, len(logits_W)))
     drawn_B = np.asarray(sampling.sample_tokens(logits_BW, jax.random.split(jax.random.key(0), count), parameters))

@@ -38,7 +38,7 @@ class Vision:
     # it gets only this tile
     grids: tuple = dataclasses.field(default=GRIDS, repr=False)
     norm_eps: float = 1e-5          # epsilon of the ViT's layer norms
-    token: int = 200_025            # token id that stands for each token of an image
+    token: int = 200_025            # token id at the places of an image's tokens
 
     def validate(self, vocab: int):
         v = self
