@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from average_kind import KIND
@@ -11,6 +12,7 @@ import mmx
 from mmx import cli
 from mmx.analysis.counts import count_params
 from mmx.layers.kinds import KINDS
+from mmx.model import empty_cache
 from mmx.training import metrics
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -70,6 +72,13 @@ def test_generation_with_a_cache_equals_recomputation(capsys):
     prompt = [256, *b"the state"]       # 256: beginning of text
     logits_BTW = np.asarray(mmx.forward(loaded, np.array([prompt + found["ids"]])))
     assert np.argmax(logits_BTW[0, len(prompt) - 1:-1], axis=-1).tolist() == found["ids"]
+    # The most likely ids may survive a wrong cache, so hidden states after a prefill of 8 tokens and one decoded token too.
+    apply = jax.jit(lambda ids, cache: loaded.model.apply({"params": loaded.params}, ids, jnp.ones_like(ids), cache=cache)[:2])
+    tokens_BT = jnp.array([prompt[:9]])
+    expected_BTD, _ = apply(tokens_BT, None)
+    _, cache = apply(tokens_BT[:, :8], empty_cache(loaded.config, 1, 16))
+    x_BTD, _ = apply(tokens_BT[:, 8:], cache)
+    np.testing.assert_allclose(x_BTD[:, 0], expected_BTD[:, 8], atol=3e-5)
 
 
 def test_packed_documents_equal_separate_ones():
