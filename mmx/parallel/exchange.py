@@ -6,8 +6,8 @@ peers: the p devices along ep, including itself. The t devices along etp have di
 There are two modes:
 
 - Default: a device sends one buffer of C slots to each peer. Unused slots are empty.
-- Ragged (TPU and GPU only): a ragged all-to-all sends no empty slots. A device sends its a assignments in one buffer, sorted by
-  peer. It receives the assignments of all peers in one buffer of C slots.
+- Ragged (TPU and GPU only): a ragged all-to-all sends no empty slots. A device sends all its assignments in one buffer, sorted
+  by peer. It receives the assignments of all peers in one buffer of C slots.
 
     step                        default                     ragged
     1. all-to-all over ep       [p, C, D] -> [p, C, D]      [1, a, D] -> [1, C, D]
@@ -16,19 +16,15 @@ There are two modes:
     4. reduce-scatter over etp  [t p, C, D] -> [p, C, D]    [t, C, D] -> [1, C, D]
     5. all-to-all over ep       [p, C, D] -> [p, C, D]      [1, C, D] -> [1, a, D]
 
-Four letters name axes whose length depends on the mode:
-
-                                            default     ragged
-    o   sent (outgoing) buffers             p           1
-    c   slots of a sent buffer              C           a
-    b   buffers received after step 2       t p         t
-    s   sources that fill such a buffer     1           p
-
-Other lower-case letters:
+The lower-case axes are the p peers, the t devices along etp, and
 
     j   choices of a token (see `parallel.routing`)
     a   assignments of the device's tokens, a = j x M
-    n   token groups (see `Group`)
+    n   token groups (see `TokenGroup`)
+    o   sent (outgoing) buffers             p by default, 1 if ragged
+    c   slots of a sent buffer              C by default, a if ragged
+    b   buffers received after step 2       t x p by default, t if ragged
+    s   sources that fill such a buffer     1 by default, p if ragged
     e   experts of one device
     r   received slots, r = b x C
     d   devices along both axes, d = t x p = b x s
@@ -39,11 +35,9 @@ Upper-case letters are defined in `mmx.dims`, with local extents, but E counts t
 In both modes the assignments in a received buffer are sorted by source and expert, and all devices know the counts. The counts
 alone therefore determine which expert each received slot belongs to.
 
-Router weights are sent before the tokens, and the experts' devices multiply the outputs by them. This saves communication if
-the backward pass recomputes the layer (model.remat). The gradient of a router weight needs the expert's output:
-
-    - If the token's device multiplied, it would need the output again: the backward pass would repeat steps 4 and 5.
-    - The expert's device has the output already after step 3: the backward pass does not repeat steps 4 and 5.
+Router weights are sent before the tokens, and the experts' devices multiply the outputs by them. The gradient of a router
+weight needs the expert's output. If the backward pass recomputes the layer (model.remat), the expert's device has this output
+again after step 3. The token's device would have to receive it again, by steps 4 and 5.
 """
 import itertools
 import math
@@ -74,11 +68,11 @@ class RaggedRoute(NamedTuple):
     to_tokens: Transfers
 
 
-class Group(NamedTuple):
+class TokenGroup(NamedTuple):
     """A token group: a part of this device's tokens, and the buffers that the device sends and receives in its exchange.
 
-    Every device divides its tokens into n token groups. One exchange handles the same token group of all devices. M and a below
-    count the tokens and assignments of one token group.
+    Every device divides its tokens into n token groups. The first exchange handles the first group of every device, and so on.
+    M and a below count the tokens and assignments of one group.
     """
     tokens: slice
     slot_Mj: jax.Array          # the slot of each assignment in the sent buffers; o x c if the assignment is not sent
@@ -89,7 +83,7 @@ class Group(NamedTuple):
     route: RaggedRoute | None   # None: default mode
 
 
-def make_groups(choices: Choices, axes, experts: int, capacity: int, routing: Routing) -> list[Group]:
+def make_token_groups(choices: Choices, axes, experts: int, capacity: int, routing: Routing) -> list[TokenGroup]:
     """Assigns slots to the assignments of each token group, and exchanges the counts and router weights of all token groups.
 
     Args:
@@ -111,11 +105,11 @@ def make_groups(choices: Choices, axes, experts: int, capacity: int, routing: Ro
     sent_bsne = _to_local_experts(sent_dnE, axes, peers, ragged)
     weight_oc = [_fill(choices.weight_Mj[g], slot_Mj, token_oc) for g, (slot_Mj, token_oc, _) in zip(tokens, assigned)]
     weight_bC = _send_weights(weight_oc, axes, routes, ragged)
-    return [Group(g, slot_Mj, token_oc, sent_E.sum(), weight_bC[n], sent_bsne[:, :, n], routes[n])
+    return [TokenGroup(g, slot_Mj, token_oc, sent_E.sum(), weight_bC[n], sent_bsne[:, :, n], routes[n])
             for n, (g, (slot_Mj, token_oc, sent_E)) in enumerate(zip(tokens, assigned))]
 
 
-def dispatch(x_MD, group: Group, axes):
+def dispatch(x_MD, group: TokenGroup, axes):
     """Sends a token group to the devices of its experts (steps 1 and 2). Returns the received x_rD.
 
     Number of array elements that a device receives; `combine` moves as many back:
@@ -129,37 +123,37 @@ def dispatch(x_MD, group: Group, axes):
         return _send(x_ocD, axes, group.route).reshape(-1, x_MD.shape[1])
 
 
-def contents(group: Group):
+def contents(group: TokenGroup):
     """Describes what the received slots contain, derived from the counts alone.
 
-    A run is a range of slots with all assignments of one source for one expert. A buffer consists of runs, ordered by source
-    and then by expert, followed by empty slots.
+    A span of slots contains all assignments of one source for one expert. A buffer consists of spans, ordered by source and
+    then by expert, followed by empty slots.
 
     Returns:
-      choices [r, 1]: `Choices` with the expert, the router weight and "not empty" of each received slot.
+      choices [r, 1]: the expert and the router weight of each received slot; keep_r1 is False for an empty slot.
       rank_r1: how many assignments that this device received for the same expert come before the slot's.
       count_e: number of assignments that this device received for each of its experts.
     """
     (buffers, C), experts = group.weight_bC.shape, group.sent_bse.shape[2]
-    size = group.sent_bse.reshape(buffers, -1)              # number of assignments in each run, [b, s e]
+    size = group.sent_bse.reshape(buffers, -1)              # number of assignments in each span, [b, s e]
     slot_C, end = jnp.arange(C), jnp.cumsum(size, axis=1)
-    run_bC = jnp.sum(slot_C[:, None] >= end[:, None], axis=2)
-    filled_bC = run_bC < size.shape[1]
-    run_bC = jnp.minimum(run_bC, size.shape[1] - 1)
-    # Example: two sources and two experts; the four runs have sizes 2, 1, 3 and 1.
+    span_bC = jnp.sum(slot_C[:, None] >= end[:, None], axis=2)
+    filled_bC = span_bC < size.shape[1]
+    span_bC = jnp.minimum(span_bC, size.shape[1] - 1)
+    # rank = slot + total - end, as in this example of two sources and two experts, with spans of 2, 1, 3 and 1 slots:
     #     slot        0  1  2  3  4  5  6
     #     expert      0  0  1  0  0  0  1
     #     rank        0  1  0  2  3  4  1
-    #     end         2  2  3  6  6  6  7      end of the slot's run
+    #     end         2  2  3  6  6  6  7      end of the slot's span
     #     total       2  2  1  5  5  5  2      assignments for the expert up to this end, in all buffers so far
-    # Both `end - slot` and `total - rank` count the assignments from the slot to the end of its run, so they are equal.
+    # Both end - slot and total - rank count the assignments from the slot to the end of its span.
     total = jnp.cumsum(group.sent_bse.reshape(-1, experts), axis=0).reshape(end.shape)
-    rank_bC = slot_C + jnp.take_along_axis(total - end, run_bC, axis=1)
-    received = Choices(*(x.reshape(-1, 1) for x in (run_bC % experts, group.weight_bC, filled_bC)))
+    rank_bC = slot_C + jnp.take_along_axis(total - end, span_bC, axis=1)
+    received = Choices(*(x.reshape(-1, 1) for x in (span_bC % experts, group.weight_bC, filled_bC)))
     return received, rank_bC.reshape(-1, 1), group.sent_bse.sum((0, 1))
 
 
-def combine(y_rD, group: Group, axes):
+def combine(y_rD, group: TokenGroup, axes):
     """Sends the experts' outputs back to the devices of their tokens (steps 4 and 5).
 
     Returns y_MD, the sum over each token's choices.
@@ -190,7 +184,7 @@ def buffer_slots(M, top_k, experts, capacity, peers, transport, ragged=False) ->
 
 
 def _assign_slots(choices: Choices, E: int, buffers: int, slots: int):
-    """Returns slot_Mj, token_oc (see `Group`) and sent_E, the number of assignments sent to each expert.
+    """Returns slot_Mj, token_oc (see `TokenGroup`) and sent_E, the number of assignments sent to each expert.
 
     A device sends `buffers` buffers of `slots` slots. If more than `slots` assignments need the same buffer, first choices get
     slots before second choices. Within a buffer, assignments are sorted by expert.
@@ -219,7 +213,7 @@ def _assign_ragged_slots(choices: Choices, E: int, peers: int, C: int):
     (M, top_k), experts = choices.expert_Mj.shape, E // peers
     if C < peers * M * min(top_k, experts):     # otherwise C is enough for any routing
         rank_a, wanted_p = rank(queue_order(choices.expert_Mj) // experts, queue_order(choices.keep_Mj), peers)
-        # slots of each receiver that devices with a lower index leave to this device; 0 or negative: none
+        # slots of each receiver that remain after the devices with a lower index; negative if they want more than C
         free_p = C - earlier_and_total(wanted_p, ("ep",))[0]
         fits_Mj = rank_a.reshape(top_k, M).T < free_p[choices.expert_Mj // experts]
         choices = choices._replace(keep_Mj=choices.keep_Mj & fits_Mj)
@@ -231,7 +225,7 @@ def _ragged_route(sent_dE, C: int, peers: int) -> RaggedRoute:
     index, etp = jax.lax.axis_index("ep"), len(sent_dE) // peers
     etp_index = jax.lax.axis_index("etp") if etp > 1 else 0
     sent_pE = jax.lax.dynamic_index_in_dim(sent_dE.reshape(etp, peers, -1), etp_index, 0, keepdims=False)
-    sent_pp = sent_pE.reshape(peers, peers, -1).sum(2)              # axes: device of the tokens, device of their experts
+    sent_pp = sent_pE.reshape(peers, peers, -1).sum(2)              # from peer (axis 0) to peer (axis 1)
     token_offset_pp = jnp.cumsum(sent_pp, axis=1) - sent_pp         # in the buffer of the tokens' device
     expert_offset_pp = jnp.cumsum(sent_pp, axis=0) - sent_pp        # in the buffer of the experts' device
     return RaggedRoute(
@@ -285,8 +279,8 @@ def _send(x_oc, axes, route: RaggedRoute | None = None):
 
 def _ragged_all_to_all(x, slots: int, transfers: Transfers):
     """Sends the buffer x [slots, ...]. Returns the received buffer, which has `slots` slots; unfilled slots are 0."""
-    # shard_map tracks the mesh axes over which a value differs between devices. The empty buffer must differ over the same axes
-    # as the transfers. A constant differs over none, so the zero is computed from an offset.
+    # Inside shard_map, an array's type includes the mesh axes over which its value varies. The empty buffer must have the same
+    # axes as the transfers, and a constant has none, so the zero is computed from an offset.
     zero = transfers.input_offsets[0] * 0
     empty = jnp.full((slots, *x.shape[1:]), zero, x.dtype)
     return jax.lax.ragged_all_to_all(x, empty, *transfers, axis_name="ep")

@@ -42,8 +42,8 @@ class Axes(NamedTuple):
 def moe(x_BTD, live_BT, router_DE, weights, routing: Routing):
     """Routes each token to its top-k experts and sums their outputs, weighted by the renormalised router probabilities.
 
-    Under a mesh (jax.set_mesh) the arrays are sharded as `parallel.sharding` says. If rows or time do not divide by the mesh,
-    every device gets all tokens and computes the outputs of its experts.
+    Under a mesh (jax.set_mesh) the arrays are sharded as `parallel.sharding` says. If the mesh axes of rows and time do not
+    divide B and T, every device gets all tokens and computes the outputs of its experts.
 
     Args:
       x_BTD: tokens.
@@ -103,12 +103,13 @@ def _local(x_BTD, live_BT, router_DE, *weights, routing: Routing, axes: Axes, sp
 
 def _exchange(x_MD, choices: Choices, capacity: int, axes, weights, routing: Routing):
     """Sends the tokens to their experts' devices and the outputs back. Returns y_MD and the number of assignments sent."""
-    groups = exchange.make_groups(choices, axes, len(weights[0]), capacity, routing)
+    groups = exchange.make_token_groups(choices, axes, len(weights[0]), capacity, routing)
+    etp = jax.lax.axis_size("etp") if "etp" in axes else 1
     y_MD = []
     for group in groups:
         x_rD = exchange.dispatch(x_MD[group.tokens], group, axes)
         received, rank_r1, count_e = exchange.contents(group)
-        etp = jax.lax.axis_size("etp") if "etp" in axes else 1
+        # with even routing, each device receives as many assignments over ep as it sends; the gather over etp adds a factor
         block = block_size(group.slot_Mj.size * etp, len(count_e))
         y_rD = _compute_sorted(x_rD, received, rank_r1, count_e, weights, block)
         y_MD.append(exchange.combine(y_rD, group, axes))
@@ -118,14 +119,14 @@ def _exchange(x_MD, choices: Choices, capacity: int, axes, weights, routing: Rou
 def _compute(x_MD, choices: Choices, weights):
     """y_MD of experts that are all on this device."""
     expert_Mj, weight_Mj, keep_Mj = choices
-    (M, top_k), E = expert_Mj.shape, len(weights[0])
+    (M, top_k), experts = expert_Mj.shape, len(weights[0])
     if M * top_k <= FEW:
         return grouped.expert_ffn_unrolled(x_MD, weight_Mj * keep_Mj, expert_Mj, *weights)
-    if E == top_k == 1:     # a dense layer: there is nothing to sort
+    if experts == top_k == 1:   # a dense layer: there is nothing to sort
         h_MF = jax.nn.silu(x_MD @ weights[0][0]) * (x_MD @ weights[1][0])
         return ((weight_Mj * keep_Mj).astype(h_MF.dtype) * h_MF) @ weights[2][0]
-    rank_a, count_E = rank(queue_order(expert_Mj), queue_order(keep_Mj), E)
-    return _compute_sorted(x_MD, choices, rank_a.reshape(top_k, M).T, count_E, weights, block_size(M * top_k, E))
+    rank_a, count_e = rank(queue_order(expert_Mj), queue_order(keep_Mj), experts)
+    return _compute_sorted(x_MD, choices, rank_a.reshape(top_k, M).T, count_e, weights, block_size(M * top_k, experts))
 
 
 def _compute_replicated(x_MD, choices: Choices, axes, weights):
@@ -133,31 +134,31 @@ def _compute_replicated(x_MD, choices: Choices, axes, weights):
 
     Each device computes its experts (ep) with its part of their hidden units F (etp). The outputs are summed over `axes`.
     """
-    E = len(weights[0])
+    experts = len(weights[0])       # of this device
     x_MD, choices = jax.lax.pcast((x_MD, choices), axes, to="varying")
     if "ep" in axes:
-        local_Mj = choices.expert_Mj - jax.lax.axis_index("ep") * E     # 0 to E - 1 for an expert of this device
-        is_local_Mj = (local_Mj >= 0) & (local_Mj < E)
-        choices = Choices(jnp.clip(local_Mj, 0, E - 1), choices.weight_Mj, choices.keep_Mj & is_local_Mj)
-    return jax.lax.psum(_compute(x_MD, choices, weights), axes)     # 'M D -> M D', summed
+        local_Mj = choices.expert_Mj - jax.lax.axis_index("ep") * experts
+        is_local_Mj = (local_Mj >= 0) & (local_Mj < experts)
+        choices = Choices(jnp.clip(local_Mj, 0, experts - 1), choices.weight_Mj, choices.keep_Mj & is_local_Mj)
+    return jax.lax.psum(_compute(x_MD, choices, weights), axes)
 
 
-def _compute_sorted(x_MD, choices: Choices, rank_Mj, count_E, weights, block: int):
+def _compute_sorted(x_MD, choices: Choices, rank_Mj, count_e, weights, block: int):
     """y_MD, computed by `kernels.grouped` on rows sorted by expert, in blocks of `block` rows."""
-    plan = grouped.plan(choices.expert_Mj, rank_Mj, choices.keep_Mj, count_E, block)
+    plan = grouped.plan(choices.expert_Mj, rank_Mj, choices.keep_Mj, count_e, block)
     return grouped.expert_ffn(x_MD, choices.weight_Mj, *weights, plan, block=block)
 
 
 def _gathered(weights, specs, axes):
     """The complete weights of this device's experts, gathered from FSDP's shards.
 
-    `axes` are the mesh axes whose devices compute different outputs. If the mesh shards the tokens, these are the token axes,
-    otherwise the expert axes. The backward pass sums the weights' gradients over `axes` (see `sharding.gather_weight`).
+    `axes` are the token axes, or the expert axes if the mesh does not shard the tokens. The backward pass sums the weights'
+    gradients over them (see `sharding.gather_weight`).
     """
     return [sharding.gather_weight(*args, axes) for args in zip(weights, WEIGHT_AXES, specs)] if axes else weights
 
 
 def block_size(assignments: int, experts: int) -> int:
-    """Returns rows per block: a power of two near half of an expert's even share, so that padding stays small; 8 to 128."""
-    share = max(assignments // (2 * experts), 1)
-    return min(128, max(8, 1 << (share.bit_length() - 1)))
+    """Returns rows per block: half of an expert's even share, rounded down to a power of two; at least 8 and at most 128."""
+    half = max(assignments // (2 * experts), 1)
+    return min(128, max(8, 1 << (half.bit_length() - 1)))

@@ -44,8 +44,8 @@ class Stats(NamedTuple):
     load_E: jax.Array           # share of the assignments that chose each expert, before drops; sums to 1
     prob_E: jax.Array           # mean router probability
     z: jax.Array                # mean logsumexp(logits)^2
-    dropped: jax.Array          # share of the assignments dropped because the expert's capacity was exceeded
-    overflow: jax.Array         # share of the assignments within capacity that found no slot in an exchange buffer
+    dropped: jax.Array          # share of all assignments that exceeded their expert's capacity
+    overflow: jax.Array         # share of all assignments that were within capacity but got no slot in an exchange buffer
 
 
 def choose(x_MD, router_DE, top_k: int):
@@ -76,7 +76,7 @@ def queue_positions(expert_BTj, live_BT, E: int, rows=(), time=()):
     """
     chosen_BTjE = jax.nn.one_hot(expert_BTj, E, dtype=jnp.int32) * live_BT[..., None, None]
     before_BjE, total_jE = _counts_before(chosen_BTjE.sum(1), rows, time)
-    earlier_jE = jnp.cumsum(total_jE, axis=0) - total_jE        # assignments of all tokens with an earlier choice (lower j)
+    earlier_jE = jnp.cumsum(total_jE, axis=0) - total_jE        # all tokens' choices with a lower j
     position_BTjE = jnp.cumsum(chosen_BTjE, axis=1) - 1 + (before_BjE + earlier_jE)[:, None]
     return jnp.take_along_axis(position_BTjE, expert_BTj[..., None], axis=3)[..., 0], total_jE
 
@@ -114,17 +114,18 @@ def queue_order(x_Mj):
     return x_Mj.T.reshape(-1)
 
 
-def rank(group_a, keep_a, groups: int):
-    """Ranks the assignments within groups, such as the assignments to the same expert or to the same peer.
+def rank(destination_a, keep_a, destinations: int):
+    """Ranks the assignments to the same destination, which is an expert or a peer.
 
     Args:
-      group_a: the group of each assignment, 0 to groups - 1.
+      destination_a: the destination of each assignment, 0 to destinations - 1.
       keep_a: False for assignments that do not count.
     Returns:
-      For each assignment, how many kept assignments of its group come before it; and the number of kept assignments per group.
+      For each kept assignment, how many kept ones to the same destination come before it; and the number of kept assignments to
+      each destination.
     """
-    kept = jax.nn.one_hot(group_a, groups, dtype=jnp.int32) * keep_a[:, None]
-    return jnp.take_along_axis(jnp.cumsum(kept, axis=0) - 1, group_a[:, None], axis=1)[:, 0], kept.sum(0)
+    kept = jax.nn.one_hot(destination_a, destinations, dtype=jnp.int32) * keep_a[:, None]
+    return jnp.take_along_axis(jnp.cumsum(kept, axis=0) - 1, destination_a[:, None], axis=1)[:, 0], kept.sum(0)
 
 
 def statistics(logits_ME, prob_ME, live_M, count_jE, keep_Mj, sent, axes) -> Stats:
