@@ -2,17 +2,17 @@
 
     B batch      T query tokens  S key/cache tokens  D model      H query heads   G KV heads   R = H/G
     K key dim    V value dim     F expert hidden     E experts    C slots of an exchange buffer
-    N chunks     Q tokens/chunk  L scanned groups or layers       W vocabulary    M token rows (B x T, flattened)
+    N chunks     Q tokens/chunk  L scanned groups of layers       W vocabulary    M tokens (B x T, flattened)
     I tiles      Y, X pixels down and across          Z colours    P positions of a tile, the class token first
     J ViT model  A ViT heads     U ViT hidden        O projector hidden (as wide as D)
 
-Lower-case letters are axes that only one package or file has; its docstring explains them. Layer kinds (`layers.kinds`) are a
-separate alphabet. Inside `shard_map` a letter means the local extent.
+A group is one repeat of the decoder's layer pattern, or one layer of the ViT. Lower-case letters are explained in the files
+that use them. Layer kinds (`layers.kinds`) have their own letters. Inside `shard_map` a letter is a local extent.
 """
 
 
 def check(array, axes: str, name: str, **extents: int) -> None:
-    """Raises a one-line ValueError unless `array` has one axis a letter, none empty, with the extents given by letter."""
+    """Raises ValueError unless `array` has one axis, not empty, for each letter of `axes`, with the sizes in `extents`."""
     if not hasattr(array, "shape"):
         raise ValueError(f"{name} needs an array with axes {axes}, got {type(array).__name__}")
     if array.ndim != len(axes):
@@ -26,7 +26,7 @@ def check(array, axes: str, name: str, **extents: int) -> None:
 
 
 def axes_of(name: str) -> str:
-    """The letters of the axes that a parameter's or a cache entry's name ends in: "DHK" of "q_DHK"."""
+    """The letters that the name of a parameter or of a cache entry ends in: "DHK" for "q_DHK"."""
     return name.rpartition("_")[2]
 
 

@@ -1,7 +1,7 @@
 """The decoder: embedding, layers, final norm (docs/model.md section 2).
 
-`model.pattern` has one letter for each layer; `layers.kinds` maps the letters to layer kinds. One repeat of the pattern is a
-group. The groups are scanned. A layer computes x' from x:
+The layers repeat `model.pattern`, whose letters name layer kinds (`layers.kinds`). One repeat is a group, and the groups are
+scanned. A layer computes x' from x:
 
     post-norm    u = RMSNorm(x);   y = alpha u + beta Mixer(u);   v = RMSNorm(y);   x' = alpha v + beta MoE(v)
     pre-norm     u = RMSNorm(x);   y = alpha x + beta Mixer(u);   v = RMSNorm(y);   x' = alpha y + beta MoE(v)
@@ -40,7 +40,7 @@ class Layer(nn.Module):
     def __call__(self, x_BTD, context: Context, cache, constants):
         c, kind = self.config, kind_of(self.letter)
         # alpha_softmax and beta_softmax, or alpha_lightning and beta_lightning
-        alpha, beta = getattr(c, f"alpha_{kind.residual}"), getattr(c, f"beta_{kind.residual}")
+        alpha, beta = getattr(c, f"alpha_{kind.factor_suffix}"), getattr(c, f"beta_{kind.factor_suffix}")
         u_BTD = rms_norm(x_BTD, param(self, "norm_mixer_D"), c.norm_eps)
         mixed_BTD, cache = kind.mixer(c, name="mixer")(u_BTD, context, cache, constants)
         y_BTD = alpha * (u_BTD if c.postnorm else x_BTD) + beta * constrain(mixed_BTD, "BTD")
@@ -74,20 +74,19 @@ class Model(nn.Module):
     config: config.Model
 
     @nn.compact
-    def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, cache=None, trace=False, places_BT=None, images=None):
+    def __call__(self, tokens_BT, segments_BT=None, positions_BT=None, cache=None, trace=False, patch_code_BT=None,
+                 images=None):
         """Returns hidden states after the final norm; `logits` turns them into logits.
 
         Args:
           tokens_BT: token ids.
           segments_BT: document numbers from 1, 0 for padding; None: one document a row. With a cache: 1 for a token, 0 for
             padding on the right, which the cache does not keep.
-          positions_BT: positions for RoPE. None: 0, 1, 2, ... in each row, or with a cache the numbers after its tokens.
+          positions_BT: positions for RoPE. None: n, n + 1, n + 2, ... in a row with n tokens in the cache (0 without a cache).
           cache: from `empty_cache` or an earlier call; the tokens continue it.
           trace: also return every layer's input and router logits in the statistics.
-          places_BT: a code for what replaces each token's embedding. None: there are no images.
-            0: nothing; the token is text.
-            1: newline_D, the embedding after a line of patches.
-            2, 3, ...: patch 0, 1, ... of the block of rows that the token is in: patches_bpD[block, code - 2].
+          patch_code_BT: selects each token's embedding; None: there are no images. 0: the token's own. 1: newline_D, which
+            follows a line of patches. p + 2: patch p of the token's block of rows, patches_bpD[block, p].
           images: (newline_D, patches_bpD) from `encode_images`.
 
         Returns:
@@ -99,24 +98,24 @@ class Model(nn.Module):
         start_B = None if cache is None else cache["length_B"]
         if positions_BT is None:
             positions_BT = jnp.arange(T)[None] + (0 if start_B is None else start_B[:, None])
-        # "BS", not "BT": in `parallel.sharding`, T is time sharded over the mesh axes seq and etp, and S is time sharded over
-        # seq only. Inside a mixer, where RoPE runs, etp shards the heads, so time is sharded over seq only.
+        # "BS" shards time over the mesh axis seq only, "BT" over seq and etp (`parallel.sharding`). RoPE needs "BS": inside a
+        # mixer, etp shards the heads.
         context = Context(segments_BT, constrain(positions_BT, "BS"), start_B)
         embed_WD = self.param("embed_WD", nn.initializers.normal(c.embed_std), (c.vocab, c.dim))
         x_BTD = vocabulary.embed(embed_WD, tokens_BT, c.dtype)
-        if places_BT is not None:
-            x_BTD = insert_patches(x_BTD, places_BT, *images)
+        if patch_code_BT is not None:
+            x_BTD = insert_patches(x_BTD, patch_code_BT, *images)
         x_BTD = constrain(x_BTD, "BTD")
 
-        # check_constancy_invariants=False: Flax's check is for scans with broadcast outputs, and this scan has none. The check
-        # would trace the body a second time. It would also take a shard_map in the body for a broadcast output.
+        # Flax's check_constancy_invariants is for scans with broadcast outputs, and this scan has none. The check would trace
+        # the body a second time, and would mistake a shard_map in the body for a broadcast output.
         groups = nn.scan(Group, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.groups,
                          in_axes=(nn.broadcast, 0, 0), check_constancy_invariants=False)(c, trace, name="groups")
         layers = None if cache is None else cache["layers"]
         x_BTD, (layers, stats) = groups(x_BTD, context, layers, _constants(c))
         if cache is not None:
             new_B = T if segments_BT is None else jnp.sum(segments_BT > 0, axis=1, dtype=jnp.int32)
-            # `append` gets x_BTD because the write of a single token must wait for all reads of the cache: x_BTD needs them.
+            # x_BTD depends on all reads of the cache: `append` orders the write of a single token after them.
             cache = {"length_B": start_B + new_B, "layers": append(cache["layers"], layers, start_B, x_BTD)}
         self.param("head_WD", nn.initializers.normal(c.dim ** -0.5), (c.vocab, c.dim))
         x_BTD = rms_norm(x_BTD, param(self, "norm_D"), c.norm_eps)
@@ -177,12 +176,11 @@ def empty_cache(c: config.Model, rows: int, max_length: int, kv_dtype: str = "")
 
 
 def abstract_params(c: config.Model) -> dict:
-    """The parameter tree of shapes, as `Model.init` creates it; float32.
+    """The shapes and dtypes (float32) of the parameters, in the tree that `Model.init` creates.
 
     Only one layer of each kind is traced, so the time does not grow with the number of layers.
     """
-    # The implementation keys (kernel, chunk, remat, ...) do not change the parameters: `portable` resets them to defaults.
-    plain = dataclasses.replace(c.portable(), dtype="float32", remat=False)
+    plain = dataclasses.replace(c.portable(), dtype="float32")      # does not change the parameters
     traced = {letter: _abstract_layer(dataclasses.replace(plain, layers=1, pattern=letter)) for letter in set(c.pattern)}
     def stack(x):
         return jax.ShapeDtypeStruct((c.groups, *x.shape[1:]), x.dtype)

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from mmx import config
-from mmx.training.guards import DivergedError, Guard, Spike
+from mmx.training.guards import DivergedError, Guard, Rollback
 
 
 def guard(**options):
@@ -34,7 +34,7 @@ class Restored:
     """A checkpoint whose guard had `state`."""
 
     def __init__(self, state):
-        self.position = {"stream": {"read": 0}, "guard": state}
+        self.host_state = {"stream": {"read": 0}, "guard": state}
 
 
 def roll_back(g, spike, state):
@@ -48,7 +48,7 @@ def test_nonfinite_steps_are_counted_until_too_many_in_a_row():
         assert g.check(step, loss, norm) is None
     assert (g.skipped, g.skipped_in_a_row) == (4, 2)
     with pytest.raises(DivergedError, match="^step 6 has loss nan and gradient norm 1, and the 2 steps before it were skipped "
-                       "too: the checkpoints are from earlier steps; start in another --workdir with a lower learning rate "):
+                       "too: a resumed run would stop at the same step; start in another --workdir with a lower learning "):
         g.check(6, math.nan, 1)
     assert DivergedError.code == 4
 
@@ -57,7 +57,7 @@ def test_a_spike_is_measured_from_the_median_of_a_full_window():
     g = guard(spike=1.0, window=3)
     assert [g.check(step, loss, 1) for step, loss in enumerate((2, 9, 2.1), 1)] == [None] * 3     # the window was not full
     assert g.check(4, 3.05, 1) is None and g.losses == [9, 2.1, 3.05]
-    assert g.check(5, 4.1, 1) == Spike(5, "step 5 has loss 4.100, the median of the last 3 is 3.050")
+    assert g.check(5, 4.1, 1) == Rollback(5, "step 5 has loss 4.100, the median of the last 3 is 3.050")
     assert g.losses == [9, 2.1, 3.05]
     assert guard().check(1, 1e9, 1) is None
 
@@ -84,7 +84,7 @@ def test_a_rollback_discards_the_data_up_to_the_spike_and_beyond():
         stream.next()
         g.record_stream(step, stream)
     restored = g.roll_back(g.check(3, 4, 1), stream, lambda: Restored(state))
-    assert restored.position["guard"] == state and g.losses == [2]
+    assert restored.host_state["guard"] == state and g.losses == [2]
     assert stream.read == 5 and stream.rewound_to == {"read": 0}      # three batches up to the spike, two beyond it
 
 

@@ -86,7 +86,7 @@ def test_loss_is_the_mean_over_weights_and_the_router_losses():
     balance, z = loss.router_losses(STATS, model.config)
     cross = reference(*inputs()).sum() / weights_BT.sum()
     np.testing.assert_allclose(value, cross + 0.3 * balance + 0.01 * z, rtol=1e-5)
-    expected = {"loss": cross, "aux_loss": balance, "z_loss": z, "targets": weights_BT.sum(), "load_E": STATS["load_E"],
+    expected = {"loss": cross, "aux_loss": balance, "z_loss": z, "target_count": weights_BT.sum(), "load_E": STATS["load_E"],
             "dropped": STATS["dropped"], "overflow": STATS["overflow"]}
     assert metrics.keys() == expected.keys()
     for name in expected:

@@ -191,7 +191,7 @@ def test_vision_models_agree_in_both_directions(tmp_path):
         pictures = [images.prepare(v, Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))) for size in sizes]
         ids = [rng.integers(0, v.token, 4)]
         for picture in pictures:
-            ids += [np.full(len(picture.places_T), v.token), rng.integers(0, v.token, 3)]
+            ids += [np.full(len(picture.patch_code_T), v.token), rng.integers(0, v.token, 3)]
         tokens_BT = np.concatenate(ids)[None]
         convert.to_hf(tmp_path / name, tmp_path / f"{name}-back", progress=False)
         again = transformers.LlavaNextForConditionalGeneration.from_pretrained(

@@ -276,7 +276,7 @@ def test_micro_batches_equal_one_large_batch():
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(four[name], one[name], rtol=1e-5, err_msg=name)
     singles = [one_step({k: v[n:n + 1] for k, v in parts.items()})[3] for n in range(4)]
-    weights = [single["targets"] for single in singles]
+    weights = [single["target_count"] for single in singles]
     assert weights == [6, 32, 32, 32]
     np.testing.assert_allclose(four["z_loss"], np.average([single["z_loss"] for single in singles], weights=weights), rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-7), opt_parts, opt)

@@ -32,7 +32,7 @@ def loaded():
 
 
 def oracle_images(v):
-    return [images.PreparedImage(np.moveaxis(WANT[f"{i}_pixel_values"], 1, -1), images.places(v, *map(int, size)))
+    return [images.PreparedImage(np.moveaxis(WANT[f"{i}_pixel_values"], 1, -1), images.patch_codes(v, *map(int, size)))
             for i, size in enumerate(SIZES)]
 
 
@@ -47,18 +47,18 @@ def batch():
 
 
 def test_oracle_counts_and_features(loaded):
-    """The tiles of all five images are encoded at once. An image's features are the rows that its tokens' places select."""
+    """The tiles of all five images are encoded at once. An image's features are the rows that its patch codes select."""
     v, prepared = loaded.config.vision, oracle_images(loaded.config.vision)
     assert [images.token_count(v, *size) for size in SIZES] == [WANT[f"floor_{i}_n_tokens"] for i in range(5)]
     for i, size in enumerate(SIZES):
         np.testing.assert_array_equal(np.multiply(images.best_grid(v, *size), v.tile), WANT[f"floor_{i}_best_res_hw"])
         assert len(prepared[i].pixels_IYXZ) == 1 + np.prod(images.best_grid(v, *size))
-    places_BT, pixels_bIYXZ = images.collate(v, batch()[0], [[image] for image in prepared])
+    patch_code_BT, pixels_bIYXZ = images.collate(v, batch()[0], [[image] for image in prepared])
     newline_D, (patches_MD,) = engine.encode_images(loaded.config, loaded.params, pixels_bIYXZ)
     features_MD = np.concatenate([newline_D[None], patches_MD])
     for i in range(5):
-        places_T = places_BT[i][places_BT[i] > 0]
-        np.testing.assert_allclose(features_MD[places_T - 1], WANT[f"floor_{i}_image_features"], atol=2e-5, rtol=0)
+        patch_code_T = patch_code_BT[i][patch_code_BT[i] > 0]
+        np.testing.assert_allclose(features_MD[patch_code_T - 1], WANT[f"floor_{i}_image_features"], atol=2e-5, rtol=0)
 
 
 def test_oracle_logits(loaded):

@@ -62,7 +62,7 @@ def separate(folder, t):
         rows.append(packing._make_row([(d.ids_T, 0, len(d.ids_T), d.targets_T)], t.length))
         row_images.append(images.prepare_all(V, d.images.images if d.images else ()))
     batch = packing.stack(rows)
-    return batch | dict(zip(("places", "pixels"), images.collate(V, batch["tokens"], row_images)))
+    return batch | dict(zip(("patch_code", "pixels"), images.collate(V, batch["tokens"], row_images)))
 
 
 def test_packed_equals_separate(folder):
@@ -95,8 +95,8 @@ def test_hosts_make_one_batch(folder):
         for name, array in batch.items():
             np.testing.assert_array_equal(np.concatenate([half[name] for half in halves]), array, err_msg=name)
         blank = (batch["pixels"] == 0).all((2, 3, 4))
-        for n, places_BT in enumerate(np.split(batch["places"], 4)):
-            assert places_BT.max() < 2 + 4 * (~blank[n]).sum()
+        for n, patch_code_BT in enumerate(np.split(batch["patch_code"], 4)):
+            assert patch_code_BT.max() < 2 + 4 * (~blank[n]).sum()
 
 
 TRAIN = config.Train(batch=B, length=T, clip=1.0, loss_chunk=256, contrastive=0.5, ramp=((0, 2),))
@@ -116,7 +116,7 @@ def one_step(folder, mesh=None, **changes):
         kept = sharding.param_shardings((params, opt), mesh)
         params, opt = jax.device_put((params, opt), kept)
         tokens, tiles = sharding.batch_sharding(mesh, 1), sharding.tile_sharding(mesh, 1)
-        batch = {name: jax.device_put(x, tiles if name in ("pixels", "ends") else tokens) for name, x in batch.items()}
+        batch = {name: jax.device_put(x, tiles if name in ("pixels", "caption_ends") else tokens) for name, x in batch.items()}
         step = jax.jit(step, out_shardings=(*kept, sharding.replicated(mesh)))
     _, opt, told = jax.device_get(jax.jit(step)(params, opt, batch, np.float64(1e-2)))
     return told, opt[1].mu      # after one step the gradient's tenth
@@ -246,33 +246,33 @@ def test_optimizer_of_what_sees():
 def test_contrastive_loss_by_hand():
     rng = np.random.default_rng(0)
     x_BTD, patches_bpD = rng.normal(size=(4, 6, 5)), rng.normal(size=(2, 3 * 4, 5))
-    ends_bI = np.array([[7, -1, 2], [-1, 11, -1]])
+    caption_ends_bI = np.array([[7, -1, 2], [-1, 11, -1]])
     unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
     pairs = [(0, 0), (0, 2), (1, 1)]
     image = unit(np.stack([patches_bpD[n, 4 * i:4 * i + 4].mean(0) for n, i in pairs]))
-    text = unit(np.stack([x_BTD[2 * n + ends_bI[n, i] // 6, ends_bI[n, i] % 6] for n, i in pairs]))
+    text = unit(np.stack([x_BTD[2 * n + caption_ends_bI[n, i] // 6, caption_ends_bI[n, i] % 6] for n, i in pairs]))
     p = np.exp(image @ text.T / 0.07)
     want = np.mean(-np.log(np.diag(p) / p.sum(0)) - np.log(np.diag(p) / p.sum(1)))
-    np.testing.assert_allclose(jax.jit(loss.contrastive_loss)(ends_bI, x_BTD, patches_bpD), want, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(loss.contrastive_loss)(caption_ends_bI, x_BTD, patches_bpD), want, rtol=1e-5)
     assert loss.contrastive_loss(np.full((2, 3), -1), x_BTD, patches_bpD) == 0
 
 
 def test_captions_are_repeated_without_their_image(folder):
-    """The copy follows the captioned image as a segment without targets; "ends" has the index of its last token."""
+    """The copy follows the captioned image as a segment without targets; "caption_ends" has the index of its last token."""
     batch = stream(folder, config.Train(batch=B, length=T, contrastive=1.0), blocks=2).next()
     found = 0
-    for n, ends_I in enumerate(batch["ends"]):
+    for n, caption_ends_I in enumerate(batch["caption_ends"]):
         rows = slice(n * B // 2, (n + 1) * B // 2)
-        for tile in np.flatnonzero(ends_I >= 0):
-            b, end = divmod(ends_I[tile], T)
+        for tile in np.flatnonzero(caption_ends_I >= 0):
+            b, end = divmod(caption_ends_I[tile], T)
             tokens_T, segments_T, weights_T = (batch[name][rows][b] for name in ("tokens", "segments", "weights"))
             copy_T, original_T = (segments_T == segments_T[end] - offset for offset in (0, 1))
             assert tokens_T[end] == 257 and np.flatnonzero(copy_T)[-1] == end and not weights_T[copy_T].any()
             np.testing.assert_array_equal(tokens_T[original_T & (tokens_T != V.token)], tokens_T[copy_T])
-            first = batch["places"][rows][b][original_T]
+            first = batch["patch_code"][rows][b][original_T]
             assert first[first > 1].min() == images.PATCH + 4 * tile
             found += 1
-    assert found == 5 and not (stream(folder, config.Train(batch=B, length=T)).next()["ends"] >= 0).any()
+    assert found == 5 and not (stream(folder, config.Train(batch=B, length=T)).next()["caption_ends"] >= 0).any()
 
 
 def test_flops_of_a_tile():

@@ -38,7 +38,7 @@ def test_every_pod_and_stage(pod, stage):
         pairs, row = {"vit-224": (37e9, 4), "vit-336": (1.2e9, 2)}[stage]
         assert t.steps * t.batch * row == pytest.approx(pairs, rel=1e-4)
         captions = 2 * (76 + 2)     # a caption with its begin and end tokens, once after its image and once without it
-        assert t.length // (e.model.vision.side ** 2 + captions) == row
+        assert t.length // (e.model.vision.patches_per_side ** 2 + captions) == row
 
 
 def test_stages_start_from_the_previous_stage():

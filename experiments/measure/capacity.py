@@ -82,7 +82,7 @@ def count_dropped(loaded, capacity, batches):
 
 
 def dropped_by_shard(expert_LBTj, *, shards, capacity, E):
-    """dropped_L if each of `shards` equal blocks of rows has its own capacity. j is a token's choices of experts."""
+    """dropped_l if each of `shards` equal blocks of rows has its own capacity. j is a token's choices of experts."""
     L, B, T, j = expert_LBTj.shape
     blocks = expert_LBTj.reshape(L * shards, B // shards, T, j)
     live_BT = jnp.ones(blocks.shape[1:3], bool)
@@ -95,8 +95,8 @@ def print_table(dropped, batches):
     table = Table("shards", *(f"capacity {c}{what}" for c in dropped for what in ("", ", worst layer")),
                   title=f"dropped assignments, %, in {batches} batches of {ROWS} x {LENGTH} held-out tokens")
     for n, shards in enumerate(SHARDS):
-        dropped_NL = [shares[n] for shares in dropped.values()]
-        cells = [f"{100 * share:.2f}" for dropped_L in dropped_NL for share in (dropped_L.mean(), dropped_L.max())]
+        dropped_Nl = [shares[n] for shares in dropped.values()]
+        cells = [f"{100 * share:.2f}" for dropped_l in dropped_Nl for share in (dropped_l.mean(), dropped_l.max())]
         table.add_row(f"{shards}{' (global)' * (shards == 1)}", *cells)
     Console().print(table)
 

@@ -59,14 +59,14 @@ def measure(loaded, length, capacities=CAPACITIES, shards=SHARDS, batches=BATCHE
         for count in shards if capacity else shards[:1]:
             c = dataclasses.replace(loaded.config, capacity=capacity)
             found = [_evaluate(c, count, loaded.params, batch) for batch in held_out]
-            nats, dropped_L = (np.mean(x, axis=0) for x in zip(*found))
-            yield {"capacity": capacity, "shards": count, "loss": float(nats), "dropped": float(dropped_L.mean()),
-                   "worst": float(dropped_L.max())}
+            nats, dropped_l = (np.mean(x, axis=0) for x in zip(*found))
+            yield {"capacity": capacity, "shards": count, "loss": float(nats), "dropped": float(dropped_l.mean()),
+                   "worst": float(dropped_l.max())}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _evaluate(c, shards, params, batch):
-    """(loss, dropped_L), means over shards of the rows; each shard is evaluated separately, with its own capacity."""
+    """(loss, dropped_l), means over shards of the rows; each shard is evaluated separately, with its own capacity."""
     def one(part):
         _, metrics = loss(Model(c), params, part, part["tokens"].size)
         return metrics["loss"], metrics["dropped"]

@@ -78,7 +78,7 @@ def flops_tile(c: config.Model) -> float:
     v = c.vision
     if not v.layers:
         return 0
-    patches = v.side ** 2
+    patches = v.patches_per_side ** 2
     places = patches + 1
     layer = 2 * places * (4 * v.dim ** 2 + 2 * v.dim * v.hidden) + 4 * places ** 2 * v.dim
     return v.layers * layer + 2 * patches * (3 * v.patch ** 2 * v.dim + v.dim * c.dim + c.dim ** 2)

@@ -322,8 +322,8 @@ def differing_settings(saved: config.Model, new: config.Model) -> list[str]:
     """Describes the keys, with both values, that make two models of the same shapes compute different functions."""
     ignored = {*config.IMPLEMENTATION_KEYS, "capacity", "transport", "aux", "aux_weight", "z_weight", "context", "init",
             "embed_std", "dtype", "vision"}
-    used = {key for letter in saved.pattern + new.pattern for key in kind_of(letter).keys}
-    ignored |= {key for kind in KINDS.values() for key in kind.keys} - used
+    used = {key for letter in saved.pattern + new.pattern for key in kind_of(letter).config_keys}
+    ignored |= {key for kind in KINDS.values() for key in kind.config_keys} - used
     values = ((f.name, getattr(saved, f.name), getattr(new, f.name)) for f in dataclasses.fields(config.Model))
     return [f"model.{name} is {old} there, {value} here" for name, old, value in values if name not in ignored and old != value]
 

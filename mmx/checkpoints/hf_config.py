@@ -181,6 +181,6 @@ def _with_vision(text: dict, model: Model, dialect: str, dtype: str, ids: dict) 
                             else ("LlavaNextForConditionalGeneration", "llava_next", "dtype"))
     return {"architectures": [name], "model_type": kind, dtype_key: dtype, **ids, "text_config": text, "vision_config": vision,
             "image_grid_pinpoints": [[rows * v.tile, columns * v.tile] for rows, columns in v.grids],
-            "image_seq_length": v.side ** 2, "image_token_index": v.token, "multimodal_projector_bias": True,
+            "image_seq_length": v.patches_per_side ** 2, "image_token_index": v.token, "multimodal_projector_bias": True,
             "projector_hidden_act": "gelu", "tie_word_embeddings": False, "vision_feature_layer": -1,
             "vision_feature_select_strategy": "default"}

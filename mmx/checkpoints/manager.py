@@ -70,7 +70,7 @@ class Checkpoints:
         if step in self.manager.all_steps() or not (force or self.manager.should_save(step)):
             return False
         self.wait()
-        self.check_room(params, opt)
+        self.check_disk_space(params, opt)
         chunks = jax.tree_util.tree_map_with_path(_chunks, params)
         args = ocp.args.Composite(params=orbax_hooks.ArraySave(params, chunks), opt=orbax_hooks.ArraySave(opt),
                                   data=ocp.args.JsonSave(data))
@@ -90,7 +90,7 @@ class Checkpoints:
                 self.saving = None
                 self.manager.wait_until_finished()
 
-    def check_room(self, params, opt):
+    def check_disk_space(self, params, opt):
         """Raises ConfigError, in every process, if the disk lacks space for one more step."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves((params, opt))) * 1.01 + 1e6
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ class Checkpoints:
         problem = "" if free >= needed else (
             f"a checkpoint needs {needed / 1e9:.3f} GB, {self.directory} has {free / 1e9:.3f} GB free: make room, then "
             "repeat the command to resume from the last checkpoint")
-        if problem := first_problem(problem):
+        if problem := agree_on_problem(problem):
             raise ConfigError(problem)
 
     @contextlib.contextmanager
@@ -126,7 +126,7 @@ class Checkpoints:
         damage = {}         # step -> what is damaged
         for number in sorted(_steps(self.directory), reverse=True):
             step = self.directory / str(number)
-            problem = first_problem(self._find_damage(step))
+            problem = agree_on_problem(self._find_damage(step))
             if not problem:
                 try:
                     found = _read_step(step, params, opt)
@@ -134,7 +134,7 @@ class Checkpoints:
                     if isinstance(error, PermissionError) or (self.verify and checksums.read(step)):
                         raise       # the files are as they were written
                     problem = _one_line(error)
-                problem = first_problem(problem)
+                problem = agree_on_problem(problem)
             if not problem:
                 self._set_aside(damage, number)
                 return number, *found
@@ -164,7 +164,7 @@ class Checkpoints:
             (self.directory / str(damaged)).rename(aside)
             print(f"mmx: {self.directory / str(damaged)} is damaged, {problem}: renamed to {aside.name}; the run resumes from "
                   f"step {number}", file=sys.stderr)
-        first_problem("")       # the other processes wait until process 0 has renamed the steps
+        agree_on_problem("")    # the other processes wait until process 0 has renamed the steps
         if "manager" in vars(self):
             self.manager.reload()
 
@@ -179,7 +179,7 @@ class Checkpoints:
             self.manager.close()
 
 
-def first_problem(problem: str) -> str:
+def agree_on_problem(problem: str) -> str:
     """Returns the first message that is not empty, in the order of processes. Every process must call it; all get the same."""
     if jax.process_count() == 1:
         return problem
@@ -263,7 +263,7 @@ def check_config(workdir: str | Path, experiment: Experiment) -> None:
 def _comparable(sections: dict, changeable: dict) -> dict:
     """The sections that describe the function and its training, without the keys that may change."""
     model = {"vision": None, "window": Model.window} | sections["model"]       # `to_json` leaves these out at their defaults
-    if "window" not in {key for letter in model.get("pattern", Model.pattern) for key in kind_of(letter).keys}:
+    if "window" not in {key for letter in model.get("pattern", Model.pattern) for key in kind_of(letter).config_keys}:
         del model["window"]
     sections = sections | {"model": model}
     return {section: {key: value for key, value in sections[section].items() if key not in changeable.get(section, ())}

@@ -70,7 +70,7 @@ def _shape_rows(experiment: Experiment) -> list[tuple[str, str]]:
         ("residual alpha", " ".join(f"{name} {alpha:.6g}" for name, alpha in alphas.items()))]
     if v.layers:
         rows.append(("vision", f"{v.layers} layers of {v.dim:,}, {v.heads} heads; "
-                               f"tiles of {v.tile}, {v.side} x {v.side} patches"))
+                               f"tiles of {v.tile}, {v.patches_per_side} x {v.patches_per_side} patches"))
     return rows
 
 

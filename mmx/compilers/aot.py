@@ -215,8 +215,8 @@ def _train_step(e, mesh):
         ("weights", jnp.float32))}
     if v.layers:
         blocks, tiles = sharding.tile_sharding(mesh, leading=1), (1, *_tiles(e, mesh))
-        batch |= {"places": batch["tokens"], "pixels": _array((*tiles, v.tile, v.tile, 3), jnp.float32, blocks),
-                  "ends": _array(tiles, jnp.int32, blocks)}
+        batch |= {"patch_code": batch["tokens"], "pixels": _array((*tiles, v.tile, v.tile, 3), jnp.float32, blocks),
+                  "caption_ends": _array(tiles, jnp.int32, blocks)}
     step = jit_train_step(model, optimizer, t, state)
     return step, (*state, batch, _array((), jnp.float32, sharding.replicated(mesh)))
 
@@ -224,7 +224,7 @@ def _train_step(e, mesh):
 def _tiles(e, mesh) -> tuple[int, int]:
     """Returns the number of blocks of rows, and the tiles of a block whose tokens are all from images."""
     blocks, devices = (sharding.size(mesh, axes) for axes in (sharding.ROWS, sharding.TIME))
-    tiles = e.train.batch // blocks * e.train.length // e.model.vision.side ** 2
+    tiles = e.train.batch // blocks * e.train.length // e.model.vision.patches_per_side ** 2
     return blocks, devices * padded_tiles(-(-tiles // devices))
 
 

@@ -57,8 +57,8 @@ class Vision:
                 f"model.vision.token={v.token} must be a token id, from 0 to below model.vocab={vocab}")
 
     @property
-    def side(self) -> int:
-        """Patches in a row, and in a column, of a tile."""
+    def patches_per_side(self) -> int:
+        """Patches in a row of a tile, and in a column."""
         return self.tile // self.patch
 
 

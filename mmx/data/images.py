@@ -7,9 +7,9 @@
     tokens     the patches of the resized tile, then the grid's patches row by row, with a newline token after each row.
                Patches in the black margins are dropped; the image's aspect ratio decides which ones
 
-All of this follows from the image's size, so tokens can be counted without reading pixels. Sizes are (height, width).
+Tokens can be counted without reading pixels: all of this depends only on the image's size. Sizes are (height, width).
 
-A token's place is a number that selects its embedding: 0 (TEXT) is the embedding of its id, 1 (NEWLINE) is the newline
+A token's patch code selects its embedding: 0 (TEXT) is the embedding of its id, 1 (NEWLINE) is the newline
 embedding, and PATCH + tile * (patches per tile) + patch is the embedding of that patch.
 """
 import contextlib
@@ -26,27 +26,26 @@ from mmx.config import ConfigError, Vision
 from mmx.files import untrusted
 
 PLACEHOLDER = "<image>"         # marks the position of an image in a text
-PIXELS = 8192 ** 2              # limit on an image's pixels. Decoding holds up to three copies of 4 bytes a pixel
+PIXELS = 8192 ** 2              # limit on an image's pixels. Decoding needs up to three copies of 4 bytes per pixel
 FILE_BYTES = 512 << 20
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")     # without EPS, which runs a program, and without rare formats
 SCANS = 100                     # limit on the scans of a progressive JPEG. Each scan takes a pass over the whole image
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)        # CLIP's, of red, green, blue
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-TEXT, NEWLINE, PATCH = 0, 1, 2  # the places that are not patches, and the place of the first patch
+TEXT, NEWLINE, PATCH = 0, 1, 2  # the codes that are not patches, and the code of the first patch
 _PILLOW_LIMIT_LOCK = threading.Lock()
 
 
 class PreparedImage(NamedTuple):
     """An image as the model takes it."""
     pixels_IYXZ: np.ndarray     # normalized float32 tiles
-    places_T: np.ndarray        # of its tokens: NEWLINE, or PATCH + tile * patches per tile + patch
+    patch_code_T: np.ndarray    # of its tokens: NEWLINE, or PATCH + tile * patches per tile + patch
 
 
 def best_grid(v: Vision, height, width):
     """(rows, columns) of the grid of tiles for an image; arrays of them if the sizes are arrays.
 
-    Computed in float64, as in the released code. Of the large image sizes, about one in thousands would get another grid with
-    exact arithmetic.
+    Computed in float64, as in the released code: rounding can change the grid of a large image.
     """
     grid_rows, grid_columns = np.array(v.grids).T
     height, width = np.float64(height)[..., None], np.float64(width)[..., None]
@@ -59,7 +58,7 @@ def best_grid(v: Vision, height, width):
 
 def visible_patches(v: Vision, height, width):
     """(top, left, rows, columns) of the part of the grid, in patches, that shows the image and not the margins."""
-    rows, columns = (n * v.side for n in best_grid(v, height, width))
+    rows, columns = (n * v.patches_per_side for n in best_grid(v, height, width))
     height, width = np.asarray(height), np.asarray(width)
     wide = width * rows > columns * height
     top = np.where(wide, (rows - height * columns // width) // 2, 0)
@@ -70,9 +69,9 @@ def visible_patches(v: Vision, height, width):
 def token_count(v: Vision, height, width):
     """The number of tokens of an image."""
     if not v.grids:
-        return v.side ** 2 + 0 * np.asarray(height)
+        return v.patches_per_side ** 2 + 0 * np.asarray(height)
     _, _, rows, columns = visible_patches(v, height, width)
-    return v.side ** 2 + rows * (columns + 1)
+    return v.patches_per_side ** 2 + rows * (columns + 1)
 
 
 def tile_count(v: Vision, height, width):
@@ -81,22 +80,23 @@ def tile_count(v: Vision, height, width):
     return 1 + rows * columns
 
 
-def places(v: Vision, height: int, width: int) -> np.ndarray:
-    """places_T of an image's tokens. Tile 0 is the resized whole image."""
-    whole_T = np.arange(v.side ** 2)
+def patch_codes(v: Vision, height: int, width: int) -> np.ndarray:
+    """patch_code_T of an image's tokens. Tile 0 is the resized whole image."""
+    side = v.patches_per_side
+    whole_T = np.arange(side ** 2)
     if not v.grids:
         return np.int32(PATCH + whole_T)
     top, left, rows, columns = map(int, visible_patches(v, height, width))
     tiles = int(best_grid(v, height, width)[1])
     y, x = np.ogrid[top:top + rows, left:left + columns]
-    tile, patch = 1 + y // v.side * tiles + x // v.side, y % v.side * v.side + x % v.side
+    tile, patch = 1 + y // side * tiles + x // side, y % side * side + x % side
     grid = np.full((rows, columns + 1), NEWLINE)
-    grid[:, :-1] = PATCH + tile * v.side ** 2 + patch
+    grid[:, :-1] = PATCH + tile * side ** 2 + patch
     return np.int32(np.concatenate([PATCH + whole_T, grid.ravel()]))
 
 
 def prepare(v: Vision, image: Image.Image) -> PreparedImage:
-    """Tiles and places of an image that `read` returned."""
+    """Tiles and patch codes of an image that `read` returned."""
     width, height = image.size
     tiles = [_resize(image, v.tile, v.tile)]
     if v.grids:
@@ -110,7 +110,7 @@ def prepare(v: Vision, image: Image.Image) -> PreparedImage:
         tiles += [canvas.crop((x, y, x + v.tile, y + v.tile))
                   for y in range(0, grid_height, v.tile) for x in range(0, grid_width, v.tile)]
     pixels_IYXZ = np.stack([np.asarray(tile) for tile in tiles]).astype(np.float32)
-    return PreparedImage((pixels_IYXZ / 255 - MEAN) / STD, places(v, height, width))
+    return PreparedImage((pixels_IYXZ / 255 - MEAN) / STD, patch_codes(v, height, width))
 
 
 def prepare_all(v: Vision, images) -> list[PreparedImage]:
@@ -152,28 +152,28 @@ def collate(v: Vision, ids_BT, rows: list[list[PreparedImage]], blocks: int = 1,
     Args:
       ids_BT: token ids, with v.token at the image tokens.
       rows: each row's images, in the order of their tokens.
-      blocks: the rows are divided into equal blocks, each with separate tiles. Places count from the block's first tile.
+      blocks: the rows are divided into equal blocks, each with separate tiles. Patch codes count from the block's first tile.
       tiles_per_block: pads each block to this many tiles. 0: enough for the fullest block, rounded up by `padded_tiles`.
     Returns:
-      places_BT (0 at text tokens) and pixels_bIYXZ.
+      patch_code_BT (0 at text tokens) and pixels_bIYXZ.
     """
     check_has_vision(v)
-    places_BT, block_tiles = np.zeros(ids_BT.shape, np.int32), [[] for _ in range(blocks)]
+    patch_code_BT, block_tiles = np.zeros(ids_BT.shape, np.int32), [[] for _ in range(blocks)]
     for b, (ids_T, row) in enumerate(zip(ids_BT, rows, strict=True)):
-        places, tiles = [np.zeros(0, np.int32)], block_tiles[b * blocks // len(rows)]
+        codes, tiles = [np.zeros(0, np.int32)], block_tiles[b * blocks // len(rows)]
         for image in row:
-            places.append(image.places_T + (image.places_T >= PATCH) * np.int32(len(tiles) * v.side ** 2))
+            codes.append(image.patch_code_T + (image.patch_code_T >= PATCH) * np.int32(len(tiles) * v.patches_per_side ** 2))
             tiles += [*image.pixels_IYXZ]
-        places_T, is_image_T = np.concatenate(places), ids_T == v.token
-        if is_image_T.sum() != len(places_T):
+        patch_code_T, is_image_T = np.concatenate(codes), ids_T == v.token
+        if is_image_T.sum() != len(patch_code_T):
             raise ConfigError(f"row {b} contains the image token {v.token} {is_image_T.sum()} times; its images ({len(row)}) "
-                              f"need {len(places_T)} tokens")
-        places_BT[b, is_image_T] = places_T
+                              f"need {len(patch_code_T)} tokens")
+        patch_code_BT[b, is_image_T] = patch_code_T
     tiles_per_block = tiles_per_block or padded_tiles(max(map(len, block_tiles)))
     pixels_bIYXZ = np.zeros((blocks, tiles_per_block, v.tile, v.tile, 3), np.float32)
     for pixels_IYXZ, tiles in zip(pixels_bIYXZ, block_tiles):
         pixels_IYXZ[:len(tiles)] = np.stack(tiles) if tiles else 0
-    return places_BT, pixels_bIYXZ
+    return patch_code_BT, pixels_bIYXZ
 
 
 def padded_tiles(tiles: int) -> int:
@@ -211,7 +211,7 @@ def read(source) -> Image.Image:
       source: the path of an image file in one of FORMATS, a Pillow image, or an object with a `size` and a method `draw` that
         returns a Pillow image.
     Raises:
-      ConfigError: for an incomplete image, and before decoding for more than FILE_BYTES, PIXELS or SCANS.
+      ConfigError: the image is incomplete, or exceeds FILE_BYTES, PIXELS or SCANS.
     """
     with _open(source) as image:
         return _to_rgb(ImageOps.exif_transpose(image))
@@ -235,8 +235,8 @@ def size(source) -> tuple[int, int]:
 def _open(source, whole: bool = True):
     """Yields the Pillow image of a source that `read` takes, not decoded yet.
 
-    Every error, also one raised inside the context, becomes a one-line ConfigError. `whole=False`: reads a file only up to its
-    size.
+    Turns all errors, including those raised inside the context, into a one-line ConfigError. `whole=False`: reads only the part
+    of the file that gives the image's size.
     """
     source = source.draw() if hasattr(source, "draw") else source
     name = "the image" if isinstance(source, Image.Image) else f"image {str(source)!r}"

@@ -5,8 +5,8 @@ has no target (weight 0). A document may instead have explicit targets, -1 for n
 
 In a row, segments number the documents from 1 (0 is padding), and positions count from 0 inside each segment. A document that
 does not fit into a row is split: the rest becomes a new segment of another row. The last token before the split keeps its
-target, so every (token, target) pair occurs in exactly one row, once. A document with explicit targets is split only if it is
-longer than a row: an answer stays with its question and with its images.
+target, so no target is lost or repeated. A document with explicit targets is split only if it is longer than a row, so that an
+answer stays with its question and its images.
 
 A span (document, start, stop) is the part of a document that one row contains.
 """
@@ -30,7 +30,7 @@ class Packed:
 
     Without explicit targets, rows have no padding. A document of n tokens fills n // T rows alone, so each of these rows has an
     unbroken context of T tokens. The remainders of all documents are concatenated and split every T tokens. The last row is
-    filled up with tokens that other rows contain too, from the beginnings of documents: fewer than T tokens.
+    completed with beginnings of documents, whose tokens other rows contain too.
 
     Documents with explicit targets that fit into a row are packed in their order, as many into each row as fit.
 
@@ -73,24 +73,24 @@ class Packed:
         return self._spans[self._row_starts[row]:self._row_starts[row + 1]]
 
 
-def rows(document, length: int, context: int = 0):
+def rows(document, length: int, overlap: int = 0):
     """Yields the evaluation rows of one document: every target once, the last row padded.
 
-    Rows overlap by `context` tokens. In the later row these tokens are context only (weight 0).
+    Rows overlap by `overlap` tokens. In the later row these tokens are context only (weight 0).
     """
-    for start in range(0, max(len(document) - 1 - context, 1), length - context):
+    for start in range(0, max(len(document) - 1 - overlap, 1), length - overlap):
         row = _make_row([(document, start, min(start + length, len(document)), None)], length)
         if start:
-            row["weights"][:context] = 0
+            row["weights"][:overlap] = 0
         yield row
 
 
-def batches(documents, length: int, batch: int, context: int = 0):
+def batches(documents, length: int, batch: int, overlap: int = 0):
     """Yields (document_B, {name: array_BT}): evaluation rows of several documents, and the index of each row's document.
 
     The last batch is padded with empty rows (segment 0, weight 0) of document 0.
     """
-    stream = ((d, row) for d, document in enumerate(documents) for row in rows(document, length, context))
+    stream = ((d, row) for d, document in enumerate(documents) for row in rows(document, length, overlap))
     while group := list(itertools.islice(stream, batch)):
         group += [(0, _make_row([], length))] * (batch - len(group))
         yield np.array([d for d, _ in group]), stack(row for _, row in group)

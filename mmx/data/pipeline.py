@@ -1,25 +1,24 @@
-"""The training stream: micro-batches [B, T] that resume exactly and do not depend on the number of hosts.
+"""The training stream: micro-batches [B, T]. It resumes exactly and does not depend on the number of hosts (processes).
 
 The documents of each source are packed into rows (`packing.Packed`). Grain shuffles the rows, in a new order for each epoch,
-and repeats them without end. The rows are dealt to `data.shards` virtual shards: shard v contains rows v, v + shards,
-v + 2 shards, ... of that order. Rows are shuffled, not documents, because some documents (speeches) are hundreds of rows long:
-every batch mixes parts of many documents from the first step on. All shards are dealt from one order, so an epoch reads every
-row once.
+and repeats them without end. The rows are divided into `data.shards` shards: shard v contains rows v, v + shards,
+v + 2 shards, ... of that order, so an epoch reads every row once. Rows are shuffled, not documents, because some documents
+(speeches) are hundreds of rows long.
 
-The rows of a batch fall into gcd(B, shards) equal parts, and the shards into as many. Part i of the rows comes from part i of
+The rows of a batch are divided into gcd(B, shards) equal parts, and so are the shards. Part i of the rows comes from part i of
 the shards, one row of each shard in turn. Host h makes rows [h B / hosts, (h + 1) B / hosts), so it reads only shards [h shards
 / hosts, (h + 1) shards / hosts). Concatenated in order, the hosts' batches are the same global batch for every number of hosts
 that divides B and data.shards.
 
 The source of a row is drawn from (seed, micro-batch, row), weighted by data.weights at the current step. These are the weights
 of the latest entry whose step has been reached. With data.interpolate, they are interpolated linearly to the next entry. Every
-host draws for the whole batch (which takes microseconds), so every host knows the state: how many rows of each source each
-virtual shard has given. The state is the same on all hosts, and any number of hosts can resume from it.
+host draws for the whole batch, so every host knows the state: how many rows of each source have been read from each shard. The
+state is the same on all hosts, and any number of hosts can resume from it.
 
-The stream reads image sizes when it is created and decodes an image when its row is needed. A batch with images falls into
-blocks of rows, one for each group of devices with the same rows, and a block's tiles are stored together. Every host knows the
-rows of the whole batch, so all hosts pad their blocks to the same number of tiles: enough for the fullest block, rounded up by
-`images.padded_tiles`.
+The stream reads image sizes when it is created and decodes an image when its row is needed. A batch with images is divided
+into blocks of rows, one for each group of devices with the same rows, and a block's tiles are stored together. Every host knows
+the rows of the whole batch, so all hosts pad their blocks to the same number of tiles: enough for the fullest block, rounded up
+by `images.padded_tiles`.
 """
 import functools
 import itertools
@@ -42,7 +41,7 @@ def stream(data: config.Data, train: config.Train, *, host: int = 0, hosts: int 
     Args:
       host: index of this host, out of `hosts`.
       vision: of a model with vision; batches then contain images.
-      blocks: the rows of the whole batch are divided into so many blocks, each with separate tiles.
+      blocks: number of blocks that the rows of the whole batch are divided into, each with separate tiles.
       devices_per_block: number of devices that share the tiles of a block; the number of tiles is padded to a multiple of it.
     """
     return Stream(data, train, host, hosts, vision or config.Vision(), blocks, devices_per_block)
@@ -55,7 +54,7 @@ def stack_micro_batches(batches: list[dict]) -> dict[str, np.ndarray]:
         if "pixels" in b:
             missing = most - b["pixels"].shape[1]
             b["pixels"] = np.pad(b["pixels"], [(0, 0), (0, missing), (0, 0), (0, 0), (0, 0)])
-            b["ends"] = np.pad(b["ends"], [(0, 0), (0, missing)], constant_values=-1)
+            b["caption_ends"] = np.pad(b["caption_ends"], [(0, 0), (0, missing)], constant_values=-1)
     return packing.stack(batches)
 
 
@@ -72,7 +71,7 @@ def held_out_ids(data: config.Data) -> dict[str, list]:
 
 
 def test(data: config.Data) -> list[tuple[str, bytes]]:
-    """(name, raw bytes) of every test document with text. May be empty: a document's name decides its split."""
+    """(name, raw bytes) of every test document with text. May be empty."""
     return _held_out(data, "test")
 
 
@@ -109,15 +108,15 @@ class Stream:
         self._weights = _weights(data, self._rows)
         # micro-batches made; the optimizer step; micro-batches that remain in this step; micro-batches that were rolled back
         self._micro, self._step, self._remaining, self._rolled_back = 0, -1, 0, 0
-        self._given = np.zeros((data.shards, len(self._rows)), np.int64)     # rows that each shard has given of each source
+        self._given = np.zeros((data.shards, len(self._rows)), np.int64)     # rows read from each shard of each source
 
     def next(self) -> dict[str, np.ndarray]:
         """The next micro-batch.
 
         Returns:
           tokens, targets, segments, positions (int32) and weights (float32), each [B / hosts, T]. With vision also
-          places [B / hosts, T] and pixels [blocks / hosts, I, Y, X, Z] of `images.collate`;
-          ends [blocks / hosts, I]: for a tile with a separate caption, the index of the caption's last token among
+          patch_code [B / hosts, T] and pixels [blocks / hosts, I, Y, X, Z] of `images.collate`;
+          caption_ends [blocks / hosts, I]: for a tile with a separate caption, the index of the caption's last token among
           the block's tokens (row by row), else -1;
           tiles: the number of tiles of all hosts, without padding.
         """
@@ -137,7 +136,7 @@ class Stream:
         return batch | self._collate_images(batch["tokens"], row_images, map(self._row, picks))
 
     def _row(self, pick) -> tuple[int, int]:
-        """(source, row number in the source) of a pick (source, shard, rows that the shard gave before)."""
+        """(source, row number in the source) of a pick (source, shard, rows read from the shard before)."""
         source, shard, given = pick
         return source, int(self._shards[source][shard][int(given)])
 
@@ -146,16 +145,16 @@ class Stream:
         tiles_bB = np.array([self._packed[source].tiles(row) for source, row in global_rows]).reshape(self._blocks, -1)
         most = self._devices_per_block * images.padded_tiles(-(-int(tiles_bB.sum(1).max()) // self._devices_per_block))
         prepared = [images.prepare_all(self.vision, [image for image, _ in row]) for row in row_images]
-        places_BT, pixels_bIYXZ = images.collate(self.vision, tokens_BT, prepared, self._own_blocks, most)
-        ends_bI, rows_per_block = np.full(pixels_bIYXZ.shape[:2], -1, np.int32), len(row_images) // self._own_blocks
-        for n, ends_I in enumerate(ends_bI):
+        patch_code_BT, pixels_bIYXZ = images.collate(self.vision, tokens_BT, prepared, self._own_blocks, most)
+        caption_ends_bI, rows_per_block = np.full(pixels_bIYXZ.shape[:2], -1, np.int32), len(row_images) // self._own_blocks
+        for n, caption_ends_I in enumerate(caption_ends_bI):
             tile = 0
             for b in range(rows_per_block):
                 row = n * rows_per_block + b
                 for (_, end), image in zip(row_images[row], prepared[row]):
-                    ends_I[tile] = b * self.train.length + end if end >= 0 else -1
+                    caption_ends_I[tile] = b * self.train.length + end if end >= 0 else -1
                     tile += len(image.pixels_IYXZ)
-        return {"places": places_BT, "pixels": pixels_bIYXZ, "ends": ends_bI, "tiles": tiles_bB.sum()}
+        return {"patch_code": patch_code_BT, "pixels": pixels_bIYXZ, "caption_ends": caption_ends_bI, "tiles": tiles_bB.sum()}
 
     def state(self) -> dict:
         """The stream's position, for JSON; the same on every host."""
@@ -277,7 +276,7 @@ def _filter_by_length(documents: list, least: int, below: int, source: str) -> l
 
 
 def _shuffle_into_shards(rows: int, data: config.Data, source: int) -> list[grain.MapDataset]:
-    """The row numbers of a source in each virtual shard: endless, in another order for each epoch."""
+    """The row numbers of a source in each shard, repeated without end, in a new order for each epoch."""
     seed = int(np.random.SeedSequence((data.seed % 2**32, source)).generate_state(1)[0])
     order = grain.MapDataset.source(range(rows)).seed(seed).shuffle().repeat()
     return [order.slice(slice(shard, None, data.shards)) for shard in range(data.shards)]

@@ -47,7 +47,7 @@ def measure(path, split: str = "validation", source: str | None = None, weights_
         raise ConfigError(f"{', '.join(data.sources)} has no {split} documents: use another --split or --source")
     tokenizer = tokens.of_checkpoint(loaded.tokenizer, loaded.config.vocab)
     length = experiment.train.length
-    evaluate = make_evaluator(loaded.model, tokenizer, length=length, batch=8, context=length // 2,
+    evaluate = make_evaluator(loaded.model, tokenizer, length=length, batch=8, overlap=length // 2,
                               loss_chunk=experiment.train.loss_chunk)
     per_file = evaluate(loaded.params, documents, progress=True)
     bits = per_file.pop("all")

@@ -173,14 +173,14 @@ class Batch:
 
     def start(self, b: int, sequence: Sequence):
         """Prefills a sequence's prompt into slot b, without the last token, which the first decode step reads."""
-        ids_T, places_T, request, cached = sequence.prompt_T, sequence.places_T, sequence.request, 0
+        ids_T, patch_code_T, request, cached = sequence.prompt_T, sequence.patch_code_T, sequence.request, 0
         if self.prefix:
             ids_T, cached = np.append(np.int32(self.prefix.last), ids_T), self.prefix.length - 1
-            places_T = None if places_T is None else np.append(np.int32(0), places_T)
+            patch_code_T = None if patch_code_T is None else np.append(np.int32(0), patch_code_T)
         chunks = sum(chunk_sizes(len(ids_T) - 1))
         self._reserve(cached + max(chunks, len(ids_T) + request.steps))
         self.cache = caches.insert_row(self.cache, b, self.prefix.cache) if self.prefix else caches.clear_row(self.cache, b)
-        self._prefill(b, ids_T[:-1], places_T, sequence.pixels_bIYXZ)
+        self._prefill(b, ids_T[:-1], patch_code_T, sequence.pixels_bIYXZ)
         self.sequences[b], self.token_B[b], self.remaining_B[b], self.generated_B[b] = sequence, ids_T[-1], request.steps, 0
         sampling = request.sampling
         self.sampling.temperature_B[b], self.sampling.top_p_B[b] = sampling.temperature, sampling.top_p
@@ -205,9 +205,9 @@ class Batch:
                 self.sequences[b], self.remaining_B[b], self.sampling.temperature_B[b] = None, 0, 0
             yield output
 
-    def _prefill(self, b: int, ids_T, places_T, pixels_bIYXZ):
+    def _prefill(self, b: int, ids_T, patch_code_T, pixels_bIYXZ):
         """Reads tokens into the cache of slot b, chunk by chunk."""
-        features, start = None if places_T is None else encode_images(self.config, self.params, pixels_bIYXZ), 0
+        features, start = None if patch_code_T is None else encode_images(self.config, self.params, pixels_bIYXZ), 0
         for size in chunk_sizes(len(ids_T)):
             real = min(size, len(ids_T) - start)
             tokens_1T = np.zeros((1, size), np.int32)
@@ -215,9 +215,9 @@ class Batch:
             mask_1T = np.asarray(np.arange(size) < real, np.int32)[None]
             image_arguments = {}
             if features is not None:
-                places_1T = np.zeros((1, size), np.int32)
-                places_1T[0, :real] = places_T[start:start + real]
-                image_arguments = {"places_BT": places_1T, "images": features}
+                patch_code_1T = np.zeros((1, size), np.int32)
+                patch_code_1T[0, :real] = patch_code_T[start:start + real]
+                image_arguments = {"patch_code_BT": patch_code_1T, "images": features}
             self.cache = _prefill(self.model, self.params, tokens_1T, mask_1T, self.cache, b, image_arguments)
             start += real
             if self.progress:
@@ -253,7 +253,7 @@ encode_images = functools.partial(jax.jit, static_argnums=0)(trace_images)
 
 
 def prefill(model: Model, params, tokens_BT, mask_BT, cache, **image_arguments):
-    """The cache after a chunk of the prompts. `image_arguments`: the model's places_BT and images, where there are images."""
+    """The cache after a chunk of the prompts. `image_arguments`: the model's patch_code_BT and images, if there are images."""
     return model.apply({"params": params}, tokens_BT, mask_BT, cache=cache, **image_arguments)[1]
 
 

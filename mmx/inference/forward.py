@@ -43,8 +43,9 @@ def forward(loaded, tokens_BT, mask_BT=None, images=None, *, params=None):
     if images is not None:
         if len(images) != len(tokens_BT):
             raise ConfigError(f"images need a list for each of {len(tokens_BT)} rows, got {len(images)}")
-        places_BT, pixels_bIYXZ = pictures.collate(c.vision, tokens_BT, [pictures.prepare_all(c.vision, row) for row in images])
-        image_arguments = {"places_BT": places_BT, "images": engine.encode_images(c, params, pixels_bIYXZ)}
+        prepared = [pictures.prepare_all(c.vision, row) for row in images]
+        patch_code_BT, pixels_bIYXZ = pictures.collate(c.vision, tokens_BT, prepared)
+        image_arguments = {"patch_code_BT": patch_code_BT, "images": engine.encode_images(c, params, pixels_bIYXZ)}
     return _forward(loaded.model, params, tokens_BT, segments_BT, image_arguments)
 
 

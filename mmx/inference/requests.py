@@ -44,17 +44,17 @@ class Sequence:
         images = pictures.prepare_all(c.vision, request.images)
         if isinstance(request.prompt, str):
             self.tokenizer = get_tokenizer()
-            ids_T = pictures.encode(c.vision, request.prompt.encode(), [len(image.places_T) for image in images],
+            ids_T = pictures.encode(c.vision, request.prompt.encode(), [len(image.patch_code_T) for image in images],
                                     self.tokenizer.encode)
             self.prompt_T = ids_T if after_prefix else np.append(np.int32(self.tokenizer.bos), ids_T)
         else:
             self.prompt_T = check_ids(c, np.asarray(request.prompt)[None])[0]
         if images:
-            (self.places_T,), self.pixels_bIYXZ = pictures.collate(c.vision, self.prompt_T[None], [images])
-            if self.places_T[-1]:       # decode reads the prompt's last token, and decode has no images
+            (self.patch_code_T,), self.pixels_bIYXZ = pictures.collate(c.vision, self.prompt_T[None], [images])
+            if self.patch_code_T[-1]:   # decode reads the prompt's last token, and decode has no images
                 raise ConfigError("the prompt ends in an image: add text after the image")
         else:
-            self.places_T, self.pixels_bIYXZ = None, None
+            self.patch_code_T, self.pixels_bIYXZ = None, None
         self.ids: list[int] = []
         self.returned_chars = 0
 

@@ -22,18 +22,18 @@ class Context(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A tensor of the released checkpoint form."""
-    name: str           # without its layer's prefix ("model.layers.0."); {e} is replaced by the expert's number
-    axes: str           # the letters of its axes, with a space between two axes: "HK D" is a matrix [H * K, D]
-    # A released tensor may contain several parameters, interleaved along the first letter of `axes`. For example, the rows of
-    # qkv_proj ("HK D", parts=3) are q of head 0, k of head 0, v of head 0, q of head 1, and so on.
-    part: int = 0       # the number of this parameter among them
-    parts: int = 1      # how many parameters the tensor contains
+    """How a released checkpoint stores one parameter."""
+    name: str           # of the tensor, without its layer's prefix ("model.layers.0."); {e} is replaced by the expert's number
+    axes: str           # the stored parameter's axes, separated by spaces: "HK D" is a matrix [H * K, D]
+    # A tensor may contain several parameters, interleaved along the first letter of their axes: the rows of qkv_proj (parts=3,
+    # each "HK D") are q of head 0, k of head 0, v of head 0, q of head 1, and so on.
+    part: int = 0       # index of this parameter in the tensor
+    parts: int = 1      # number of parameters in the tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Released:
-    """A kind's form in released checkpoints (docs/model.md section 6)."""
+    """How released checkpoints store a kind (docs/model.md section 6)."""
     code: int                           # in config.json's attn_type_list
     layer_type: str                     # in config.json's layer_types
     tensors: Mapping[str, Layout]       # by the mixer's parameter names
@@ -41,19 +41,19 @@ class Released:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A layer kind; `layers.kinds` explains how a mixer is called."""
+    """A layer kind; `layers.kinds` explains how the mixer's module is called."""
     name: str
     mixer: Callable                     # (config.Model, name) -> Flax module
     cache: Callable                     # (config.Model, dtype of keys and values) -> {name: `cache_entry`}
     flops: Callable                     # (config.Model, length) -> forward FLOPs per token, without the mixer's projections
     constants: Callable | None = None   # (config.Model, layer number) -> arrays that the mixer gets as `constants`
-    residual: str = "softmax"           # suffix of the keys model.alpha_* and model.beta_* that `model.Layer` uses
-    keys: tuple[str, ...] = ()          # the config keys model.* that affect layers of this kind only
+    factor_suffix: str = "softmax"      # suffix of the keys model.alpha_* and model.beta_* that `model.Layer` uses
+    config_keys: tuple[str, ...] = ()   # keys model.* that affect only the kinds that list them
     splits_time: bool = False           # whether mesh.seq may split its sequences
     released: Released | None = None    # None: layers of this kind cannot be converted
-    # (config.Model, length) -> training FLOPs per token, without the mixer's q, k, v and output projections. The count follows
-    # Table 1 of the MiniMax-01 paper (arXiv 2501.08313) and its companion on scaling laws of linear attention (arXiv
-    # 2406.16690). None: the papers do not count this kind. `analysis.counts.flops_companion` adds the rest.
+    # (config.Model, length) -> training FLOPs per token, counted as in Table 1 of arXiv 2501.08313 and in its companion paper,
+    # arXiv 2406.16690, without the q, k, v and output projections; `analysis.counts.flops_companion` adds the rest. None: no
+    # such count.
     paper_flops: Callable | None = None
 
 
@@ -67,10 +67,10 @@ def param(module: nn.Module, name: str, fan_in: str = "", fan_out: str = "", sca
     """Creates the parameter `name`, whose last part spells its axes, and casts it to the computation's dtype.
 
     Args:
-      fan_in: letters of the parameter's input axes, which the product of an activation and the parameter sums. Empty: the
-        parameter is the scale of a norm, which starts at one.
-      fan_out: letters of the parameter's output axes. The initial variance is 2 / (fan_in + fan_out) (Xavier), or 1 / fan_in
-        with model.init="fan_in".
+      fan_in: letters of the input axes, over which a matrix product sums. Empty: the parameter is the scale of a norm, and
+        starts at one.
+      fan_out: letters of the output axes. With n_in and n_out the products of the axes' sizes, the initial variance is
+        2 / (n_in + n_out) (Xavier), or 1 / n_in with model.init="fan_in".
       scaled: whether model.init="deepnorm" multiplies the initial values by (8 layers)^(-1/4). It does so for v, out and the
         experts' weights (paper section 4.2).
     """
@@ -79,8 +79,8 @@ def param(module: nn.Module, name: str, fan_in: str = "", fan_out: str = "", sca
     shape = tuple(size[axis] for axis in axes_of(name))
     if not fan_in:
         return module.param(name, nn.initializers.ones, shape).astype(c.dtype)
-    fan_in_size, fan_out_size = (math.prod(size[axis] for axis in fan) for fan in (fan_in, fan_out))
-    std = fan_in_size ** -0.5 if c.init == "fan_in" else (2 / (fan_in_size + fan_out_size)) ** 0.5
+    n_in, n_out = (math.prod(size[axis] for axis in fan) for fan in (fan_in, fan_out))
+    std = n_in ** -0.5 if c.init == "fan_in" else (2 / (n_in + n_out)) ** 0.5
     if c.init == "deepnorm" and scaled:
         std *= (8 * c.layers) ** -0.25
     # A new parameter is a float array. A parameter that the caller passes to `apply` may be an `int8.Int8`.

@@ -3,9 +3,10 @@
 A record contains all that the rest of mmx must know about a kind: its mixer, its cache entries, its FLOPs, and its tensors in
 released checkpoints. Parameter counts, caches, memory, rooflines, the mesh search and the conversion are derived from it.
 
-To add a kind, write one file with a Flax module and a `Kind`, and add one line to KINDS. A mixer is called as
+To add a kind, write one file with a Flax module and a `Kind`, and add one line to KINDS. `kind.mixer` creates the module:
 
-    y_BTD, new_cache = kind.mixer(config, name="mixer")(u_BTD, context, cache, constants)
+    mixer = kind.mixer(config, name="mixer")
+    y_BTD, new_cache = mixer(u_BTD, context, cache, constants)
 
     u_BTD       the layer's normed input
     context     a `layers.common.Context`

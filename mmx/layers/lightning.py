@@ -1,10 +1,10 @@
 """The lightning-attention mixer (docs/model.md section 3).
 
-    q, k, v = SiLU(W u);   o = lightning attention;   y = W_out( sigmoid(W_gate u) * RMSNorm over all heads (o) )
+    q, k, v = SiLU(W u);   o = lightning attention;   y = W_out( sigmoid(W_gate u) * RMSNorm(o) )
 
-With a cache, a single new token uses the decode kernel, which reads and writes the state once; longer inputs use the chunked
-kernel. Both share SiLU, norm and gate. The decode kernel has no Triton version: a model with impl="triton" decodes with the
-Pallas GPU kernel.
+The RMSNorm is over all heads of a token. With a cache, a single new token uses the decode kernel, which reads and writes the
+state once; longer inputs use the chunked kernel. Both use SiLU, norm and gate of `kernels.lightning.decode`. The decode kernel
+has no Triton version: a model with impl="triton" decodes with the Pallas GPU kernel.
 """
 import flax.linen as nn
 import numpy as np
@@ -42,7 +42,7 @@ class Lightning(nn.Module):
                 q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT=context.segments_BT, state_BHKV=state_BHKV,
                 impl=c.impl or None, chunk=c.chunk or None)
             y_BHTV = decode.norm_and_gate(o_BHTV, gate_BHTV, norm_HV[:, None], c.head_norm_eps,
-                                          axes=(1, 3), count=norm_HV.size)      # the norm is over H and V
+                                          axes=(1, 3), count=norm_HV.size)
         return from_heads(y_BHTV, param(self, "out_HVD", "HV", "D", scaled=True)), cache and {"state_BHKV": state_BHKV}
 
 
@@ -75,17 +75,17 @@ KIND = Kind(
     name="lightning attention",
     mixer=Lightning,
     cache=_cache,
-    flops=lambda c, length: 4 * c.heads * c.head_dim ** 2,       # the recurrence: 2 K V for k^T v, and 2 K V for q S
+    flops=lambda c, length: 4 * c.heads * c.head_dim ** 2,       # of each head: 2 K V for k^T v, and 2 K V for q S
     constants=lambda c, layer: np.array(log_decay(c, layer), wide_dtype(c.dtype)),
-    residual="lightning",
-    keys=("head_norm_eps", "alpha_lightning", "beta_lightning"),
+    factor_suffix="lightning",
+    config_keys=("head_norm_eps", "alpha_lightning", "beta_lightning"),
     splits_time=True,
     released=Released(0, "linear_attention", {
         "q_DHK": Layout("self_attn.qkv_proj.weight", "HK D", 0, 3), "k_DHK": Layout("self_attn.qkv_proj.weight", "HK D", 1, 3),
         "v_DHV": Layout("self_attn.qkv_proj.weight", "HV D", 2, 3), "gate_DHV": Layout("self_attn.output_gate.weight", "HV D"),
         "norm_HV": Layout("self_attn.norm.weight", "HV"), "out_HVD": Layout("self_attn.out_proj.weight", "D HV")}),
-    # The papers' layer has chunks of dim / heads tokens and a gate of two matrices, dim x rank and rank x dim, where rank is
-    # dim / heads (this model's gate has full rank). Forward FLOPs in units of dim^2 / heads: 4 for the pairs of tokens in a
-    # chunk, 4 for the state, 4 for the gate. Training takes three times as many.
+    # The papers' layer has chunks of dim / heads tokens, and a gate of two matrices of rank dim / heads (mmx's has full rank).
+    # Forward FLOPs in units of dim^2 / heads: 2 + 2 for the scores and outputs in a chunk, 2 + 2 for k^T v and q S, 2 + 2 for
+    # the matrices of the gate. Training takes three times as many.
     paper_flops=lambda c, length: 3 * (4 + 4 + 4) * c.dim ** 2 / c.heads,
 )

@@ -54,9 +54,8 @@ def _flops(c: config.Model, keys: float) -> float:
 def _mean_keys(c: config.Model, length: int) -> float:
     """Number of tokens that a token of a window layer attends to, averaged over a sequence of `length` tokens."""
     full = min(c.window, length)
-    # Token i = 0, 1, ... attends to min(i + 1, full) tokens. The first tokens attend to full - 1, full - 2, ..., 0 fewer than
-    # `full`. These differences add up to:
-    missing = full * (full - 1) / 2
+    # Token i = 0, 1, ... attends to min(i + 1, full) tokens: for i < full, this is full - 1 - i fewer than `full`.
+    missing = full * (full - 1) / 2     # the sum of full - 1 - i
     return full - missing / max(length, 1)
 
 
@@ -65,18 +64,18 @@ KIND = Kind(
     mixer=Softmax,
     cache=_cache,
     flops=lambda c, length: _flops(c, (length + 1) / 2),
-    keys=("rotary_dim", "rope_theta", "alpha_softmax", "beta_softmax"),
+    config_keys=("rotary_dim", "rope_theta", "alpha_softmax", "beta_softmax"),
     splits_time=True,
     released=Released(1, "full_attention", {
         "q_DHK": Layout("self_attn.q_proj.weight", "HK D"), "k_DGK": Layout("self_attn.k_proj.weight", "GK D"),
         "v_DGV": Layout("self_attn.v_proj.weight", "GV D"), "out_HVD": Layout("self_attn.o_proj.weight", "D HV")}),
-    paper_flops=lambda c, length: 12 * c.dim * length,
+    paper_flops=lambda c, length: 12 * c.dim * length,      # the papers count all pairs of tokens, without the causal mask
 )
 WINDOW_KIND = Kind(
     name="softmax attention in a window",
     mixer=windowed,
     cache=_cache,
     flops=lambda c, length: _flops(c, _mean_keys(c, length)),
-    keys=(*KIND.keys, "window"),
+    config_keys=(*KIND.config_keys, "window"),
     paper_flops=lambda c, length: 12 * c.dim * min(length, c.window),
 )

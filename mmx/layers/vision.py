@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx import config
+from mmx.dims import axes_of
 from mmx.kernels.dtypes import widen
 from mmx.parallel.sharding import constrain_tiles, replicate
 
@@ -27,22 +28,23 @@ from mmx.parallel.sharding import constrain_tiles, replicate
 def extents(c: config.Model) -> dict[str, int]:
     """The size of each axis letter in the vision encoder's parameters, where Y and X count the pixels of a patch."""
     v = c.vision
-    return {"Y": v.patch, "X": v.patch, "Z": 3, "P": v.side ** 2 + 1, "J": v.dim, "A": v.heads, "K": v.dim // v.heads,
-            "U": v.hidden, "O": c.dim, "D": c.dim, "L": v.layers}
+    return {"Y": v.patch, "X": v.patch, "Z": 3, "P": v.patches_per_side ** 2 + 1, "J": v.dim, "A": v.heads,
+            "K": v.dim // v.heads, "U": v.hidden, "O": c.dim, "D": c.dim, "L": v.layers}
 
 
 def vit_param(module: nn.Module, name: str, fan_in: str = ""):
     """Creates the parameter `name`, which ends in its axes; returns it in the computation's dtype, gathered on every device.
 
-    `fan_in` contains the letters of the input axes. The initial values are normal with variance 1/fan_in. Without `fan_in` they
-    are ones for the scale of a norm, and zeros otherwise.
+    `fan_in` contains the letters of the input axes. The initial values are normal, and their variance is 1 / (product of the
+    sizes of these axes). Without `fan_in` they are ones for the scale of a norm, and zeros otherwise.
     """
     c = module.config
     size = extents(c)
-    shape, width = (tuple(size[axis] for axis in axes) for axes in (name.rpartition("_")[2], fan_in))
+    n_in = math.prod(size[axis] for axis in fan_in)
     plain = nn.initializers.ones if name.startswith("norm") else nn.initializers.zeros
-    made = module.param(name, nn.initializers.normal(math.prod(width) ** -0.5) if fan_in else plain, shape)
-    return replicate(made.astype(c.dtype))
+    created = module.param(name, nn.initializers.normal(n_in ** -0.5) if fan_in else plain,
+                           tuple(size[axis] for axis in axes_of(name)))
+    return replicate(created.astype(c.dtype))
 
 
 def layer_norm(module: nn.Module, x_IPJ, name: str = ""):
@@ -82,9 +84,10 @@ class Vision(nn.Module):
         c, create = self.config, functools.partial(vit_param, self)
         v, blocks, tiles = c.vision, len(pixels_bIYXZ), math.prod(pixels_bIYXZ.shape[:2])
         # Axes y, x: lines and columns of patches. Axes Y, X: pixels of a patch.
-        split = pixels_bIYXZ.astype(c.dtype).reshape(tiles, v.side, v.patch, v.side, v.patch, 3)
-        patches_IPJ = jnp.einsum("IyYxXZ,YXZJ->IyxJ", split, create("patch_YXZJ", "YXZ")).reshape(tiles, v.side ** 2, v.dim)
-        # class_J, place_PJ and newline_D are embeddings. Their fan_in only sets the variance of the initial values, 1/J or 1/D.
+        side = v.patches_per_side
+        split = pixels_bIYXZ.astype(c.dtype).reshape(tiles, side, v.patch, side, v.patch, 3)
+        patches_IPJ = jnp.einsum("IyYxXZ,YXZJ->IyxJ", split, create("patch_YXZJ", "YXZ")).reshape(tiles, -1, v.dim)
+        # class_J, place_PJ (positions) and newline_D are embeddings. Their fan_in only sets the initial variance, 1/J or 1/D.
         class_IPJ = jnp.broadcast_to(create("class_J", "J"), (tiles, 1, v.dim))
         x_IPJ = layer_norm(self, jnp.concatenate([class_IPJ, constrain_tiles(patches_IPJ)], axis=1) + create("place_PJ", "J"))
         layers = nn.scan(nn.remat(Block) if c.remat else Block, variable_axes={"params": 0}, split_rngs={"params": True},

@@ -18,7 +18,7 @@ from mmx.model import Model
 from mmx.training.loss import cross_entropy
 
 
-def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, context: int, loss_chunk: int, sharding=None):
+def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, overlap: int, loss_chunk: int, sharding=None):
     """Makes a function (params, documents, limit) -> {name: bits per byte, ..., "all": bits per byte of all documents}.
 
     `documents` is a list of (name, raw bytes). The function reads only their first `limit` bytes, counted over all documents
@@ -27,29 +27,29 @@ def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, context:
     Args:
       length: tokens in a row.
       batch: rows in a batch.
-      context: overlap of the rows of a document: each row after the first starts with the last `context` tokens of the row
-        before. These tokens are not scored again, so such a row scores length - context tokens.
+      overlap: each row of a document after the first starts with the last `overlap` tokens of the row before. These tokens are
+        not scored again.
       loss_chunk: number of tokens whose logits are in memory at the same time.
       sharding: the sharding of a batch on a mesh, or None. Every process passes the whole batch.
     """
     replicated = sharding and NamedSharding(sharding.mesh, P())
 
     @functools.partial(jax.jit, out_shardings=replicated)
-    def nats_B(params, row):
-        x_BTD, _, _ = model.apply({"params": params}, row["tokens"], row["segments"], row["positions"])
-        return cross_entropy(x_BTD, params["head_WD"], row["targets"], row["weights"], loss_chunk)
+    def nats_B(params, arrays):
+        x_BTD, _, _ = model.apply({"params": params}, arrays["tokens"], arrays["segments"], arrays["positions"])
+        return cross_entropy(x_BTD, params["head_WD"], arrays["targets"], arrays["weights"], loss_chunk)
 
     def evaluate(params, documents, limit: int = 0, progress: bool = False) -> dict[str, float]:
         documents = first_bytes(documents, limit)
         encoded = [tokens.document(tokenizer, raw, name) for name, raw in documents]
-        rows = packing.batches(encoded, length, batch, context)
-        row_count = sum(len(range(0, max(len(d) - 1 - context, 1), length - context)) for d in encoded)     # as in packing.rows
+        batches = packing.batches(encoded, length, batch, overlap)
+        row_count = sum(len(range(0, max(len(d) - 1 - overlap, 1), length - overlap)) for d in encoded)     # as in packing.rows
         nats, pending = np.zeros(len(documents)), []
-        for document_B, row in tqdm(rows, "bits per byte", -(-row_count // batch), unit="batch", disable=not progress):
+        for document_B, arrays in tqdm(batches, "bits per byte", -(-row_count // batch), unit="batch", disable=not progress):
             if sharding:
-                row = {k: jax.make_array_from_process_local_data(sharding, x, x.shape) for k, x in row.items()}
-            pending.append((document_B, nats_B(params, row)))
-        for document_B, value_B in pending:
+                arrays = {k: jax.make_array_from_process_local_data(sharding, x, x.shape) for k, x in arrays.items()}
+            pending.append((document_B, nats_B(params, arrays)))
+        for document_B, value_B in pending:     # document_B: index of each row's document
             np.add.at(nats, document_B, jax.device_get(value_B))
         sizes = np.array([len(raw) for _, raw in documents])
         bits = {name: float(n / math.log(2) / s) for (name, _), n, s in zip(documents, nats, sizes)}
@@ -69,7 +69,8 @@ def first_bytes(documents, limit: int):
     chosen, remaining = [], limit or math.inf
     for name, raw in documents:
         size = min(remaining, len(raw))
-        if size < len(raw):     # a UTF-8 character has at most 3 continuation bytes; bytes that are not UTF-8 are cut at `size`
+        if size < len(raw):
+            # A UTF-8 character has up to 3 continuation bytes (10xxxxxx). After 4 of them, it is not UTF-8: cut at `size`.
             size = next((n for n in range(size, max(size - 4, 0), -1) if raw[n] & 0xC0 != 0x80), size)
         if size:
             chosen.append((name, raw[:size]))

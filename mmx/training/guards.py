@@ -22,19 +22,19 @@ class DivergedError(ConfigError):
     code = 4
 
 
-class Spike(NamedTuple):
-    """A step after which the run must be rolled back."""
+class Rollback(NamedTuple):
+    """The decision to roll a run back after a step."""
     step: int
     reason: str
 
 
 class Guard:
-    """Watches the losses of a run. `skipped` and `rollbacks` count the skipped steps and the rollbacks since its start."""
+    """Watches the losses of a run. `skipped` and `rollbacks` count from the run's start; their limits are in `config`."""
 
     def __init__(self, e: config.Experiment):
         self.config, self.train = e.guard, e.train
         self.rollbacks_since_save = 0
-        self.stream_states = {}     # {step: state of the data stream after the step's batch was read} of the last two steps
+        self.stream_states = {}     # for each of the last two steps: the state of the data stream after its batch was read
         self.restore(None)
 
     def state(self) -> dict:
@@ -51,8 +51,8 @@ class Guard:
         self.skipped, self.rollbacks, self.skipped_in_a_row = state["skipped"], state["rollbacks"], state["row"]
         self.losses = state["losses"].copy()        # the last guard.window losses, without spikes
 
-    def check(self, step: int, loss: float, grad_norm: float) -> Spike | None:
-        """Checks the results of a step. Returns a Spike if the run must roll back.
+    def check(self, step: int, loss: float, grad_norm: float) -> Rollback | None:
+        """Checks the results of a step. Returns a Rollback if one is needed.
 
         Raises:
           DivergedError: the run must roll back but cannot.
@@ -66,48 +66,48 @@ class Guard:
             if not g.spike:
                 before = f", and the {g.skips} steps before it were skipped too" if g.skips else ""
                 raise DivergedError(f"{reason}{before}{self._advice()}")
-            return self._spike(step, reason)
+            return self._request_rollback(step, reason)
         self.skipped_in_a_row = 0
         if g.spike and len(self.losses) == g.window and loss > (median := statistics.median(self.losses)) + g.spike:
-            return self._spike(step, f"step {step} has loss {loss:.3f}, the median of the last {g.window} is {median:.3f}")
+            reason = f"step {step} has loss {loss:.3f}, the median of the last {g.window} is {median:.3f}"
+            return self._request_rollback(step, reason)
         self.losses = [*self.losses, loss][-g.window:] if g.spike else []
         return None
 
-    def _spike(self, step: int, reason: str) -> Spike:
+    def _request_rollback(self, step: int, reason: str) -> Rollback:
         if self.rollbacks_since_save == self.config.rollbacks:
             raise DivergedError(f"{reason}, and {self.rollbacks_since_save} rollbacks did not help{self._advice()}")
-        return Spike(step, reason)
+        return Rollback(step, reason)
 
     def _advice(self) -> str:
         t = self.train
-        return (f": the checkpoints are from earlier steps; start in another --workdir with a lower learning rate (train.lr is "
-                f"{t.lr}) or a lower gradient clip (train.clip is {t.clip})")
+        return (": a resumed run would stop at the same step; start in another --workdir with a lower learning rate "
+                f"(train.lr is {t.lr}) or a lower gradient clip (train.clip is {t.clip})")
 
     def record_stream(self, step: int, stream) -> None:
         """Remembers the state of the data stream after the batch of `step` was read."""
         if self.config.spike:
             self.stream_states = {step - 1: self.stream_states.get(step - 1), step: stream.state()}
 
-    def roll_back(self, spike: Spike, stream, restore):
-        """Rolls the parameters and the guard back to the last checkpoint, and moves the stream past the data of the spike.
+    def roll_back(self, rollback: Rollback, stream, restore):
+        """Rolls the parameters and the guard back to the last checkpoint. The data stream continues after the step's batch.
 
-        The stream continues after the spike's batch. With guard.beyond, it also skips the data of the next guard.beyond steps.
+        With guard.beyond, the stream also skips the data of the next guard.beyond steps.
 
         Args:
           restore: reads the last checkpoint and returns it as a `loop.State`.
         Returns:
           That `loop.State`.
         """
-        stream.restore(self.stream_states[spike.step])      # the loop may have read the batch of a later step already
-        for _ in range(self.config.beyond * self.train.micro_batches(self.train.tokens_seen(spike.step))):
+        stream.restore(self.stream_states[rollback.step])  # the loop may have read the batch of a later step already
+        for _ in range(self.config.beyond * self.train.micro_batches(self.train.tokens_seen(rollback.step))):
             stream.next()
         state = restore()
-        # The next step has the checkpoint's step number but new data: the stream's position in the data does not go back.
-        stream.rewind_step_count(state.position["stream"])
+        # Only the number of steps goes back to the checkpoint's. The position in the data does not.
+        stream.rewind_step_count(state.host_state["stream"])
         self.rollbacks_since_save += 1
-        self.restore(state.position.get("guard"))
-        # The line above set self.rollbacks to the checkpoint's count, which includes no rollback to this checkpoint.
-        self.rollbacks += self.rollbacks_since_save
+        self.restore(state.host_state.get("guard"))
+        self.rollbacks += self.rollbacks_since_save     # the checkpoint's count, plus the rollbacks to this checkpoint
         return state
 
     def saved(self) -> None:

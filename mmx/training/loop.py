@@ -12,7 +12,7 @@ from mmx import config
 from mmx.checkpoints.manager import Checkpoints
 from mmx.training import optim
 from mmx.training.batches import Batches
-from mmx.training.guards import Guard, Spike
+from mmx.training.guards import Guard, Rollback
 from mmx.training.metrics import Log, StepResult, build_record
 from mmx.training.signals import StopSignals
 
@@ -22,7 +22,7 @@ class State(NamedTuple):
     step: int           # steps done
     params: dict
     opt: tuple
-    position: dict      # for JSON: the states of the data "stream" and of the "guard", and the training time in "seconds"
+    host_state: dict    # for JSON: the states of the data "stream" and of the "guard", and the training time in "seconds"
 
 
 class Evaluation(NamedTuple):
@@ -61,33 +61,33 @@ def train_loop(run: Run, state: State, clock: Clock) -> int:
     step, params, opt, _ = state
     # The result of the last step. Its metrics are fetched only after the next step is dispatched, so that no device waits.
     pending = None
-    spike = None        # the step after which the run must be rolled back
+    rollback = None
     while True:
-        if spike:
+        if rollback:
             params = opt = metrics = pending = None     # frees memory for the restored arrays
-            step, params, opt = roll_back(run, spike)
-            spike = None
+            step, params, opt = roll_back(run, rollback)
+            rollback = None
         seconds = clock.seconds()
         progress = fraction_done(t, step, seconds)
         if run.checkpoints.preempted(step):
             run.stop.number = signal.SIGTERM
         done = progress >= 1 or run.stop.number
         if pending and (done or step % run.experiment.checkpoint.every == 0):
-            spike, pending = report(run, pending), None
-            if spike:
+            rollback, pending = report(run, pending), None
+            if rollback:
                 continue
             save(run, step, params, opt, seconds, force=done)
         run.checkpoints.check_saved()       # raises the error of a checkpoint that could not be saved in the background
         if done:
             return step
         if step == first:
-            run.checkpoints.check_room(params, opt)
+            run.checkpoints.check_disk_space(params, opt)
         lr = optim.learning_rate(t, step, progress)
         batch, tiles = run.batches.next(t.micro_batches(t.tokens_seen(step)))
         params, opt, metrics = run.update(params, opt, batch, run.batches.replicate(lr))
         step += 1
         if pending:
-            spike = report(run, pending)        # rolled back at the start of the next iteration
+            rollback = report(run, pending)     # done at the start of the next iteration
         run.guard.record_stream(step, run.batches.stream)
         pending = StepResult(step, t.tokens_seen(step), tiles, lr, clock.seconds(), metrics)
         run.log.bar.update()
@@ -104,12 +104,12 @@ def fraction_done(t: config.Train, step: int, seconds: float) -> float:
     return seconds / t.seconds
 
 
-def report(run: Run, result: StepResult) -> Spike | None:
-    """Waits for a step's metrics and logs them. If the run must roll back, returns the spike and logs nothing."""
+def report(run: Run, result: StepResult) -> Rollback | None:
+    """Waits for a step's metrics and logs them. If a Rollback is needed, returns it and logs nothing."""
     result = result._replace(metrics=jax.device_get(result.metrics))
     loss, grad_norm = float(result.metrics["loss"]), float(result.metrics["grad_norm"])
-    if spike := run.guard.check(result.step, loss, grad_norm):
-        return spike
+    if rollback := run.guard.check(result.step, loss, grad_norm):
+        return rollback
     if run.guard.skipped_in_a_row:
         run.log.message(f"step {result.step} has loss {loss} and gradient norm {grad_norm}: its update was skipped",
                         result.step)
@@ -120,19 +120,19 @@ def report(run: Run, result: StepResult) -> Spike | None:
     return None
 
 
-def roll_back(run: Run, spike: Spike) -> tuple:
+def roll_back(run: Run, rollback: Rollback) -> tuple:
     """Restores the last checkpoint and discards the data read since then. Returns its (step, params, opt)."""
-    step, params, opt, _ = run.guard.roll_back(spike, run.batches.stream, run.restore)
+    step, params, opt, _ = run.guard.roll_back(rollback, run.batches.stream, run.restore)
     run.log.rewind(step, run.experiment.train.tokens_seen(step))
-    run.log.message(f"{spike.reason}: rolled back to step {step}; the data read since then are discarded", step)
+    run.log.message(f"{rollback.reason}: rolled back to step {step}; the data read since then are discarded", step)
     return step, params, opt
 
 
 def save(run: Run, step: int, params, opt, seconds: float, force: bool) -> None:
     """Starts to save a checkpoint if one is due or forced. Before that, it writes the metrics up to `step` to disk."""
     run.log.flush()
-    position = {"stream": run.batches.stream.state(), "seconds": seconds, "guard": run.guard.state()}
-    if run.checkpoints.save(step, params, opt, position, force=force):
+    host_state = {"stream": run.batches.stream.state(), "seconds": seconds, "guard": run.guard.state()}
+    if run.checkpoints.save(step, params, opt, host_state, force=force):
         run.guard.saved()
 
 

@@ -92,10 +92,10 @@ class Log:
         before, self.last = self.last, (tokens, time.monotonic())
         return (tokens - before[0]) / (self.last[1] - before[1])
 
-    def step(self, record: dict, load_LE, dropped_L, to_tensorboard: bool):
+    def step(self, record: dict, load_lE, dropped_l, to_tensorboard: bool):
         """Writes the record of a step to metrics.jsonl and shows it in the progress bar.
 
-        With `to_tensorboard`, also writes it to TensorBoard, with the expert load and the drop rate of each layer.
+        With `to_tensorboard`, also writes it to TensorBoard, with the expert load and the drop rate of each layer (axis l).
         """
         if not self.file:
             return
@@ -108,11 +108,11 @@ class Log:
             step = record["step"]
             for name in SCALARS:
                 self.board.add_scalar(f"train/{name}", record[name], step)
-            for layer, (load_E, dropped) in enumerate(zip(load_LE, dropped_L)):
+            for layer, (load_E, dropped) in enumerate(zip(load_lE, dropped_l)):
                 self.board.add_scalar(f"load_max_over_mean/layer_{layer:02}", load_E.max() * len(load_E), step)
                 self.board.add_scalar(f"drop_rate/layer_{layer:02}", dropped, step)
-            image_LE = np.clip(load_LE * load_LE.shape[1] / 2, 0, 1)      # a balanced load is mid-grey
-            self.board.add_image("expert_load/layers_by_experts", image_LE.repeat(8, 0).repeat(8, 1), step, dataformats="HW")
+            image_lE = np.clip(load_lE * load_lE.shape[1] / 2, 0, 1)      # a balanced load is mid-grey
+            self.board.add_image("expert_load/layers_by_experts", image_lE.repeat(8, 0).repeat(8, 1), step, dataformats="HW")
 
     def scalar(self, name: str, value: float, step: int):
         """Writes one number to TensorBoard and prints it."""

@@ -69,9 +69,10 @@ def learning_rate(t: config.Train, step: int, progress: float) -> float:
     warmup = min(1.0, (step + 1) / t.warmup) if t.warmup else 1.0
     if t.schedule == "cosine":
         return warmup * (t.lr_end + (t.lr - t.lr_end) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
+    # t.rates: ((tokens, rate from then on), ...)
     peak = config.value_at(t.rates, t.tokens_seen(step)) if t.schedule == "stepwise" else t.lr
-    # The rate decays in the last t.decay of the run (a fraction). `remaining` is the fraction of that decay still to come.
-    remaining = min(1.0, max(0.0, 1 - progress) / t.decay) if t.decay else 1.0      # 1 before the decay, 0 at its end
+    # The decay takes the last t.decay of the run, a fraction. `remaining` is 1 before the decay and falls to 0 at its end.
+    remaining = min(1.0, max(0.0, 1 - progress) / t.decay) if t.decay else 1.0
     if t.decay_form == "exponential" and peak:
         end = max(t.lr_end, 1e-3 * peak)        # at least peak / 1000: an exponential cannot decay to 0
         return warmup * peak * (end / peak) ** (1 - remaining)

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from mmx import mesh as meshes
 from mmx.checkpoints import convert
-from mmx.checkpoints.manager import Checkpoints, check_config, find_step, first_problem
+from mmx.checkpoints.manager import Checkpoints, agree_on_problem, check_config, find_step
 from mmx.config import ConfigError, Experiment, to_json
 from mmx.data import images, pipeline, tokens
 from mmx.files import lock
@@ -28,7 +28,7 @@ from mmx.training.metrics import Log
 from mmx.training.signals import StopSignals
 from mmx.training.step import abstract_state, init, jit_train_step
 
-LEAST_MEAN_BYTES = 65_536       # bytes per token are a mean over at least so many bytes: less text gives an inaccurate mean
+MIN_BYTES_FOR_MEAN = 65_536     # the bytes per token are averaged over at least this much text
 
 
 def train(experiment: Experiment, workdir: str | Path, sample=None, processes: int = 1) -> dict:
@@ -58,12 +58,12 @@ def train(experiment: Experiment, workdir: str | Path, sample=None, processes: i
         start = {"stream": batches.stream.state(), "seconds": 0.0, "guard": None}
         restore = functools.partial(restore_state, checkpoints, program, initial, start)
         state = restore()
-        batches.stream.restore(state.position["stream"])
-        guard.restore(state.position.get("guard"))
+        batches.stream.restore(state.host_state["stream"])
+        guard.restore(state.host_state.get("guard"))
         log = Log(workdir, t, state.step, t.tokens_seen(state.step), write=jax.process_index() == 0)
         warn_of_differences(experiment, initial, log, state.step)
         run = Run(experiment, batches, program.update, evaluation, checkpoints, restore, guard, log, stop)
-        clock = Clock(state.position["seconds"])
+        clock = Clock(state.host_state["seconds"])
         try:
             step = train_loop(run, state, clock)
         finally:
@@ -112,8 +112,7 @@ def build_program(e: Experiment, mesh) -> Program:
         try:
             abstract = abstract_state(model, optimizer, t, mesh)
         except NotImplementedError as error:
-            # The kernel that model.impl names cannot run here. Its message starts with its argument, such as "impl='gpu': ...",
-            # and may advise impl=None.
+            # The kernel that model.impl names cannot run here. The error starts with "impl='gpu': " and may advise impl=None.
             raise ConfigError(f"model.{error} (in the config, impl=None is model.impl='')") from None
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return Program(abstract, jax.jit(functools.partial(init, model, optimizer, t), out_shardings=shardings),
@@ -128,9 +127,9 @@ def build_evaluation(e: Experiment, mesh, tokenizer, sample) -> Evaluation:
         raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text, but data.sources has only ids or images: set "
                           "train.eval_every=0")
     model = Model(dataclasses.replace(e.model, capacity=0.0, transport=0.0))        # 0: no limit, so no token is dropped
-    evaluate = make_evaluator(model, tokenizer, length=t.length, batch=t.batch, context=t.length // 2,
+    evaluate = make_evaluator(model, tokenizer, length=t.length, batch=t.batch, overlap=t.length // 2,
                               loss_chunk=t.loss_chunk, sharding=sharding.batch_sharding(mesh))
-    mean_bytes = t.eval_bytes and max(t.eval_bytes, LEAST_MEAN_BYTES)       # 0: all
+    mean_bytes = t.eval_bytes and max(t.eval_bytes, MIN_BYTES_FOR_MEAN)     # 0: all
     return Evaluation(lambda params: evaluate(params, held_out, t.eval_bytes)["all"],
                       sample and (lambda params: sample(model, params, tokenizer, t.sample_prompt)),
                       bytes_per_token(tokenizer, first_bytes(held_out, mean_bytes)))
@@ -144,7 +143,7 @@ class InitialCheckpoints(NamedTuple):
 
 def open_initial_checkpoints(e: Experiment, workdir: Path) -> InitialCheckpoints:
     """Opens the checkpoints that the experiment names. Raises ConfigError if one does not fit the model."""
-    t, new = e.train, not find_step(workdir)
+    t, new = e.train, find_step(workdir) is None
     return InitialCheckpoints(convert.open_initial(t.init_from, e.model) if t.init_from and new else None,
                               convert.open_initial_vision(t.init_vision, e.model) if t.init_vision and new else None)
 
@@ -171,7 +170,7 @@ def lock_workdir(workdir: Path):
                 stack.enter_context(lock.acquire(workdir))
             except ConfigError as error:
                 problem = str(error)
-        if problem := first_problem(problem):
+        if problem := agree_on_problem(problem):
             raise ConfigError(problem)
         yield
 
@@ -179,13 +178,12 @@ def lock_workdir(workdir: Path):
 def restore_state(checkpoints: Checkpoints, program: Program, initial: InitialCheckpoints, start: dict) -> State:
     """The state of the last checkpoint. Without a checkpoint, the state of a new run.
 
-    A new run starts at position `start`. Its parameters are from `initial`, or new if `initial` has no checkpoints.
+    A new run has the host state `start`. Its parameters are from `initial`, or new if `initial` has no checkpoints.
     """
     if restored := checkpoints.restore(*program.abstract):
-        step, params, opt, position = restored
-        if opt is not None:
-            return State(step, params, opt, position)
-        # a converted checkpoint has only parameters
+        step, params, opt, host_state = restored
+        if opt is not None:     # None: a converted checkpoint, which has only parameters
+            return State(step, params, opt, host_state)
     elif any(initial):
         step, params = 0, initial_params(program, initial)
     else:

@@ -52,7 +52,7 @@ def train_step(params, opt, batch, lr, *, model: Model, optimizer, train: config
 
     def add_micro_batch(total, micro_batch):
         (_, metrics), grads = grad(learned, micro_batch)
-        total = jax.tree.map(lambda t, g: t + metrics["targets"] * g, total, grads)
+        total = jax.tree.map(lambda t, g: t + metrics["target_count"] * g, total, grads)
         return total, metrics | {"micro_norm_squared": optax.tree.norm(grads, squared=True)}
 
     if len(batch["tokens"]) == 1:
@@ -60,11 +60,11 @@ def train_step(params, opt, batch, lr, *, model: Model, optimizer, train: config
     else:
         grads, metrics = jax.lax.scan(add_micro_batch, jax.tree.map(jnp.zeros_like, learned), batch)
         # Weighting each micro-batch by its number of targets gives the same means as one large batch.
-        targets = metrics["targets"]
-        count = targets.sum()
-        grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1), grads)
-        # A batch of prompts only has no targets. Its metrics are the plain means: with weights of 0, jnp.average returns nan.
-        weights = jnp.where(count > 0, targets, 1)
+        weights = metrics["target_count"]
+        total = weights.sum()
+        grads = jax.tree.map(lambda g: g / jnp.maximum(total, 1), grads)
+        # Without any target (prompts only), average with weights of 1: with weights of 0, the result is nan.
+        weights = jnp.where(total > 0, weights, 1)
         metrics = jax.tree.map(lambda m: jnp.average(m, 0, weights), metrics)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)

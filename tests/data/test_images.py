@@ -31,7 +31,7 @@ def by_hand(v, height, width):
         better = (kept > most) | (kept == most) & (H * W - kept < waste)
         most, waste = np.where(better, kept, most), np.where(better, H * W - kept, waste)
         rows, columns = np.where(better, r, rows), np.where(better, c, columns)
-    h, w = rows * v.side, columns * v.side
+    h, w = rows * v.patches_per_side, columns * v.patches_per_side
     wide = width * h > w * height
     across, down = h - 2 * ((h - height * w // width) // 2), w - 2 * ((w - width * h // height) // 2)
     return (rows, columns), (np.where(wide, across, h), np.where(wide, w, down))
@@ -57,13 +57,14 @@ def test_counts_known():
     assert len(GRIDS) == 28 and images.token_count(RELEASED, 336, 336) == 576 + 24 * 25
     assert images.token_count(RELEASED, 2016, 1008) == 576 + 144 * 73 and images.token_count(RELEASED, 1, 20_000) == 576
     fixed = Vision(layers=1, grids=())
-    assert images.token_count(fixed, 1000, 10) == 576 == len(images.places(fixed, 1000, 10))
+    assert images.token_count(fixed, 1000, 10) == 576 == len(images.patch_codes(fixed, 1000, 10))
 
 
-def places_by_hand(v, height, width):
+def patch_codes_by_hand(v, height, width):
     """As in the released code: arranges tiles as a grid, crops it, adds a newline to each row and flattens."""
     (rows, columns), kept = one_by_hand(v, (height, width))
-    tiles = images.PATCH + np.arange((rows * columns + 1) * v.side ** 2).reshape(-1, v.side, v.side)
+    side = v.patches_per_side
+    tiles = images.PATCH + np.arange((rows * columns + 1) * side ** 2).reshape(-1, side, side)
     grid = np.block([[tiles[1 + r * columns + c] for c in range(columns)] for r in range(rows)])
     top, left = ((whole - part) // 2 for whole, part in zip(grid.shape, kept))
     grid = grid[top:top + kept[0], left:left + kept[1]]
@@ -73,9 +74,9 @@ def places_by_hand(v, height, width):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_places(size):
-    places_T = images.places(TINY, *size)
-    np.testing.assert_array_equal(places_T, places_by_hand(TINY, *size))
-    assert len(places_T) == images.token_count(TINY, *size)
+    patch_code_T = images.patch_codes(TINY, *size)
+    np.testing.assert_array_equal(patch_code_T, patch_codes_by_hand(TINY, *size))
+    assert len(patch_code_T) == images.token_count(TINY, *size)
 
 
 # ---- pixels ----

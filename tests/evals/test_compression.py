@@ -34,31 +34,31 @@ def logp_TW(params, window_T):
     return jax.nn.log_softmax(logits(params, MODEL.apply({"params": params}, window_T[None])[0])[0])
 
 
-def direct(params, raw, length, context):
-    """Bits per byte, one window of a document at a time. In later windows the first `context` tokens are context only."""
+def direct(params, raw, length, overlap):
+    """Bits per byte, one window of a document at a time. In later windows the first `overlap` tokens are context only."""
     ids, nats, start = np.array([256, *raw, 257]), 0.0, 0
-    while not start or start + context < len(ids) - 1:
+    while not start or start + overlap < len(ids) - 1:
         window, targets = ids[start:start + length], ids[start + 1:start + length + 1]
         logps = np.array(logp_TW(params, np.pad(window, (0, length - len(window)))))   # causal: padding has no effect
-        first = context if start else 0
+        first = overlap if start else 0
         nats -= logps[np.arange(first, len(targets)), targets[first:]].sum()
-        start += length - context
+        start += length - overlap
     return nats / np.log(2) / len(raw)
 
 
-@pytest.mark.parametrize("length,context,batch", [(64, 0, 2), (16, 8, 3), (12, 11, 4)])
-def test_bits_per_byte_equal_those_of_the_logits(params, length, context, batch):
-    evaluate = make_evaluator(MODEL, tokens.tokenizer("bytes"), length=length, batch=batch, context=context,
+@pytest.mark.parametrize("length,overlap,batch", [(64, 0, 2), (16, 8, 3), (12, 11, 4)])
+def test_bits_per_byte_equal_those_of_the_logits(params, length, overlap, batch):
+    evaluate = make_evaluator(MODEL, tokens.tokenizer("bytes"), length=length, batch=batch, overlap=overlap,
                                          loss_chunk=2 * batch)
     found = evaluate(params, DOCUMENTS)
     for name, raw in DOCUMENTS:
-        assert found[name] == pytest.approx(direct(params, raw, length, context), rel=1e-5)
+        assert found[name] == pytest.approx(direct(params, raw, length, overlap), rel=1e-5)
     sizes = [len(raw) for _, raw in DOCUMENTS]
     assert found["all"] == pytest.approx(np.average([found[name] for name, _ in DOCUMENTS], weights=sizes))
 
 
 def test_limit_reads_the_first_bytes(params):
-    evaluate = make_evaluator(MODEL, tokens.tokenizer("bytes"), length=16, batch=4, context=8, loss_chunk=64)
+    evaluate = make_evaluator(MODEL, tokens.tokenizer("bytes"), length=16, batch=4, overlap=8, loss_chunk=64)
     assert evaluate(params, DOCUMENTS, 20) == evaluate(params, [("a", TEXT[:20])])
     assert evaluate(params, DOCUMENTS, 10**6) == evaluate(params, DOCUMENTS) == evaluate(params, DOCUMENTS, 0)
 
@@ -109,7 +109,7 @@ def found(run):
 
 def test_a_checkpoint_is_evaluated_on_its_validation_documents(run, found, params, tmp_path):
     held_out = pipeline.validation(config.Data((str(run.parent / "text"),)))
-    evaluate = make_evaluator(MODEL, tokens.tokenizer("bytes"), length=32, batch=8, context=16,
+    evaluate = make_evaluator(MODEL, tokens.tokenizer("bytes"), length=32, batch=8, overlap=16,
                                          loss_chunk=100)
     wanted = evaluate(jax.tree.map(lambda x: x / 2, params), held_out)
     assert found["bits_per_byte"] == pytest.approx(wanted.pop("all"), rel=1e-6)

@@ -399,7 +399,7 @@ def _first_loss(workspace: Workspace, workdir: Path) -> float:
     if "loss" not in vars(workspace):
         workspace.loss = jax.jit(lambda params, batch: losses.loss(Model(e.model), params, batch, e.train.loss_chunk)[1])
     found = [workspace.loss(loaded.params, stream.next()) for _ in range(count)]
-    weights = [float(m["targets"]) for m in found]
+    weights = [float(m["target_count"]) for m in found]
     return float(np.average([float(m["loss"]) for m in found], weights=weights))
 
 
