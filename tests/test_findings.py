@@ -264,7 +264,7 @@ def test_rope_length_within_and_beyond_training(tmp_path, monkeypatch):
         "supports", "contradicts", "supports", "cannot tell", "supports", "supports"]
     assert far.measured.startswith("nats per byte: half 1.231 (1.230 to 1.232), full 2.501")
     assert "0.01 (tried: 0.01, 0.1)" in far.test
-    assert "lowest loss on earlier bytes: 1.211" in half.measured and {x.verdict for x in softmax} == {"not run"}
+    assert "lowest of bytes 0-255, 256-511, 512-1023: 1.211" in half.measured and {x.verdict for x in softmax} == {"not run"}
 
 
 def test_loss_by_place(monkeypatch):
@@ -292,7 +292,7 @@ def test_a_rope_length_run_that_diverged_has_the_uniform_loss(tmp_path, monkeypa
         {"pattern": "S", "turned": turned, "lr": 0.1, "seed": seed, "loss": None if seed == 2 else 1.0,
          "by_place": None if seed == 2 else {"0-255": 1.0, "1024-2047": 1.0}} for turned in (0, 8, 16) for seed in range(3)])
     found = claims.rope_length()[6:]
-    assert "lowest loss on earlier bytes: 2.515 (1.000 to 5.545)" in found[0].measured
+    assert "lowest of bytes 0-255, 256-511, 512-1023: 2.515 (1.000 to 5.545)" in found[0].measured
     assert {claim.verdict for claim in found} == {"cannot tell"}        # not even "contradicts"
 
 

@@ -125,8 +125,8 @@ def hybrid_ratio() -> list[Claim]:
         ("One softmax layer in 8 retrieves more than one in 16 (ours)", eighth | {"1 in 16 layers": ("L", 16)}, 0.02),
         ("One softmax layer in 16 retrieves more than none (ours)",
          {"1 in 16 layers": ("L", 16), "no softmax layer": ("L", 0)}, 0.02),
-        *((f"Between softmax layers (one in {period}), lightning retrieves more than softmax in a window of 32 tokens {source}",
-           {"lightning": ("L", period), "window": ("W", period)}, 0.02)
+        *((f"With one softmax layer in {period}, lightning in the other layers retrieves more than softmax in windows of 32 "
+           f"tokens {source}", {"lightning": ("L", period), "window": ("W", period)}, 0.02)
           for period, source in ((8, "(Table 4)"), (2, "(ours)"), (4, "(ours)"), (16, "(ours)"))),
         ("Lightning alone retrieves more than softmax in windows alone (ours)",
          {"lightning": ("L", 0), "window": ("W", 0)}, 0.02))]
@@ -158,7 +158,7 @@ def rope_length() -> list[Claim]:
         none, half, full = (found.get((pattern, turned)) for turned in (0, 8, 16))
         for text, arm in ((f"Half RoPE {EXTRAPOLATES} (section 2.4)", half), (f"No RoPE {EXTRAPOLATES} (ours)", none)):
             pair = {f"bytes {BEYOND[-1]}:": (arm, loss_in(BEYOND[-1])),
-                    "lowest loss on earlier bytes:": (arm, lowest_earlier_loss)}
+                    f"lowest of bytes {', '.join((TRAINED, *BEYOND[:-1]))}:": (arm, lowest_earlier_loss)}
             claims.append(compare(Claim(f"{text}: {kind}", test), NATS, pair, -0.05))
         for text, span, bound in ((f"{NO_COST} (ours)", TRAINED, -0.01),
                                   *((f"{BETTER_BEYOND}, bytes {span}", span, 0.0) for span in BEYOND)):
@@ -321,7 +321,8 @@ def critical_batch() -> list[Claim]:
             "the critical batch, is fitted as loss^-p; learning rate 0.003 (no other tried)")
     bounds = 0, -log_log_slope(PAPERS_BATCHES)
     texts = ("The critical batch grows as the loss falls (Fig. 13)",
-             "At these widths it grows at least as fast as loss^-6.1, the slope of the four points of Fig. 13")
+             "In these small models, the critical batch grows at least as fast as loss^-6.1, the fit to the four points of "
+             "Fig. 13")
     claims = [Claim(text, f"{test}; claim: mean of p above {bound:.2g}") for text, bound in zip(texts, bounds)]
     if found := exponents_by_width():
         mean, widths = mean_exponent(found), list(found)
@@ -345,7 +346,7 @@ def padding() -> list[Claim]:
         test = f"`python experiments/measure/padding.py`: 1,000 log-normal lengths per seed with a median of {median:,} tokens"
         arm = found.get((median,))
         for text, name, field in (
-                ("Packing adds less padding than rounding each sample up to 256 tokens, as the paper's kernel does (ours)",
+                ("Packing adds less padding than the paper's kernel, which rounds each sample up to 256 tokens (ours)",
                  "packed", "packed"),
                 ("Blocks of 32 to 256 tokens add less padding than blocks of 256 alone (section 3.3.3). They cannot add more, "
                  "so only the size of the difference is informative", "blocks of 32 to 256", "levels")):
