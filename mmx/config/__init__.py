@@ -1,4 +1,4 @@
-"""What an experiment is: frozen dataclasses, built once from a ConfigDict.
+"""What an experiment is: frozen dataclasses, built once from an `ml_collections.ConfigDict`.
 
 An experiment file's `get_config()` starts from `default()` and sets what it changes. `build` checks the ConfigDict and returns
 an `Experiment`; the rest of mmx never sees the ConfigDict. docs/configuration.md lists every key. This package imports no jax,

@@ -1,4 +1,4 @@
-"""From a ConfigDict, or a config.json, to a frozen `Experiment` and back."""
+"""Builds a frozen `Experiment` from a ConfigDict or a config.json, and writes it as JSON."""
 import dataclasses
 import json
 
@@ -30,8 +30,7 @@ def build(config: ConfigDict | dict) -> Experiment:
 def sections(experiment: Experiment) -> dict:
     """The experiment as plain dicts, as config.json keeps it.
 
-    model.vision is omitted for a text model, and model.window if it has its default. config.json is then the same as from
-    versions of mmx that did not have these keys.
+    Omits model.vision for a text model and model.window at its default, as config.json of older versions of mmx does.
     """
     values = dataclasses.asdict(experiment)
     if not experiment.model.vision.layers:

@@ -5,11 +5,11 @@ import re
 
 from mmx.config.errors import require
 
-LIMIT = 1 << 40                     # whole numbers are below it
+LIMIT = 1 << 40                     # whole numbers must be below this
 
 
 def typed(key: str, value, kind: type):
-    """The value as the field's type; an int becomes a float and a list a tuple, anything else raises ConfigError."""
+    """Converts a value to a field's type: an int to a float, a list to a tuple. Raises ConfigError for any other type."""
     if kind is tuple and isinstance(value, (list, tuple)):
         return tuple(typed(key, v, tuple) if isinstance(v, (list, tuple)) else v for v in value)
     if kind is float and type(value) is int and abs(value) < 2 ** 1023:
@@ -35,5 +35,9 @@ def parse_lengths(text: str) -> list[int]:
 
 
 def value_at(points, position):
-    """The value of a piecewise constant function ((begin, value), ...), whose pieces are sorted by `begin`, at a position."""
+    """Evaluates a piecewise constant function: the value of the last of `points` whose begin is at most `position`.
+
+    Args:
+      points: ((begin, value), ...), sorted by begin.
+    """
     return points[bisect.bisect_right([begin for begin, _ in points], position) - 1][1]

@@ -17,11 +17,12 @@ DTYPES = ("float32", "bfloat16", "float64")
 IMPLS = ("", "xla", "tpu", "gpu", "triton")
 NUMBERS = "numbers:"                # prefix of a tokenizer without a file, followed by its number of ids
 MOST_LAYERS = 10_000
-# of keys of Model; above them JAX's int32 arithmetic would overflow while the model is traced, or tracing would take minutes
+# largest values of keys of Model: with larger ones, JAX's int32 arithmetic would overflow or tracing would take minutes
 LIMITS = {"layers": MOST_LAYERS, "heads": 65_536, "head_dim": 16_384, "experts": 65_536, "vocab": 2**31 - 1,
           "window": 2**31 - 1}
-MOST_PIXELS = 1 << 26               # of the tiles that an image is cut into
-IMPLEMENTATION_KEYS = ("impl", "chunk", "remat", "keep_arrived", "token_groups", "ragged")     # of Model: they change the speed
+MOST_PIXELS = 1 << 26               # largest number of pixels of all tiles of an image
+# keys of Model that change the speed and the memory only, not the function
+IMPLEMENTATION_KEYS = ("impl", "chunk", "remat", "keep_arrived", "token_groups", "ragged")
 GRIDS = tuple((rows, columns) for rows in range(1, 7) for columns in range(1, (6, 6, 6, 4, 3, 3)[rows - 1] + 1))
 
 
@@ -34,11 +35,11 @@ class Vision:
     hidden: int = 4096              # U, width of the ViT's MLPs
     tile: int = 336                 # [pixels] height and width of a tile
     patch: int = 14                 # [pixels] height and width of a patch; a tile has (tile / patch)^2 patches
-    # grids (rows, columns) of tiles that an image may be cut into. Every image also gets a tile with the whole image; with (),
-    # it gets only this tile
+    # allowed grids of tiles: ((rows, columns), ...); an image is cut into one of them, and also becomes one tile as a whole;
+    # (): only the whole image
     grids: tuple = dataclasses.field(default=GRIDS, repr=False)
     norm_eps: float = 1e-5          # epsilon of the ViT's layer norms
-    token: int = 200_025            # token id at the places of an image's tokens
+    token: int = 200_025            # id of an image token; the embeddings of image tokens come from the ViT
 
     def validate(self, vocab: int):
         v = self
@@ -64,7 +65,7 @@ class Vision:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The decoder's shape and function (docs/model.md section 1), and how it is computed."""
+    """The decoder's shape and function (docs/model.md section 1), and how it is computed; `mmx.model.Model` is the module."""
     vocab: int = 264                # W, number of token ids; default: 256 bytes, bos, eos, pad and five unused ids
     dim: int = 256                  # D, width
     layers: int = 8                 # [layers] depth
@@ -79,20 +80,19 @@ class Model:
     experts: int = 8                # E, number of experts in a layer
     top_k: int = 2                  # number of experts that process a token
     expert_dim: int = 512           # F, hidden width of an expert
-    # capacity factor: capacity * (tokens of the batch * top_k / experts) is the largest number of tokens that an expert
-    # accepts. It drops the others. 0: no dropping
+    # capacity factor: an expert accepts at most capacity * (tokens of the batch * top_k / experts) tokens and drops the
+    # others; 0: no dropping
     capacity: float = 0.0
-    # buffer factor of the all-to-all that sends tokens to experts. Of its tokens' assignments, a device sends at most the
-    # fraction transport / mesh.ep to each device and drops the others. 0: buffers are large enough for any routing
+    # buffer factor of the all-to-all that sends each token to its top_k experts. A device sends at most
+    # transport * (its tokens * top_k / mesh.ep) token copies to each device and drops the others; 0: enough for any routing
     transport: float = 0.0
     # number of groups into which a device splits its tokens. While experts compute one group, the next is exchanged, so that
     # communication overlaps with compute
     token_groups: int = 1
-    # send tokens to experts by a ragged all-to-all (TPU and GPU), which needs no padding; transport then limits what a device
-    # receives from all peers together
+    # send tokens to experts by a ragged all-to-all (TPU and GPU), without padding; transport * (tokens of a device * top_k)
+    # then limits the token copies that a device receives in all
     ragged: bool = False
-    # form of the load-balancing loss, with s = sum over experts of (share of assignments * mean router probability): switch:
-    # E s; paper: s / E; hf: top_k E s, with both factors averaged over all layers first (docs/model.md section 5)
+    # form of the load-balancing loss: switch, paper or hf (docs/model.md section 5)
     aux: str = "switch"
     aux_weight: float = 0.01        # weight of the load-balancing loss (paper section 4.2)
     z_weight: float = 0.0           # weight of the router z-loss, mean of logsumexp(logits)^2
@@ -103,18 +103,18 @@ class Model:
     alpha_lightning: float = 0.0
     alpha_softmax: float = 0.0      # the same for softmax and window layers
     alpha_moe: float = 0.0          # the same for the mixture of experts
-    beta_lightning: float = 1.0     # factor of the mixer's output, lightning layers
+    beta_lightning: float = 1.0     # factor of the attention output of lightning layers
     beta_softmax: float = 1.0       # the same for softmax and window layers
     beta_moe: float = 1.0           # factor of the experts' output
-    # [tokens] longest intended sequence; written to config.json. Training and inference also accept longer sequences
+    # [tokens] longest intended sequence, max_position_embeddings of exported checkpoints; longer sequences are also accepted
     context: int = 8192
-    # initial values: xavier, fan_in, or deepnorm: xavier with the v, output and expert matrices times (8 * layers)^(-1/4)
+    # initial values: xavier; fan_in; deepnorm: xavier, with v, attention output and expert matrices times (8 * layers)^(-1/4)
     init: str = "deepnorm"
     embed_std: float = 0.02         # standard deviation of the embedding's initial values
     dtype: str = "float32"          # dtype of the computation: float32, bfloat16 or float64; trained parameters are float32
     remat: bool = False             # recompute each layer's activations in the backward pass
-    # with remat: store the tokens that a device received for its experts, so that the backward pass does not exchange them
-    # again; needs more memory
+    # with remat: store the tokens that arrived at the devices of their experts, so that the backward pass does not exchange
+    # them again; needs more memory
     keep_arrived: bool = False
     impl: str = ""                  # lightning attention kernel: xla, tpu, gpu or triton; empty: by platform
     chunk: int = 0                  # [tokens] chunk of lightning attention; 0: chosen by the kernel
@@ -151,12 +151,12 @@ class Model:
         m.vision.validate(m.vocab)
 
     def portable(self) -> "Model":
-        """The same function in a form that any machine can compute: IMPLEMENTATION_KEYS have their defaults."""
+        """The same model with IMPLEMENTATION_KEYS at their defaults, so that any machine can run it."""
         return dataclasses.replace(self, **{name: getattr(Model, name) for name in IMPLEMENTATION_KEYS})
 
     @property
     def groups(self) -> int:
-        """L: how many times the pattern repeats."""
+        """Axis L: how many times the pattern repeats."""
         return self.layers // len(self.pattern)
 
     @property
@@ -171,9 +171,11 @@ class Train:
     steps: int = 1000               # [steps] length of the whole run
     # [seconds] stop after this training time instead of train.steps; the schedule then follows the clock; 0: stop by steps
     seconds: float = 0.0
-    batch: int = 8                  # [sequences] B, size of a micro-batch
-    length: int = 512               # [tokens] T, length of a sequence
-    ramp: tuple = ()                # ((tokens, micro-batches a step from then on), ...): batch ramp by gradient accumulation
+    batch: int = 8                  # [sequences] B, rows of a micro-batch; a step has one micro-batch unless train.ramp is set
+    length: int = 512               # [tokens] T, length of a row
+    # batch ramp by gradient accumulation: ((tokens, count), ...); after `tokens` tokens of training, each step has `count`
+    # micro-batches
+    ramp: tuple = ()
     init_from: str = ""             # start from the parameters of this workdir, checkpoints/STEP or Hugging Face directory
     init_vision: str = ""           # start the ViT, without its projector, from this checkpoint
     # parameters that are not trained, by their path: "groups" (all decoder layers), "vision", "vision.layers", ...
@@ -186,7 +188,8 @@ class Train:
     warmup: int = 100               # [steps] length of the linear warm-up, in every schedule
     decay: float = 0.2              # wsd and stepwise: fraction of the run, at its end, in which the learning rate decays
     decay_form: str = "linear"      # shape of that decay: linear, exponential, or sqrt: 1 - sqrt(fraction of the decay done)
-    rates: tuple = ()               # stepwise: ((tokens, learning rate from then on), ...); the last rate decays to lr_end
+    # stepwise: ((tokens, rate), ...); after `tokens` tokens of training, the learning rate is `rate`; the last decays to lr_end
+    rates: tuple = ()
     beta1: float = 0.9              # AdamW's decay of the first moment
     beta2: float = 0.95             # AdamW's decay of the second moment
     eps: float = 1e-8               # AdamW's epsilon
@@ -242,7 +245,7 @@ class Train:
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Documents and how they are read."""
-    # "sotu" (embedded), "scenes", "maps", "words" or a task (generated), or paths: .txt, .jsonl, or folders of such files
+    # "sotu" (the embedded corpus), paths of .txt files, .jsonl files or folders, or generated data (docs/data.md)
     sources: tuple = ("sotu",)
     # ((least, limit), ...), one pair for each source: it trains on documents of at least `least` and fewer than `limit`
     # tokens; limit 0: no upper limit; (): all documents
@@ -250,10 +253,10 @@ class Data:
     # ((step, (weight of each source, ...)), ...): mixture weights from that step on; (): in proportion to the numbers of rows
     weights: tuple = ()
     interpolate: bool = False       # change the weights linearly between the steps of data.weights, not at once
-    # "bytes"; or the path of a tokenizer.json; or "numbers:COUNT" for generated tasks: a text is a list of ids below COUNT
+    # "bytes", the path of a tokenizer.json, or "numbers:COUNT" for generated tasks: a text is a list of decimal ids below COUNT
     tokenizer: str = "bytes"
-    # number of streams that the rows are dealt to; each process reads some of them, so that the order of the data does not
-    # depend on the number of processes
+    # number of shards that the rows are divided into; a process reads some of them. The order of the data depends on this
+    # number, but not on the number of processes
     shards: int = 8
     seed: int = 0                   # random seed of the order of the data
 
@@ -294,11 +297,12 @@ class Checkpoint:
 @dataclasses.dataclass(frozen=True)
 class Guard:
     """What a run does when its loss is not finite or jumps."""
-    # [steps] most steps in a row that may be skipped for a non-finite loss or gradient; one more rolls back or ends the run
+    # [steps] most steps in a row that may be skipped for a non-finite loss or gradient; after one more, the run rolls back if
+    # spike is set, and ends otherwise
     skips: int = 10
     spike: float = 0.0              # [nats] a loss this far above the median of recent losses rolls the run back; 0: never
     window: int = 50                # [steps] number of recent losses that the median covers
-    # [steps] after a rollback, the run skips the data of the steps up to the spike, and the data of this many steps after it
+    # [steps] a rollback skips the data of the steps up to the spike, and of this many further steps
     beyond: int = 0
     rollbacks: int = 3              # [rollbacks] most rollbacks to the same checkpoint; one more spike ends the run
 
