@@ -1,14 +1,14 @@
-"""Checkpoints as transformers models that compute the function of the released weights.
+"""Loads checkpoints as transformers models that give the logits of the released code.
 
-The MiniMaxForCausalLM of transformers 5.23.0 computes a different function (docs/model.md section 7). `load` changes one
-model in three respects, and does not change the library:
+The MiniMaxForCausalLM of transformers 5.23.0 gives other logits (docs/model.md section 7). `load` changes the loaded model,
+not the library:
 
+    config      transformers does not read the released keys of the layer kinds and residual factors. `load` adds its keys.
     RoPE        The stock model rotates all K dimensions of a head, in pairs (i, i + K/2). The released model rotates only the
-                first r = rotary_dim, in pairs (i, i + r/2). Hooks on q_proj and k_proj permute the dimensions of q and k.
-                For i < r/2, dimension i stays and dimension i + r/2 moves to i + K/2, so a released pair becomes a stock pair.
-                The other stock pairs get frequency zero. Attention scores do not change if q and k are permuted in the same
-                way.
-    decay       The slopes differ if the number of heads is not a power of two.
+                first r = rotary_dim, in pairs (i, i + r/2). Hooks on q_proj and k_proj permute the dimensions of q and k in the
+                same way, which does not change attention scores, so that each released pair (i, i + r/2) is at (i, i + K/2).
+                The remaining stock pairs get frequency zero.
+    decay       The slopes differ if the number of heads is not a power of two, and the factor of each layer differs slightly.
     dtype       The stock model keeps decays and states of lightning attention in its own dtype. The released model and
                 mmx keep them in float32; in bfloat16 the smallest slopes would be lost to rounding.
 """
@@ -28,10 +28,10 @@ except ImportError as error:
 
 
 def load(directory: str | Path, dtype: torch.dtype = torch.float32, **options) -> MiniMaxForCausalLM:
-    """Reads a Hugging Face directory as a transformers model that computes the function of the released weights.
+    """Reads a Hugging Face directory as a transformers model that gives the logits of the released code.
 
     Args:
-      directory: config.json as the released checkpoints or as transformers writes it, and safetensors files.
+      directory: contains safetensors files and a config.json with the released keys or with those of transformers.
       options: passed to `from_pretrained`.
     """
     directory = Path(directory)
@@ -52,7 +52,7 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, **options) -
 
 
 def load_stock(directory: str | Path, **options) -> MiniMaxForCausalLM:
-    """Reads a directory with unchanged transformers, which computes a different function."""
+    """Reads a directory with unchanged transformers, which gives other logits."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()       # it would report the decay buffers, which are not in the file, as newly initialized
     try:

@@ -1,7 +1,7 @@
 """Converts checkpoints between mmx's form (a workdir) and the released one (a Hugging Face directory), and loads both.
 
-A conversion reads slices of the arrays in `hf_layout.leaves` from a source and writes them. It needs memory for a few slices of
-`hf_layout.SLICE_BYTES`, whatever the size of the model. It writes into a temporary directory, which is renamed at the end.
+A conversion reads and writes slices of the parameters (`hf_layout.leaves`) of at most `hf_layout.SLICE_BYTES`, so its memory
+does not depend on the size of the model. It writes into a temporary directory, which is renamed at the end.
 """
 import contextlib
 import dataclasses
@@ -62,7 +62,7 @@ class ReleasedSource:
         self.tokenizer = _tokenizer(directory, self.ids())
 
     def ids(self) -> dict:
-        """The ids of bos, eos and pad; generation_config.json comes before config.json."""
+        """The ids of bos, eos and pad; those in generation_config.json take precedence over config.json."""
         generation = self.side_files / "generation_config.json"
         inner = self.json["text_config"] if self.model.vision.layers else {}
         return _ids(inner | self.json | (untrusted.read_json(untrusted.check_link(generation)) if generation.exists() else {}))
@@ -104,7 +104,7 @@ class WorkdirSource:
             if array.dtype.numpy_dtype not in safetensors.DTYPE_CODES:
                 raise ConfigError(f"{step}: tensor {'.'.join(path)} has dtype {array.dtype.name}; supported are "
                                   f"{', '.join(map(str, safetensors.DTYPE_CODES))}")
-        # a workdir that `from_hf` wrote, and no run has trained in, contains the side files of the released checkpoint
+        # a workdir that `from_hf` wrote and that no run has changed contains the side files of the released checkpoint
         self.side_files = None if "data" in text else workdir
         file = workdir / "tokenizer.json"
         if self.side_files:
@@ -150,7 +150,7 @@ def open_source(path: str | Path) -> ReleasedSource | WorkdirSource:
 
 
 def find_model(path: str | Path) -> config.Model:
-    """The model of a checkpoint. A workdir's tensors are not read."""
+    """The config of a checkpoint's model. Does not read a workdir's tensors."""
     found = manager.find_step(path)
     return config.build(manager.read_config(found[0])).model if found else open_source(path).model
 
@@ -189,9 +189,8 @@ def to_hf(path: str | Path, out: str | Path, dialect: str = "transformers", dtyp
     Args:
       path: a checkpoint in either form.
       out: the new directory.
-      dialect: the keys of config.json. "transformers" loads everywhere, because it contains the released keys too. If the
-        number of heads is not a power of two, it also contains the decay buffers, because transformers computes different
-        decays.
+      dialect: "released": config.json has the released keys. "transformers": it has the keys of transformers too, and if the
+        number of heads is not a power of two, the files contain decay buffers, because transformers computes other decays.
       dtype: "float32", "bfloat16" or "float16"; None: the dtype of each array stays.
       shard_bytes: most bytes of tensors in one file, unless a single tensor is larger.
     Returns:
@@ -331,10 +330,10 @@ def differing_settings(saved: config.Model, new: config.Model) -> list[str]:
 def load_initial(source: ReleasedSource | WorkdirSource, params: dict) -> dict:
     """Loads the parameters of a source from `open_initial`.
 
-    A workdir is read in slices. For a Hugging Face directory, memory must hold one leaf at a time, with all its layers.
+    A workdir is read in slices. For a Hugging Face directory, the host needs memory for one leaf at a time.
 
     Args:
-      params: abstract parameters of the new model, with dtypes and shardings. It may have more than the source.
+      params: abstract parameters of the new model, with dtypes and shardings. Those that the source lacks are ignored.
     """
     loaded = {}
     with safetensors.Files(os.O_RDONLY) as files, jax.transfer_guard_host_to_device("allow"):
@@ -386,8 +385,8 @@ def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Load
     """Loads a checkpoint in either form for inference.
 
     The loaded model drops no tokens, and selects its kernels for the devices of this machine. On a mesh (jax.set_mesh) each
-    device gets its shard. The host needs memory for one parameter array at a time; such an array
-    contains all layers of one kind.
+    device gets its shard. The host needs memory for one parameter array at a time: one array of the scanned layers contains a
+    parameter of every repeat of the pattern.
 
     Args:
       path: a workdir, one of its checkpoints/STEP, or a Hugging Face directory.

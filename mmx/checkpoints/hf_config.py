@@ -17,9 +17,8 @@ FACTORS = {     # key of mmx: (key of the released dialect, key of transformers)
 def read_model(config: dict, where) -> dict:
     """The arguments of config.Model that a config.json in either dialect describes. Raises ConfigError.
 
-    If it has the keys of both dialects, the released ones apply: transformers rotates the whole head
-    whatever its keys say, so they can be wrong. Missing
-    keys get the defaults of the released code, except postnorm: it is true, as in every released config.
+    Released keys take precedence over those of transformers. Missing keys get the defaults of the released code, except
+    postnorm: it is true, as in every released config.
 
     Args:
       where: the file, for messages.

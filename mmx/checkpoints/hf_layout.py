@@ -1,9 +1,8 @@
 """Names and layouts of the tensors of the released checkpoint form (docs/model.md section 6).
 
-`leaves` lists the arrays of a model's parameter tree. Each array stacks one or more released tensors, which the list names.
-Reading and writing use the same slices. A slice is a range of a released tensor's first axis. It is one contiguous range of
-bytes, or one range for each head if the tensor interleaves q, k and v. Memory is bounded by SLICE_BYTES, not by a tensor.
-Shapes come from the modules themselves (`model.abstract_params`), names of a mixer's tensors from its kind's record.
+`leaves` lists the arrays of a model's parameter tree; each array stacks one or more released tensors. Files are read and
+written in slices. A slice is a range of a released tensor's first axis, of at most SLICE_BYTES: one contiguous range of bytes,
+or one for each head if the tensor interleaves q, k and v.
 """
 import dataclasses
 import math
@@ -60,31 +59,31 @@ class Slice(NamedTuple):
 class Leaf:
     """An array of the parameter tree and the released tensors that it stacks."""
     path: tuple[str, ...]
-    axes: str                   # of the array; L comes first where it is stacked over groups
+    axes: str                   # of the array; L comes first if it stacks layers
     shape: tuple[int, ...]
     layout: Layout
-    prefix: str = ""            # of the layout's name; {l} is replaced by the number of the layer
+    prefix: str = ""            # precedes layout.name; {l} is replaced by the number of the layer
     first: int = 0              # layer of group 0
     period: int = 1             # layers from one group to the next
 
     def sizes(self, letters: str) -> tuple[int, ...]:
-        """The extents of axes."""
+        """The extents of the axes `letters`."""
         extents = dict(zip(self.axes, self.shape))
         return tuple(extents[letter] for letter in letters)
 
     @property
-    def released(self) -> str:
-        """The released tensor's axes, one letter each."""
+    def released_axes(self) -> str:
+        """The axes of one released tensor in their order in the file, one letter each."""
         return self.layout.axes.replace(" ", "")
 
     @property
     def stacked(self) -> str:
         """The leaf's axes over which released tensors are stacked; they come first."""
-        return "".join(letter for letter in self.axes if letter not in self.released)
+        return "".join(letter for letter in self.axes if letter not in self.released_axes)
 
     @property
     def tensor_axes(self) -> str:
-        """The leaf's axes within one released tensor."""
+        """The axes of one released tensor in their order in the leaf."""
         return self.axes[len(self.stacked):]
 
     @property
@@ -102,18 +101,18 @@ class Leaf:
 
     def slice_length(self, itemsize: int) -> int:
         """Entries of the first axis in a slice of at most SLICE_BYTES; all slices but the last have the same length."""
-        first, *rest = self.sizes(self.released)
+        first, *rest = self.sizes(self.released_axes)
         count = max(1, SLICE_BYTES // (math.prod(rest) * itemsize))
         return -(-first // -(-first // count))
 
     def slice_shape(self, itemsize: int) -> tuple[int, ...]:
         """The shape of a slice in the leaf."""
-        special = dict.fromkeys(self.stacked, 1) | {self.released[0]: self.slice_length(itemsize)}
+        special = dict.fromkeys(self.stacked, 1) | {self.released_axes[0]: self.slice_length(itemsize)}
         return tuple(special.get(letter, size) for letter, size in zip(self.axes, self.shape))
 
     def slices(self, itemsize: int) -> Iterator[Slice]:
         """All slices of the leaf, tensor by tensor."""
-        first, length = self.released[0], self.slice_length(itemsize)
+        first, length = self.released_axes[0], self.slice_length(itemsize)
         end, = self.sizes(first)
         for index, name in self.tensors():
             for start in range(0, end, length):
@@ -123,11 +122,11 @@ class Leaf:
 
     def from_released(self, block: np.ndarray) -> np.ndarray:
         """A slice in the released layout, transposed to the leaf's axes."""
-        return block.transpose([self.released.index(letter) for letter in self.tensor_axes])
+        return block.transpose([self.released_axes.index(letter) for letter in self.tensor_axes])
 
     def to_released(self, block: np.ndarray) -> np.ndarray:
         """The inverse of `from_released`."""
-        return np.ascontiguousarray(block.transpose([self.tensor_axes.index(letter) for letter in self.released]))
+        return np.ascontiguousarray(block.transpose([self.tensor_axes.index(letter) for letter in self.released_axes]))
 
 
 def leaves(model: Model) -> list[Leaf]:

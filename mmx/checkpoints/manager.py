@@ -215,7 +215,7 @@ def _read_step(step: Path, params, opt):
 
 
 def _chunks(path, leaf) -> ocp.SaveArgs:
-    """How a leaf is cut into chunks: large stacked leaves by group and expert first, then within a matrix."""
+    """How Orbax divides a leaf into chunks: large stacked leaves by layer and expert first, then within a matrix."""
     stacked = path[0].key == "groups"
     expert = path[-1].key.rpartition("_")[2] in ("EDF", "EFD")
     axes = tuple(range(stacked + expert)) if leaf.nbytes > CHUNK_BYTES else ()

@@ -1,4 +1,4 @@
-"""Adds checksums to what Orbax saves, and removes noise and leaks of Orbax and TensorStore from the whole process."""
+"""Adds checksums to Orbax's saves; stops log messages of Orbax, and memory leaks of TensorStore, in the whole process."""
 import asyncio
 import copy
 import dataclasses

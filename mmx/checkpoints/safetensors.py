@@ -155,7 +155,7 @@ def check_tensors(tensors: dict[str, Tensor], model: Model, where) -> None:
 
 
 class Files:
-    """Keeps files open, and reads and writes them at offsets. Mapped files would count as memory of the process."""
+    """Keeps files open, and reads and writes them at offsets (mapped files would count as memory of the process)."""
 
     def __init__(self, flags: int):
         self.flags, self.open = flags, {}
@@ -189,12 +189,14 @@ class Files:
 
 
 def byte_ranges(leaf: Leaf, piece: Slice, itemsize: int) -> Iterator[tuple[int, int, int]]:
-    """The contiguous parts of a slice: (offset in the tensor [bytes], start, stop). start and stop are indices of the slice's
-    first axis.
+    """The contiguous parts of a slice in the file.
 
-    There is one part, or one for each entry of that axis if the tensor interleaves several arrays, such as q, k and v.
+    There is one part, or one for each entry of the first axis if the tensor interleaves several arrays, such as q, k and v.
+
+    Yields:
+      (offset in the tensor [bytes], start, stop); start and stop are indices of the slice's first axis.
     """
-    row = math.prod(leaf.sizes(leaf.released[1:])) * itemsize
+    row = math.prod(leaf.sizes(leaf.released_axes[1:])) * itemsize
     _, _, part, parts = leaf.layout
     step = 1 if parts > 1 else piece.stop - piece.start
     for start in range(piece.start, piece.stop, step):
@@ -203,7 +205,7 @@ def byte_ranges(leaf: Leaf, piece: Slice, itemsize: int) -> Iterator[tuple[int, 
 
 def read_piece(files: Files, tensor: Tensor, leaf: Leaf, piece: Slice) -> np.ndarray:
     """Reads a slice of a released tensor, in the released layout."""
-    block = np.empty((piece.stop - piece.start, *leaf.sizes(leaf.released[1:])), tensor.dtype)
+    block = np.empty((piece.stop - piece.start, *leaf.sizes(leaf.released_axes[1:])), tensor.dtype)
     for offset, start, stop in byte_ranges(leaf, piece, tensor.dtype.itemsize):
         files.read(tensor.file, memoryview(block[start:stop].reshape(-1).view(np.uint8)), tensor.offset + offset)
     return block
@@ -216,7 +218,7 @@ def write_piece(files: Files, tensor: Tensor, leaf: Leaf, piece: Slice, block: n
 
 
 def plan_files(directory: Path, tensors: dict[str, tuple[np.dtype, tuple]], shard_bytes: int) -> dict[str, Tensor]:
-    """Creates safetensors files with their headers, and an index if there are several. The data are holes, to be written.
+    """Creates safetensors files with headers and, for now, empty space for the data. Writes an index if there are several.
 
     Args:
       tensors: (dtype, shape) by name, in the order of the files.
