@@ -110,7 +110,7 @@ class Mmx(TemplateLM):
         """Continuations of prompts, each up to its first stop string. Request i is sampled with the seed (0, i)."""
         prompts, arguments = zip(*(request.args for request in requests))
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        ordered = [engine.Request(prompts[i], stream=i, **_settings(arguments[i])) for i in order]
+        ordered = [engine.Request(prompts[i], fold=i, **_settings(arguments[i])) for i in order]
         texts, rows = [""] * len(prompts), self._rows or min(engine.ROWS, self._max_rows)
         with tqdm(total=len(prompts), desc="generate", disable=disable_tqdm) as bar:
             for piece in engine.stream(self.loaded, ordered, rows=rows):

@@ -43,7 +43,7 @@ class Slots(NamedTuple):
     """What decode needs to know about each slot."""
     token_B: np.ndarray         # the token that the next step feeds to the model
     remaining_B: np.ndarray     # steps left; 0: the slot is not in use
-    generated_B: np.ndarray     # tokens generated so far, which number the random draws
+    generated_B: np.ndarray     # tokens generated so far; folded into the random key of the next draw
     key_B: np.ndarray           # random keys
 
 
@@ -65,7 +65,7 @@ def generate(loaded, prompts, *, steps: int, images=(), prefix: Prefix | None = 
         temperature: 0 (the default) takes the most likely token.
         top_k, top_p: sample from the k most likely tokens (0: from all), or from the most likely ones whose
           probabilities sum to top_p.
-        seed: the same seed gives the same draws; each prompt has its own random stream.
+        seed: the same seed gives the same draws; each prompt has other draws.
         stop: a string or several strings. Generation ends as soon as the text contains one of them; the result does not
           include it, nor the end-of-text token, which ends generation too.
 
@@ -80,7 +80,7 @@ def generate(loaded, prompts, *, steps: int, images=(), prefix: Prefix | None = 
         raise ConfigError(f"images need a list for each of {len(prompts)} prompts, got {len(images)}")
     text = isinstance(prompts[0], str)
     prompts = prompts if text else check_ids(loaded.config, np.asarray(prompts))
-    requests = [Request(prompt, steps, sampling, tuple(images[b]) if images else (), stream=b)
+    requests = [Request(prompt, steps, sampling, tuple(images[b]) if images else (), fold=b)
                 for b, prompt in enumerate(prompts)]
     outputs = [[] for _ in requests]
     for output in stream(loaded, requests, prefix=prefix, kv_dtype=kv_dtype, rows=rows):
@@ -185,7 +185,7 @@ class Batch:
         sampling = request.sampling
         self.sampling.temperature_B[b], self.sampling.top_p_B[b] = sampling.temperature, sampling.top_p
         self.sampling.top_k_B[b] = sampling.top_k or self.config.vocab
-        self.key_B[b] = jax.random.fold_in(jax.random.key(sampling.seed), request.stream)
+        self.key_B[b] = jax.random.fold_in(jax.random.key(sampling.seed), request.fold)
 
     def decode(self) -> Iterator[Output]:
         """Runs a block of decode steps and yields an Output for each running sequence; slots of ended ones become free."""
@@ -240,7 +240,7 @@ class Batch:
 def chunk_sizes(count: int) -> list[int]:
     """The sizes of the calls of prefill that read `count` tokens, largest first.
 
-    The last chunk may have padding: fewer tokens than the smallest chunk has.
+    They sum to `count`, rounded up to a multiple of the smallest chunk.
     """
     sizes, remaining = [], -(-count // PREFILL_CHUNKS[-1]) * PREFILL_CHUNKS[-1]
     for size in PREFILL_CHUNKS:
@@ -258,7 +258,7 @@ def prefill(model: Model, params, tokens_BT, mask_BT, cache, **image_arguments):
 
 
 def decode_step(model: Model, params, token_B, cache, live_B=None):
-    """logits_BW of the next tokens, and the cache with token_B in it. A row that is not live does not change."""
+    """logits_BW of the next tokens, and the cache with token_B in it. Rows whose live_B is False keep their cache."""
     live_B1 = None if live_B is None else jnp.asarray(live_B, jnp.int32)[:, None]
     x_B1D, cache, _ = model.apply({"params": params}, token_B[:, None], live_B1, cache=cache)
     return logits(params, x_B1D)[:, 0], cache

@@ -1,4 +1,4 @@
-"""Logits of whole sequences, and the cost of each next token."""
+"""Logits of whole sequences, and log-probabilities of a text."""
 import functools
 
 import jax
@@ -18,11 +18,11 @@ def forward(loaded, tokens_BT, mask_BT=None, images=None, *, params=None):
 
     Args:
       loaded: the result of `mmx.load`.
-      tokens_BT: token ids. Known values are checked; traced values, as under jax.jit, are not.
+      tokens_BT: token ids. Their values are checked unless they are traced, as under jax.jit.
       mask_BT: 0 marks padding, whose logits are meaningless. None: no padding.
       images: a list of files or PIL images for each row. Their patches replace the row's tokens with the id
         `config.vision.token`, in order; `mmx.data.images.token_count` says how many such tokens an image needs. With images,
-        tokens_BT must be known.
+        tokens_BT must not be traced.
       params: parameters to use instead of `loaded.params`, for jax.grad.
 
     Returns:
@@ -50,10 +50,14 @@ def forward(loaded, tokens_BT, mask_BT=None, images=None, *, params=None):
 
 
 def score(loaded, ids_T, next_T):
-    """How well the model predicts a text: (nats_T, likeliest_T).
+    """Scores a text. It is prefilled in chunks, so that the logits of only one chunk are in memory.
 
-    nats_T is the negative log-probability of each of next_T after the tokens before it, float32; likeliest_T has the most
-    likely next ids. The text is prefilled in chunks, so that the logits of only one chunk are in memory.
+    Args:
+      ids_T: token ids.
+      next_T: the target of each, usually ids_T shifted by one.
+    Returns:
+      nats_T: -log p(next_T[t] given ids_T[:t + 1]), float32.
+      likeliest_T: the most likely next ids.
     """
     ids_T, sizes, scores, start = check_ids(loaded.config, np.asarray(ids_T)[None])[0], engine.chunk_sizes(len(ids_T)), [], 0
     cache = empty_cache(loaded.config, 1, -(-sum(sizes) // caches.PAGE) * caches.PAGE)

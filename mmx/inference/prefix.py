@@ -64,7 +64,7 @@ def load(path: str | Path, loaded) -> Prefix:
 
 @contextlib.contextmanager
 def _damage_reported(path, detail: str = ""):
-    """Turns the many errors that zipfile, zlib and NumPy raise for a damaged file into one ConfigError."""
+    """Turns all errors of zipfile, zlib and NumPy for a damaged file into a ConfigError."""
     try:
         yield
     except (MemoryError, PermissionError):

@@ -1,4 +1,4 @@
-"""Requests, and their text: prompts become token ids, generated ids become text that ends at a stop string."""
+"""Requests: encodes prompts, and decodes generated ids to text that ends at a stop string."""
 import bisect
 from typing import NamedTuple
 
@@ -16,13 +16,13 @@ class Request(NamedTuple):
     steps: int
     sampling: Sampling = Sampling()
     images: tuple = ()              # files or PIL images, in the order in which the prompt shows them
-    stream: int = 0                 # number of the random stream: draws depend on (sampling.seed, stream) only
+    fold: int = 0                   # folded into the random key of sampling.seed, so that requests of one seed draw differently
 
 
 class Output(NamedTuple):
     """The tokens that a request has generated since its previous Output."""
     request: int            # the request's position among all requests, from 0
-    text: str               # new text that no later token can change; empty where the prompt is token ids
+    text: str               # new text; a possible beginning of a stop string waits for the next Output. Empty for id prompts
     ids_T: np.ndarray       # new tokens; the last ones are the end-of-text token or those that complete a stop string
     logprobs_T: np.ndarray  # the model's log-probability of each, float32, before temperature, top-k and top-p
     ended: bool             # no Output follows
@@ -81,7 +81,7 @@ class Sequence:
         return Output(self.number, new, ids_T, logprobs_T, ended or last)
 
     def decode_text(self, count: int) -> tuple[str, bool]:
-        """The text of the first `count` generated tokens, without the end and what follows it; and whether it has an end."""
+        """The text of the first `count` tokens up to the end-of-text token or a stop string, and whether it has one of them."""
         ids_T = np.array(self.ids[:count], np.int32)
         end = np.flatnonzero(ids_T == self.tokenizer.eos)
         text = self.tokenizer.decode(ids_T[:end[0]] if len(end) else ids_T)
@@ -89,15 +89,12 @@ class Sequence:
         return text[:min(stops)] if stops else text, bool(len(end) or stops)
 
     def _partial_stop(self, text: str) -> int:
-        """Length of the longest end of `text` that may turn out to be the beginning of a stop string."""
+        """Length of the longest suffix of `text` that is the beginning of a stop string."""
         return max((n for s in self.request.sampling.stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
 
 
 def check_ids(c, ids_BT):
-    """Token ids as int32. Raises ConfigError for a wrong shape or type and, where the values are known, for unknown ids.
-
-    Known values are NumPy or concrete JAX arrays, or lists. Under a JAX transformation values are traced: not known.
-    """
+    """Token ids as int32. Raises ConfigError for a wrong shape or type and, unless `ids_BT` is traced, for unknown ids."""
     traced = isinstance(ids_BT, jax.core.Tracer)
     ids_BT = ids_BT if traced else np.asarray(ids_BT)
     if ids_BT.ndim != 2 or not np.issubdtype(ids_BT.dtype, np.integer) or ids_BT.size == 0:

@@ -14,8 +14,8 @@ def verify(a: str | Path, b: str | Path, torch: bool = False, weights_dtype: str
     """The largest difference between the logits of two checkpoints on random tokens, in float32.
 
     mmx runs checkpoint `a`. The keys of the result name the implementation that runs `b`: "mmx", with `weights_dtype` as in
-    `mmx.load`; or with `torch=True` "mmx.torch", which computes the function of the released weights, and "stock transformers",
-    which computes a different one.
+    `mmx.load`; or with `torch=True` "mmx.torch", which gives the logits of the released code, and "stock transformers", which
+    gives other logits.
     """
     first, vocab = load(a, "float32"), find_model(b).vocab
     if first.config.vocab != vocab:
