@@ -1,11 +1,11 @@
-"""Types of a document's content other than plain text (bytes)."""
+"""Types of a document's content other than plain text, which is bytes."""
 from typing import NamedTuple
 
 import numpy as np
 
 
 class PromptCompletion(NamedTuple):
-    """The loss covers the completion only."""
+    """A prompt and its completion. The loss covers the completion only."""
     prompt: bytes
     completion: bytes
 
@@ -14,7 +14,7 @@ class ImageText(NamedTuple):
     """A text with images. The loss covers the completion only; image tokens are never targets."""
     prompt: bytes           # may be empty
     completion: bytes
-    images: tuple           # one for each placeholder of the two texts, anything that `images.read` takes
+    images: tuple           # sources for `images.read`, one for each placeholder in the two texts
 
 
 class TokenIds(NamedTuple):

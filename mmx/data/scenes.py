@@ -3,7 +3,7 @@
     scenes  1 to 4 objects of 5 shapes and 5 colours. The questions: how many objects of a shape, what colour, what shape, and
             on which side an object is
     maps    the same kind of images. The answer describes all 9 cells, three letters each. A small model learns to see from
-            a few thousand maps; from one-word answers it needs many more images
+            fewer maps than scenes, whose answers are one word
     words   a word of 3 to 6 letters to read
 
 Held-out images differ from all training images. Scenes: a fifth of the combinations of shape, colour and count (how many
@@ -30,18 +30,18 @@ COLOURS = {     # all lighter than the background, so that the position of an ob
     "red": (255, 116, 104), "green": (122, 255, 104), "blue": (122, 116, 255), "yellow": (255, 255, 104),
     "white": (255, 255, 255)}
 MAX_OBJECTS = 4                 # in an image
-CELL = 28                       # pixels of a cell. Each object is in another one of 3 x 3 cells
+CELL = 28                       # pixels of a cell. Objects are in different cells of a 3 x 3 grid
 RADII = 9, 12                   # smallest and largest radius of an object, pixels
 SIZES = {"scenes": {"train": 32_000, "validation": 2_000, "test": 2_000},
          "maps": {"train": 16_000, "validation": 500, "test": 500},
          "words": {"train": 32_000, "validation": 1_000, "test": 1_000}}
-# accuracy of the same answer to all questions
+# accuracy of a constant answer
 CHANCE = {"count": 1 / MAX_OBJECTS, "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "side": 1 / 2}
 QUESTIONS = (*CHANCE, "word")
 MIN_LETTERS, MAX_LETTERS = 3, 6
 LETTER_WIDTH, FONT_SIZE = 14, 18        # pixels
 INK = COLOURS["white"]
-MAX_SHIFT = 1                   # pixels by which a word is moved at random in each direction
+MAX_SHIFT = 1                   # largest random shift of a word in each direction, pixels
 
 
 class SceneObject(NamedTuple):
@@ -159,7 +159,7 @@ def _is_valid(shape: str, colour: str, count: int, styles: list, kind: str, spli
 
 
 def _place_objects(rng: random.Random, styles: list, kind: str) -> list[SceneObject]:
-    """Puts each object into another cell, off-centre.
+    """Puts the objects into different cells, off-centre.
 
     For a question about the side, the first object is not in the middle column.
     """

@@ -3,19 +3,19 @@
 A source is one of
   - "sotu": the embedded corpus;
   - "scenes", "maps" or "words": generated images with questions (`data.scenes`);
-  - a synthetic task with its numbers, as "mqar:pairs=16" (`data.token_tasks`);
+  - a synthetic task with its parameters, such as "mqar:pairs=16" (`data.token_tasks`);
   - a .txt file (one document), a .jsonl file (one document a line), or a folder of them (searched recursively, sorted).
 
 A line of a .jsonl file is an object with one of
   - "text";
   - "prompt" and "completion": the loss covers the completion only (`PromptCompletion`);
   - "tokens" and "targets": token ids, and the target of each, -1 for none (`TokenIds`).
-With a text, or with a prompt and a completion, "images" may list paths of image files, one for each "<image>" in the texts.
-Paths are relative to the folder of the .jsonl file and stay inside it (`ImageText`). A plain text's content is its raw bytes.
+A line of the first two forms may have "images", a list of paths of image files, one for each "<image>" in its texts. The files
+must be inside the folder of the .jsonl file (`ImageText`). The content of a plain text is its raw bytes.
 
-The document's name decides its split (`corpus.split_of`): the file's path inside the source, plus ":line" for .jsonl. If no
-document is left to train on (as with a single .txt), all are for training. If none is left for validation, the last 5 % of the
-training text is held out. The test split may be empty.
+A document's name is the file's path inside the source, plus ":line" for .jsonl. The name decides the split
+(`corpus.split_of`). If this puts no document into the training split, all documents are for training. If it puts none into the
+validation split, the last 5 % of the training text is held out. The test split may be empty.
 """
 import difflib
 import pathlib
@@ -134,11 +134,11 @@ def _split(texts: list, source: str) -> dict[str, list]:
 
 
 def _hold_out(texts: list) -> tuple[list, list]:
-    """(training documents, held-out documents): the last twentieth of the text is held out, from the start of a character."""
+    """(training documents, held-out documents): the last 5 % of the text is held out, from the start of a character."""
     keep = sum(_size(raw) for _, raw in texts) * 19 // 20
     train, validation = [], []
     for name, raw in texts:
-        if not isinstance(raw, bytes):      # cannot be divided: held out as a whole if its end is
+        if not isinstance(raw, bytes):      # cannot be divided: the whole document is held out if its end is
             (train if _size(raw) <= keep else validation).append((name, raw))
             keep = max(keep - _size(raw), 0)
             continue

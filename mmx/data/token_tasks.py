@@ -1,16 +1,16 @@
-"""Synthetic tasks made of token ids. A source names a task with its numbers, as "mqar:pairs=16,length=128,vocab=4096".
+"""Synthetic tasks made of token ids. A source names a task and its parameters: "mqar:pairs=16,length=128,vocab=4096".
 
 mqar: multi-query associative recall (Zoology, arXiv 2312.04927). A document is `pairs` pairs of a key and a value, then random
 values among which each key occurs once more. At that second occurrence the target is the key's value; its distance from the
 pair follows Zoology's power law. Keys are different ids of the lower half of the `vocab` ids, values different ids of the upper
-half. (Zoology fills with any ids, so a key may recur by chance, followed by another token.)
+half. (In Zoology the filler may contain keys.)
     few     draw only from the first `few` ids of each half; 0: from all
     tokens  size of the training split
     held    number of validation documents, and of test documents
 
 facts: memorization. A document is one of `count` facts: a key of two ids, all keys different, and a value of two random ids,
-2 log2(vocab) bits. There is nothing to generalize to, so the validation split and the test split each
-consist of `held` of the training facts.
+2 log2(vocab) bits. The validation split and the test split each consist of `held` of the training facts, because this task
+measures memory, not generalization.
 
 `seed` changes the documents. A target is -1 where the loss does not count. Documents have no bos and no eos.
 """

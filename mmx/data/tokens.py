@@ -18,14 +18,14 @@ PAD = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
 
 # limits on a tokenizer.json
 MAX_VOCAB = 1 << 24
-MAX_GROWTH = 256        # how many times as long its steps may make a text
+MAX_GROWTH = 256        # largest factor by which its steps may lengthen a text
 MAX_STEPS = 64
 MAX_AFFIX = 64          # characters of a prefix or suffix
 MAX_WORD = 1000         # characters of a word that WordPiece splits
 
 
 class Bytes:
-    """Each byte is its own id. Then come bos, eos, pad and five unused ids."""
+    """Each byte is its own id; ids 256 to 263 are bos, eos, pad and five unused ids."""
     vocab, bos, eos, pad = 264, 256, 257, 258
 
     def encode(self, raw: bytes, name: str = "text") -> np.ndarray:
@@ -36,7 +36,7 @@ class Bytes:
 
 
 class Numbers:
-    """A text is a list of decimal numbers, the ids 0 to count - 1; then come bos, eos and pad. For `data.token_tasks`."""
+    """For `data.token_tasks`: a text is a list of decimal ids below `count`. The ids from `count` on are bos, eos and pad."""
 
     def __init__(self, count: str):
         if len(count) > 8 or not count.isdecimal() or not 0 < int(count) < 2**24:
@@ -147,7 +147,7 @@ def _first(specials: dict, names: tuple, default: int | None = None) -> int | No
 
 @contextlib.contextmanager
 def _one_line_errors(message: str):
-    """Turns any error of tokenizers into a one-line ConfigError, also its panics, which are not an Exception."""
+    """Turns all errors of tokenizers into a one-line ConfigError, including its panics, which are not an Exception."""
     try:
         yield
     except BaseException as error:
@@ -159,7 +159,7 @@ def _one_line_errors(message: str):
 def _check(text) -> None:
     """Raises ValueError for a tokenizer.json that can make a text more than MAX_GROWTH times as long.
 
-    Forty steps that double a text would make it 10^12 times as long.
+    The factors of all steps multiply: forty steps that double a text make it 10^12 times as long.
     """
     if not isinstance(text, dict):
         raise ValueError("it is not a JSON object")
@@ -185,7 +185,7 @@ def _steps(step) -> list[dict]:
 
 
 def _growth(step: dict) -> int:
-    """An upper bound on how many times as long a step makes a text."""
+    """An upper bound on the factor by which a step lengthens a text."""
     added = [len(step[key]) for key in ("content", "prepend", "prefix", "suffix", "replacement")
              if isinstance(step.get(key), str)]
     if step.get("type") in ("ByteLevel", "Metaspace"):
