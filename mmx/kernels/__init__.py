@@ -1,11 +1,11 @@
 """Functions on arrays: lightning attention, softmax attention, rotary positions, experts' products, int8 weights.
 
-Axes are named by the letters of `mmx.dims`. N counts the parts of a sequence: chunks, spans of chunks (lightning/gpu.py) or
-blocks of queries; Q counts the tokens of such a part, or the rows of one block of an expert. Lower-case letters are axes that
-only kernels have:
+Axes are named by the letters of `mmx.dims`. N is chunks or blocks of queries; Q is the tokens of one of these, or the rows of
+one block of an expert. Lower-case letters are axes that only kernels have:
 
     p  tokens of the chunk, or keys of the block, that are multiplied with the Q tokens
     u  blocks of keys (attention/xla.py)
+    n  spans of several chunks (lightning/gpu.py)
     c  boundaries of chunks: before every chunk and after the last, N + 1
     w  width of an output, K or V (lightning/tpu.py)
     j  choices of a token: its top-k experts

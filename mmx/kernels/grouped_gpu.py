@@ -33,12 +33,12 @@ TILES = {"bfloat16": Tile(128, 64, 8, 3), "float32": Tile(32, 16, 8, 1)}
 
 def refusal(x_ri, w_Eio, block: int) -> str:
     """Returns why the kernels cannot run here or on these arrays; empty if they can."""
-    A, O = w_Eio.shape[1:]
-    if A % GRANULE or O % GRANULE or block % GRANULE:
-        return f"matrices of {A} x {O}, blocks of {block} rows: the GPU kernel supports multiples of {GRANULE}"
+    inputs, outputs = w_Eio.shape[1:]
+    if inputs % GRANULE or outputs % GRANULE or block % GRANULE:
+        return f"matrices of {inputs} x {outputs}, blocks of {block} rows: the GPU kernel supports multiples of {GRANULE}"
     if x_ri.dtype.name not in TILES or w_Eio.dtype != x_ri.dtype:
         return f"rows are {x_ri.dtype}, matrices {w_Eio.dtype}: the GPU kernel supports bfloat16 or float32 for both"
-    return platform.refusal("gpu", x_ri)
+    return platform.device_refusal("gpu", x_ri)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -66,10 +66,10 @@ dot.defvjp(_forward, _backward)
 
 def _rows(x_ri, w_Eio, blocks_E, block, transposed, interpret):
     """Returns x W_e for each row or, if `transposed`, x W_e^T; w is then w_Eoi."""
-    I, A = x_ri.shape
-    O = w_Eio.shape[1 if transposed else 2]
+    rows, inputs = x_ri.shape
+    outputs = w_Eio.shape[1 if transposed else 2]
     tile = TILES[x_ri.dtype.name]
-    columns, depth = _divisor(O, tile.columns), _divisor(A, tile.depth)
+    columns, depth = _divisor(outputs, tile.columns), _divisor(inputs, tile.depth)
 
     def kernel(ends_ref, x_ref, w_ref, y_ref):
         n, output_columns = pl.program_id(1), pl.ds(pl.program_id(0) * columns, columns)
@@ -82,7 +82,7 @@ def _rows(x_ri, w_Eio, blocks_E, block, transposed, interpret):
                 terms = pl.ds(i * depth, depth)
                 w = plgpu.load(w_ref.at[(expert, output_columns, terms) if transposed else (expert, terms, output_columns)])
                 return y_Qo + products.dot(plgpu.load(x_ref.at[:, terms]), w, 1, 1 if transposed else 0)
-            y_Qo = jax.lax.fori_loop(0, A // depth, step, jnp.zeros(y_ref.shape, jnp.float32))
+            y_Qo = jax.lax.fori_loop(0, inputs // depth, step, jnp.zeros(y_ref.shape, jnp.float32))
             y_ref[...] = y_Qo.astype(y_ref.dtype)
 
         @pl.when(expert >= E)
@@ -91,35 +91,34 @@ def _rows(x_ri, w_Eio, blocks_E, block, transposed, interpret):
     E = w_Eio.shape[0]
     whole = lambda shape: pl.BlockSpec(shape, lambda c, n: (0,) * len(shape))
     return pl.pallas_call(
-        kernel, grid=(O // columns, I // block),
-        in_specs=[whole((pl.next_power_of_2(E),)), pl.BlockSpec((block, A), lambda c, n: (n, 0)), whole(w_Eio.shape)],
-        out_specs=pl.BlockSpec((block, columns), lambda c, n: (n, c)), out_shape=_shape_like(x_ri, (I, O), x_ri.dtype),
+        kernel, grid=(outputs // columns, rows // block),
+        in_specs=[whole((pl.next_power_of_2(E),)), pl.BlockSpec((block, inputs), lambda c, n: (n, 0)), whole(w_Eio.shape)],
+        out_specs=pl.BlockSpec((block, columns), lambda c, n: (n, c)), out_shape=_shape_like(x_ri, (rows, outputs), x_ri.dtype),
         compiler_params=_compiler_params(x_ri), interpret=interpret, name="grouped_rows")(jnp.cumsum(blocks_E), x_ri, w_Eio)
 
 
 def _matrices(x_ri, dy_ro, blocks_E, block, dtype, interpret):
-    """Returns dW_EAO."""
-    I, A = x_ri.shape
-    O, E = dy_ro.shape[1], len(blocks_E)
+    """Returns dw_Eio."""
+    (rows, inputs), outputs, E = x_ri.shape, dy_ro.shape[1], len(blocks_E)
     tile = TILES[x_ri.dtype.name]
-    tile_i, tile_o, depth = _divisor(A, tile.columns), _divisor(O, tile.columns), _divisor(block, tile.depth)
+    tile_i, tile_o, depth = _divisor(inputs, tile.columns), _divisor(outputs, tile.columns), _divisor(block, tile.depth)
 
     def kernel(ends_ref, blocks_ref, x_ref, dy_ref, dw_ref):
         last = ends_ref[...] * (block // depth)
 
         def step(n, dw_io):
-            rows = pl.ds(n * depth, depth)
-            return dw_io + products.dot(plgpu.load(x_ref.at[rows, :]), plgpu.load(dy_ref.at[rows, :]), 0, 0)
+            terms = pl.ds(n * depth, depth)
+            return dw_io + products.dot(plgpu.load(x_ref.at[terms, :]), plgpu.load(dy_ref.at[terms, :]), 0, 0)
         first = last - blocks_ref[...] * (block // depth)
         dw_io = jax.lax.fori_loop(first, last, step, jnp.zeros(dw_ref.shape, jnp.float32))
         dw_ref[...] = dw_io.astype(dw_ref.dtype)
     scalar = pl.BlockSpec((None,), lambda a, o, e: (e,))
     return pl.pallas_call(
-        kernel, grid=(A // tile_i, O // tile_o, E),
-        in_specs=[scalar, scalar, pl.BlockSpec((I, tile_i), lambda a, o, e: (0, a)),
-                  pl.BlockSpec((I, tile_o), lambda a, o, e: (0, o))],
+        kernel, grid=(inputs // tile_i, outputs // tile_o, E),
+        in_specs=[scalar, scalar, pl.BlockSpec((rows, tile_i), lambda a, o, e: (0, a)),
+                  pl.BlockSpec((rows, tile_o), lambda a, o, e: (0, o))],
         out_specs=pl.BlockSpec((None, tile_i, tile_o), lambda a, o, e: (e, a, o)),
-        out_shape=_shape_like(x_ri, (E, A, O), dtype), compiler_params=_compiler_params(x_ri), interpret=interpret,
+        out_shape=_shape_like(x_ri, (E, inputs, outputs), dtype), compiler_params=_compiler_params(x_ri), interpret=interpret,
         name="grouped_matrices")(jnp.cumsum(blocks_E), blocks_E, x_ri, dy_ro)
 
 

@@ -1,7 +1,7 @@
 """The platform that a computation is traced for, and the implementation that runs there.
 
-A mesh can consist of described devices: descriptions of TPUs or GPUs that are not present, for compilation only
-(mmx.compilers). If the current mesh does, the platform is theirs. Otherwise it is the platform of this machine.
+A mesh can consist of described devices: TPUs or GPUs that are not present, for compilation only (mmx.compilers). The platform
+is that of the current mesh if its devices are described, and otherwise that of this machine.
 """
 import functools
 import re
@@ -32,7 +32,7 @@ def name() -> str:
 
 
 def gpu_model() -> str:
-    """Returns the key of `GPUS` whose tile sizes suit the described GPU, or the first one present; "h100" without a GPU."""
+    """Returns the key of `GPUS` for the described GPU, otherwise for the first GPU present, otherwise "h100"."""
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
         kind = described.device_kind
@@ -73,7 +73,7 @@ def _warn_once(message):
     warnings.warn(message, stacklevel=4)
 
 
-def refusal(platform: str, array) -> str:
+def device_refusal(platform: str, array) -> str:
     """Returns why kernels for `platform` cannot run in the computation that `array` belongs to; empty if they can."""
     if name() != platform:
         return f"this computation is for {name()}; use impl='xla' or None"
@@ -85,13 +85,13 @@ def refusal(platform: str, array) -> str:
 
 
 def is_partitioned_by_xla(array) -> bool:
-    """Returns whether XLA partitions this computation over several devices. It cannot do so with a Pallas kernel."""
+    """Returns whether XLA partitions this computation over several devices."""
     meshes = jax.sharding.get_abstract_mesh(), jax.typeof(array).sharding.mesh
     return any(size > 1 and kind != AxisType.Manual for mesh in meshes for size, kind in zip(mesh.axis_sizes, mesh.axis_types))
 
 
 def gpu_refusal() -> str:
-    """Returns why a GPU of this machine does not support the kernels; empty if all do."""
+    """Returns why a GPU of this machine cannot run the kernels; empty if all can."""
     capabilities = [d.compute_capability for d in jax.devices() if d.platform == "gpu"]
     # AMD reports a name such as gfx90a.
     unsupported = [c for c in capabilities if not re.fullmatch(r"\d+\.\d+", c) or float(c) < 8]

@@ -28,7 +28,7 @@ def test_equals_the_full_matrix(monkeypatch, impl, K, kind, return_lse, dtype):
     kernel = api.MODULES[impl]
     monkeypatch.setattr(platform, "name", lambda: impl)
     monkeypatch.setitem(api.MODULES, impl, types.SimpleNamespace(
-        refusal=lambda *args: "", attention=functools.partial(kernel.attention, interpret=True)))
+        array_refusal=lambda *args: "", attention=functools.partial(kernel.attention, interpret=True)))
     kernel_attention = functools.partial(softmax_attention, segments_BT=segments_BT, impl=impl, return_lse=return_lse)
     full = reference.attention_lse
     if not return_lse:      # tests the libraries' own backward passes

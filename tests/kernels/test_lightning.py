@@ -26,7 +26,8 @@ def impl(request, monkeypatch):
         kernel = api.MODULES[name]
         monkeypatch.setattr(platform, "name", lambda: name)
         monkeypatch.setitem(api.MODULES, name, types.SimpleNamespace(
-            refusal=lambda q, v, chunk: kernel.refusal(q, v, None), forward=functools.partial(kernel.forward, interpret=True),
+            array_refusal=lambda q, v, chunk: kernel.array_refusal(q, v, None),
+            forward=functools.partial(kernel.forward, interpret=True),
             backward=functools.partial(kernel.backward, interpret=True)))
     return name
 

@@ -43,7 +43,7 @@ def test_a_chosen_kernel_uses_the_nearest_chunk(monkeypatch):
     chunks = []
     monkeypatch.setattr(platform, "name", lambda: "gpu")
     monkeypatch.setitem(api.MODULES, "gpu", types.SimpleNamespace(
-        refusal=gpu.refusal, forward=lambda *args: (chunks.append(args[-1]), (args[2], args[5]))[1]))
+        array_refusal=gpu.array_refusal, forward=lambda *args: (chunks.append(args[-1]), (args[2], args[5]))[1]))
     for dtype in ("bfloat16", "float32"):
         x = jnp.zeros((1, 1, 4, 64), dtype)
         for chunk in (128, 48, 5, None):

@@ -47,7 +47,7 @@ def compare(impl, kernel, monkeypatch):
     monkeypatch.setattr(platform, "name", lambda: "gpu" if impl == "triton" else impl)
     monkeypatch.setattr(grouped_gpu, "refusal", lambda *_: "the experts' products are tested elsewhere")
     monkeypatch.setitem(api.MODULES, impl, types.SimpleNamespace(
-        refusal=kernel.refusal, forward=interpreted(kernel.forward), backward=interpreted(kernel.backward)))
+        array_refusal=kernel.array_refusal, forward=interpreted(kernel.forward), backward=interpreted(kernel.backward)))
     got, grads = loss_and_grads(params, impl)
     assert {kernel.forward, kernel.backward} <= set(calls)
     np.testing.assert_allclose(got, want, rtol=1e-5)

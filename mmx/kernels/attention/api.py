@@ -24,13 +24,12 @@ def softmax_attention(q_BHTK, k_BGSK, v_BGSV, *, segments_BT=None, segments_BS=N
     Args:
       q_BHTK, k_BGSK, v_BGSV: queries, keys, values, float32 or bfloat16 (float64 under x64); any T, S >= 1.
       segments_BT: the document of each query, an integer. 0 is padding, whose output is zero. None: one document, no padding.
-      segments_BS: the document of each key. No query sees keys of segment 0. None, without start_B: the keys are the tokens of
-        the queries and have the same segments. None, with start_B: all keys are valid.
-      start_B: position of each row's first query on the key axis. With a cache, which has room for S keys, it is the number of
-        tokens before the queries; keys after the position of a query are masked. If the key arrays are one part of the
-        sequence (as in ring attention), positions count from the first key of this part. start_B is then negative for rows
-        whose part begins after the first query. None: 0.
-      window: largest number of keys that a query sees: those at its own position and directly before it. 0: no limit.
+      segments_BS: the document of each key. No query sees keys of segment 0. None: if start_B is None, the same as
+        segments_BT; otherwise all keys belong to one document, without padding.
+      start_B: position of each row's first query on the key axis; it may be negative. With a cache, it is the number of cached
+        tokens before the queries. In ring attention, where the keys are one part of the sequence, it is the position of the
+        first query minus that of the first key. None: 0.
+      window: number of keys that a query sees at most, its own position included. 0: no limit.
       scales: (k_scale_BGS, v_scale_BGS), which multiply int8 keys and values; there are no gradients then. None: keys and
         values are floating-point.
       return_lse: whether to return lse_BHT too.
@@ -97,12 +96,12 @@ def _refusal(impl, q_BHTK, k_BGSK, v_BGSV, whole_sequence) -> str:
     """Returns why the implementation cannot run here or on these arrays; empty if it can."""
     if impl == "xla":
         return ""
-    if reason := platform.refusal(impl, q_BHTK):
+    if reason := platform.device_refusal(impl, q_BHTK):
         return reason
     if not whole_sequence:
         return (f"T={q_BHTK.shape[2]} queries with S={k_BGSK.shape[2]} keys of a cache, of other segments or in a window; "
                 "the kernels support whole sequences only")
-    return MODULES[impl].refusal(q_BHTK, k_BGSK, v_BGSV)
+    return MODULES[impl].array_refusal(q_BHTK, k_BGSK, v_BGSV)
 
 
 def _kernel(q_BHTK, k_BGSK, v_BGSV, segments_BT, impl, with_lse=False):

@@ -21,7 +21,7 @@ BLOCKS = {chip: flash.BlockSizes(block_q=QUERY_BLOCK, block_k=keys, block_q_dkv=
                                  block_kv_dq=back) for chip, keys, back in (("h100", 128, 64), ("a100", 64, 32))}
 
 
-def refusal(q_BHTK, k_BGSK, v_BGSV) -> str:
+def array_refusal(q_BHTK, k_BGSK, v_BGSV) -> str:
     """Returns why flash attention does not support these arrays; empty if it does."""
     T, K, V = q_BHTK.shape[2], q_BHTK.shape[3], v_BGSV.shape[3]
     if T % QUERY_BLOCK or K != V or K not in (64, 128):

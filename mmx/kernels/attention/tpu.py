@@ -13,7 +13,7 @@ LANES = 128
 BLOCKS = 512, 256, 128
 
 
-def refusal(q_BHTK, k_BGSK, v_BGSV) -> str:
+def array_refusal(q_BHTK, k_BGSK, v_BGSV) -> str:
     """Returns why splash attention does not support these arrays; empty if it does."""
     T, K, V = q_BHTK.shape[2], q_BHTK.shape[3], v_BGSV.shape[3]
     if T % LANES or K % LANES or V % LANES:

@@ -112,7 +112,7 @@ def backward(queries, keys, window, residuals, cotangents):
     """Returns the gradients of `attention` with respect to q, k and v, and None for the other three arrays.
 
     Args:
-      residuals: the six arrays given to `attention`, then o_BHTV and lse_BHT, by whichever implementation.
+      residuals: the six arrays given to `attention`, then o_BHTV and lse_BHT, from any implementation.
       cotangents: do_BHTV, dlse_BHT.
     """
     q_BHTK, k_BGSK, v_BGSV, segments_BT, segments_BS, start_B, o_BHTV, lse_BHT = residuals

@@ -23,7 +23,7 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
 
     Args:
       q_BHTK, k_BHTK, v_BHTV: queries, keys, values, of one dtype, float32 or bfloat16 (float64 under x64); any T >= 1.
-      log_decay_H: minus the slope, in nats per token; never positive. It is treated as a constant: its gradient is zero.
+      log_decay_H: log of the factor by which the state decays at each token; at most 0. A constant: its gradient is zero.
       segments_BT: the document number of each token, an integer. A token attends only to its own document. Document numbers are
         positive and never decrease along T; 0 is padding. Padding adds nothing to the state, and its output is zero. Padding
         between real tokens decays the state as a real token does; padding at either end does not. None: one document, no
@@ -31,10 +31,10 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
       state_BHKV: the state before the first token; the first document of the row continues it. None: zeros.
       impl: "xla"; "tpu" or "gpu" (Pallas kernels); "triton" (the GPU kernels written in Triton, which needs jax-triton). None:
         chosen by platform, GPU, dtype and shape; never "triton".
-      chunk: tokens of a chunk, any positive number; it affects speed only. None: chosen by platform. GPU kernels support 16, 32
-        and 64, up to the chunk in `gpu.TILES` or `triton.TILES` for the GPU, dtype and head dims: at most 64 in bfloat16 on
-        H100, 32 in bfloat16 on A100, 16 in float32. With impl=None, a GPU kernel uses the largest supported chunk that is not
-        above `chunk` (16 if there is none). With a GPU kernel named by `impl`, an unsupported chunk raises NotImplementedError.
+      chunk: tokens of a chunk; it affects speed only. None: chosen by platform. XLA and the TPU kernel accept any positive
+        number. GPU kernels support 16, 32 and 64 in bfloat16 on H100, 16 and 32 in bfloat16 on A100, and 16 in float32. With
+        another number, a GPU kernel named by `impl` raises NotImplementedError; with impl=None, the GPU kernel uses the next
+        smaller supported chunk (16 if there is none).
 
     Returns:
       o_BHTV in v's dtype, and state_BHKV after the last real token, float32 (float64 for float64 inputs).
@@ -58,7 +58,7 @@ def lightning_attention(q_BHTK, k_BHTK, v_BHTV, log_decay_H, *, segments_BT=None
         check(segments_BT, "BT", "segments_BT", B=B, T=T)
         segments_BT = as_int32(segments_BT, "segments_BT")
     if state_BHKV is None:
-        # The values of this product are not used: `xla.zeros_like` takes its shape, and its sharding, which comes from k and v.
+        # Only the shape and the sharding of this product are used.
         product_BHKV = k_BHTK.sum(2)[..., None] * v_BHTV.sum(2)[:, :, None]
         state_BHKV = xla.zeros_like(product_BHKV).astype(dtype)
     check(state_BHKV, "BHKV", "state_BHKV", B=B, H=H, K=K, V=v_BHTV.shape[3])
@@ -82,7 +82,7 @@ def check_log_decay(log_decay_H, H: int) -> None:
     if not jnp.issubdtype(log_decay_H.dtype, jnp.floating):
         raise ValueError(f"log_decay_H is {log_decay_H.dtype}; it must contain floating-point numbers")
     if not isinstance(log_decay_H, jax.core.Tracer) and not (np.asarray(log_decay_H) <= 0).all():
-        raise ValueError(f"log_decay_H reaches {np.asarray(log_decay_H).max()}; it is minus the slope and must not be positive")
+        raise ValueError(f"log_decay_H reaches {np.asarray(log_decay_H).max()}; the log of a decay must not be positive")
 
 
 def _documents_ascend(segments_BT):
@@ -103,16 +103,13 @@ def _documents_ascend(segments_BT):
 
 
 def refusal(impl, q_BHTK, v_BHTV, chunk=None) -> str:
-    """Returns the reason why the implementation cannot run here or on these arrays; "" if it can.
-
-    Asks `platform.refusal` about the device, then the implementation's own `refusal` about the arrays.
-    """
+    """Returns why the implementation cannot run here or on these arrays; empty if it can."""
     if impl == "xla":
         return ""
-    if reason := platform.refusal("gpu" if impl == "triton" else impl, q_BHTK):
+    if reason := platform.device_refusal("gpu" if impl == "triton" else impl, q_BHTK):
         return reason
     try:
-        return _module(impl).refusal(q_BHTK, v_BHTV, chunk)
+        return _module(impl).array_refusal(q_BHTK, v_BHTV, chunk)
     except ImportError as error:
         return str(error)
 

@@ -1,4 +1,4 @@
-"""One decode step of a lightning layer for a batch, between its projections, in one pass over the states.
+"""One decode step of a lightning layer: from the projections q, k, v and gate of one token per row to the normed, gated output.
 
 For each row and head h (docs/model.md section 3):
 
@@ -9,15 +9,9 @@ All values from the inputs to y are float32; only y is rounded to the inputs' dt
 single token with a cache. For longer inputs it calls `silu`, attention and `norm_and_gate`, and q, k, v and o are rounded to
 the inputs' dtype between these calls.
 
-Cost per row and head. FLOPs: 5 K V, far too few to matter. Bytes: 8 K V to read and write the state once, and (2 K + 3 V)
-elements of q, k, v, gate and y. With K = V = 128 and bf16 the total is 1.01 times the bytes of the state. The time is therefore
-the time to move the states through HBM, and an implementation must read S once, use it twice, and write it in place:
-
-  - The kernels alias the state. A caller that donates the state to its jit avoids a copy.
-  - XLA's implementation also reads and writes each state once, in one large fusion among small ones.
-  - Memory limits both XLA's implementation and the TPU kernel. On v5p, for 64 rows of 64 heads, HBM needs 194 us for the
-    states. The estimated time of the instructions, without waiting for memory, is 125 us for XLA and 145 us for the kernel.
-  - The advantage of the kernels: rows that are not live (idle slots) move no data except the zeros of y. XLA moves every state.
+Memory limits every implementation (docs/kernels.md, "Decode"). Per row and head, 5 K V FLOPs are computed, and 8 K V bytes of
+states and (2 K + 3 V) elements of q, k, v, gate and y are read or written. The kernels write the states in place if the caller
+donates them to its jit. Unlike XLA, they do not move the states of rows that are not live (idle slots).
 
 TPU. The grid is (cores, rows of a core, parts of the heads); a core executes its steps in order. The states of a step's heads
 are in VMEM, as input and as output, each twice for the pipeline. o of the row stays in VMEM until the step of the last part,
@@ -27,17 +21,16 @@ If V is not a multiple of 128 lanes, a state takes more HBM, and XLA may copy it
 
 A block is the states of one part of the heads of one row. The pipeline copies a block between HBM and VMEM only when the block
 index changes from one step to the next. The steps of a live row take its blocks in order. All steps of a row that is not live
-take the same block, chosen so that the row copies nothing of its own:
+take the same block, one that is copied anyway if the core has live rows:
 
     row that is not live             block of all its steps
-    after a live row of the core     last block of the previous live row: it is still in VMEM
-    before the first live row        first block of the first live row: it is copied once, earlier than needed
-    in a core without live rows      first block of the core: it is copied once and written back unchanged
+    after a live row of the core     last block of the previous live row
+    before the first live row        first block of the first live row
+    in a core without live rows      first block of the core: it is read and written back unchanged
 
 GPU. A program takes one row, one head and some columns of S (see COLUMNS), which stay in registers; programs of rows that are
-not live end at once. The heads of a row belong to many programs, because one program per row would not fill a GPU with a small
-batch. So a second kernel, with one program per row, normalizes and gates. The first kernel writes o in float32 and the second
-reads it, which adds 8 V bytes per row and head.
+not live end at once. A second kernel, with one program per row, normalizes and gates. The first kernel writes o in float32 and
+the second reads it, which adds 8 V bytes per row and head.
 """
 import functools
 
@@ -56,7 +49,7 @@ from mmx.kernels.lightning.api import check_log_decay
 # cycles without memory stalls; never run on a TPU) for 64 rows, 64 heads, K = V = 128, bf16, in us:
 #                                        v5p        v5e        v6e
 #     32 heads                           145        327        227
-#     16 heads, lowest and highest       185, 218   412, 488   291, 339
+#     16 heads (range of estimates)      185-218    412-488    291-339
 #     HBM needs, for the states          194        655        327
 MAX_HEADS = 32
 INTERPRETED_CORES, INTERPRETED_HEADS = 2, 2         # in the interpreter: few heads, so that small tests take several steps
@@ -76,7 +69,7 @@ def decode(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live
     Args:
       q_BHK, k_BHK, v_BHV, gate_BHV: raw projections of the token, of one dtype; any B.
       norm_HV: scale of the norm.
-      log_decay_H: minus the slope, in nats per token; never positive.
+      log_decay_H: log of the factor by which the state decays; at most 0.
       state_BHKV: float32 (float64 for float64 inputs). It is updated in place if the caller donates it to the surrounding jit.
       live_B: bools. A row that is not live keeps its state bit for bit and gives zero, whatever its inputs. None: all are live.
       eps: epsilon of the norm.
@@ -114,7 +107,8 @@ def decode(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live
     def refusal(impl):
         if impl == "xla":
             return ""
-        return (not interpret and platform.refusal(impl, state_BHKV)) or _kernel_refusal(impl, q_BHK.dtype, K, V, interpret)
+        device_refusal = "" if interpret else platform.device_refusal(impl, state_BHKV)
+        return device_refusal or _array_refusal(impl, q_BHK.dtype, K, V, interpret)
 
     impl = platform.choose("the decode step", impl, IMPLS, refusal, state_BHKV)
     args = q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, jnp.asarray(log_decay_H, state_dtype), state_BHKV, live_B
@@ -131,7 +125,7 @@ def _refuse_gradient(eps, impl, *_):
     raise NotImplementedError(f"impl={impl!r}: the kernels of the decode step have no gradients; use impl='xla'")
 
 
-def _kernel_refusal(impl, dtype, K, V, interpret):
+def _array_refusal(impl, dtype, K, V, interpret):
     """Returns why a kernel does not support these inputs; empty if it does."""
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"the inputs are {dtype}; the kernel supports bfloat16 and float32"
@@ -234,8 +228,8 @@ def _first_blocks(live_B, cores, parts):
     def of_core(live_B, first_row):
         row_B = jnp.arange(len(live_B), dtype=jnp.int32)
         last_live_B = jax.lax.cummax(jnp.where(live_B, row_B, -1))
-        repeated_B = jnp.where(last_live_B < 0, jnp.argmax(live_B).astype(jnp.int32) * parts, last_live_B * parts + parts - 1)
-        return first_row * parts + jnp.where(live_B, row_B * parts, repeated_B)
+        idle_block_B = jnp.where(last_live_B < 0, jnp.argmax(live_B).astype(jnp.int32) * parts, last_live_B * parts + parts - 1)
+        return first_row * parts + jnp.where(live_B, row_B * parts, idle_block_B)
     rows = len(live_B) // cores
     first_rows = jnp.arange(cores, dtype=jnp.int32) * rows
     return jax.vmap(of_core)(live_B.reshape(cores, rows), first_rows).reshape(-1)
@@ -261,11 +255,11 @@ def _tpu_kernel(live_ref, first_block_ref, log_decay_ref, q_ref, k_ref, v_ref, g
     def _():
         y_ref[...] = norm_and_gate(o_ref[...], gate_ref[...], norm_ref[...], eps, axes=(1, 2, 3), count=parts * heads * V)
 
-    # The last core may have more rows than the batch.
-    @pl.when(~live & (part == 0) & (b < B))
+    @pl.when(~live & (part == 0) & (b < B))        # the batch is padded to a multiple of the cores
     def _():
         y_ref[...] = jnp.zeros_like(y_ref)
 
+    # The core's first block is written back even if none of its rows is live. A live row, if any, overwrites this copy.
     @pl.when(~live & (part == 0) & (row == 0))
     def _():
         new_ref[...] = state_ref[...]
@@ -275,15 +269,15 @@ def _gpu(q_BHK, k_BHK, v_BHV, gate_BHV, norm_HV, log_decay_H, state_BHKV, live_B
     B, H, K, V = state_BHKV.shape
     enough_programs = 2 * platform.GPUS["h100"].multiprocessors
     columns = min(V, next((n for n in COLUMNS if B * H * V // n >= enough_programs), COLUMNS[-1]))
-    tiles = V // columns
-    block_spec = lambda shape, index: pl.BlockSpec(shape, lambda i: index(i // (H * tiles), i // tiles % H, i % tiles))
-    keys = block_spec((None, None, K), lambda b, h, tile: (b, h, 0))
-    column_block = block_spec((None, None, columns), lambda b, h, tile: (b, h, tile))
-    states = block_spec((None, None, K, columns), lambda b, h, tile: (b, h, 0, tile))
+    parts = V // columns
+    block_spec = lambda shape, index: pl.BlockSpec(shape, lambda i: index(i // (H * parts), i // parts % H, i % parts))
+    keys = block_spec((None, None, K), lambda b, h, part: (b, h, 0))
+    column_block = block_spec((None, None, columns), lambda b, h, part: (b, h, part))
+    states = block_spec((None, None, K, columns), lambda b, h, part: (b, h, 0, part))
     live_B = live_B.astype(jnp.int32)
     o_BHV, state_BHKV = pl.pallas_call(
-        _gpu_kernel, grid=(B * H * tiles,),
-        in_specs=[block_spec((None,), lambda b, h, tile: (b,)), block_spec((None,), lambda b, h, tile: (h,)),
+        _gpu_kernel, grid=(B * H * parts,),
+        in_specs=[block_spec((None,), lambda b, h, part: (b,)), block_spec((None,), lambda b, h, part: (h,)),
                   keys, keys, column_block, states],
         out_specs=(column_block, states),
         out_shape=(jax.ShapeDtypeStruct(v_BHV.shape, jnp.float32), jax.ShapeDtypeStruct(state_BHKV.shape, jnp.float32)),

@@ -1,49 +1,40 @@
 """Lightning attention on NVIDIA GPUs, in three passes over spans of the sequence (Pallas-Triton), forward and backward.
 
 The state depends on all tokens before it, so with one program per head most of a GPU would be idle. The sequence is therefore
-divided into N spans of 256 to 1,024 tokens, which are processed in parallel. Let S_n be the state before span n, r_n the decay
-over the span, and U_n what the span adds to the state (docs/model.md section 3):
+divided into spans of 256 to 1,024 tokens, which are processed in parallel. Let S_n be the state before span n, and S_{n+1} the
+state after it. With a, b, r and D as in docs/kernels.md, "Chunks":
 
-    pass 1    U_n = sum_j b_j k_j^T v_j        for each span independently
-    pass 2    S_{n+1} = r_n S_n + U_n          over the spans, from the initial state; r_n is 0 if the document changes
-    pass 3    o_i = a_i q_i S + sum_{j <= i} D_ij (q_i . k_j) v_j
-              S <- r S + sum_j b_j k_j^T v_j   for each span independently, chunk by chunk, starting with S = S_n
+    pass 1    U_n = sum_j b_j k_j^T v_j        over the tokens of span n; b is measured over the span
+    pass 2    S_{n+1} = r_n S_n + U_n          over the spans, from the initial state; r_n is the decay over span n
+    pass 3    o and S, chunk by chunk          for each span, starting with S = S_n
 
-a, b, r and D are the decays defined in `xla.py`, measured over a span in passes 1 and 2 and over a chunk in pass 3. The
-gradients have the same form as the outputs (`xla.py` writes them out), so the same kernels compute them. Each line of the table
-gives the arrays that replace q, k, v and S_n:
+The gradients have the same form (docs/kernels.md, "Backward"), so the same kernels compute them. With dS_n the gradient of S_n,
+passes 1 and 2 in reverse time compute, once for dv and dk,
 
-    gradient    for (q, k, v)              time       for S_n
-    dq          (do, v, k)                 forward    S_n transposed, recomputed by passes 1 and 2
-    dv          (k, q, do)                 reverse    dS_n
-    dk          (v, do, q)                 reverse    dS_n transposed
+    dS_n = r_n dS_{n+1} + sum_i a_i q_i^T do_i        from the gradient of the last state; a is measured over span n
 
-Passes 1 and 2 in reverse time compute dS_n once for dv and dk, from U_n = sum_i a_i q_i^T do_i and the gradient of the last
-state. In reverse time a and b are exchanged, and D is transposed. For example, pass 3 with queries k, keys q and values do
-computes dv_j = b_j k_j dS + sum_{i >= j} D_ij (k_j . q_i) do_i.
+Pass 3 starts span n with S_n for dq, and with dS_{n+1} for dv and dk.
 
-A program of pass 3 processes one head, one span and `Tile.columns` columns of the state. The state (K x columns) and the decays
-of the pairs of a chunk are float32 in registers. Tiles of q, k and v pass through shared memory. The scores, and copies of the
-state and of b v, are rounded to the inputs' dtype before they enter a product. Sums are float32; products of float32 inputs
-are IEEE float32.
+A program of pass 3 processes one head, one span and `Tile.columns` columns of the state. The state (K x columns) and D are
+float32 in registers. Tiles of q, k and v pass through shared memory. The scores, and copies of the state and of b v, are
+rounded to the inputs' dtype before they enter a product. Sums are float32; products of float32 inputs are IEEE float32.
 
-Pass 2 is a kernel with one multiplication and one addition per element, which reads N and writes N states per head. Plain XLA
-would compute all S_n in one fusion, each S_n separately from all U before it. It would read U_0 for N states, U_1 for N - 1
-states, and so on: about N^2 / 2 reads.
+Pass 2 is a kernel that reads all U and writes all S once. Plain XLA would compute all S_n in one fusion, each from all earlier
+U, with a number of reads quadratic in the number of spans.
 
 FLOPs per token and head, with Q tokens in a chunk: pass 1: 2 K V. Pass 3: 4 K V + 2 Q V, and 2 Q K for the scores in each of
 the V / columns programs.
 
-HBM bytes per token and head, for elements of z bytes and spans of T / N tokens (ratio at K = V = 128, T / N = 1,024, bf16):
+HBM bytes per token and head, for elements of z bytes and spans of s tokens (ratio at K = V = 128, s = 1,024, bf16):
 
                 moved by these kernels           inputs and outputs once    ratio
-    forward     z (3 K + 3 V) + 16 K V N / T     z (2 K + 2 V)              1.75
-    backward    z (8 K + 8 V) + 36 K V N / T     z (4 K + 3 V)              2.61
+    forward     z (3 K + 3 V) + 16 K V / s       z (2 K + 2 V)              1.75
+    backward    z (8 K + 8 V) + 36 K V / s       z (4 K + 3 V)              2.61
 
 The programs for different columns of a span run at the same time. Only one of them reads q and k from HBM; the others read them
 from the L2 cache.
 
-Axis p is the tokens of a chunk as keys, where Q is the same tokens as queries; axis c is chunks.
+Axis p is the tokens of a chunk as keys, where Q is the same tokens as queries; axis n is spans.
 """
 import functools
 from collections.abc import Callable
@@ -80,7 +71,7 @@ TILES = {
 }
 KEY_SLICE = 64      # key dims of one product; products with whole keys of 128 or 256 dims spill
 SPANS = 1024, 512, 256          # tokens of a span; the first that fills the GPU is used
-CHUNKS = 16, 32, 64, 128        # tokens of a chunk; above the chunk of the tile in TILES only in the interpreter
+CHUNKS = 16, 32, 64, 128        # tokens of a chunk; a GPU supports those up to the chunk of its tile, the interpreter all
 
 
 class Plan(NamedTuple):
@@ -96,33 +87,32 @@ class Kernels(NamedTuple):
     """An implementation of passes 1 and 3: the Pallas kernels of this file or the Triton kernels of `triton.py`."""
     contributions: Callable     # pass 1
     outputs: Callable           # pass 3
-    refusal: Callable           # why the kernels do not support some arrays
-    tiles: dict                 # like TILES
+    array_refusal: Callable     # why the kernels do not support some arrays
+    table: dict                 # like TILES
 
 
 def forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk, interpret=False, kernels=None):
     """Returns o_BHTV and the last state; see `api.lightning_attention`. `segments_BT` may be None, `state_BHKV` may not."""
-    contribute, carry, attend = _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, kernels)
-    state_NBHKV, state_BHKV = carry(contribute(k_BHTK, v_BHTV, reverse=False), state_BHKV, reverse=False)
-    return attend(q_BHTK, k_BHTK, v_BHTV, state_NBHKV, reverse=False, transposed=False), state_BHKV
+    contributions, carry, outputs = _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, kernels)
+    state_nBHKV, state_BHKV = carry(contributions(k_BHTK, v_BHTV, reverse=False), state_BHKV, reverse=False)
+    return outputs(q_BHTK, k_BHTK, v_BHTV, state_nBHKV, reverse=False, transposed=False), state_BHKV
 
 
 def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BHTV, dstate_BHKV, chunk, interpret=False,
              kernels=None):
     """Returns the gradients of q, k, v and the initial state, given the gradients of the results of `forward`."""
-    contribute, carry, attend = _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, kernels)
+    contributions, carry, outputs = _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, kernels)
     do_BHTV = do_BHTV.astype(v_BHTV.dtype)
-    state_NBHKV, _ = carry(contribute(k_BHTK, v_BHTV, reverse=False), state_BHKV, reverse=False)
-    dstate_NBHKV, dstate_BHKV = carry(contribute(q_BHTK, do_BHTV, reverse=True), dstate_BHKV, reverse=True)
-    dq_BHTK = attend(do_BHTV, v_BHTV, k_BHTK, state_NBHKV, reverse=False, transposed=True)
-    dk_BHTK = attend(v_BHTV, do_BHTV, q_BHTK, dstate_NBHKV, reverse=True, transposed=True)
-    dv_BHTV = attend(k_BHTK, q_BHTK, do_BHTV, dstate_NBHKV, reverse=True, transposed=False)
+    state_nBHKV, _ = carry(contributions(k_BHTK, v_BHTV, reverse=False), state_BHKV, reverse=False)
+    dstate_nBHKV, dstate_BHKV = carry(contributions(q_BHTK, do_BHTV, reverse=True), dstate_BHKV, reverse=True)
+    dq_BHTK = outputs(do_BHTV, v_BHTV, k_BHTK, state_nBHKV, reverse=False, transposed=True)
+    dk_BHTK = outputs(v_BHTV, do_BHTV, q_BHTK, dstate_nBHKV, reverse=True, transposed=True)
+    dv_BHTV = outputs(k_BHTK, q_BHTK, do_BHTV, dstate_nBHKV, reverse=True, transposed=False)
     return dq_BHTK, dk_BHTK, dv_BHTV, dstate_BHKV
 
 
-def refusal(q_BHTK, v_BHTV, chunk, interpret=False, tiles=None) -> str:
+def array_refusal(q_BHTK, v_BHTV, chunk, interpret=False, table=None) -> str:
     """Returns why the kernels do not support these arrays; empty if they do."""
-    tiles = tiles or TILES
     K, V = q_BHTK.shape[3], v_BHTV.shape[3]
     dtypes = q_BHTK.dtype.name, v_BHTV.dtype.name
     for letter, size in (("K", K), ("V", V)):
@@ -130,7 +120,7 @@ def refusal(q_BHTK, v_BHTV, chunk, interpret=False, tiles=None) -> str:
             return f"{letter}={size}: the GPU kernels support head dims 16, 32, 64, 128 and 256; impl='xla' supports any"
     if dtypes not in (("bfloat16",) * 2, ("float32",) * 2):
         return f"q is {dtypes[0]} and v {dtypes[1]}: the GPU kernels support bfloat16 or float32 for both"
-    largest = CHUNKS[-1] if interpret else _tile(q_BHTK, v_BHTV, tiles).chunk
+    largest = CHUNKS[-1] if interpret else _tile(q_BHTK, v_BHTV, table or TILES).chunk
     if chunk is not None and (chunk not in CHUNKS or chunk > largest):
         return (f"chunk={chunk}: with {dtypes[0]} heads of {max(K, V)} on {platform.gpu_model()} the GPU kernels support "
                 f"chunks of {', '.join(str(c) for c in CHUNKS if c <= largest)} tokens, or None")
@@ -145,28 +135,28 @@ def nearest_chunk(q_BHTK, v_BHTV, chunk):
     return max((c for c in CHUNKS if c <= limit), default=CHUNKS[0])
 
 
-def _tile(q_BHTK, v_BHTV, tiles):
+def _tile(q_BHTK, v_BHTV, table):
     """Returns the tile for these arrays on this GPU. Larger chunks would spill or need too much shared memory."""
     width = max(q_BHTK.shape[3], v_BHTV.shape[3])
-    return next(tile for (name, max_width), tile in tiles[platform.gpu_model()].items()
+    return next(tile for (name, max_width), tile in table[platform.gpu_model()].items()
                 if name == q_BHTK.dtype.name and width <= max_width)
 
 
 def _passes(q_BHTK, v_BHTV, log_decay_H, segments_BT, chunk, interpret, kernels):
     """Returns the three passes as functions, for these shapes, decays and documents."""
-    kernels = kernels or Kernels(_contributions, _outputs, refusal, TILES)
-    if reason := kernels.refusal(q_BHTK, v_BHTV, chunk, interpret):
+    kernels = kernels or Kernels(_contributions, _outputs, array_refusal, TILES)
+    if reason := kernels.array_refusal(q_BHTK, v_BHTV, chunk, interpret):
         raise NotImplementedError(reason)
-    plan = _plan(q_BHTK, v_BHTV, chunk, interpret, kernels.tiles)
+    plan = _plan(q_BHTK, v_BHTV, chunk, interpret, kernels.table)
     documents = _documents(segments_BT, plan)
-    return (functools.partial(step, log_decay_H=log_decay_H, documents=documents, plan=plan)
-            for step in (kernels.contributions, _carry, kernels.outputs))
+    return (functools.partial(pass_, log_decay_H=log_decay_H, documents=documents, plan=plan)
+            for pass_ in (kernels.contributions, _carry, kernels.outputs))
 
 
-def _plan(q_BHTK, v_BHTV, chunk, interpret, tiles):
+def _plan(q_BHTK, v_BHTV, chunk, interpret, table):
     B, H, T, K = q_BHTK.shape
     V, chip = v_BHTV.shape[3], platform.gpu_model()
-    tile = _tile(q_BHTK, v_BHTV, tiles)
+    tile = _tile(q_BHTK, v_BHTV, table)
     tile = tile._replace(chunk=chunk or tile.chunk)
     programs = lambda span: B * H * pl.cdiv(T, span) * max(1, min(K, V) // tile.columns)
     span = next((s for s in SPANS if programs(s) >= platform.GPUS[chip].multiprocessors), SPANS[-1])
@@ -187,31 +177,31 @@ def _documents(segments_BT, plan):
     return Documents(segments_BT, real_bounds(segments_BT), state_documents(padded_BT, plan.tile.chunk))
 
 
-def _carry(added_NBHKV, start_BHKV, log_decay_H, documents, plan, reverse):
+def _carry(added_nBHKV, start_BHKV, log_decay_H, documents, plan, reverse):
     """Pass 2: returns the state before each span (in reverse time: after each span), and the last state."""
-    edges = jnp.arange(len(added_NBHKV) + 1, dtype=jnp.int32) * plan.span        # first token of each span, and the end
+    edges = jnp.arange(len(added_nBHKV) + 1, dtype=jnp.int32) * plan.span        # first token of each span, and the end
     if documents is None:
-        time_NB, same_NB = jnp.diff(jnp.minimum(edges, plan.T))[:, None], True
+        time_nB, same_nB = jnp.diff(jnp.minimum(edges, plan.T))[:, None], True
     else:
         chunks_per_span = plan.span // plan.tile.chunk
         span_documents = documents.state_documents_Bc[:, ::chunks_per_span].T       # of the states at the edges
         begin_B, end_B = documents.bounds_B2.T
-        time_NB = jnp.diff(jnp.clip(edges[:, None], begin_B, end_B), axis=0)        # tokens of a span at which the state decays
-        same_NB = span_documents[:-1] == span_documents[1:]
-    r_NBH = jnp.where(jnp.asarray(same_NB)[..., None], jnp.exp(log_decay_H * time_NB[..., None]), 0)
+        time_nB = jnp.diff(jnp.clip(edges[:, None], begin_B, end_B), axis=0)        # tokens of a span at which the state decays
+        same_nB = span_documents[:-1] == span_documents[1:]
+    r_nBH = jnp.where(jnp.asarray(same_nB)[..., None], jnp.exp(log_decay_H * time_nB[..., None]), 0)
 
-    r_NBH = jnp.broadcast_to(r_NBH, added_NBHKV.shape[:3])
-    _, B, H, K, V = added_NBHKV.shape
-    rows = max(1, min(K, 256 // V))     # a program processes this many of the K rows of a head's states
-    parts = K // rows
+    r_nBH = jnp.broadcast_to(r_nBH, added_nBHKV.shape[:3])
+    _, B, H, K, V = added_nBHKV.shape
+    keys = max(1, min(K, 256 // V))     # a program processes this many key dims of a head's states
+    parts = K // keys
     block_spec, _ = _specs(H, parts, plan)
-    states = block_spec((len(edges) - 1, None, None, rows, V), lambda b, h, n, part: (0, b, h, part, 0))
-    state = block_spec((None, None, rows, V), lambda b, h, n, part: (b, h, part, 0))
+    states = block_spec((len(edges) - 1, None, None, keys, V), lambda b, h, n, part: (0, b, h, part, 0))
+    state = block_spec((None, None, keys, V), lambda b, h, n, part: (b, h, part, 0))
     return pl.pallas_call(
         functools.partial(_carry_kernel, reverse=reverse), grid=(B * H * parts, 1),
         in_specs=[block_spec((len(edges) - 1, None, None), lambda b, h, n, part: (0, b, h)), states, state],
-        out_specs=(states, state), out_shape=(added_NBHKV, start_BHKV), interpret=plan.interpret,
-        compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1), name="carry")(r_NBH, added_NBHKV, start_BHKV)
+        out_specs=(states, state), out_shape=(added_nBHKV, start_BHKV), interpret=plan.interpret,
+        compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1), name="carry")(r_nBH, added_nBHKV, start_BHKV)
 
 
 def _contributions(k_BHTK, v_BHTV, log_decay_H, documents, plan, reverse):
@@ -219,89 +209,89 @@ def _contributions(k_BHTK, v_BHTV, log_decay_H, documents, plan, reverse):
     B, H, _, K = k_BHTK.shape
     V = v_BHTV.shape[3]
     columns = min(V, plan.tile.columns)
-    N = pl.cdiv(plan.T, plan.span)
+    spans = pl.cdiv(plan.T, plan.span)
     block_spec, token_spec = _specs(H, V // columns, plan)
     return _launch(
-        _contribution_kernel, plan, documents, block_spec, (B * H * (V // columns), N), (log_decay_H, k_BHTK, v_BHTV),
-        (token_spec(K), token_spec(columns, tiled=True)),
-        block_spec((None, None, None, K, columns), lambda b, h, n, tile: (n, b, h, 0, tile)),
-        jax.ShapeDtypeStruct((N, B, H, K, V), jnp.float32), reverse=reverse)
+        _contribution_kernel, plan, documents, block_spec, (B * H * (V // columns), spans), (log_decay_H, k_BHTK, v_BHTV),
+        (token_spec(K), token_spec(columns, split=True)),
+        block_spec((None, None, None, K, columns), lambda b, h, n, part: (n, b, h, 0, part)),
+        jax.ShapeDtypeStruct((spans, B, H, K, V), jnp.float32), reverse=reverse)
 
 
-def _outputs(q_BHTK, k_BHTK, v_BHTV, state_NBHKV, log_decay_H, documents, plan, reverse, transposed):
+def _outputs(q_BHTK, k_BHTK, v_BHTV, state_nBHKV, log_decay_H, documents, plan, reverse, transposed):
     """Pass 3: returns o_BHTV. If `transposed`, the states are given as V x K."""
     B, H, _, K = q_BHTK.shape
     V = v_BHTV.shape[3]
     columns = min(V, plan.tile.columns)
     block_spec, token_spec = _specs(H, V // columns, plan)
     if transposed:
-        state = block_spec((None, None, None, columns, K), lambda b, h, n, tile: (n, b, h, tile, 0))
+        state = block_spec((None, None, None, columns, K), lambda b, h, n, part: (n, b, h, part, 0))
     else:
-        state = block_spec((None, None, None, K, columns), lambda b, h, n, tile: (n, b, h, 0, tile))
+        state = block_spec((None, None, None, K, columns), lambda b, h, n, part: (n, b, h, 0, part))
     return _launch(
-        _output_kernel, plan, documents, block_spec, (B * H * (V // columns), len(state_NBHKV)),
-        (log_decay_H, state_NBHKV, q_BHTK, k_BHTK, v_BHTV),
-        (state, token_spec(K), token_spec(K), token_spec(columns, tiled=True)),
-        token_spec(columns, tiled=True), jax.ShapeDtypeStruct(v_BHTV.shape, v_BHTV.dtype), reverse=reverse,
+        _output_kernel, plan, documents, block_spec, (B * H * (V // columns), len(state_nBHKV)),
+        (log_decay_H, state_nBHKV, q_BHTK, k_BHTK, v_BHTV),
+        (state, token_spec(K), token_spec(K), token_spec(columns, split=True)),
+        token_spec(columns, split=True), jax.ShapeDtypeStruct(v_BHTV.shape, v_BHTV.dtype), reverse=reverse,
         transposed=transposed)
 
 
-def _specs(H, tiles, plan):
+def _specs(H, parts, plan):
     """Returns two functions that make block specs: one for any array, and one for the tokens of a span.
 
-    The grid's first axis is (row b, head h, tile of columns) flattened, and its second axis is the span n. The tile changes
-    fastest, so that consecutive programs read the same q and k from the L2 cache. In pass 2, parts of the rows of a state take
-    the place of tiles of columns.
+    The grid's first axis is (row b, head h, part of a state) flattened, and its second axis is the span n. A part is some
+    columns of the state (in pass 2, some key dims). The part changes fastest, so that consecutive programs read the same q and
+    k from the L2 cache.
     """
     def block_spec(shape, index):
-        return pl.BlockSpec(shape, lambda i, n: index(i // (H * tiles), i // tiles % H, n, i % tiles))
+        return pl.BlockSpec(shape, lambda i, n: index(i // (H * parts), i // parts % H, n, i % parts))
 
-    def token_spec(width, tiled=False):
-        return block_spec((None, None, plan.span, width), lambda b, h, n, tile: (b, h, n, tile if tiled else 0))
+    def token_spec(width, split=False):
+        return block_spec((None, None, plan.span, width), lambda b, h, n, part: (b, h, n, part if split else 0))
     return block_spec, token_spec
 
 
 def _launch(kernel, plan, documents, block_spec, grid, arrays, specs, out_spec, out_shape, **static):
     """Runs a kernel of pass 1 or 3 on the arrays and, if there are segments, the arrays of `documents`."""
     document_specs = () if documents is None else (
-        block_spec((None, plan.span), lambda b, h, n, tile: (b, n)),
-        block_spec((None, 2), lambda b, h, n, tile: (b, 0)),
-        block_spec((None, documents.state_documents_Bc.shape[1]), lambda b, h, n, tile: (b, 0)))
+        block_spec((None, plan.span), lambda b, h, n, part: (b, n)),
+        block_spec((None, 2), lambda b, h, n, part: (b, 0)),
+        block_spec((None, documents.state_documents_Bc.shape[1]), lambda b, h, n, part: (b, 0)))
     return pl.pallas_call(
         functools.partial(kernel, plan=plan, **static),
-        grid=grid, in_specs=[block_spec((None,), lambda b, h, n, tile: (h,)), *specs, *document_specs], out_specs=out_spec,
+        grid=grid, in_specs=[block_spec((None,), lambda b, h, n, part: (h,)), *specs, *document_specs], out_specs=out_spec,
         out_shape=out_shape, interpret=plan.interpret,
         compiler_params=plgpu.CompilerParams(num_warps=plan.tile.warps, num_stages=plan.tile.stages),
         name=kernel.__name__.strip("_"))(*arrays, *(documents or ()))
 
 
 def _carry_kernel(r_ref, added_ref, start_ref, states_ref, end_ref, *, reverse):
-    """Computes some rows of one head's states before all spans."""
-    N = states_ref.shape[0]
+    """Computes some key dims of one head's states before all spans."""
+    spans = states_ref.shape[0]
 
     def step(i, state_KV):
-        n = N - 1 - i if reverse else i
+        n = spans - 1 - i if reverse else i
         states_ref[n] = state_KV
         return r_ref[n] * state_KV + added_ref[n]
-    end_ref[...] = jax.lax.fori_loop(0, N, step, start_ref[...])
+    end_ref[...] = jax.lax.fori_loop(0, spans, step, start_ref[...])
 
 
 def _contribution_kernel(log_decay_ref, k_ref, v_ref, *refs, plan, reverse):
-    """Computes U_n of one head, one span and one tile of columns."""
+    """Computes U_n of one head, one span and some columns."""
     *document_refs, added_ref = refs
     span_start = pl.program_id(1) * plan.span
     decays = _decays(log_decay_ref[...], document_refs, plan, span_start)
 
-    def step(c, added_KV):
-        a_p, b_p, _ = decays(c, span_start, span_start + plan.span)
-        v_pV = _load(v_ref, c, plan, span_start)
+    def step(chunk_index, added_KV):
+        a_p, b_p, _ = decays(chunk_index, span_start, span_start + plan.span)
+        v_pV = _load(v_ref, chunk_index, plan, span_start)
         v_pV = (v_pV * (a_p if reverse else b_p)[:, None]).astype(v_pV.dtype)
-        return added_KV + dot(_load(k_ref, c, plan, span_start), v_pV, 0, 0)
+        return added_KV + dot(_load(k_ref, chunk_index, plan, span_start), v_pV, 0, 0)
     added_ref[...] = jax.lax.fori_loop(0, _chunks_in_span(plan, span_start), step, jnp.zeros(added_ref.shape, jnp.float32))
 
 
 def _output_kernel(log_decay_ref, state_ref, q_ref, k_ref, v_ref, *refs, plan, reverse, transposed):
-    """Computes the outputs of one head, one span and one tile of columns."""
+    """Computes the outputs of one head, one span and some columns."""
     *document_refs, o_ref = refs
     span_start = pl.program_id(1) * plan.span
     chunk, chunks = plan.tile.chunk, _chunks_in_span(plan, span_start)
@@ -315,49 +305,49 @@ def _output_kernel(log_decay_ref, state_ref, q_ref, k_ref, v_ref, *refs, plan, r
     key_slices = [pl.ds(start, width) for start in range(0, q_ref.shape[1], width)]
 
     def step(i, states_KV):
-        c = chunks - 1 - i if reverse else i
-        chunk_start = span_start + c * chunk
-        a_Q, b_p, r = decays(c, chunk_start, chunk_start + chunk)
+        chunk_index = chunks - 1 - i if reverse else i
+        chunk_start = span_start + chunk_index * chunk
+        a_Q, b_p, r = decays(chunk_index, chunk_start, chunk_start + chunk)
         a_Q, b_p = (b_p, a_Q) if reverse else (a_Q, b_p)
-        v_pV = _load(v_ref, c, plan, span_start)
+        v_pV = _load(v_ref, chunk_index, plan, span_start)
         decayed_v_pV = (v_pV * b_p[:, None]).astype(v_pV.dtype)
         scores_Qp, o_QV, next_states_KV = 0.0, 0.0, []
         for key_slice, state_KV in zip(key_slices, states_KV):
-            q_QK, k_pK = (_load(ref, c, plan, span_start, key_slice) for ref in (q_ref, k_ref))
+            q_QK, k_pK = (_load(ref, chunk_index, plan, span_start, key_slice) for ref in (q_ref, k_ref))
             scores_Qp += dot(q_QK, k_pK, 1, 1)
             o_QV += dot(q_QK, state_KV.astype(q_QK.dtype), 1, 0)
             next_states_KV.append(r * state_KV + dot(k_pK, decayed_v_pV, 0, 0))
         scores_Qp *= decay_Qp
         if document_refs:
-            segments_Q = _load(document_refs[0], c, plan, span_start)
+            segments_Q = _load(document_refs[0], chunk_index, plan, span_start)
             same_Qp = (segments_Q[:, None] == segments_Q[None, :]) & (segments_Q > 0)[None, :]
             scores_Qp = jnp.where(same_Qp, scores_Qp, 0.0)
         o_QV = a_Q[:, None] * o_QV + dot(scores_Qp.astype(v_pV.dtype), v_pV, 1, 0)
-        rows, mask = _chunk_rows(o_ref, c, plan, span_start)
-        plgpu.store(rows, o_QV.astype(o_ref.dtype), mask=mask)
+        o_chunk_ref, mask = _chunk_tokens(o_ref, chunk_index, plan, span_start)
+        plgpu.store(o_chunk_ref, o_QV.astype(o_ref.dtype), mask=mask)
         return tuple(next_states_KV)
     states_KV = [state_ref[:, key_slice].T if transposed else state_ref[key_slice, :] for key_slice in key_slices]
     jax.lax.fori_loop(0, chunks, step, tuple(states_KV))
 
 
 def _decays(log_decay, document_refs, plan, span_start):
-    """Returns a function that computes a_Q and b_Q of the tokens of chunk c, and r, with the formulas of `xla.py`.
+    """Returns a function that computes a_Q and b_Q of the tokens of a chunk, and r.
 
-    The function's arguments are (c, first, last). a, b and r are measured over the tokens `first` to `last` - 1: the whole span
-    in pass 1, the chunk in pass 3.
+    The function's arguments are (chunk_index, first, last). a, b and r are measured over the tokens `first` to `last` - 1: the
+    whole span in pass 1, the chunk in pass 3.
     """
     chunk = plan.tile.chunk
     begin, end = (document_refs[1][0], document_refs[1][1]) if document_refs else (0, plan.T)
-    time = lambda tokens: jnp.clip(tokens, begin, end)
+    clip = lambda token: jnp.clip(token, begin, end)        # counts only tokens at which the state decays
     decay = lambda elapsed: jnp.exp(log_decay * elapsed.astype(jnp.float32))
 
-    def decays(c, first, last):
-        time_Q = time(span_start + c * chunk + 1 + jnp.arange(chunk, dtype=jnp.int32))
-        a_Q, b_Q, r = decay(time_Q - time(first)), decay(time(last) - time_Q), decay(time(last) - time(first))
+    def decays(chunk_index, first, last):
+        time_Q = clip(span_start + chunk_index * chunk + 1 + jnp.arange(chunk, dtype=jnp.int32))
+        a_Q, b_Q, r = decay(time_Q - clip(first)), decay(clip(last) - time_Q), decay(clip(last) - clip(first))
         if not document_refs:
             return a_Q, b_Q, r
         segments_ref, _, documents_ref = document_refs
-        segments_Q = _load(segments_ref, c, plan, span_start)
+        segments_Q = _load(segments_ref, chunk_index, plan, span_start)
         before, after = documents_ref[first // chunk], documents_ref[last // chunk]
         return (jnp.where(segments_Q == before, a_Q, 0.0), jnp.where(segments_Q == after, b_Q, 0.0),
                 jnp.where(before == after, r, 0.0))
@@ -365,23 +355,23 @@ def _decays(log_decay, document_refs, plan, span_start):
 
 
 def _chunks_in_span(plan, span_start):
-    """Returns how many chunks of the span contain tokens. `span_start` is the span's first token."""
+    """Returns how many chunks contain tokens in the span that starts at token `span_start`."""
     if plan.T % plan.span == 0:
         return plan.span // plan.tile.chunk
     return pl.cdiv(jnp.minimum(plan.span, plan.T - span_start), plan.tile.chunk)
 
 
-def _chunk_rows(ref, c, plan, span_start, columns=...):
-    """Returns a reference to chunk c of the span, and a mask that is False after token T - 1 (None: True everywhere)."""
+def _chunk_tokens(ref, chunk_index, plan, span_start, columns=...):
+    """Returns a reference to a chunk of the span, and a mask that is False after token T - 1 (None: True everywhere)."""
     chunk = plan.tile.chunk
-    rows = ref.at[pl.ds(c * chunk, chunk), columns]
+    chunk_ref = ref.at[pl.ds(chunk_index * chunk, chunk), columns]
     if plan.T % chunk == 0:
-        return rows, None
-    valid_Q = span_start + c * chunk + jnp.arange(chunk, dtype=jnp.int32) < plan.T
-    return rows, jnp.broadcast_to(valid_Q.reshape(-1, *(1,) * (len(rows.shape) - 1)), rows.shape)
+        return chunk_ref, None
+    valid_Q = span_start + chunk_index * chunk + jnp.arange(chunk, dtype=jnp.int32) < plan.T
+    return chunk_ref, jnp.broadcast_to(valid_Q.reshape(-1, *(1,) * (len(chunk_ref.shape) - 1)), chunk_ref.shape)
 
 
-def _load(ref, c, plan, span_start, columns=...):
-    """Loads chunk c of the span, with zeros after token T - 1."""
-    rows, mask = _chunk_rows(ref, c, plan, span_start, columns)
-    return plgpu.load(rows, mask=mask, other=None if mask is None else 0)
+def _load(ref, chunk_index, plan, span_start, columns=...):
+    """Loads a chunk of the span, with zeros after token T - 1."""
+    chunk_ref, mask = _chunk_tokens(ref, chunk_index, plan, span_start, columns)
+    return plgpu.load(chunk_ref, mask=mask, other=None if mask is None else 0)

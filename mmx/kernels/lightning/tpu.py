@@ -1,38 +1,24 @@
 """Lightning attention on TPU: one Pallas kernel, run once forward in time and, for the gradients, once in each direction.
 
-The kernel uses the chunked form of `xla.py`, with chunks of Q tokens and the decays a, b, r and D defined there. It scans the
-chunks for queries x, a memory of pairs (k, v) and a state S of shape (K, V):
+The kernel computes o and S of docs/kernels.md, "Chunks", chunk by chunk. dv and dk need the same state, so one scan computes
+both: the kernel has optional second queries q2, with v as keys and k as values, and a second output
 
-    y_i = a_i x_i S + sum_j D_ij (x_i . k_j) v_j        S <- r S + sum_j b_j k_j^T v_j
+    o2_i = a_i q2_i S^T + sum_j D_ij (q2_i . v_j) k_j
 
-dv and dk need the same state (dS), so one scan computes both. For this, the kernel has an optional second output z, for queries
-w that use v as keys and k as values:
+Each pass gives the kernel other arrays, following the table in docs/kernels.md, "Backward":
 
-    z_i = a_i w_i S^T + sum_j D_ij (w_i . v_j) k_j
-
-Every pass is such a scan. The table gives the arrays that replace x, w, k, v and S, from the gradients in `xla.py`. The
-backward pass keeps no results of the forward pass: the states are recomputed in VMEM and never written to HBM.
-
-    pass          time       x, w    (k, v)     initial S                        outputs           last S
-    forward       forward    q       (k, v)     initial state                    y = o             last state
-    gradient 1    forward    do      (v, k)     initial state, transposed        y = dq            not used
-    gradient 2    reverse    k, v    (q, do)    gradient of the last state       y = dv, z = dk    gradient of the initial state
-
-In reverse time a and b are exchanged and D is transposed (see the gradients in `xla.py`). The state decays only at the tokens
-begin to end - 1 of a row: from the first to the last real token, or all tokens if there are no segments. Number the tokens of a
-chunk from 0, and let s to e - 1 be those at which the state decays. For example, Q = 128, begin = 3 and end = 200 give s = 3
-and e = 128 in the first chunk, and s = 0 and e = 72 in the second. Then a, b and r are as follows, or 0 where two documents
-differ, as in `xla.py`:
-
-    a_i = exp(g (i + 1 - s))    b_j = exp(g (e - 1 - j))    r = exp(g (e - s))
+    pass          time       q, q2    k, v     initial S                        outputs    last S
+    forward       forward    q        k, v     initial state                    o          last state
+    gradient 1    forward    do       v, k     initial state, transposed        dq         not used
+    gradient 2    reverse    k, v     q, do    gradient of the last state       dv, dk     gradient of the initial state
 
 The grid is (B, H / heads, N). A step processes one chunk of `heads` heads; chunks are innermost and in order.
 
     VMEM    blocks of the inputs and outputs, each twice for the pipeline
             S of each head, float32: the output block of the last state
             D of each head, float32, computed at the first chunk
-            a of each head, float32, computed at the first chunk and again when s (in reverse time: e) changes
-    SMEM    g, begin and end, and the documents of the states between chunks
+            a of each head, float32, computed at the first chunk and again when it changes (see `_kernel`)
+    SMEM    g, the bounds of the rows, and the documents of the states between chunks
 
 b needs no array in memory: the kernel computes it as a row of Q lanes, by which it multiplies k^T (K x Q). The last chunk may
 extend past T; the kernel then sets k and v of the extra tokens to zero.
@@ -47,8 +33,7 @@ finish(0), start(2), finish(1), ...: the vector unit multiplies the scores of a 
     gradient 1    2 Q (K + V) + 4 K V           k, v, do, dq
     gradient 2    4 Q (K + V) + 6 K V           q, k, v, do, dk, dv
 
-The FLOPs include the pairs (i, j) of a chunk for which D is 0. Axis p is the tokens of a chunk as keys, where Q is the same
-tokens as queries; axis w is the width of an output, K or V.
+Axis p is the tokens of a chunk as keys, where Q is the same tokens as queries; axis w is the width of an output, K or V.
 """
 import functools
 
@@ -62,9 +47,8 @@ from mmx.kernels.products import dot
 
 # {chip: (tokens of a chunk, heads of a step)}
 # Chunk: 256 tokens fill the 256-wide matrix unit of v6e, 128 tokens the 128-wide units of v5e and v5p.
-# Heads: 16 if, with 16 heads, the estimated time of every pass is at most 0.95 of the time that HBM needs for the bytes of the
-# pass; otherwise 32. The reason: nothing overlaps with the first `start` and the last `finish` of a step. With more heads in a
-# step, these two take a smaller part of its time, but the step needs more VMEM and code.
+# Heads: nothing overlaps with the first `start` and the last `finish` of a step. More heads in a step reduce this loss but need
+# more VMEM and code. 16 heads are used where each pass then takes an estimated 95 % of its HBM time or less, and otherwise 32.
 # Chosen on 2026-11-23 by static schedule estimates of the TPU compiler (libtpu 0.0.42.1; cycles without memory stalls; never
 # run on a TPU) at B=1 H=64 T=8192 K=V=128 bf16. The values for v4 (limited by its 16 MiB of VMEM) and tpu7x are copied from
 # similar chips; they compile but are not tuned.
@@ -82,7 +66,7 @@ PIPELINE_COPIES = 2     # copies of a block in VMEM: the pipeline copies the nex
 FLOAT32_BYTES = 4
 
 
-def refusal(q_BHTK, v_BHTV, chunk) -> str:
+def array_refusal(q_BHTK, v_BHTV, chunk) -> str:
     """Returns why the kernel does not support these arrays; empty if it does. Every chunk is supported."""
     dtypes = q_BHTK.dtype.name, v_BHTV.dtype.name
     return "" if dtypes in (("bfloat16",) * 2, ("float32",) * 2) else (
@@ -125,7 +109,7 @@ def _scan(queries, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk, 
         segments_spec = (pl.BlockSpec((1, 1, Q), lambda b, h, n, *_: (b, 0, N - 1 - n if reverse else n)),)
     arrays = *queries, k_BHTK, v_BHTV, state_BHKV
     *outputs, state_BHKV = pl.pallas_call(
-        functools.partial(_kernel, queries=len(queries), T=T, reverse=reverse, segmented=segmented),
+        functools.partial(_kernel, query_count=len(queries), T=T, reverse=reverse, segmented=segmented),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(B, H // heads, N),
@@ -147,81 +131,81 @@ def _scan(queries, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk, 
     return outputs, state_BHKV
 
 
-def _kernel(*refs, queries, T, reverse, segmented):
+def _kernel(*refs, query_count, T, reverse, segmented):
     """Processes one chunk of the heads of one step.
 
-    `refs` are, in this order: g; with segments also the bounds, the states' documents and the segments; one or two queries (x,
-    w); k; v; the initial state; one or two outputs (y, z); the last state (`state_ref`); D (`pair_ref`); a (`a_ref`).
+    `refs` are, in this order: g; with segments also the bounds, the states' documents and the segments; one or two queries; k;
+    v; the initial state; one or two outputs; the last state (`state_ref`); D (`decay_ref`); a (`a_ref`).
     """
     refs = list(refs)
     take_refs = lambda count: [refs.pop(0) for _ in range(count)]
     log_decay_H, *document_refs = take_refs(3 if segmented else 1)
     segments_ref = take_refs(1)[0] if segmented else None
-    query_refs = take_refs(queries)
+    query_refs = take_refs(query_count)
     k_ref, v_ref, initial_ref = take_refs(3)
-    output_refs = take_refs(queries)
-    state_ref, pair_ref, a_ref = refs
+    output_refs = take_refs(query_count)
+    state_ref, decay_ref, a_ref = refs
     heads, Q, V = v_ref.shape[1:]
     b, head_block, step, N = *map(pl.program_id, range(3)), pl.num_programs(2)
     n = N - 1 - step if reverse else step
 
     def decaying_tokens(n):
-        """Returns the range of tokens of chunk n for which the state decays."""
-        begin, end = (document_refs[0][b, 0], document_refs[0][b, 1]) if segmented else (0, T)
-        return jnp.clip(begin - n * Q, 0, Q), jnp.clip(end - n * Q, 0, Q)
+        """Returns begin and end of the tokens of chunk n at which the state decays, numbered from 0 in the chunk."""
+        row_begin, row_end = (document_refs[0][b, 0], document_refs[0][b, 1]) if segmented else (0, T)
+        return jnp.clip(row_begin - n * Q, 0, Q), jnp.clip(row_end - n * Q, 0, Q)
 
-    s, e = decaying_tokens(n)
+    begin, end = decaying_tokens(n)
     first = step == 0
-    s_before, e_before = decaying_tokens(n + 1 if reverse else n - 1)
-    # a depends on s, or in reverse time on e. It is computed again if this differs from the chunk of the previous step.
-    a_is_stale = first | (e != e_before if reverse else s != s_before)
+    previous_begin, previous_end = decaying_tokens(n + 1 if reverse else n - 1)     # of the chunk of the previous step
+    # a depends on begin, or in reverse time on end.
+    a_is_stale = first | (end != previous_end if reverse else begin != previous_begin)
 
     @pl.when(first)
     def _():
         state_ref[...] = initial_ref[...]
         i_Qp, j_Qp = (jax.lax.broadcasted_iota(jnp.int32, (Q, Q), axis) for axis in (0, 1))
-        age_Qp = j_Qp - i_Qp if reverse else i_Qp - j_Qp
+        distance_Qp = j_Qp - i_Qp if reverse else i_Qp - j_Qp
         for h in range(heads):
             g = log_decay_H[head_block * heads + h]
-            pair_ref[h] = jnp.where(age_Qp >= 0, jnp.exp(g * jnp.maximum(age_Qp, 0).astype(jnp.float32)), 0)
+            decay_ref[h] = jnp.where(distance_Qp >= 0, jnp.exp(g * jnp.maximum(distance_Qp, 0).astype(jnp.float32)), 0)
 
     @pl.when(a_is_stale)
     def _():
         i_Qw = jax.lax.broadcasted_iota(jnp.int32, a_ref.shape[1:], 0)
-        age_Qw = jnp.maximum(e - 1 - i_Qw if reverse else i_Qw + 1 - s, 0).astype(jnp.float32)
+        elapsed_Qw = jnp.maximum(end - 1 - i_Qw if reverse else i_Qw + 1 - begin, 0).astype(jnp.float32)
         for h in range(heads):
-            a_ref[h] = jnp.exp(log_decay_H[head_block * heads + h] * age_Qw)
+            a_ref[h] = jnp.exp(log_decay_H[head_block * heads + h] * elapsed_Qw)
 
     j_1p = jax.lax.broadcasted_iota(jnp.int32, (1, Q), 1)
-    age_1p = jnp.maximum(j_1p + 1 - s if reverse else e - 1 - j_1p, 0).astype(jnp.float32)
-    age_1V = jnp.full((1, V), e - s, jnp.int32).astype(jnp.float32)
+    elapsed_1p = jnp.maximum(j_1p + 1 - begin if reverse else end - 1 - j_1p, 0).astype(jnp.float32)
+    elapsed_1V = jnp.full((1, V), end - begin, jnp.int32).astype(jnp.float32)
     if segmented:
-        before, after = document_refs[1][b, n], document_refs[1][b, n + 1]
-        first_document, last_document = (after, before) if reverse else (before, after)
+        document_before, document_after = document_refs[1][b, n], document_refs[1][b, n + 1]
+        first_document, last_document = (document_after, document_before) if reverse else (document_before, document_after)
         segments_1p = segments_ref[0]
         segments_Qp = jnp.broadcast_to(segments_1p, (Q, Q)).T
         same_Qp = (segments_Qp == jnp.where(segments_1p > 0, segments_1p, -1)).astype(jnp.float32)
         to_state_1p = segments_1p == last_document
         from_state_Qw = (jnp.broadcast_to(segments_1p, (a_ref.shape[2], Q)).T == first_document).astype(jnp.float32)
 
-    def memory(h):
+    def keys_and_values(h):
         """Returns k and v of the head, with zeros after token T - 1."""
-        keys_values = k_ref[0, h], v_ref[0, h]
+        arrays = k_ref[0, h], v_ref[0, h]
         if T % Q == 0:
-            return keys_values
-        return [jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) < T - n * Q, x, 0) for x in keys_values]
+            return arrays
+        return [jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) < T - n * Q, x, 0) for x in arrays]
 
     def start(h):
         """Advances the state of the head. Returns the scores and the product with the previous state, for each query array."""
         g = log_decay_H[head_block * heads + h]
-        k_pK, v_pV = memory(h)
-        b_1p, r_1V = jnp.exp(g * age_1p), jnp.exp(g * age_1V)
+        k_pK, v_pV = keys_and_values(h)
+        b_1p, r_1V = jnp.exp(g * elapsed_1p), jnp.exp(g * elapsed_1V)
         if segmented:
-            b_1p, r_1V = jnp.where(to_state_1p, b_1p, 0), jnp.where(before == after, r_1V, 0)
+            b_1p, r_1V = jnp.where(to_state_1p, b_1p, 0), jnp.where(document_before == document_after, r_1V, 0)
         state_KV = state_ref[0, h]
         narrow_KV = state_KV.astype(k_pK.dtype)
         k_Kp = (k_pK.T.astype(jnp.float32) * b_1p).astype(k_pK.dtype)
-        # x k^T and x S; with second queries also w v^T and w S^T
+        # q k^T and q S; with second queries also q2 v^T and q2 S^T
         products = [(dot(ref[0, h], keys, 1, 1), dot(ref[0, h], narrow_KV, 1, state_axis))
                     for ref, keys, state_axis in zip(query_refs, (k_pK, v_pV), (0, 1))]
         state_ref[0, h] = r_1V * state_KV + dot(k_Kp, v_pV, 1, 0)
@@ -229,12 +213,12 @@ def _kernel(*refs, queries, T, reverse, segmented):
 
     def finish(h, products):
         """Writes the outputs of the head."""
-        pair_Qp, a_Qw = pair_ref[h], a_ref[h]
+        decay_Qp, a_Qw = decay_ref[h], a_ref[h]
         if segmented:
-            pair_Qp, a_Qw = pair_Qp * same_Qp, a_Qw * from_state_Qw
-        for ref, (scores_Qp, y_Qw), values in zip(output_refs, products, reversed(memory(h))):
-            y_Qw = a_Qw[:, :y_Qw.shape[1]] * y_Qw + dot((scores_Qp * pair_Qp).astype(values.dtype), values, 1, 0)
-            ref[0, h] = y_Qw.astype(ref.dtype)
+            decay_Qp, a_Qw = decay_Qp * same_Qp, a_Qw * from_state_Qw
+        for ref, (scores_Qp, o_Qw), values in zip(output_refs, products, reversed(keys_and_values(h))):
+            o_Qw = a_Qw[:, :o_Qw.shape[1]] * o_Qw + dot((scores_Qp * decay_Qp).astype(values.dtype), values, 1, 0)
+            ref[0, h] = o_Qw.astype(ref.dtype)
 
     products = start(0)
     for h in range(1, heads):
@@ -244,7 +228,7 @@ def _kernel(*refs, queries, T, reverse, segmented):
     finish(heads - 1, products)
 
 
-def _blocks(chunk, B, H, T, K, V, queries, itemsize, interpret):
+def _blocks(chunk, B, H, T, K, V, query_count, itemsize, interpret):
     """Returns the tokens of a chunk, the heads of a step, and the bytes of VMEM that the kernel may use."""
     cores, vmem = 1, 16 * MIB
     if interpret:
@@ -256,10 +240,10 @@ def _blocks(chunk, B, H, T, K, V, queries, itemsize, interpret):
             chip = pltpu.get_tpu_info()
             default_chunk, max_heads = BLOCKS.get(chip.chip_version, DEFAULT_BLOCKS)
             cores, vmem = chip.num_cores, chip.vmem_capacity_bytes
-        # Multiples of the lanes. Above 256 tokens the squares of scores cost more than they save.
+        # A multiple of the lanes, and at most 256: with more tokens, the Q x Q matrices cost more than they save.
         Q = LANES * min(pl.cdiv(chunk or default_chunk, LANES), pl.cdiv(T, LANES), 2)
     wide = [pl.cdiv(x, LANES) * LANES for x in (K, V)]
-    tokens = (1 + queries) * Q * sum(wide) * itemsize                   # k and v; each query array and its output
+    tokens = (1 + query_count) * Q * sum(wide) * itemsize               # k and v; each query array and its output
     states = 2 * K * wide[1] * FLOAT32_BYTES                            # the initial and the last state
     decays = (Q * Q + Q * max(wide)) * FLOAT32_BYTES                    # D and a
     bytes_per_head = PIPELINE_COPIES * (tokens + states) + decays

@@ -1,13 +1,6 @@
 """Lightning attention on NVIDIA GPUs: passes 1 and 3 of `gpu.py` written in Triton. Needs the package jax-triton.
 
-The algorithm, plan, bytes and FLOPs are the same as in `gpu.py`, and its pass 2 is used unchanged; only the compiler of the
-kernels differs. One kernel computes what every span adds to the state (pass 1). The other computes the outputs from the
-states before the spans (pass 3). With the arguments that `gpu.py` lists they also compute dq, dk and dv.
-
-A program processes one head, one span and `columns` columns of the state. The state, in slices of 64 key dims, and the decays
-of the pairs of a chunk are float32 in registers. Tiles of q, k and v of one chunk pass through shared memory in their own
-dtype. The scores, and copies of the state and of b v, are rounded to the inputs' dtype where they enter a product. Sums are
-float32; products of float32 inputs are IEEE float32, never tf32.
+The algorithm, plan, rounding, bytes and FLOPs are the same as in `gpu.py`, and its pass 2 is used unchanged.
 
 jax-triton reports no error for a kernel that spills or that needs more shared memory than a GPU has;
 `mmx.compilers.ptx.read_dump` reads both from the compiled kernels. jax-triton cannot run on a CPU. To interpret the kernels,
@@ -39,25 +32,25 @@ TILES = {
 }
 
 
-def refusal(q_BHTK, v_BHTV, chunk, interpret=False) -> str:
+def array_refusal(q_BHTK, v_BHTV, chunk, interpret=False) -> str:
     """Returns why the kernels do not support these arrays; empty if they do."""
     K, V = q_BHTK.shape[3], v_BHTV.shape[3]
     if q_BHTK.dtype == jnp.float32 and max(K, V) > 128:
         return f"K={K}, V={V} in float32: the Triton kernels support up to 128, impl='gpu' up to 256"
-    return gpu.refusal(q_BHTK, v_BHTV, chunk, interpret, TILES)
+    return gpu.array_refusal(q_BHTK, v_BHTV, chunk, interpret, TILES)
 
 
 def _contributions(k_BHTK, v_BHTV, log_decay_H, documents, plan, reverse):
     """Pass 1: returns U_n of every span, in float32."""
     B, H, T, K = k_BHTK.shape
-    added_NBHKV = jax.ShapeDtypeStruct((triton.cdiv(T, plan.span), B, H, K, v_BHTV.shape[3]), jnp.float32)
-    return _launch(_contribution_kernel, (k_BHTK, v_BHTV), added_NBHKV, log_decay_H, documents, plan, REVERSE=reverse)
+    added_nBHKV = jax.ShapeDtypeStruct((triton.cdiv(T, plan.span), B, H, K, v_BHTV.shape[3]), jnp.float32)
+    return _launch(_contribution_kernel, (k_BHTK, v_BHTV), added_nBHKV, log_decay_H, documents, plan, REVERSE=reverse)
 
 
-def _outputs(q_BHTK, k_BHTK, v_BHTV, state_NBHKV, log_decay_H, documents, plan, reverse, transposed):
+def _outputs(q_BHTK, k_BHTK, v_BHTV, state_nBHKV, log_decay_H, documents, plan, reverse, transposed):
     """Pass 3: returns o_BHTV. If `transposed`, the states are given as V x K."""
     o_BHTV = jax.ShapeDtypeStruct(v_BHTV.shape, v_BHTV.dtype)
-    return _launch(_output_kernel, (q_BHTK, k_BHTK, v_BHTV, state_NBHKV), o_BHTV, log_decay_H, documents, plan, REVERSE=reverse,
+    return _launch(_output_kernel, (q_BHTK, k_BHTK, v_BHTV, state_nBHKV), o_BHTV, log_decay_H, documents, plan, REVERSE=reverse,
                    TRANSPOSED=transposed, SLICE=min(gpu.KEY_SLICE, k_BHTK.shape[3]))
 
 
@@ -75,7 +68,7 @@ def _launch(kernel, arrays, out_shape, log_decay_H, documents, plan, **static):
 
 
 @triton.jit
-def _contribution_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, k_BHTK, v_BHTV, added_NBHKV,
+def _contribution_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, k_BHTK, v_BHTV, added_nBHKV,
                          H: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
                          SPAN: tl.constexpr, COLUMNS: tl.constexpr, SEGMENTED: tl.constexpr, REVERSE: tl.constexpr):
     head, span_start, columns_V = _program(V, COLUMNS, SPAN)
@@ -84,8 +77,8 @@ def _contribution_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, k_BH
     log_decay = tl.load(log_decay_H + head % H)
     keys_K = tl.arange(0, K)
     added_KV = tl.zeros((K, COLUMNS), tl.float32)
-    for c in range(_chunks_in_span(span_start, T, CHUNK, SPAN)):
-        t_p = span_start + c * CHUNK + tl.arange(0, CHUNK)
+    for chunk_index in range(_chunks_in_span(span_start, T, CHUNK, SPAN)):
+        t_p = span_start + chunk_index * CHUNK + tl.arange(0, CHUNK)
         a_p, b_p, _ = _decays(log_decay, segments_BT, bounds_B2, documents_Bc, head // H, t_p, span_start, span_start + SPAN,
                               T, CHUNK, SPAN, SEGMENTED)
         decay_p = a_p if REVERSE else b_p
@@ -93,13 +86,13 @@ def _contribution_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, k_BH
         decayed_v_pV = (v_pV.to(tl.float32) * decay_p[:, None]).to(v_pV.dtype)
         k_pK = _load(k_BHTK, t_p, keys_K, K, T, CHUNK)
         added_KV = tl.dot(tl.trans(k_pK), decayed_v_pV, added_KV, input_precision="ieee")
-    heads = tl.num_programs(0) // (V // COLUMNS)     # B H: the first axis of the grid is (B H, tiles of columns)
-    added_NBHKV += (tl.program_id(1).to(tl.int64) * heads + head) * K * V
-    tl.store(added_NBHKV + keys_K[:, None] * V + columns_V[None, :], added_KV)
+    BH = tl.num_programs(0) // (V // COLUMNS)        # the first axis of the grid is (B H, parts of the columns)
+    added_nBHKV += (tl.program_id(1).to(tl.int64) * BH + head) * K * V
+    tl.store(added_nBHKV + keys_K[:, None] * V + columns_V[None, :], added_KV)
 
 
 @triton.jit
-def _output_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, q_BHTK, k_BHTK, v_BHTV, state_NBHKV, o_BHTV,
+def _output_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, q_BHTK, k_BHTK, v_BHTV, state_nBHKV, o_BHTV,
                    H: tl.constexpr, T: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
                    SPAN: tl.constexpr, COLUMNS: tl.constexpr, SEGMENTED: tl.constexpr, REVERSE: tl.constexpr,
                    TRANSPOSED: tl.constexpr, SLICE: tl.constexpr):
@@ -108,14 +101,14 @@ def _output_kernel(log_decay_H, segments_BT, bounds_B2, documents_Bc, q_BHTK, k_
     k_BHTK += head * T * K
     v_BHTV += head * T * V
     o_BHTV += head * T * V
-    heads = tl.num_programs(0) // (V // COLUMNS)     # B H: the first axis of the grid is (B H, tiles of columns)
-    state_NBHKV += (tl.program_id(1).to(tl.int64) * heads + head) * K * V
+    BH = tl.num_programs(0) // (V // COLUMNS)        # the first axis of the grid is (B H, parts of the columns)
+    state_nBHKV += (tl.program_id(1).to(tl.int64) * BH + head) * K * V
     key_stride: tl.constexpr = 1 if TRANSPOSED else V
     value_stride: tl.constexpr = K if TRANSPOSED else 1
     states_KV = ()
     for first_key in tl.static_range(0, K, SLICE):
         keys_K = first_key + tl.arange(0, SLICE)
-        states_KV += (tl.load(state_NBHKV + keys_K[:, None] * key_stride + columns_V[None, :] * value_stride),)
+        states_KV += (tl.load(state_nBHKV + keys_K[:, None] * key_stride + columns_V[None, :] * value_stride),)
 
     log_decay = tl.load(log_decay_H + head % H)
     i_Q = tl.arange(0, CHUNK)
@@ -163,7 +156,7 @@ def _program(V: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
     Consecutive programs have different columns of the same head, so that they read q and k from the L2 cache.
     """
     x = tl.program_id(0)
-    head = (x // (V // COLUMNS)).to(tl.int64)        # its offsets exceed 2^31 elements
+    head = (x // (V // COLUMNS)).to(tl.int64)        # int64: the offset of a head may exceed 2^31 elements
     return head, tl.program_id(1) * SPAN, x % (V // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
 
 
@@ -176,7 +169,7 @@ def _chunks_in_span(span_start, T: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.c
 @triton.jit
 def _decays(log_decay, segments_BT, bounds_B2, documents_Bc, b, t_Q, first, last,
             T: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr, SEGMENTED: tl.constexpr):
-    """Returns a_Q and b_Q of the tokens t_Q of a chunk, and r, with the formulas of `xla.py`.
+    """Returns a_Q and b_Q of the tokens t_Q of a chunk, and r.
 
     a, b and r are measured over the tokens `first` to `last` - 1: a whole span in pass 1, the chunk in pass 3.
     """
@@ -192,7 +185,8 @@ def _decays(log_decay, segments_BT, bounds_B2, documents_Bc, b, t_Q, first, last
     r = tl.exp(log_decay * (time_last - time_first).to(tl.float32))
     if SEGMENTED:
         segments_Q = _segments(segments_BT, b, t_Q, T, CHUNK)
-        documents_Bc += b * ((T + SPAN - 1) // SPAN * (SPAN // CHUNK) + 1)
+        chunks = (T + SPAN - 1) // SPAN * (SPAN // CHUNK)       # of a row, padded to whole spans
+        documents_Bc += b * (chunks + 1)
         before, after = tl.load(documents_Bc + first // CHUNK), tl.load(documents_Bc + last // CHUNK)
         a_Q = tl.where(segments_Q == before, a_Q, 0.0)
         b_Q = tl.where(segments_Q == after, b_Q, 0.0)
@@ -221,5 +215,5 @@ def _load(x_Tw, t_Q, columns_w, WIDTH: tl.constexpr, T: tl.constexpr, CHUNK: tl.
     return x_Qw
 
 
-KERNELS = gpu.Kernels(_contributions, _outputs, refusal, TILES)
+KERNELS = gpu.Kernels(_contributions, _outputs, array_refusal, TILES)
 forward, backward = (functools.partial(function, kernels=KERNELS) for function in (gpu.forward, gpu.backward))

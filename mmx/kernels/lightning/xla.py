@@ -1,34 +1,8 @@
 """Lightning attention in chunks, as plain XLA: differentiable, memory linear in T, any T, segments, states in and out.
 
-A row is divided into N chunks of Q tokens. Let S be the state before a chunk, S' the state after it, and g = log_decay:
-
-    o_i = a_i q_i S + sum_{j <= i} D_ij (q_i . k_j) v_j
-    S'  = r S + sum_j b_j k_j^T v_j
-
-The state decays by exp(g) at each token from the first to the last real token of a row, and not at the padding at either end.
-Let t_i be the number of tokens of the chunk, up to and including token i, at which the state decays. Let t be this number for
-the whole chunk. A state belongs to the document of the last real token before it, or of the row's first real token if there is
-none (`documents.state_documents`). A factor is 0 if the two things in its last column belong to different documents:
-
-    factor    value              decay from ... to ...                 same document
-    a_i       exp(g t_i)         state before the chunk to token i     S and token i
-    b_j       exp(g (t - t_j))   token j to state after the chunk      token j and S'
-    r         exp(g t)           state before to state after           S and S'
-    D_ij      exp(g (i - j))     token j to token i                    token j and token i
-
-No exponent is positive. FLOPs per token and head: 2 Q (K + V) for the products of the pairs in a chunk, 4 K V for the products
-with the state. The gradients of a chunk follow from do and from dS', the gradient of the state after the chunk:
-
-    dq_i = a_i do_i S^T  + sum_{j <= i} D_ij (do_i . v_j) k_j
-    dk_j = b_j v_j dS'^T + sum_{i >= j} D_ij (v_j . do_i) q_i
-    dv_j = b_j k_j dS'   + sum_{i >= j} D_ij (k_j . q_i) do_i
-    dS   = r dS' + sum_i a_i q_i^T do_i
-
-Each of these has the form of o or S'. For example, dq is o with (do, v, k) as (q, k, v) and S^T as S. The equations of dk, dv
-and dS run in reverse time, from dS' to dS: in them, a and b are exchanged and D is transposed.
-
-The backward pass keeps only the inputs. It recomputes the states of the chunks, then visits the chunks in reverse. States,
-decays and sums are float32 (docs/model.md section 3).
+docs/kernels.md, sections "Chunks" and "Backward", derives the equations and defines a, b, r, D, S, time and total. The backward
+pass keeps only the inputs. It recomputes the states of the chunks, then visits the chunks in reverse. States, decays and sums
+are float32 (docs/model.md section 10).
 
 Axis p is the tokens of a chunk as keys, where Q is the same tokens as queries.
 """
@@ -43,7 +17,7 @@ from mmx.kernels.products import einsum
 
 
 class Chunks(NamedTuple):
-    """Decays (see the table above) and documents of all chunks. Without segments, axis B has size 1.
+    """Decays and documents of all chunks. Without segments, axis B has size 1.
 
     In the loops over chunks, `this` contains the arrays of one chunk: the fields keep their names, but have no axis N.
     """
@@ -58,14 +32,14 @@ def forward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, chunk)
     T = q_BHTK.shape[2]
     chunk = _chunk_size(chunk, T)
     chunks = _chunks(log_decay_H, segments_BT, T, chunk)
-    pair_decay = _pair_decay(log_decay_H, chunk, segments_BT is not None)
+    decay_of = _decay_function(log_decay_H, chunk, segments_BT is not None)
     q_BHTK, k_BHTK, v_BHTV = (_pad(x, chunk) for x in (q_BHTK, k_BHTK, v_BHTV))
 
     def step(n, carry):
         state_BHKV, o_BHTV = carry
         q_BHQK, k_BHQK, v_BHQV = (_take(x, n, chunk) for x in (q_BHTK, k_BHTK, v_BHTV))
         this = jax.tree.map(lambda x: x[n], chunks)
-        scores_BHQp = einsum("BHQK,BHpK->BHQp", q_BHQK, k_BHQK) * pair_decay(this)
+        scores_BHQp = einsum("BHQK,BHpK->BHQp", q_BHQK, k_BHQK) * decay_of(this)
         o_BHQV = einsum("BHQp,BHpV->BHQV", scores_BHQp.astype(v_BHQV.dtype), v_BHQV)
         o_BHQV += einsum("BHQK,BHKV->BHQV", q_BHQK * this.a_NBHQ[..., None], state_BHKV)
         return _advance(state_BHKV, k_BHQK, v_BHQV, this), _put(o_BHTV, o_BHQV, n)
@@ -81,7 +55,7 @@ def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BH
     chunk = _chunk_size(chunk, T)
     chunks = _chunks(log_decay_H, segments_BT, T, chunk)
     N = len(chunks.r_NBH)
-    pair_decay = _pair_decay(log_decay_H, chunk, segments_BT is not None)
+    decay_of = _decay_function(log_decay_H, chunk, segments_BT is not None)
     q_BHTK, k_BHTK, v_BHTV, do_BHTV = (_pad(x, chunk) for x in (q_BHTK, k_BHTK, v_BHTV, do_BHTV))
 
     def state_step(state_BHKV, n):
@@ -95,7 +69,7 @@ def backward(q_BHTK, k_BHTK, v_BHTV, log_decay_H, segments_BT, state_BHKV, do_BH
         n = N - 1 - i
         q_BHQK, k_BHQK, v_BHQV, do_BHQV = (_take(x, n, chunk) for x in (q_BHTK, k_BHTK, v_BHTV, do_BHTV))
         this, state_BHKV = jax.tree.map(lambda x: x[n], (chunks, state_NBHKV))
-        a_BHQ1, b_BHQ1, decay_BHQp = this.a_NBHQ[..., None], this.b_NBHQ[..., None], pair_decay(this)
+        a_BHQ1, b_BHQ1, decay_BHQp = this.a_NBHQ[..., None], this.b_NBHQ[..., None], decay_of(this)
         scores_BHQp = (einsum("BHQK,BHpK->BHQp", q_BHQK, k_BHQK) * decay_BHQp).astype(do_BHQV.dtype)
         dscores_BHQp = (einsum("BHQV,BHpV->BHQp", do_BHQV, v_BHQV) * decay_BHQp).astype(k_BHQK.dtype)
         dq_BHQK = einsum("BHQp,BHpK->BHQK", dscores_BHQp, k_BHQK) + einsum("BHQV,BHKV->BHQK", do_BHQV * a_BHQ1, state_BHKV)
@@ -150,7 +124,7 @@ def _chunks(log_decay_H, segments_BT, T, chunk):
 
     first_NB1 = jnp.arange(len(segments_NBQ))[:, None, None] * chunk
     begin_B1, end_B1 = jnp.split(bounds_B2, 2, axis=1)
-    # Clipping to [begin, end] counts only tokens at which the state decays. time and total are t_i and t of the docstring.
+    # Clipping to [begin, end] counts only tokens at which the state decays.
     start_NB1 = jnp.clip(first_NB1, begin_B1, end_B1)
     time_NBQ = jnp.clip(first_NB1 + jnp.arange(1, chunk + 1), begin_B1, end_B1)
     time_NBQ = (time_NBQ - start_NB1).astype(log_decay_H.dtype)
@@ -165,8 +139,8 @@ def _chunks(log_decay_H, segments_BT, T, chunk):
     return Chunks(a_NBHQ, b_NBHQ, r_NBH, segments_NBQ)
 
 
-def _pair_decay(log_decay_H, chunk, segmented):
-    """Returns a function that returns D of a chunk. D is the same for all chunks, except where `segmented` makes it 0."""
+def _decay_function(log_decay_H, chunk, segmented):
+    """Returns a function that computes D of a chunk. D differs between chunks only if there are segments."""
     distance_Qp = jnp.arange(chunk)[:, None] - jnp.arange(chunk)
     decay_HQp = jnp.where(distance_Qp >= 0, jnp.exp(log_decay_H[:, None, None] * jnp.maximum(distance_Qp, 0)), 0)
 
