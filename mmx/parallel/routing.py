@@ -64,7 +64,7 @@ def expert_capacity(capacity: float, assignments: int, E: int) -> int:
     """Returns how many assignments one expert accepts: ceil(capacity x assignments / E), or all if `capacity` is 0."""
     if not capacity:
         return assignments
-    # 1.1 x 10 is 11.000000000000002 in floating point. Only six decimals are kept, so that the ceiling is 11 and not 12.
+    # 1.1 x 110 is 121.00000000000001 in floating point. Only six decimals are kept, so that the ceiling is 121 and not 122.
     millionths = int(capacity * assignments * 1e6)
     return -(-millionths // int(E * 1e6))       # the ceiling of the quotient
 
