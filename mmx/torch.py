@@ -12,6 +12,7 @@ not the library:
     dtype       The stock model keeps decays and states of lightning attention in its own dtype. The released model and
                 mmx keep them in float32; in bfloat16 the smallest slopes would be lost to rounding.
 """
+import copy
 from pathlib import Path
 
 from mmx.checkpoints import hf_config, hf_layout, manager, safetensors
@@ -53,6 +54,12 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, **options) -
 
 def load_stock(directory: str | Path, **options) -> MiniMaxForCausalLM:
     """Reads a directory with unchanged transformers, which gives other logits."""
+    index = Path(directory) / safetensors.INDEX
+    if index.exists():      # otherwise transformers would read a stray model.safetensors
+        if not isinstance(untrusted.read_json(index).get("metadata"), dict):
+            raise ConfigError(f"{index} has no metadata, which transformers needs: convert the checkpoint with mmx convert to-hf")
+        options["config"] = copy.copy(options.get("config") or MiniMaxConfig.from_pretrained(directory))
+        options["config"].transformers_weights = safetensors.INDEX
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()       # it would report the decay buffers, which are not in the file, as newly initialized
     try:

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from mmx import config
 from mmx import mesh as meshes
 from mmx.checkpoints import convert, hf_config, hf_layout, safetensors
+from mmx.checkpoints import initial as starts
 from mmx.checkpoints import manager as checkpoint
 from mmx.config import ConfigError
 from mmx.model import abstract_params
@@ -170,8 +171,8 @@ def test_a_checkpoint_of_another_machine_loads(tmp_path, monkeypatch):
 def test_settings_differ_only_by_keys_that_change_the_function(pattern, keys):
     saved = dataclasses.replace(SMALL, pattern=pattern)
     new = dataclasses.replace(saved, rotary_dim=2, window=7, head_norm_eps=1e-3, aux_weight=0.5, capacity=1.5, impl="xla")
-    assert [text.split(" is ")[0] for text in convert.differing_settings(saved, new)] == [f"model.{key}" for key in keys]
-    assert not convert.differing_settings(saved, saved)
+    assert [text.split(" is ")[0] for text in starts.differing_settings(saved, new)] == [f"model.{key}" for key in keys]
+    assert not starts.differing_settings(saved, saved)
 
 
 def test_decay_buffers_equal_the_oracles():

@@ -15,6 +15,7 @@ from mmx import config
 from mmx import mesh as meshes
 from mmx.analysis.counts import flops_tile
 from mmx.checkpoints import convert, hf_config, hf_layout, manager
+from mmx.checkpoints import initial as starts
 from mmx.config import ConfigError
 from mmx.data import images, packing, pipeline
 from mmx.model import Model, abstract_params, encode_images
@@ -207,7 +208,7 @@ def test_a_text_model_learns_to_see(whole, tmp_path):
     written = hf_config.write_model(text, "released", "float32", convert.BYTE_IDS)
     (tmp_path / "hf" / "config.json").write_text(json.dumps(written))
     e = config.Experiment(C, TRAIN, mesh=config.Mesh(1))
-    initial = training.InitialCheckpoints(convert.open_initial(tmp_path / "hf", C), convert.open_initial_vision(whole, C))
+    initial = training.InitialCheckpoints(starts.open_initial(tmp_path / "hf", C), starts.open_initial_vision(whole, C))
     made = training.initial_params(training.build_program(e, meshes.make(e)), initial)
     vision, vit, new = made.pop("vision"), convert.load(whole).params["vision"], start()[0]["vision"]
     jax.tree.map(np.testing.assert_array_equal, made, convert.load(tmp_path / "hf").params)
@@ -218,18 +219,18 @@ def test_a_text_model_learns_to_see(whole, tmp_path):
 
 def test_a_vit_with_another_tile_size(whole):
     larger = dataclasses.replace(C, dim=24, vision=dataclasses.replace(V, tile=16))
-    source = convert.open_initial_vision(whole, larger)
+    source = starts.open_initial_vision(whole, larger)
     blank = jax.tree.map(lambda x: jnp.zeros(x.shape), abstract_params(larger)["vision"])
-    made, vit = convert.load_initial_vision(source, blank), convert.load(whole).params["vision"]
+    made, vit = starts.load_initial_vision(source, blank), convert.load(whole).params["vision"]
     jax.tree.map(np.testing.assert_array_equal, made["layers"], vit["layers"])
     assert made["place_PJ"].shape == (17, 8) and not made["in_JO"].any() and not made["newline_D"].any()
     np.testing.assert_array_equal(made["place_PJ"][0], vit["place_PJ"][0])
     corners = made["place_PJ"][1:].reshape(4, 4, 8)[::3, ::3].reshape(4, 8)
     assert np.abs(corners - vit["place_PJ"][1:]).max() < 0.3 * np.abs(vit["place_PJ"]).max()
     with pytest.raises(ConfigError, match="has model.vision.hidden=12, this model 13"):
-        convert.open_initial_vision(whole, dataclasses.replace(C, vision=dataclasses.replace(V, hidden=13)))
+        starts.open_initial_vision(whole, dataclasses.replace(C, vision=dataclasses.replace(V, hidden=13)))
     with pytest.raises(ConfigError, match="train.init_vision=.*: this is a text model; set model.vision.layers"):
-        convert.open_initial_vision(whole, dataclasses.replace(C, vision=config.Vision()))
+        starts.open_initial_vision(whole, dataclasses.replace(C, vision=config.Vision()))
 
 
 def test_optimizer_of_what_sees():

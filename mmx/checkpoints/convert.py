@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 import re
 import shutil
@@ -16,25 +15,22 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
 from mmx import config
-from mmx.checkpoints import hf_config, hf_layout, manager, safetensors
+from mmx.checkpoints import hf_config, hf_layout, manager, safetensors, side_files, tokenizer_files
+from mmx.checkpoints.casts import DTYPES, cast, find_dtype
 from mmx.checkpoints.shapes import check_shapes
+from mmx.checkpoints.tokenizer_files import BYTE_IDS
 from mmx.config import ConfigError
 from mmx.data import tokens
-from mmx.files import atomic, untrusted
+from mmx.files import atomic, notes, untrusted
 from mmx.kernels import int8
-from mmx.layers.kinds import KINDS, kind_of
 from mmx.model import Model
 from mmx.parallel import sharding
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 DIALECTS = ("transformers", "released")
-BYTE_IDS = {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}      # of the byte tokenizer
-SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
 class Loaded(NamedTuple):
@@ -54,12 +50,13 @@ class ReleasedSource:
 
     def __init__(self, directory: Path):
         file = directory / "config.json"
-        self.side_files, self.json = directory, untrusted.read_json(untrusted.check_link(file))
+        self.directory = self.side_files = directory
+        self.json = untrusted.read_json(untrusted.check_link(file))
         self.arguments = hf_config.read_model(self.json, file)
         self.model = config.build({"model": self.arguments}).model
         self.tensors = safetensors.find_tensors(directory)
         safetensors.check_tensors(self.tensors, self.model, directory)
-        self.tokenizer = _tokenizer(directory, self.ids())
+        self.tokenizer = tokenizer_files.find_tokenizer(directory, self.ids())
 
     def ids(self) -> dict:
         """The ids of bos, eos and pad; those in generation_config.json take precedence over config.json."""
@@ -81,7 +78,7 @@ class ReleasedSource:
         dtype = self.dtype(leaf)
         array = np.empty(leaf.shape, dtype)
         for piece in leaf.slices(dtype.itemsize):
-            array[piece.index] = self.read(files, leaf, piece)
+            array[piece.index] = cast(self.read(files, leaf, piece), dtype, piece.name)
         return array
 
     def reader(self, files, leaf):
@@ -105,10 +102,10 @@ class WorkdirSource:
                 raise ConfigError(f"{step}: tensor {'.'.join(path)} has dtype {array.dtype.name}; supported are "
                                   f"{', '.join(map(str, safetensors.DTYPE_CODES))}")
         # a workdir that `from_hf` wrote and that no run has changed contains the side files of the released checkpoint
-        self.side_files = None if "data" in text else workdir
+        self.directory, self.side_files = workdir, None if "data" in text else workdir
         file = workdir / "tokenizer.json"
         if self.side_files:
-            self.tokenizer = _tokenizer(workdir, self.ids())
+            self.tokenizer = tokenizer_files.find_tokenizer(workdir, self.ids())
         else:
             self.tokenizer = str(file) if file.exists() else experiment.data.tokenizer
 
@@ -168,17 +165,19 @@ def from_hf(path: str | Path, out: str | Path, dtype: str | None = None, progres
     source = open_source(path)
     with _destination(out) as partial:
         leaves = hf_layout.leaves(source.model)
-        dtypes = {leaf.path: _dtype(dtype) or source.dtype(leaf) for leaf in leaves}
+        dtypes = {leaf.path: find_dtype(dtype) or source.dtype(leaf) for leaf in leaves}
         arrays = manager.create_params(partial / "checkpoints" / "0", {
             leaf.path: (leaf.shape, dtypes[leaf.path], leaf.slice_shape(source.dtype(leaf).itemsize)) for leaf in leaves})
 
         def write(leaf, piece, slice_):
+            slice_ = cast(slice_, dtypes[leaf.path], piece.name)
             with manager.storage_errors(f"{out} cannot be written"):
-                arrays[leaf.path][piece.index].write(slice_.astype(dtypes[leaf.path], copy=False)).result()
+                arrays[leaf.path][piece.index].write(slice_).result()
 
         _stream(source, leaves, write, progress)
         (partial / "config.json").write_text(json.dumps({"model": source.arguments}, indent=1))
-        _write_side_files(source, partial)
+        side_files.write_list(partial, copy_side_files(source, partial))
+        _write_ids(source, partial)
     return Path(out)
 
 
@@ -202,7 +201,7 @@ def to_hf(path: str | Path, out: str | Path, dialect: str = "transformers", dtyp
         raise ConfigError(f"shard-bytes {shard_bytes} must be positive")
     source = open_source(path)
     model, leaves = source.model, hf_layout.leaves(source.model)
-    dtypes = {leaf.path: _dtype(dtype) or source.dtype(leaf) for leaf in leaves}
+    dtypes = {leaf.path: find_dtype(dtype) or source.dtype(leaf) for leaf in leaves}
     tensors = {name: (dtypes[leaf.path], leaf.tensor_shape) for leaf in leaves for _, name in leaf.tensors()}
     buffers = {}
     if dialect == "transformers" and model.heads & (model.heads - 1):
@@ -217,7 +216,7 @@ def to_hf(path: str | Path, out: str | Path, dialect: str = "transformers", dtyp
         places = safetensors.plan_files(partial, tensors, shard_bytes)
 
         def write(leaf, piece, slice_):
-            block = leaf.to_released(slice_.astype(dtypes[leaf.path], copy=False))
+            block = leaf.to_released(cast(slice_, dtypes[leaf.path], piece.name))
             safetensors.write_piece(files, places[piece.name], leaf, piece, block)
 
         _stream(source, leaves, write, progress)
@@ -225,7 +224,11 @@ def to_hf(path: str | Path, out: str | Path, dialect: str = "transformers", dtyp
             values = hf_layout.decay_buffers(model, layer)[kind]
             files.write(places[name].file, memoryview(values.reshape(-1).view(np.uint8)), places[name].offset)
         (partial / "config.json").write_text(json.dumps(text, indent=1))
-        _write_side_files(source, partial)
+        copy_side_files(source, partial)
+        _write_ids(source, partial)
+        tokenizer_files.write_tokenizer(source.tokenizer, partial, out)
+    if differences := hf_config.stock_differences(model, dialect, dtypes[("embed_WD",)].name):
+        notes.note(f"{out}: {differences}")
     return Path(out)
 
 
@@ -234,14 +237,6 @@ def _sort_key(name: str) -> tuple[bool, float]:
     layer = re.search(r"\.layers\.(\d+)\.", name)
     first = -1 if ".embed" in name else float("inf")
     return not name.startswith(("vision", "multi", "image")), int(layer[1]) if layer else first
-
-
-def _dtype(name) -> np.dtype | None:
-    """The dtype of a name, or of what NumPy and JAX accept as one. Raises ConfigError for an unsupported one."""
-    name = name if name is None or isinstance(name, str) else np.dtype(name).name
-    if name is not None and name not in DTYPES:
-        raise ConfigError(f"dtype {name!r} is none of {', '.join(DTYPES)}")
-    return DTYPES.get(name)
 
 
 def _stream(source, leaves, write, progress: bool):
@@ -278,107 +273,35 @@ def _ids(config_json: dict) -> dict:
     return {key: config_json.get(key) for key in BYTE_IDS}
 
 
-def _tokenizer(directory: Path, ids: dict) -> str:
-    """The path of a directory's tokenizer.json; without one, "bytes" if `ids` equals BYTE_IDS, else ""."""
-    file = directory / "tokenizer.json"
-    return str(untrusted.check_link(file)) if file.exists() else "bytes" if ids == BYTE_IDS else ""
+def copy_side_files(source, out: Path) -> list[str]:
+    """Copies the files beside the tensors of a source that `out` does not have; returns their names.
 
-
-def _write_side_files(source, out: Path):
-    """Copies the files of the tokenizer and of generation; writes generation_config.json if the source has none."""
-    for name in SIDE_FILES:
-        if source.side_files and (source.side_files / name).exists():
-            file = untrusted.check_link(source.side_files / name)
-            (out / name).write_bytes(untrusted.read_bytes(file, untrusted.TOKENIZER_BYTES))
+    The tokenizer.json of the byte tokenizer is not copied: an export gets a new one.
+    """
+    names = side_files.find(source.directory, isinstance(source, WorkdirSource))
+    copied = side_files.copy(source.directory, names, out, ("tokenizer.json",) if source.tokenizer == "bytes" else ())
     if not (out / "tokenizer.json").exists() and config.tokenizer_file(source.tokenizer):
         (out / "tokenizer.json").write_bytes(untrusted.read_bytes(source.tokenizer, untrusted.TOKENIZER_BYTES))
-    if not (out / "generation_config.json").exists():
-        (out / "generation_config.json").write_text(json.dumps(source.ids(), indent=1))
+    return copied
 
 
-def _unflatten(flat: dict[tuple[str, ...], object]) -> dict:
-    """A nested dict from a dict of paths."""
+def _write_ids(source, out: Path) -> None:
+    """Adds the ids of bos, eos and pad to generation_config.json, unless the file is from a released checkpoint."""
+    path = out / "generation_config.json"
+    if path.exists() and source.side_files:
+        return
+    saved = untrusted.read_json(path) if path.exists() else {}
+    text = source.ids() | {key: value for key, value in saved.items() if value is not None}
+    if not path.exists() or text != saved:
+        path.write_text(json.dumps(text, indent=1))
+
+
+def unflatten(flat: dict[tuple[str, ...], object]) -> dict:
+    """Returns a nested dict from a dict of paths."""
     tree = {}
     for (*folders, name), value in flat.items():
         functools.reduce(lambda node, key: node.setdefault(key, {}), folders, tree)[name] = value
     return tree
-
-
-def open_initial(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
-    """Opens a checkpoint from which `model` can start (train.init_from).
-
-    Raises ConfigError unless the checkpoint has all parameters of the model, or all of its text part, with the same shapes.
-    """
-    source = open_source(path)
-    if not source.model.vision.layers:
-        model = dataclasses.replace(model, vision=config.Vision())
-    found, wanted = ({"/".join(leaf.path): leaf.shape for leaf in hf_layout.leaves(m)} for m in (source.model, model))
-    check_shapes(found, wanted, f"train.init_from={str(path)!r}", "this model")
-    return source
-
-
-def differing_settings(saved: config.Model, new: config.Model) -> list[str]:
-    """Describes the keys, with both values, that make two models of the same shapes compute different functions."""
-    ignored = {*config.IMPLEMENTATION_KEYS, "capacity", "transport", "aux", "aux_weight", "z_weight", "context", "init",
-            "embed_std", "dtype", "vision"}
-    used = {key for letter in saved.pattern + new.pattern for key in kind_of(letter).config_keys}
-    ignored |= {key for kind in KINDS.values() for key in kind.config_keys} - used
-    values = ((f.name, getattr(saved, f.name), getattr(new, f.name)) for f in dataclasses.fields(config.Model))
-    return [f"model.{name} is {old} there, {value} here" for name, old, value in values if name not in ignored and old != value]
-
-
-def load_initial(source: ReleasedSource | WorkdirSource, params: dict) -> dict:
-    """Loads the parameters of a source from `open_initial`.
-
-    A workdir is read in slices. For a Hugging Face directory, the host needs memory for one leaf at a time.
-
-    Args:
-      params: abstract parameters of the new model, with dtypes and shardings. Those that the source lacks are ignored.
-    """
-    loaded = {}
-    with safetensors.Files(os.O_RDONLY) as files, jax.transfer_guard_host_to_device("allow"):
-        for leaf in hf_layout.leaves(source.model):
-            want, read = functools.reduce(dict.get, leaf.path, params), source.reader(files, leaf)
-            loaded[leaf.path] = jax.make_array_from_callback(
-                want.shape, want.sharding, lambda index: read(index).astype(want.dtype))
-    return _unflatten(loaded)
-
-
-def open_initial_vision(path: str | Path, model: config.Model) -> ReleasedSource | WorkdirSource:
-    """Opens a checkpoint from whose ViT `model` can start (train.init_vision). Its tiles may have another size."""
-    if not model.vision.layers:
-        raise ConfigError(f"train.init_vision={str(path)!r}: this is a text model; set model.vision.layers")
-    source = open_source(path)
-    for name in ("layers", "dim", "heads", "hidden", "patch"):
-        found, wanted = (getattr(m.vision, name) for m in (source.model, model))
-        if found != wanted:
-            raise ConfigError(f"train.init_vision={str(path)!r} has model.vision.{name}={found}, this model {wanted}")
-    return source
-
-
-def load_initial_vision(source: ReleasedSource | WorkdirSource, vision: dict) -> dict:
-    """Replaces the ViT in `vision`, the vision parameters of a model, by the ViT of a source from `open_initial_vision`.
-
-    The projector and the image newline stay, because their shapes depend on the text model. Position embeddings of tiles of
-    another size are interpolated (bicubic).
-    """
-    loaded = jax.tree.map(lambda x: x, vision)
-    with safetensors.Files(os.O_RDONLY) as files, jax.transfer_guard_host_to_device("allow"):
-        for leaf in hf_layout.leaves(source.model):
-            *folders, name = leaf.path
-            if folders[:1] == ["vision"] and not set("DO") & set(name.rpartition("_")[2]):
-                part = functools.reduce(dict.get, folders[1:], loaded)
-                w = source.read_leaf(files, leaf).astype(part[name].dtype)
-                w = _resize_positions(w, len(part[name])) if name == "place_PJ" else w
-                part[name] = jax.make_array_from_callback(w.shape, part[name].sharding, lambda index, w=w: w[index])
-    return loaded
-
-
-def _resize_positions(place_PJ, count: int) -> np.ndarray:
-    """Position embeddings for another number of positions: the class token, then a square of patches."""
-    old, new = (math.isqrt(n - 1) for n in (len(place_PJ), count))
-    grid = jax.image.resize(place_PJ[1:].reshape(old, old, -1), (new, new, place_PJ.shape[1]), "bicubic")
-    return place_PJ if old == new else np.concatenate([place_PJ[:1], np.asarray(grid).reshape(new * new, -1)])
 
 
 def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Loaded:
@@ -394,23 +317,26 @@ def load(path: str | Path, dtype=None, weights_dtype: str | None = None) -> Load
       weights_dtype: "int8" quantizes the matrices (`kernels.int8`), slice by slice; None: does not.
     """
     source = open_source(path)
-    param_dtype = _dtype(dtype)
+    param_dtype = find_dtype(dtype)
     if weights_dtype not in (None, "int8"):
         raise ConfigError(f"weights_dtype {weights_dtype!r} must be int8")
     params = {}
     with safetensors.Files(os.O_RDONLY) as files:
         for leaf in hf_layout.leaves(source.model):
             name = leaf.path[-1]
+            stored = source.dtype(leaf)
+            # without x64, JAX would turn float64 into float32 without checking the values
+            wanted = param_dtype or (DTYPES["float32"] if stored.itemsize > 4 and not jax.config.jax_enable_x64 else stored)
             if weights_dtype and leaf.path[0] != "vision" and int8.contracted_axes(name):
                 w = _read_int8(source, files, leaf)
             else:
-                w = source.read_leaf(files, leaf).astype(param_dtype or source.dtype(leaf), copy=False)
+                w = cast(source.read_leaf(files, leaf), wanted, leaf.name)
             letters = name.rpartition("_")[2]
             params[leaf.path] = jax.tree.map(lambda x: jax.device_put(x, sharding.weight_sharding(letters, x.shape)), w)
     half = params[("embed_WD",)].dtype == jnp.bfloat16
     compute = "bfloat16" if half else source.model.dtype if dtype is None else "float32"
     model = dataclasses.replace(source.model.portable(), capacity=0.0, transport=0.0, dtype=compute)
-    return Loaded(Model(model), _unflatten(params), model, source.tokenizer)
+    return Loaded(Model(model), unflatten(params), model, source.tokenizer)
 
 
 def _read_int8(source, files, leaf) -> int8.Int8:
@@ -419,10 +345,13 @@ def _read_int8(source, files, leaf) -> int8.Int8:
     scale_shape = [1 if axis - len(leaf.shape) in axes else n for axis, n in enumerate(leaf.shape)]
     values, scale = np.empty(leaf.shape, np.int8), np.empty(scale_shape, np.float32)
     for piece in leaf.slices(source.dtype(leaf).itemsize):      # a slice contains whole channels
+        block = cast(source.read(files, leaf, piece), np.float32, piece.name)
+        if not np.isfinite(block).all():
+            raise ConfigError(f"tensor {piece.name} contains values that are not finite; int8 cannot represent them")
         scale_index = [*piece.index, *[slice(None)] * (len(leaf.shape) - len(piece.index))]
         for axis in axes:
             scale_index[axis] = slice(None)
-        values[piece.index], scale[tuple(scale_index)] = int8.quantize(source.read(files, leaf, piece), axes)
+        values[piece.index], scale[tuple(scale_index)] = int8.quantize(block, axes)
     return int8.Int8(values, scale)
 
 

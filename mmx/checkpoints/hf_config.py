@@ -1,6 +1,11 @@
 """config.json of the released checkpoint form, in its two dialects (docs/model.md section 6)."""
+import re
+
+from mmx.checkpoints.hf_keys import check_keys
 from mmx.checkpoints.hf_layout import BLOCK, check_released
+from mmx.checkpoints.shapes import first_five
 from mmx.config import ConfigError, Model, build, typed
+from mmx.files import notes
 from mmx.layers.kinds import KINDS, kind_of
 
 REQUIRED = {"vocab": "vocab_size", "dim": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
@@ -12,22 +17,39 @@ FACTORS = {     # key of mmx: (key of the released dialect, key of transformers)
     for ours, released, stock in (("lightning", "linear_attention", "linear_attn"),
                                   ("softmax", "full_attention", "full_attn"), ("moe", "mlp", "mlp"))
     for ratio in ("alpha", "beta")}
+USED = {*REQUIRED.values(), *(key for keys in FACTORS.values() for key in keys), "num_key_value_heads", "head_dim",
+        "rotary_dim", "partial_rotary_factor", "rope_theta", "rope_parameters", "rope_scaling", "num_experts_per_tok",
+        "rms_norm_eps", "attn_type_list", "layer_types", "postnorm", "hidden_act", "shared_intermediate_size",
+        "tie_word_embeddings", "sliding_window", "quantization_config"}
+VISION_USED = {*VISION_REQUIRED.values(), "layer_norm_eps", "hidden_act", "num_channels"}
+OUTER_USED = {"text_config", "vision_config", "image_grid_pinpoints", "image_token_index", "image_token_id",
+              "tie_word_embeddings", "vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act",
+              "multimodal_projector_bias", "quantization_config"}
+DEFAULT_KV_HEADS, DEFAULT_ROPE_THETA = 8, 1e6       # of the released code and of transformers, for absent keys
+# Model types and architectures, in lower case without separators. Whole names are compared: MiniMax-M2 is another model.
+TEXT_TYPES = ("minimax", "minimaxtext01", "minimaxm1", "minimaxvl01text")
+VISION_TYPES = ("minimaxvl01", "llavanext")
 
 
 def read_model(config: dict, where) -> dict:
     """The arguments of config.Model that a config.json in either dialect describes. Raises ConfigError.
 
     Released keys take precedence over those of transformers. Missing keys get the defaults of the released code, except
-    postnorm: it is true, as in every released config.
+    postnorm: it is true, as in every released config. One line on stderr names keys that mmx does not know; those that may
+    change the function are refused (`hf_keys`).
 
     Args:
       where: the file, for messages.
     """
+    unknown = []
     try:
-        model = _arguments(config) if "vision_config" not in config else _arguments_with_vision(config)
+        read = _arguments_with_vision if "vision_config" in config else _arguments
+        model = read(config, unknown)
         build({"model": model})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+    if unknown:
+        notes.note(f"{where}: keys that mmx does not know are ignored: {first_five(unknown)}")
     return model
 
 
@@ -48,10 +70,25 @@ def _field(table: dict, keys: str, kind: type, default=None, null=None):
     return null if value is None and null is not None else typed(key, value, kind)
 
 
-def _arguments_with_vision(config: dict) -> dict:
+def _check_type(config: dict, types: tuple, examples: str) -> None:
+    """Raises ConfigError unless model_type is one of `types`, or architectures if there is no model_type."""
+    key = "architectures" if config.get("model_type") is None else "model_type"
+    names = _as_list([] if config.get(key) is None else config[key])
+    for name in names:
+        if re.sub("(for[a-z]+|model)$", "", _plain(name)) not in types:
+            raise ConfigError(f"{key}={name!r:.200} is not supported, only {examples}")
+
+
+def _plain(name) -> str:
+    """A name in lower case without separators: minimaxtext01 for minimax_text_01, MiniMaxText01 and MiniMax-Text-01."""
+    return re.sub(r"[-_.\s]", "", str(name)).lower()
+
+
+def _arguments_with_vision(config: dict, unknown: list) -> dict:
     """The arguments of a model that reads images: config.json contains its text model as text_config."""
-    vision_config = _field(config, "vision_config", dict)
-    for key, value, only in (("model_type", config.get("model_type"), ("minimax_vl_01", "llava_next")),
+    vision_config, text_config = (_field(config, key, dict) for key in ("vision_config", "text_config"))
+    _check_type(config, VISION_TYPES, "minimax_vl_01 or llava_next")
+    for key, value, only in (("quantization_config", config.get("quantization_config"), (None,)),
                              ("tie_word_embeddings", config.get("tie_word_embeddings", False), (False,)),
                              ("vision_feature_layer", config.get("vision_feature_layer", -2), (-1,)),
                              ("vision_feature_select_strategy", config.get("vision_feature_select_strategy", "default"),
@@ -69,12 +106,14 @@ def _arguments_with_vision(config: dict) -> dict:
         raise ConfigError(f"image_grid_pinpoints={grids!s:.200} must be pairs of height and width, multiples of {tile}")
     vision |= {"grids": [[height // tile, width // tile] for height, width in grids],
                "norm_eps": _field(vision_config, "layer_norm_eps", float, 1e-5),
-               "token": _field(config, "image_token_index", int)}
-    return _arguments(_field(config, "text_config", dict)) | {"vision": vision}
+               "token": _field(config, "image_token_index image_token_id", int)}
+    unknown += check_keys(config, OUTER_USED) + check_keys(vision_config, VISION_USED, "vision_config.")
+    return _arguments(text_config, unknown, "text_config.") | {"vision": vision}
 
 
-def _arguments(config: dict) -> dict:
-    """The arguments of a text model."""
+def _arguments(config: dict, unknown: list, prefix: str = "") -> dict:
+    """The arguments of a text model. The keys that mmx does not know are added to `unknown`, with `prefix`."""
+    _check_type(config, TEXT_TYPES, "minimax, minimax_text_01 or minimax_m1")
     model = {ours: _field(config, theirs, int) for ours, theirs in REQUIRED.items() if ours != "experts"}
     experts = {typed("num_local_experts", count, int) for count in _as_list(config.get("num_local_experts"))}
     if len(experts) != 1:
@@ -83,15 +122,12 @@ def _arguments(config: dict) -> dict:
     if not _field(config, "postnorm", bool, True):
         raise ConfigError("postnorm=false (the residual is the input before its norm) is not supported; the released "
                           "models have true")
-    rope = _field(config, "rope_parameters", dict, {}, {})
+    rope = _rope(config)
     shared = config.get("shared_intermediate_size") or 0
-    for key, value, only in (("model_type", _field(config, "model_type", str, "minimax", "minimax")[:7], "minimax"),
-                             ("hidden_act", config.get("hidden_act", "silu"), "silu"),
+    for key, value, only in (("hidden_act", config.get("hidden_act", "silu"), "silu"),
                              ("shared_intermediate_size", shared if any(_as_list(shared)) else 0, 0),
                              ("tie_word_embeddings", config.get("tie_word_embeddings", False), False),
                              ("sliding_window", config.get("sliding_window"), None),
-                             ("rope_scaling", config.get("rope_scaling"), None),
-                             ("rope_parameters.rope_type", rope.get("rope_type", "default"), "default"),
                              ("quantization_config", config.get("quantization_config"), None)):
         if value != only:
             raise ConfigError(f"{key}={value!r} is not supported, only {only!r}")
@@ -104,12 +140,12 @@ def _arguments(config: dict) -> dict:
     letters = "".join(kinds[kind] for kind in listed)
     model["pattern"] = next(letters[:p] for p in range(1, len(letters) + 1)
                             if letters[:p] * (len(letters) // p) == letters)
-    model["kv_heads"] = _field(config, "num_key_value_heads", int, model["heads"], model["heads"])
+    model["kv_heads"] = _field(config, "num_key_value_heads", int, DEFAULT_KV_HEADS, model["heads"])
     share = model["dim"] // max(model["heads"], 1)
     model["head_dim"] = _field(config, "head_dim", int, share, share)
     part = round(_field(config | rope, "partial_rotary_factor", float, 1.0) * model["head_dim"])
     model["rotary_dim"] = _field(config, "rotary_dim", int, part, part)
-    theta = _field(rope, "rope_theta", float, 10_000.0)
+    theta = _field(rope, "rope_theta", float, DEFAULT_ROPE_THETA)
     model["rope_theta"] = _field(config, "rope_theta", float, theta, theta)
     model["top_k"] = _field(config, "num_experts_per_tok", int, 2)
     model["norm_eps"] = _field(config, "rms_norm_eps", float, 1e-5)
@@ -119,7 +155,21 @@ def _arguments(config: dict) -> dict:
         model[ours] = _field(config, " ".join(names), float, 1.0)
         if model[ours] == 0 and ours.startswith("alpha"):
             raise ConfigError(f"{' or '.join(names)} is 0: a layer without its residual is not supported")
+    unknown += check_keys(config, USED, prefix)
     return model
+
+
+def _rope(config: dict) -> dict:
+    """rope_parameters. Raises ConfigError unless it, and rope_scaling of older files, describe RoPE without scaling."""
+    tables = {key: _field(config, key, dict, {}, {}) for key in ("rope_parameters", "rope_scaling")}
+    for name, table in tables.items():
+        for key in ("rope_type", "type"):       # transformers called it "type" before version 4.45
+            if table.get(key, "default") != "default":
+                raise ConfigError(f"{name}.{key}={table[key]!r:.200} is not supported, only 'default': mmx computes RoPE "
+                                  "without scaling")
+        used = {"rope_theta", "partial_rotary_factor"} if name == "rope_parameters" else set()
+        check_keys(table, used | {"rope_type", "type"}, f"{name}.")
+    return tables["rope_parameters"]
 
 
 def _as_list(value) -> list:
@@ -166,6 +216,25 @@ def write_model(model: Model, dialect: str, dtype: str, ids: dict) -> dict:
         text = {"architectures": ["MiniMaxForCausalLM"], "model_type": "minimax", "dtype": dtype,
                 **both, **released, **stock}
     return _with_vision(text, model, dialect, dtype, ids) if model.vision.layers else text
+
+
+def stock_differences(model: Model, dialect: str, dtype: str) -> str:
+    """Says in one line where stock transformers computes another function than the model, and what to use instead; or "".
+
+    The reasons are listed in docs/model.md section 7.
+    """
+    remedy = "run it with mmx" if model.vision.layers else "load it with mmx.torch.load"
+    if dialect == "released":
+        return f"transformers needs remote code for the released dialect; {remedy}, or give --dialect transformers"
+    found = []
+    if "S" in model.pattern and model.rotary_dim < model.head_dim:
+        found.append(f"it rotates all {model.head_dim} dimensions of a head, not the first {model.rotary_dim} (partial RoPE)")
+    if "L" in model.pattern and dtype != "float32":
+        found.append(f"it keeps decays and states of lightning attention in {dtype} instead of float32")
+    if "L" in model.pattern and model.heads & (model.heads - 1):
+        found.append(f"its decays for {model.heads} heads (not a power of two) are right only with the decay buffers in this "
+                     "export")
+    return f"stock transformers computes another function: {'; '.join(found)}; {remedy}" if found else ""
 
 
 def _with_vision(text: dict, model: Model, dialect: str, dtype: str, ids: dict) -> dict:

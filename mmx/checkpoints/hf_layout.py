@@ -92,6 +92,11 @@ class Leaf:
         first, *rest = (math.prod(self.sizes(group)) for group in self.layout.axes.split())
         return (first * self.layout.parts, *rest)
 
+    @property
+    def name(self) -> str:
+        """The leaf's path, for messages."""
+        return ".".join(self.path)
+
     def tensors(self) -> Iterator[tuple[tuple[int, ...], str]]:
         """(index along the stacked axes, released name) of each tensor."""
         for index in np.ndindex(self.sizes(self.stacked)):

@@ -24,7 +24,9 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from mmx.checkpoints import orbax_hooks
+from mmx.checkpoints.casts import cast
 from mmx.checkpoints.shapes import check_shapes
+from mmx.checkpoints.tokenizer_files import BYTE_IDS, find_tokenizer, fingerprint
 from mmx.config import IMPLEMENTATION_KEYS, ConfigError, Experiment, Model, to_json
 from mmx.files import atomic, checksums, untrusted
 from mmx.layers.kinds import kind_of
@@ -231,33 +233,48 @@ def read_config(workdir: str | Path) -> dict:
     return sections
 
 
-def check_config(workdir: str | Path, experiment: Experiment) -> None:
-    """Writes WORKDIR/config.json, and tokenizer.json if the run has one.
+def check_config(workdir: str | Path, experiment: Experiment, write: bool = True) -> None:
+    """Raises ConfigError if the workdir has a run of another config, or with another tokenizer.
 
-    Raises ConfigError if the workdir has those files from a different run.
+    Args:
+      write: also write WORKDIR/config.json, and tokenizer.json if the run has one.
     """
-    path, name = Path(workdir) / "config.json", experiment.data.tokenizer_file
-    files = {path: to_json(experiment).encode()}
-    tokenizer = path.with_name("tokenizer.json")
-    if name:
-        files[tokenizer] = untrusted.read_bytes(name, untrusted.TOKENIZER_BYTES)
-    if tokenizer.exists() and untrusted.read_bytes(tokenizer, untrusted.TOKENIZER_BYTES) != files.get(tokenizer):
-        raise ConfigError(f"data.tokenizer={experiment.data.tokenizer!r} is not the {tokenizer} that the run has: give "
-                          f"--config.data.tokenizer={tokenizer}, or another --workdir")
-    if path.exists():
-        saved = read_config(workdir)
+    path, data = Path(workdir) / "config.json", experiment.data
+    tokenizer, same_tokenizer = path.with_name("tokenizer.json"), False
+    saved = read_config(workdir) if path.exists() else {}
+    if name := _saved_tokenizer(Path(workdir), saved):
+        if fingerprint(name) != fingerprint(data.tokenizer):
+            raise ConfigError(f"data.tokenizer={data.tokenizer!r} is not the {name} that the run has: give "
+                              f"--config.data.tokenizer={name}, or another --workdir")
+        same_tokenizer = True
+    if saved:
         changeable = CHANGEABLE_KEYS if "train" in saved else CONVERTED_CHANGEABLE_KEYS
+        if same_tokenizer:      # the path of the tokenizer.json may change, its contents may not
+            changeable = changeable | {"data": {*changeable.get("data", ()), "tokenizer"}}
         old, new = _comparable(saved, changeable), _comparable(json.loads(to_json(experiment)), changeable)
         different = [f"{section}.{key} (there {old[section][key]!r}, now {value!r})" for section in old
                      for key, value in new[section].items() if key in old[section] and old[section][key] != value]
         if different:
             raise ConfigError(f"{workdir} contains a run of another config: {', '.join(different)}; give the same values, or "
                               "another --workdir")
-    if jax.process_index() == 0:
+    if write and jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
+        files = {path: to_json(experiment).encode()}
+        if data.tokenizer_file and not tokenizer.exists():
+            files[tokenizer] = untrusted.read_bytes(data.tokenizer_file, untrusted.TOKENIZER_BYTES)
         for file, content in files.items():
             with atomic.replacing(file, "wb") as new:
                 new.write(content)
+
+
+def _saved_tokenizer(workdir: Path, saved: dict) -> str:
+    """The tokenizer of a run: its tokenizer.json, or for a converted checkpoint also "bytes"; "" if neither is known."""
+    file, ids = workdir / "tokenizer.json", {}
+    generation = workdir / "generation_config.json"
+    if saved and "data" not in saved and generation.exists():
+        found = untrusted.read_json(untrusted.check_link(generation))
+        ids = {key: found.get(key) for key in BYTE_IDS}
+    return str(file) if file.exists() else find_tokenizer(workdir, ids)
 
 
 def _comparable(sections: dict, changeable: dict) -> dict:
@@ -374,7 +391,7 @@ def _read_tree(step: Path, item: str, tree):
     with jax.transfer_guard_host_to_device("allow"):        # training forbids implicit transfers; this one is intended
         return treedef.unflatten([jax.make_array_from_callback(
             leaf.shape, leaf.sharding or default,
-            lambda index, path=path, leaf=leaf: read_slice(arrays[path], index).astype(leaf.dtype))
+            lambda index, path=path, leaf=leaf: cast(read_slice(arrays[path], index), leaf.dtype, ".".join(path)))
             for path, leaf in wanted.items()])
 
 

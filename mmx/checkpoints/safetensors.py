@@ -13,10 +13,13 @@ import numpy as np
 from mmx.checkpoints.hf_layout import DECAY_BUFFERS, TOWER, Leaf, Slice, leaves
 from mmx.checkpoints.shapes import check_shapes, first_five
 from mmx.config import ConfigError, Model
-from mmx.files import untrusted
+from mmx.files import notes, untrusted
 
 MOST_TENSORS, MOST_AXES, MOST_NAME = 1_000_000, 8, 256      # tensors of a file, axes of a tensor, characters of its name
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EXPERT_MATRICES = ("w1", "w2", "w3")
+# last parts of the names of buffers that models derive from their config; some programs save them, in any dtype
+DERIVED = (*DECAY_BUFFERS, "position_ids", "inv_freq", "original_inv_freq", "cos_cached", "sin_cached")
 DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
           "BF16": np.dtype(ml_dtypes.bfloat16)}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -31,9 +34,12 @@ class Tensor(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by released name. Raises ConfigError if the file is damaged or exceeds a limit.
+    """The tensors of a safetensors file by released name. Tensors that the model does not use are skipped (`_is_unused`).
 
     The file begins with an 8-byte length and a JSON header of that length; the data follow.
+
+    Raises:
+      ConfigError: the file is damaged or exceeds a limit, or contains a tensor under two names.
     """
     if not path.is_file():
         raise ConfigError(f"{path} is not a regular file")
@@ -65,13 +71,13 @@ def read_header(path: Path) -> dict[str, Tensor]:
         if start + end > size:
             raise ConfigError(f"{path} is truncated: {name} ends at byte {start + end} of {size}; fetch the file again")
         spans.append((begin, end, name))
-        if name.rpartition(".")[2] in DECAY_BUFFERS:
+        if _is_unused(name):
             continue
         if code not in DTYPES:
             raise ConfigError(f"{path}: tensor {name} has dtype {code:.20}; only {', '.join(DTYPES)} are supported")
         if end - begin != math.prod(shape) * DTYPES[code].itemsize:
             raise ConfigError(f"{path} is damaged: tensor {name} of {code} {list(shape)} has {end - begin} bytes")
-        tensors |= _released_names(name, Tensor(path, DTYPES[code], shape, start + begin))
+        merge(tensors, _released_names(name, Tensor(path, DTYPES[code], shape, start + begin)))
         if len(tensors) > MOST_TENSORS:
             raise ConfigError(f"{path} has more than {MOST_TENSORS:,} tensors")
     for (_, end, name), (begin, _, next_name) in itertools.pairwise(sorted(spans)):
@@ -80,10 +86,30 @@ def read_header(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def merge(tensors: dict[str, Tensor], more: dict[str, Tensor]) -> None:
+    """Adds `more` to `tensors`. Raises ConfigError for a tensor that is in both."""
+    if doubled := next((name for name in more if name in tensors), None):
+        first, second = tensors[doubled].file, more[doubled].file
+        places = f"{first} contains" if first == second else f"{first} and {second.name} both contain"
+        twice = " under two names" if first == second else ""
+        raise ConfigError(f"{places} tensor {doubled}{twice}: remove one of the two")
+    tensors |= more
+
+
+def _is_unused(name: str) -> bool:
+    """Whether the model does not use a tensor: a derived buffer, or the norm after the ViT's last layer."""
+    return name.rpartition(".")[2] in DERIVED or _tower_tail(name).startswith("post_layernorm.")
+
+
+def _tower_tail(name: str) -> str:
+    """A tensor's name below the vision tower, "" for other tensors. transformers omits `vision_model.`."""
+    return name.removeprefix("vision_tower.").removeprefix("vision_model.") if name.startswith("vision_tower.") else ""
+
+
 def _released_names(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """A tensor by its released name. A stack of experts, as transformers has in memory, becomes one entry for each matrix."""
-    if name.startswith(("vision_tower.", "multi_modal_projector.")):
-        return {new: tensor for new in _vision_name(name)}
+    if tail := _tower_tail(name):
+        return {TOWER + tail: tensor}
     head, kind, tail = name.partition(".mlp.")
     if not kind:
         return {name: tensor}
@@ -100,49 +126,54 @@ def _released_names(name: str, tensor: Tensor) -> dict[str, Tensor]:
         for e in range(experts) for i, w in enumerate(names)}
 
 
-def _vision_name(name: str) -> list[str]:
-    """The released name of a vision tensor, in a list; [] for one that the model does not use.
-
-    transformers omits a part of the path, and has a last norm and position ids that nothing uses.
-    """
-    _, tower, tail = name.rpartition("vision_tower.")
-    tail = tail.removeprefix("vision_model.")
-    return [] if tail.startswith(("post_layernorm.", "embeddings.position_ids")) else [TOWER + tail if tower else name]
-
-
 def find_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors of a directory that has model.safetensors, or an index of several files."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if single.exists():
-        return read_header(untrusted.check_link(single))
-    if not index.exists():
-        raise ConfigError(f"{directory} has neither model.safetensors nor model.safetensors.index.json")
-    files = untrusted.read_json(untrusted.check_link(index)).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise ConfigError(f"{index} has no weight_map from tensor to file")
+    """The tensors of a directory that has an index of several files, or model.safetensors.
+
+    The index is read first. Other safetensors files are ignored; a line on stderr says so.
+    """
+    single, index = directory / SINGLE, directory / INDEX
+    if index.exists():
+        files = _read_index(index)
+    elif single.exists():
+        files = {single.name: ()}
+    else:
+        raise ConfigError(f"{directory} has neither {SINGLE} nor {INDEX}")
     tensors = {}
-    for file in sorted(set(files.values())):
-        if Path(file).name != file or file in ("..", ".") or not file.isprintable():
-            raise ConfigError(f"{index} names the file {file[:MOST_NAME]!r}; only files in the same directory are read")
-        if not (directory / file).is_file():
-            raise ConfigError(f"{index} names the file {file!r}, which does not exist")
-        tensors |= read_header(untrusted.check_link(directory / file))
+    for file in sorted(files):
+        merge(tensors, read_header(untrusted.check_link(directory / file)))
         if len(tensors) > MOST_TENSORS:
             raise ConfigError(f"{index}: its files contain more than {MOST_TENSORS:,} tensors")
-    listed = {released for name in files for released in _listed_names(name)}
-    absent = sorted(listed - tensors.keys())
-    if absent:
+    listed = {released for names in files.values() for name in names for released in _listed_names(name)}
+    if absent := sorted(listed - tensors.keys()):
         raise ConfigError(f"{index} lists tensors that its files do not contain: {first_five(absent)}")
+    if ignored := sorted(path.name for path in directory.glob("[!.]*.safetensors") if path.name not in files):
+        source = index.name if index.exists() else single.name
+        notes.note(f"{directory}: the tensors are read from {source}; ignored are {first_five(ignored)}")
     return tensors
 
 
+def _read_index(index: Path) -> dict[str, list[str]]:
+    """The names of the tensors in each file of an index."""
+    places = untrusted.read_json(untrusted.check_link(index)).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
+        raise ConfigError(f"{index} has no weight_map from tensor to file")
+    files = {}
+    for name, file in places.items():
+        files.setdefault(file, []).append(name)
+    for file in files:
+        if Path(file).name != file or file in ("..", ".") or not file.isprintable():
+            raise ConfigError(f"{index} names the file {file[:MOST_NAME]!r}; only files in the same directory are read")
+        if not (index.parent / file).is_file():
+            raise ConfigError(f"{index} names the file {file!r}, which does not exist")
+    return files
+
+
 def _listed_names(name: str) -> list[str]:
-    """The released name of a tensor in an index, in a list; [] for decay buffers and stacks of experts."""
-    if name.startswith(("vision_tower.", "multi_modal_projector.")):
-        return _vision_name(name)
-    if name.rpartition(".")[2] in DECAY_BUFFERS or name.partition(".mlp.experts.")[1]:
+    """The released name of a tensor in an index, in a list; [] for tensors that are not used and for stacks of experts."""
+    if _is_unused(name) or name.partition(".mlp.experts.")[1]:
         return []
-    return [name.replace(".mlp.", ".block_sparse_moe.")]
+    tail = _tower_tail(name)
+    return [TOWER + tail if tail else name.replace(".mlp.", ".block_sparse_moe.")]
 
 
 def check_tensors(tensors: dict[str, Tensor], model: Model, where) -> None:
@@ -252,5 +283,5 @@ def plan_files(directory: Path, tensors: dict[str, tuple[np.dtype, tuple]], shar
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(size for shard in shards for *_, size in shard)},
                  "weight_map": {name: tensor.file.name for name, tensor in placed.items()}}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        (directory / INDEX).write_text(json.dumps(index, indent=1))
     return placed

@@ -45,7 +45,7 @@ def run_to_hf(args):
     from mmx.checkpoints import convert
 
     convert.to_hf(args.checkpoint, args.out, args.dialect, args.dtype, args.shard_bytes)
-    print(f"written: {args.out}, a Hugging Face checkpoint; mmx.torch.load reads it into transformers")
+    print(f"written: {args.out}, a Hugging Face checkpoint")
 
 
 def run_verify(args):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from mmx.checkpoints.tokenizer_files import fingerprint
 from mmx.config import IMPLEMENTATION_KEYS, ConfigError
 from mmx.files import atomic, untrusted
 from mmx.inference.engine import Prefix
@@ -35,7 +36,8 @@ def save(path: str | Path, loaded, prefix: Prefix) -> None:
     for name, x in _flat(prefix.cache).items():
         x = np.asarray(x)
         arrays[name] = x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
-    about = {"last": prefix.last, "length": prefix.length, "model": _fingerprint(loaded), "kv_dtype": kv_dtype(prefix.cache)}
+    about = {"last": prefix.last, "length": prefix.length, "model": _fingerprint(loaded), "kv_dtype": kv_dtype(prefix.cache),
+             **_optional(loaded)}
     with atomic.replacing(path, "wb") as file:
         np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
@@ -51,6 +53,9 @@ def load(path: str | Path, loaded) -> Prefix:
             raise ValueError(about)
         if dtype not in ("", "float32", "bfloat16", "int8", "float64"):
             raise ValueError(dtype)
+    for name, value in _optional(loaded).items():       # files of earlier versions do not have them
+        if about.get(name, value) != value:
+            raise ConfigError(f"{path} was made with another {name}: use the checkpoint that it was saved with")
     if model != _fingerprint(loaded):
         raise ConfigError(f"{path} was made with another model: use the checkpoint and the dtypes that it was saved with")
     expected = jax.eval_shape(lambda: empty_cache(loaded.config, 1, length - 1, dtype))
@@ -103,6 +108,14 @@ def _fingerprint(loaded) -> str:
         ends = jnp.concatenate([first[:SAMPLE], last[-SAMPLE:]])
         digest.update(f"{jax.tree_util.keystr(path)}{w.shape}{w.dtype}".encode() + np.asarray(ends).tobytes())
     return digest.hexdigest()
+
+
+def _optional(loaded) -> dict[str, str]:
+    """What the cached tokens depend on besides `_fingerprint`: the tokenizer, and how images become patches."""
+    found = {"tokenizer": fingerprint(loaded.tokenizer)} if loaded.tokenizer else {}
+    if loaded.config.vision.layers:
+        found["image encoder"] = json.dumps(dataclasses.asdict(loaded.config.vision))
+    return found
 
 
 def _flat(cache) -> dict:

@@ -12,7 +12,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mmx import mesh as meshes
-from mmx.checkpoints import convert
+from mmx.checkpoints import convert, side_files
+from mmx.checkpoints import initial as initials
 from mmx.checkpoints.manager import Checkpoints, agree_on_problem, check_config, find_step
 from mmx.config import ConfigError, Experiment, to_json
 from mmx.data import images, pipeline, tokens
@@ -54,10 +55,11 @@ def train(experiment: Experiment, workdir: str | Path, sample=None, processes: i
     initial = open_initial_checkpoints(experiment, workdir)
     checkpoints, guard = Checkpoints(workdir, c.every, c.keep, c.verify), Guard(experiment)
     with lock_workdir(workdir), jax.set_mesh(mesh), jax.transfer_guard_host_to_device("disallow"), StopSignals() as stop:
-        check_config(workdir, experiment)
+        check_config(workdir, experiment, write=False)
         start = {"stream": batches.stream.state(), "seconds": 0.0, "guard": None}
         restore = functools.partial(restore_state, checkpoints, program, initial, start)
         state = restore()
+        write_description(workdir, experiment, initial)
         batches.stream.restore(state.host_state["stream"])
         guard.restore(state.host_state.get("guard"))
         log = Log(workdir, t, state.step, t.tokens_seen(state.step), write=jax.process_index() == 0)
@@ -144,17 +146,27 @@ class InitialCheckpoints(NamedTuple):
 def open_initial_checkpoints(e: Experiment, workdir: Path) -> InitialCheckpoints:
     """Opens the checkpoints that the experiment names. Raises ConfigError if one does not fit the model."""
     t, new = e.train, find_step(workdir) is None
-    return InitialCheckpoints(convert.open_initial(t.init_from, e.model) if t.init_from and new else None,
-                              convert.open_initial_vision(t.init_vision, e.model) if t.init_vision and new else None)
+    return InitialCheckpoints(initials.open_initial(t.init_from, e.model, e.data.tokenizer)
+                              if t.init_from and new else None,
+                              initials.open_initial_vision(t.init_vision, e.model) if t.init_vision and new else None)
+
+
+def write_description(workdir: Path, e: Experiment, initial: InitialCheckpoints) -> None:
+    """Writes what describes the run: config.json, tokenizer.json and, for a new run, the side files of train.init_from."""
+    check_config(workdir, e)
+    if initial.params and jax.process_index() == 0:
+        side_files.write_list(workdir, convert.copy_side_files(initial.params, workdir))
 
 
 def warn_of_differences(e: Experiment, initial: InitialCheckpoints, log: Log, step: int) -> None:
-    """Logs the settings in which this model and the model of train.init_from differ.
+    """Logs the settings in which this model and the models of train.init_from and train.init_vision differ.
 
     Only settings are listed that change the results of a model without changing its parameters.
     """
-    if initial.params and (different := convert.differing_settings(initial.params.model, e.model)):
+    if initial.params and (different := initials.differing_settings(initial.params.model, e.model)):
         log.message(f"train.init_from={e.train.init_from!r} was trained with other settings: {', '.join(different)}", step)
+    if initial.vision and (different := initials.differing_vision_settings(initial.vision.model, e.model)):
+        log.message(f"train.init_vision={e.train.init_vision!r} was trained with other settings: {', '.join(different)}", step)
 
 
 @contextlib.contextmanager
@@ -194,8 +206,8 @@ def restore_state(checkpoints: Checkpoints, program: Program, initial: InitialCh
 def initial_params(program: Program, initial: InitialCheckpoints) -> dict:
     """The parameters of the initial checkpoints. Parameters that they do not contain, such as the vision encoder, are new."""
     abstract = program.abstract[0]
-    params = convert.load_initial(initial.params, abstract) if initial.params else {}
+    params = initials.load_initial(initial.params, abstract) if initial.params else {}
     if missing := abstract.keys() - params.keys():
         shardings = {name: jax.tree.map(lambda x: x.sharding, abstract[name]) for name in missing}
         params |= jax.jit(lambda: {name: program.init()[0][name] for name in missing}, out_shardings=shardings)()
-    return params | ({"vision": convert.load_initial_vision(initial.vision, params["vision"])} if initial.vision else {})
+    return params | ({"vision": initials.load_initial_vision(initial.vision, params["vision"])} if initial.vision else {})
