@@ -49,7 +49,11 @@ def load(directory: str | Path, dtype: torch.dtype = torch.float32, **options) -
     stock = hf_config.write_model(model, "transformers", str(dtype).removeprefix("torch."), ids)
     stock["block_size"] = config.get("block_size", hf_layout.BLOCK)
     stock["router_aux_loss_coef"] = config.get("router_aux_loss_coef", stock["router_aux_loss_coef"])
-    return make_faithful(load_stock(directory, config=MiniMaxConfig(**stock), dtype=dtype, **options), model)
+    loaded = load_stock(directory, config=MiniMaxConfig(**stock), dtype=dtype, **options)
+    for name, parameter in loaded.named_parameters() if dtype == torch.float16 else ():
+        if parameter.isinf().any():
+            raise ConfigError(f"{directory}: tensor {name} contains values too large for {dtype}: use bfloat16 or float32")
+    return make_faithful(loaded, model)
 
 
 def load_stock(directory: str | Path, **options) -> MiniMaxForCausalLM:
@@ -57,7 +61,7 @@ def load_stock(directory: str | Path, **options) -> MiniMaxForCausalLM:
     index = Path(directory) / safetensors.INDEX
     if index.exists():      # otherwise transformers would read a stray model.safetensors
         if not isinstance(untrusted.read_json(index).get("metadata"), dict):
-            raise ConfigError(f"{index} has no metadata, which transformers needs: convert the checkpoint with mmx convert to-hf")
+            raise ConfigError(f"{index} has no metadata, which transformers needs: rewrite it by mmx convert to-hf")
         options["config"] = copy.copy(options.get("config") or MiniMaxConfig.from_pretrained(directory))
         options["config"].transformers_weights = safetensors.INDEX
     verbosity = logging.get_verbosity()

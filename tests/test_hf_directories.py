@@ -172,15 +172,6 @@ def test_the_index_wins_over_a_stray_file(hf, capsys):
 
 
 @pytest.mark.case(11)
-def test_mmx_torch_reads_the_files_of_the_index(hf):
-    torch, faithful = pytest.importorskip("torch"), pytest.importorskip("mmx.torch")
-    tensors, _ = shard(hf)
-    save_file({name: np.zeros_like(tensor) for name, tensor in tensors.items()}, hf / "model.safetensors")
-    with torch.no_grad():
-        np.testing.assert_array_equal(faithful.load(hf).lm_head.weight.numpy(), tensors["lm_head.weight"])
-
-
-@pytest.mark.case(11)
 def test_a_doubled_tensor_is_named(hf, tmp_path):
     shutil.copytree(hf, tmp_path / "names")
     tensors, second = shard(hf)

@@ -5,6 +5,8 @@ nothing with mmx.torch.
 """
 import dataclasses
 import importlib
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 import faithful
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 import mmx.torch
 from mmx import config
@@ -225,6 +228,33 @@ def test_mmx_torch_saves_what_it_loads(export, tmp_path):
     model.save_pretrained(tmp_path / "again")
     np.testing.assert_array_equal(mmx.torch.logits(mmx.torch.load(tmp_path / "again"), tokens_BT),
                                   mmx.torch.logits(model, tokens_BT))
+
+
+@pytest.mark.case(11)
+def test_the_index_wins_over_a_stray_file(export, tmp_path):
+    _, run, directory, _ = export
+    weights = mmx.torch.load(directory).state_dict()
+    shards = convert.to_hf(run, tmp_path / "shards", shard_bytes=20_000, progress=False)
+    stray = {name: np.zeros_like(tensor) for name, tensor in load_file(directory / "model.safetensors").items()}
+    save_file(stray, shards / "model.safetensors")
+    for load in (mmx.torch.load, mmx.torch.load_stock):
+        for name, tensor in load(shards).state_dict().items():
+            torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0)
+    index = shards / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    with pytest.raises(ConfigError, match="has no metadata, which transformers needs"):
+        mmx.torch.load(shards)
+
+
+@pytest.mark.case(14)
+def test_a_value_too_large_for_the_dtype_is_refused(export, tmp_path):
+    _, _, directory, _ = export
+    shutil.copytree(directory, tmp_path / "large")
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"][0, 0] = 1e6
+    save_file(tensors, tmp_path / "large" / "model.safetensors")
+    with pytest.raises(ConfigError, match="lm_head.weight contains values too large for torch.float16"):
+        mmx.torch.load(tmp_path / "large", dtype=torch.float16)
 
 
 def test_a_workdir_is_refused_with_the_command_that_exports_it(export):
