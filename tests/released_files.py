@@ -16,6 +16,8 @@ SHAPES = {
     "all_softmax": dataclasses.replace(SMALL, pattern="S", layers=3, heads=5, kv_heads=5),
     "all_lightning": dataclasses.replace(SMALL, pattern="L", layers=2),
 }
+BYTE_MODEL = dataclasses.replace(SMALL, pattern="LS", layers=2, vocab=264)      # of the byte tokenizer
+WORDS = {"</s>": 0, "<s>": 1, "<pad>": 2, "the": 3, "state": 4, "of": 5}
 
 
 def write_released(directory, model, dtype="F32", dialect="released", seed=0):
@@ -33,3 +35,22 @@ def write_released(directory, model, dtype="F32", dialect="released", seed=0):
 def all_tensors(directory):
     """The tensors of all safetensors files of a directory, by name."""
     return {name: array for file in directory.glob("*.safetensors") for name, array in load_file(file).items()}
+
+
+def tokenizer_json(**changes):
+    """A tokenizer.json of whole words: "the state" is 3, 4."""
+    added = [{"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+              "special": True} for token, i in WORDS.items() if token[0] == "<"]
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+            "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None,
+            "model": {"type": "WordLevel", "vocab": WORDS, "unk_token": "<pad>"}} | changes
+
+
+def change_config(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def one_line(error) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)

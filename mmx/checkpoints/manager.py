@@ -54,7 +54,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | Path, every: int, keep: int, verify: bool = True):
-        self.directory, self.every, self.keep, self.verify = Path(workdir).absolute() / "checkpoints", every, keep, verify
+        self.directory, self.every, self.keep, self.verify = Path(workdir).resolve() / "checkpoints", every, keep, verify
         self.saving = None      # number of the step that is being saved
         orbax_hooks.install()
 
@@ -330,7 +330,7 @@ def open_arrays(step: Path, item: str = "params", limits: dict = CONTEXT) -> dic
     Args:
       limits: TensorStore's limits of memory and parallel work.
     """
-    folder = step / item
+    folder = step.resolve() / item      # TensorStore refuses paths with ".."
     metadata = untrusted.read_json(folder / "_METADATA")
     untrusted.check_plain(folder)
     try:
@@ -406,7 +406,7 @@ def create_params(step: Path, arrays: dict[tuple[str, ...], tuple]) -> dict[tupl
     Returns:
       The arrays, open for writing.
     """
-    folder, context = step / "params", ts.Context(CONTEXT)
+    folder, context = step.resolve() / "params", ts.Context(CONTEXT)
     folder.mkdir(parents=True)
     stores, tree = {}, {}
     for keys, (shape, dtype, chunks) in arrays.items():
