@@ -62,7 +62,8 @@ def load_stock(directory: str | Path, **options) -> MiniMaxForCausalLM:
     if index.exists():      # otherwise transformers would read a stray model.safetensors
         if not isinstance(untrusted.read_json(index).get("metadata"), dict):
             raise ConfigError(f"{index} has no metadata, which transformers needs: rewrite it by mmx convert to-hf")
-        options["config"] = copy.copy(options.get("config") or MiniMaxConfig.from_pretrained(directory))
+        stored = untrusted.read_json(untrusted.check_link(Path(directory) / "config.json"))
+        options["config"] = copy.copy(options.get("config") or MiniMaxConfig.from_dict(stored))
         options["config"].transformers_weights = safetensors.INDEX
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()       # it would report the decay buffers, which are not in the file, as newly initialized

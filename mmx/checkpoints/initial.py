@@ -14,6 +14,7 @@ from mmx.checkpoints.casts import cast
 from mmx.checkpoints.shapes import check_shapes
 from mmx.checkpoints.tokenizer_files import fingerprint
 from mmx.config import ConfigError
+from mmx.data import tokens
 from mmx.files import notes
 from mmx.layers.kinds import KINDS, kind_of
 
@@ -53,9 +54,16 @@ def _check_tokenizer(source: Source, path, tokenizer: str) -> None:
                               f"data.tokenizer={tokenizer!r}: save it as tokenizer.json with transformers' AutoTokenizer, and "
                               "give --config.data.tokenizer=FILE")
         notes.note(f"{where} has no tokenizer.json: mmx cannot check that it was trained with data.tokenizer={tokenizer!r}")
-    elif fingerprint(source.tokenizer) != fingerprint(tokenizer):
+    elif (fingerprint(source.tokenizer) != fingerprint(tokenizer)
+            or _special_tokens(source.tokenizer) != _special_tokens(tokenizer)):
         raise ConfigError(f"{where} was trained with another tokenizer than data.tokenizer={tokenizer!r}: give "
                           f"--config.data.tokenizer={source.tokenizer}")
+
+
+def _special_tokens(tokenizer: str) -> tuple[int, ...]:
+    """bos, eos and pad, which files beside a tokenizer.json may decide."""
+    found = tokens.tokenizer(tokenizer)
+    return found.bos, found.eos, found.pad
 
 
 def differing_settings(saved: config.Model, new: config.Model) -> list[str]:

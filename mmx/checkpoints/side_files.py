@@ -19,6 +19,7 @@ KNOWN = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 RESERVED = ("config.json", LIST, "run.lock", "metrics.jsonl", "eval.json", "curve.png", "checkpoints", "tensorboard")
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".pkl", ".pickle",
            ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz", ".npy", ".tflite", ".ot")
+CODE = (".py", ".pyc", ".so", ".dll", ".sh")
 MOST_FILES = 1000
 
 
@@ -38,14 +39,14 @@ def find(directory: Path, workdir: bool) -> list[str]:
             (found if small and _may_be_copied(name) else omitted).append(name)
     if omitted:
         notes.note(f"{directory}: not copied are {first_five(omitted)}: larger than {untrusted.TOKENIZER_BYTES >> 20} MiB, "
-                   f"more than {MOST_FILES} files, or a name that mmx uses itself")
+                   f"more than {MOST_FILES} files, code, or a name that mmx uses itself")
     return found
 
 
 def _may_be_copied(name: str) -> bool:
-    """Whether a relative path stays inside its directory, and is no name that mmx uses."""
+    """Whether a relative path stays inside its directory, and is neither code nor a name that mmx uses."""
     parts = name.split("/")
-    return (name.isprintable() and len(name) <= 256 and parts[0] not in RESERVED and not name.lower().endswith(WEIGHTS)
+    return (name.isprintable() and len(name) <= 256 and parts[0] not in RESERVED and not name.lower().endswith(WEIGHTS + CODE)
             and not any(part in ("", ".", "..") for part in parts))
 
 

@@ -1,4 +1,5 @@
 """The tokenizer of a checkpoint: finding it, comparing it with another, and writing it so that transformers can load it."""
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -113,9 +114,8 @@ def fingerprint(name: str) -> str:
     if not config.tokenizer_file(name):
         return name
     content = untrusted.read_bytes(name, untrusted.TOKENIZER_BYTES)
-    try:
-        parts = untrusted.loads(content)
-        content = json.dumps({key: parts[key] for key in sorted(parts) if key not in UNUSED_PARTS}, sort_keys=True).encode()
-    except (ValueError, TypeError):
-        pass        # `tokens.tokenizer` reports the damage; the bytes can be compared all the same
+    with contextlib.suppress(ValueError):       # `tokens.tokenizer` reports the damage; the bytes can be compared all the same
+        if isinstance(parts := untrusted.loads(content), dict):
+            used = {key: value for key, value in parts.items() if key not in UNUSED_PARTS}
+            content = json.dumps(used, sort_keys=True).encode()
     return hashlib.sha256(content).hexdigest()
