@@ -44,8 +44,10 @@ def test_init_from_refuses_another_tokenizer(hf_with_tokenizer, tmp_path):
     assert not (tmp_path / "run").exists()
     assert starts.open_initial(hf_with_tokenizer, MODEL, file).tokenizer == file
     # the contents count, not the path, the layout of the JSON or the parts that mmx does not use
+    template = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+                "special_tokens": {}}
     same, other = tmp_path / "same.json", tmp_path / "other.json"
-    same.write_text(json.dumps(tokenizer_json(padding={"strategy": "BatchLongest"}), indent=3))
+    same.write_text(json.dumps(tokenizer_json(post_processor=template), indent=3))
     other.write_text(json.dumps(tokenizer_json(pre_tokenizer={"type": "Whitespace"})))
     assert starts.open_initial(hf_with_tokenizer, MODEL, str(same)).tokenizer == file
     with pytest.raises(ConfigError, match="was trained with another tokenizer than data.tokenizer='.*other.json'"):

@@ -233,12 +233,12 @@ def test_mmx_torch_saves_what_it_loads(export, tmp_path):
 @pytest.mark.case(11)
 def test_the_index_wins_over_a_stray_file(export, tmp_path):
     _, run, directory, _ = export
-    weights = mmx.torch.load(directory).state_dict()
+    weights = dict(mmx.torch.load(directory).named_parameters())
     shards = convert.to_hf(run, tmp_path / "shards", shard_bytes=20_000, progress=False)
     stray = {name: np.zeros_like(tensor) for name, tensor in load_file(directory / "model.safetensors").items()}
     save_file(stray, shards / "model.safetensors")
     for load in (mmx.torch.load, mmx.torch.load_stock):
-        for name, tensor in load(shards).state_dict().items():
+        for name, tensor in load(shards).named_parameters():
             torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0)
     index = shards / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))

@@ -87,7 +87,7 @@ def _plain(name) -> str:
 def _arguments_with_vision(config: dict, unknown: list) -> dict:
     """The arguments of a model that reads images: config.json contains its text model as text_config."""
     vision_config, text_config = (_field(config, key, dict) for key in ("vision_config", "text_config"))
-    _check_type(config, VISION_TYPES, "minimax_vl_01 or llava_next")
+    _check_type(config, VISION_TYPES, "'minimax_vl_01' or 'llava_next'")
     for key, value, only in (("quantization_config", config.get("quantization_config"), (None,)),
                              ("tie_word_embeddings", config.get("tie_word_embeddings", False), (False,)),
                              ("vision_feature_layer", config.get("vision_feature_layer", -2), (-1,)),
@@ -113,7 +113,7 @@ def _arguments_with_vision(config: dict, unknown: list) -> dict:
 
 def _arguments(config: dict, unknown: list, prefix: str = "") -> dict:
     """The arguments of a text model. The keys that mmx does not know are added to `unknown`, with `prefix`."""
-    _check_type(config, TEXT_TYPES, "minimax, minimax_text_01 or minimax_m1")
+    _check_type(config, TEXT_TYPES, "'minimax', 'minimax_text_01' or 'minimax_m1'")
     model = {ours: _field(config, theirs, int) for ours, theirs in REQUIRED.items() if ours != "experts"}
     experts = {typed("num_local_experts", count, int) for count in _as_list(config.get("num_local_experts"))}
     if len(experts) != 1:
