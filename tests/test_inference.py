@@ -160,7 +160,7 @@ def sequence(*stop):
     """An empty sequence with the byte tokenizer and these stop strings."""
     tokenizer = engine.tokenizers.tokenizer("bytes")
     request = engine.Request("", 99, engine.Sampling(stop=stop))
-    return engine.Sequence(0, request, lambda: tokenizer, C, after_prefix=True)
+    return engine.Sequence(0, request, lambda: tokenizer, C, before=())
 
 
 def append(sequence, raw):

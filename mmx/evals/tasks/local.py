@@ -1,4 +1,5 @@
 """Loads local data sets for the tasks in this folder. lm-eval's `--metadata data=PATH` names the path."""
+import io
 from pathlib import Path
 
 import datasets
@@ -6,7 +7,7 @@ from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext
 
 from mmx.config import ConfigError
 from mmx.evals.user_files import column, records
-from mmx.files import untrusted
+from mmx.files import texts
 
 
 def blimp(data=None, paradigm="*", **metadata):
@@ -25,7 +26,7 @@ def wikitext(data=None, **metadata):
     if not Path(str(data)).is_file():
         raise ConfigError(f"--metadata data={data}: data must be a file of WikiText, such as wikitext-2/test.txt")
     pages = [""]
-    for line in untrusted.read_text(data).splitlines(keepends=True):
+    for line in io.StringIO(texts.read(data)):
         words = line.split()
         if words[:1] == ["="] == words[-1:] and words[1:2] != ["="]:
             pages.append("")
