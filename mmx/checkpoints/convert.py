@@ -24,7 +24,7 @@ from mmx import config
 from mmx.checkpoints import hf_config, hf_layout, manager, safetensors
 from mmx.checkpoints.shapes import check_shapes
 from mmx.config import ConfigError
-from mmx.data import tokens
+from mmx.data import special_tokens, tokens
 from mmx.files import atomic, untrusted
 from mmx.kernels import int8
 from mmx.layers.kinds import KINDS, kind_of
@@ -62,10 +62,8 @@ class ReleasedSource:
         self.tokenizer = _tokenizer(directory, self.ids())
 
     def ids(self) -> dict:
-        """The ids of bos, eos and pad; those in generation_config.json take precedence over config.json."""
-        generation = self.side_files / "generation_config.json"
-        inner = self.json["text_config"] if self.model.vision.layers else {}
-        return _ids(inner | self.json | (untrusted.read_json(untrusted.check_link(generation)) if generation.exists() else {}))
+        """The ids of bos, eos and pad that generation_config.json or config.json has; eos may be a list."""
+        return special_tokens.as_json(special_tokens.stored_ids(self.side_files))
 
     def dtype(self, leaf) -> np.dtype:
         """The dtype of a leaf; float32 if its tensors have several."""
@@ -113,12 +111,11 @@ class WorkdirSource:
             self.tokenizer = str(file) if file.exists() else experiment.data.tokenizer
 
     def ids(self) -> dict:
-        """The ids of bos, eos and pad."""
+        """The ids of bos, eos and pad; eos may be a list."""
         if self.side_files:
-            return _ids(untrusted.read_json(untrusted.check_link(self.side_files / "generation_config.json")))
+            return special_tokens.as_json(special_tokens.stored_ids(self.side_files))
         tokenizer = tokens.tokenizer(self.tokenizer)
-        values = (tokenizer.bos, tokenizer.eos, tokenizer.pad) if tokenizer.vocab <= self.model.vocab else (None,) * 3
-        return dict(zip(BYTE_IDS, values))
+        return tokens.special_ids(tokenizer) if tokenizer.vocab <= self.model.vocab else dict.fromkeys(BYTE_IDS)
 
     def dtype(self, leaf) -> np.dtype:
         return self.arrays[leaf.path].dtype.numpy_dtype
@@ -274,10 +271,6 @@ def _destination(out: str | Path):
         raise
 
 
-def _ids(config_json: dict) -> dict:
-    return {key: config_json.get(key) for key in BYTE_IDS}
-
-
 def _tokenizer(directory: Path, ids: dict) -> str:
     """The path of a directory's tokenizer.json; without one, "bytes" if `ids` equals BYTE_IDS, else ""."""
     file = directory / "tokenizer.json"
@@ -292,8 +285,10 @@ def _write_side_files(source, out: Path):
             (out / name).write_bytes(untrusted.read_bytes(file, untrusted.TOKENIZER_BYTES))
     if not (out / "tokenizer.json").exists() and config.tokenizer_file(source.tokenizer):
         (out / "tokenizer.json").write_bytes(untrusted.read_bytes(source.tokenizer, untrusted.TOKENIZER_BYTES))
-    if not (out / "generation_config.json").exists():
-        (out / "generation_config.json").write_text(json.dumps(source.ids(), indent=1))
+    generation, ids = out / "generation_config.json", source.ids()
+    saved = untrusted.read_json(generation) if generation.exists() else {}
+    if any(saved.get(key) is None and ids[key] is not None for key in ids) or not saved:
+        generation.write_text(json.dumps(saved | ids, indent=1))       # a workdir has no config.json with these ids
 
 
 def _unflatten(flat: dict[tuple[str, ...], object]) -> dict:

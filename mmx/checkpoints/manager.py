@@ -26,6 +26,7 @@ from orbax.checkpoint import checkpoint_managers
 from mmx.checkpoints import orbax_hooks
 from mmx.checkpoints.shapes import check_shapes
 from mmx.config import IMPLEMENTATION_KEYS, ConfigError, Experiment, Model, to_json
+from mmx.data import tokens
 from mmx.files import atomic, checksums, untrusted
 from mmx.layers.kinds import kind_of
 
@@ -232,7 +233,7 @@ def read_config(workdir: str | Path) -> dict:
 
 
 def check_config(workdir: str | Path, experiment: Experiment) -> None:
-    """Writes WORKDIR/config.json, and tokenizer.json if the run has one.
+    """Writes WORKDIR/config.json, and tokenizer.json and generation_config.json if the run has a tokenizer.json.
 
     Raises ConfigError if the workdir has those files from a different run.
     """
@@ -244,6 +245,8 @@ def check_config(workdir: str | Path, experiment: Experiment) -> None:
     if tokenizer.exists() and untrusted.read_bytes(tokenizer, untrusted.TOKENIZER_BYTES) != files.get(tokenizer):
         raise ConfigError(f"data.tokenizer={experiment.data.tokenizer!r} is not the {tokenizer} that the run has: give "
                           f"--config.data.tokenizer={tokenizer}, or another --workdir")
+    if name:
+        files |= _special_tokens(tokenizer, name)
     if path.exists():
         saved = read_config(workdir)
         changeable = CHANGEABLE_KEYS if "train" in saved else CONVERTED_CHANGEABLE_KEYS
@@ -258,6 +261,19 @@ def check_config(workdir: str | Path, experiment: Experiment) -> None:
         for file, content in files.items():
             with atomic.replacing(file, "wb") as new:
                 new.write(content)
+
+
+def _special_tokens(tokenizer: Path, name: str) -> dict[Path, bytes]:
+    """The generation_config.json with the special tokens of a run, which files beside data.tokenizer=`name` may decide.
+
+    Raises ConfigError if the run's own tokenizer.json, which it has if it was started before, has others.
+    """
+    ids, generation = tokens.special_ids(tokens.tokenizer(name)), tokenizer.with_name("generation_config.json")
+    if tokenizer.exists() and (own := tokens.special_ids(tokens.tokenizer(str(tokenizer)))) != ids:
+        raise ConfigError(f"data.tokenizer={name!r} has the special tokens {ids}, the run's {tokenizer} has {own}: give "
+                          f"--config.data.tokenizer={tokenizer}, or another --workdir")
+    saved = untrusted.read_json(untrusted.check_link(generation)) if generation.exists() else {}
+    return {generation: json.dumps(saved | ids, indent=1).encode()}
 
 
 def _comparable(sections: dict, changeable: dict) -> dict:

@@ -126,6 +126,11 @@ def of_checkpoint(name: str, vocab: int) -> Bytes | Numbers | File:
     return loaded
 
 
+def special_ids(tokenizer) -> dict[str, int | list[int]]:
+    """The special tokens, as generation_config.json has them."""
+    return special_tokens.as_json(dict(zip(special_tokens.KEYS, ((tokenizer.bos,), tokenizer.ends, (tokenizer.pad,)))))
+
+
 def document(tokenizer, raw: bytes, name: str = "text") -> np.ndarray:
     """The ids of a document: bos + tokens + eos."""
     return np.concatenate([[tokenizer.bos], tokenizer.encode(raw, name), [tokenizer.eos]], dtype=np.int32)
