@@ -22,7 +22,6 @@ validation split, the last 5 % of the training text is held out. The test split 
 """
 import collections
 import difflib
-import functools
 import os
 import pathlib
 import sys
@@ -32,7 +31,7 @@ import numpy as np
 from mmx.config import ConfigError
 from mmx.data import corpus, images, scenes, token_tasks
 from mmx.data.document_types import ImageText, PromptCompletion, TokenIds
-from mmx.files import texts, untrusted
+from mmx.files import notes, texts, untrusted
 
 SUFFIXES = (".txt", ".jsonl")
 KINDS = ".txt and .jsonl, also compressed as " + ", ".join(texts.COMPRESSIONS)
@@ -73,7 +72,7 @@ def _read(source: str) -> list[tuple[str, bytes]]:
         raise ConfigError(f"data.sources: {source!r} contains no text in its {len(files)} file{'s' * (len(files) > 1)}")
     used = {os.path.normpath(image) for _, content in documents if isinstance(content, ImageText) for image in content.images}
     if unread := {name: reason for name, reason in skipped.items() if os.path.normpath(path / name) not in used}:
-        _report(f"data.sources: folder {source!r}{_skipped_text(unread)}")
+        notes.note(f"data.sources: folder {source!r}{_skipped_text(unread)}")
     return documents
 
 
@@ -108,12 +107,6 @@ def _skipped_text(skipped: dict[str, str]) -> str:
     found = [f"{', '.join(its[:3])}{f' and {len(its) - 3:,} more' * (len(its) > 3)} ({reason})"
              for reason, its in names.items()]
     return f": skipped {'; '.join(found)}" if found else ""
-
-
-@functools.cache
-def _report(message: str) -> None:
-    """Prints a line on stderr, once for each process."""
-    print(f"mmx: {untrusted.one_line(message)}", file=sys.stderr)
 
 
 def _documents(file: pathlib.Path, name: str) -> list[tuple]:

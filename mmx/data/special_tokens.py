@@ -1,6 +1,6 @@
 """Which tokens begin and end a text and pad it. `decide` is the only place that decides it.
 
-The first of these that says it is taken, for each of the three separately:
+For each of the three, the first of these that says it is taken; ids that the tokenizer does not have do not count:
   1. generation_config.json beside the tokenizer.json: bos_token_id, eos_token_id (an id or several), pad_token_id;
   2. config.json beside it, and for models with images its text_config;
   3. tokenizer_config.json, then special_tokens_map.json beside it: bos_token, eos_token, pad_token;
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmx.config import ConfigError
-from mmx.files import untrusted
+from mmx.files import notes, untrusted
 
 KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ID_FILES, TOKEN_FILES = ("generation_config.json", "config.json"), ("tokenizer_config.json", "special_tokens_map.json")
@@ -55,7 +55,11 @@ def decide(folder: Path, vocabulary: dict[str, int], specials: dict[str, int], p
       vocabulary: the id of every token, special or not.
       specials: the ids of the special tokens, by name.
     """
-    found = stored_ids(folder)
+    found, most = stored_ids(folder), max(vocabulary.values(), default=-1)
+    for key, ids in found.items():
+        if unknown := [i for i in ids if i > most]:
+            notes.note(f"{folder}: {key}={unknown[0]} is ignored: the ids of the tokenizer {path!r} end at {most}")
+        found[key] = tuple(i for i in ids if i <= most)
     for name in TOKEN_FILES:
         named = _read(folder / name)
         for key in KEYS:
@@ -68,10 +72,6 @@ def decide(folder: Path, vocabulary: dict[str, int], specials: dict[str, int], p
     if not ends:
         raise ConfigError(f"data.tokenizer: {path!r} has no end-of-text token: give \"eos_token_id\" in a "
                           f"generation_config.json beside it, or a special token the name of one of {', '.join(EOS)}")
-    most = max(vocabulary.values(), default=-1)
-    for key, its in zip(KEYS, (bos, ends, pad)):
-        if its and max(its) > most:
-            raise ConfigError(f"{folder}: {key}={max(its)} is no id of the tokenizer {path!r}, whose ids reach {most}")
     return SpecialIds((bos or ends)[0], ends, (pad or ends)[0])
 
 
