@@ -188,7 +188,8 @@ def test_text_is_what_the_new_tokens_add_to_the_prompt(spaced):
 
 
 @pytest.mark.case(2)
-@pytest.mark.parametrize("stop, text, used", [((), " of the union", 3), ((" the",), " of", 2), ((" o",), "", 1), (("f t",), " o", 2)])
+@pytest.mark.parametrize("stop, text, used", [
+    ((), " of the union", 3), ((" the",), " of", 2), ((" o",), "", 1), (("f t",), " o", 2)])
 def test_stop_strings_see_the_first_space(spaced, stop, text, used):
     """After "the state" the model adds ▁of ▁the ▁union, ids 22, 15 and 27."""
     tokenizer = engine.tokenizers.tokenizer(spaced.tokenizer)

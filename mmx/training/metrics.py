@@ -202,10 +202,10 @@ def latest(workdir: Path) -> dict | None:
         return None
     with untrusted.open_file(path, sys.maxsize) as file:
         file.seek(max(0, path.stat().st_size - 2**20))
-        lines = file.read(2**20).split(b"\n")[:-1]
+        complete = file.read(2**20).rpartition(b"\n")[0]
     try:
-        return _parse(next(texts.json_lines(lines[-1])))
-    except (IndexError, StopIteration, ValueError):
+        return _parse(next(texts.json_lines(complete.rpartition(b"\n")[2])))
+    except (StopIteration, ValueError):
         return None
 
 

@@ -1,4 +1,4 @@
-"""Texts that are encoded in parts: prompts and completions, texts around images, continuations. Together they are the whole text.
+"""Texts in parts: prompts and completions, texts around images, continuations. Together they decode to the whole text.
 
 Expected values are from the tokenizers library, or written by hand.
 """
