@@ -76,7 +76,7 @@ class File:
         except ImportError:
             raise ConfigError(f"data.tokenizer={path!r} needs the package tokenizers: pip install tokenizers") from None
         with _one_line_errors(f"data.tokenizer: {path!r} is not 'bytes', 'numbers:COUNT' or a tokenizer.json"):
-            text = untrusted.read_bytes(path, untrusted.TOKENIZER_BYTES).decode()
+            text = untrusted.read_bytes(path, untrusted.TOKENIZER_BYTES).decode("utf-8-sig")
             table = untrusted.loads(text)
             _check(table)
             self._model = self._continuing = _build(text)

@@ -18,6 +18,16 @@ def find(data: Path | None, name: str, suite: str, folders=("",)) -> Path:
     raise ConfigError(f"{suite}: there is no file {' or '.join(map(str, paths))}")
 
 
+def list_jsonl(folder: Path, name: str = "") -> list[Path]:
+    """The .jsonl files of a folder, also compressed, sorted; without hidden ones.
+
+    Args:
+      name: the only one to list, without suffixes.
+    """
+    return sorted(path for path in folder.iterdir() if texts.suffix(path) == ".jsonl" and not path.name.startswith(".")
+                  and name in ("", path.name.partition(".")[0]) and path.is_file())
+
+
 def read(path: Path):
     """The value in a JSON file."""
     try:

@@ -6,13 +6,14 @@ import datasets
 from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer  # noqa: F401 (wikitext2_local.yaml)
 
 from mmx.config import ConfigError
-from mmx.evals.user_files import column, records
+from mmx.evals.user_files import column, list_jsonl, records
 from mmx.files import texts
 
 
 def blimp(data=None, paradigm="*", **metadata):
     """The minimal pairs in a folder of BLiMP's .jsonl files, of one paradigm or of all."""
-    files = sorted(Path(str(data)).glob(f"{paradigm}.jsonl"))
+    folder = Path(str(data))
+    files = list_jsonl(folder, "" if paradigm == "*" else str(paradigm)) if folder.is_dir() else []
     if not files:
         raise ConfigError(f"--metadata data={data} paradigm={paradigm}: no such file; data must be the folder of BLiMP's "
                           ".jsonl files, and paradigm the name of one of them (or left out)")
