@@ -1,11 +1,14 @@
 """Logits, generation and prefixes: each against an independent computation of the same thing."""
 import dataclasses
 import re
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 import mmx
 from mmx import config
@@ -160,7 +163,80 @@ def sequence(*stop):
     """An empty sequence with the byte tokenizer and these stop strings."""
     tokenizer = engine.tokenizers.tokenizer("bytes")
     request = engine.Request("", 99, engine.Sampling(stop=stop))
-    return engine.Sequence(0, request, lambda: tokenizer, C, after_prefix=True)
+    return engine.Sequence(0, request, lambda: tokenizer, C, before=())
+
+
+@pytest.fixture(scope="module")
+def spaced(loaded, tmp_path_factory):
+    """The model with a tokenizer that puts a space before each text (tests/data/metaspace_tokenizer.json)."""
+    folder = tmp_path_factory.mktemp("spaced")
+    shutil.copy(Path(__file__).parent / "data" / "metaspace_tokenizer.json", folder / "tokenizer.json")
+    return loaded._replace(tokenizer=str(folder / "tokenizer.json"))
+
+
+@pytest.mark.case(2)
+def test_text_is_what_the_new_tokens_add_to_the_prompt(spaced):
+    """Generated text keeps its first space: it is decode(prompt + new) without decode(prompt), however it is streamed."""
+    stock = tokenizers.Tokenizer.from_file(spaced.tokenizer)
+    prompts = ["the state", "", "the ", "the st"]
+    outputs = list(engine.stream(spaced, [engine.Request(prompt, 12) for prompt in prompts]))
+    for number, prompt in enumerate(prompts):
+        own = [output for output in outputs if output.request == number]
+        prompt_ids, new = stock.encode(prompt).ids, np.concatenate([output.ids_T for output in own])
+        new = [i for i in new.tolist() if i != 0]                                   # 0 is the end
+        assert "".join(output.text for output in own) == stock.decode(prompt_ids + new)[len(stock.decode(prompt_ids)):]
+
+
+@pytest.mark.case(2)
+@pytest.mark.parametrize("stop, text, used", [
+    ((), " of the union", 3), ((" the",), " of", 2), ((" o",), "", 1), (("f t",), " o", 2)])
+def test_stop_strings_see_the_first_space(spaced, stop, text, used):
+    """After "the state" the model adds ▁of ▁the ▁union, ids 22, 15 and 27."""
+    tokenizer = engine.tokenizers.tokenizer(spaced.tokenizer)
+    streamed = engine.Sequence(0, engine.Request("the state", 3, engine.Sampling(stop=stop)), lambda: tokenizer, C)
+    outputs = []
+    for i in (22, 15, 27):
+        outputs.append(streamed.append(np.array([i]), np.zeros(1)))
+        if outputs[-1].ended:
+            break
+    at_once = engine.Sequence(0, engine.Request("the state", 3, engine.Sampling(stop=stop)), lambda: tokenizer, C)
+    [whole] = [at_once.append(np.array([22, 15, 27]), np.zeros(3))]
+    assert "".join(output.text for output in outputs) == whole.text == text
+    assert sum(len(output.ids_T) for output in outputs) == len(whole.ids_T) == used
+
+
+@pytest.mark.case(1)
+def test_a_prompt_continues_a_prefix(spaced, tmp_path):
+    """The prefix "the st" and the prompt "ate of" have the ids of "the state of", split at the border; also from a file."""
+    made = engine.make_prefix(spaced, "the st")
+    prefix.save(tmp_path / "prefix.npz", spaced, made)
+    tokenizer = engine.tokenizers.tokenizer(spaced.tokenizer)
+    for before in (made.tail, prefix.load(tmp_path / "prefix.npz", spaced).tail):
+        assert before == (0, 15, 23)
+        sequence = engine.Sequence(0, engine.Request("ate of", 3), lambda: tokenizer, C, before)
+        assert sequence.prompt_T.tolist() == [25, 22]
+        assert sequence.append(np.array([15]), np.zeros(1)).text == " the"
+    empty = engine.make_prefix(spaced, "")          # bos alone: no text, so the prompt begins the text
+    sequence = engine.Sequence(0, engine.Request("the state", 3), lambda: tokenizer, C, empty.tail)
+    assert sequence.prompt_T.tolist() == [15, 26]
+    old = made._replace(tail=())                    # a file of an earlier version
+    assert list(engine.stream(spaced, [engine.Request("ate of", 4)], prefix=old))[-1].ended
+
+
+@pytest.mark.case(3)
+def test_every_end_of_the_checkpoint_ends_generation(spaced, loaded, tmp_path, monkeypatch):
+    [whole] = engine.stream(loaded, [engine.Request("the union", 8)])
+    last = max(n for n in range(8) if whole.ids_T[n] not in whole.ids_T[:n])        # the first time that this id comes
+    monkeypatch.setattr(engine.tokenizers.Bytes, "ends", (257, int(whole.ids_T[last])))
+    [ended] = engine.stream(loaded, [engine.Request("the union", 8)])
+    assert ended.ended and ended.ids_T.tolist() == whole.ids_T[:last + 1].tolist()
+
+    shutil.copy(spaced.tokenizer, tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 27]}')
+    tokenizer = engine.tokenizers.tokenizer(str(tmp_path / "tokenizer.json"))
+    for end in (1, 27):
+        found = engine.Sequence(0, engine.Request("the", 8), lambda: tokenizer, C).append(np.array([22, end, 22]), np.zeros(3))
+        assert found.ended and found.ids_T.tolist() == [22, end] and found.text == " of"
 
 
 def append(sequence, raw):

@@ -192,7 +192,7 @@ def test_a_mesh_does_not_change_tokens(monkeypatch):
             request = engine.Request(want["prompt"][0], 32)
         expected = sharding.cache_shardings(empty_cache(loaded.config, 4, 256), jax.sharding.get_mesh())
         batch = engine.Batch(loaded, 4)
-        batch.start(0, engine.Sequence(0, request, None, loaded.config, after_prefix=False))
+        batch.start(0, engine.Sequence(0, request, None, loaded.config))
         list(batch.decode())
         for x, wanted in zip(jax.tree.leaves(batch.cache), jax.tree.leaves(expected)):
             assert x.sharding.is_equivalent_to(wanted, x.ndim), (x.sharding, wanted)

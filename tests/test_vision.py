@@ -304,5 +304,6 @@ def test_a_text_model_refuses_images_and_reads_the_placeholder_as_text(checkpoin
         mmx.generate(text, "<image> what?", steps=1, images=[checkpoint / "a.png"])
     with pytest.raises(ConfigError, match="this model reads only text"):
         mmx.forward(text, np.ones((1, 3), int), images=[[]])
-    ids_T = images.encode(text.config.vision, "<image> what?", [], lambda part: np.frombuffer(part.encode(), np.uint8))
+    encode = lambda part, continues: np.frombuffer(part.encode(), np.uint8)
+    ids_T = images.encode(text.config.vision, "<image> what?", [], encode)
     assert bytes(ids_T) == b"<image> what?"

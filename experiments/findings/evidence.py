@@ -15,7 +15,6 @@ the highest value. A claim states that the first arm is better than the second b
 """
 import collections
 import itertools
-import json
 import math
 import operator
 from collections.abc import Callable
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from mmx.files import texts
 
 ROOT = Path(__file__).parents[2]
 UNIFORM = math.log(256)         # nats per byte if all bytes are equally likely: counts as the loss of a diverged run
@@ -132,7 +133,7 @@ def format_rates(named: dict[str, Arm]) -> str:
 
 def read_rows(name: str) -> list[dict]:
     path = ROOT / "experiments" / "results" / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for _, row in texts.read_json_lines(path)] if path.exists() else []
 
 
 def best_arms(rows: list[dict], fields: tuple, score: Callable) -> dict[tuple, Arm]:

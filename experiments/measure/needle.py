@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmx import cli
-from mmx.files import atomic
+from mmx.files import atomic, texts
 from mmx.launch import experiments, sweep
 
 FOLDER = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ def evaluate(folder: Path, plan: Plan, cell: sweep.Cell) -> list[dict]:
     workdir = folder / "runs" / cell.name
     mmx("eval", "--checkpoint", workdir, "--suite", "needle", "--lengths", ",".join(map(str, plan.lengths)),
         "--rows", ",".join(map(str, DEPTHS)), "--examples", plan.examples)
-    found = [json.loads(line) for line in (workdir / "needle.jsonl").read_text().splitlines()[1:]]
+    found = [line for _, line in texts.read_json_lines(workdir / "needle.jsonl")[1:]]
     return [cell.keys | {"length": int(line["column"]), "depth": int(line["row"]), "score": line["score"],
                          "answer": line["answers"][0], "output": line["output"]} for line in found]
 
@@ -110,7 +110,7 @@ def main():
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
     if not path.exists():
         parser.error(f"{path} does not exist: create it with --run DIR")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for _, row in texts.read_json_lines(path)]
     grid, _ = experiments.grid(f"{FOLDER / args.experiment}.py", [])
     arms = [arm for arm in grid if not arm.pop("seed")]
     print_table("correct answers", rows, arms, plan)

@@ -1,12 +1,13 @@
 """Reads the runs that scaling laws are fitted to, from a CSV or JSON lines file."""
 import csv
+import io
 import math
 from typing import NamedTuple
 
 import numpy as np
 
 from mmx.config import ConfigError, nearest
-from mmx.files import untrusted
+from mmx.files import texts
 
 COLUMNS = ("params", "tokens", "flops", "loss")     # what a law may need of a run, by mmx's names
 NEEDED = {"power": ("flops",), "envelope": ("flops",), "chinchilla": ("params", "tokens"), "moe": ("params", "tokens"),
@@ -87,12 +88,12 @@ def _suggestion(column, known) -> str:
 def _read_rows(path: str) -> list[tuple[int, dict]]:
     """(line number, {column: value}) of each row. Raises ConfigError if the file is neither CSV nor JSON lines."""
     try:
-        text = untrusted.read_bytes(path, MAX_BYTES).decode("utf-8-sig")
-        if text.lstrip().startswith("{"):
-            return [(number, _parse_object(path, number, line))
-                    for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        lines = text.splitlines()
-        reader = csv.DictReader(lines, delimiter=max(",;\t", key=(lines or [""])[0].count), skipinitialspace=True, strict=True)
+        raw = texts.read_bytes(path, MAX_BYTES)
+        if raw.lstrip().startswith(b"{"):
+            return [(line.number, _object(path, line)) for line in texts.json_lines(raw)]
+        text = raw.decode()
+        reader = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=text.partition("\n")[0].count),
+                                skipinitialspace=True, strict=True)
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         rows = [(reader.line_num, row) for row in reader]
     except UnicodeDecodeError as error:
@@ -108,14 +109,10 @@ def _read_rows(path: str) -> list[tuple[int, dict]]:
     return rows
 
 
-def _parse_object(path, number, line) -> dict:
-    try:
-        row = untrusted.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{path}:{number}: not a JSON object: {error}") from None
-    if not isinstance(row, dict):
-        raise ConfigError(f"{path}:{number}: not a JSON object")
-    return row
+def _object(path, line: texts.JsonLine) -> dict:
+    if not isinstance(line.value, dict):
+        raise ConfigError(f"{path}:{line.number}: not a JSON object{line.problem and f': {line.problem}'}")
+    return line.value
 
 
 def _positive(path, line, row, column) -> float:

@@ -24,7 +24,7 @@ from mmx.checkpoints.casts import DTYPES, cast, find_dtype
 from mmx.checkpoints.shapes import check_shapes
 from mmx.checkpoints.tokenizer_files import BYTE_IDS
 from mmx.config import ConfigError
-from mmx.data import tokens
+from mmx.data import special_tokens, tokens
 from mmx.files import atomic, notes, untrusted
 from mmx.kernels import int8
 from mmx.model import Model
@@ -59,10 +59,8 @@ class ReleasedSource:
         self.tokenizer = tokenizer_files.find_tokenizer(directory, self.ids())
 
     def ids(self) -> dict:
-        """The ids of bos, eos and pad; those in generation_config.json take precedence over config.json."""
-        generation = self.side_files / "generation_config.json"
-        inner = self.json["text_config"] if self.model.vision.layers else {}
-        return _ids(inner | self.json | (untrusted.read_json(untrusted.check_link(generation)) if generation.exists() else {}))
+        """The ids of bos, eos and pad that generation_config.json or config.json has; eos may be a list."""
+        return special_tokens.as_json(special_tokens.stored_ids(self.side_files))
 
     def dtype(self, leaf) -> np.dtype:
         """The dtype of a leaf; float32 if its tensors have several."""
@@ -110,12 +108,11 @@ class WorkdirSource:
             self.tokenizer = str(file) if file.exists() else experiment.data.tokenizer
 
     def ids(self) -> dict:
-        """The ids of bos, eos and pad."""
+        """The ids of bos, eos and pad; eos may be a list."""
         if self.side_files:
-            return _ids(untrusted.read_json(untrusted.check_link(self.side_files / "generation_config.json")))
+            return special_tokens.as_json(special_tokens.stored_ids(self.side_files))
         tokenizer = tokens.tokenizer(self.tokenizer)
-        values = (tokenizer.bos, tokenizer.eos, tokenizer.pad) if tokenizer.vocab <= self.model.vocab else (None,) * 3
-        return dict(zip(BYTE_IDS, values))
+        return tokens.special_ids(tokenizer) if tokenizer.vocab <= self.model.vocab else dict.fromkeys(BYTE_IDS)
 
     def dtype(self, leaf) -> np.dtype:
         return self.arrays[leaf.path].dtype.numpy_dtype
@@ -269,10 +266,6 @@ def _destination(out: str | Path):
         raise
 
 
-def _ids(config_json: dict) -> dict:
-    return {key: config_json.get(key) for key in BYTE_IDS}
-
-
 def copy_side_files(source, out: Path) -> list[str]:
     """Copies the files beside the tensors of a source that `out` does not have; returns their names.
 
@@ -286,14 +279,11 @@ def copy_side_files(source, out: Path) -> list[str]:
 
 
 def _write_ids(source, out: Path) -> None:
-    """Adds the ids of bos, eos and pad to generation_config.json, unless the file is from a released checkpoint."""
-    path = out / "generation_config.json"
-    if path.exists() and source.side_files:
-        return
+    """Adds the ids of bos, eos and pad that generation_config.json lacks: a workdir has no config.json with these ids."""
+    path, ids = out / "generation_config.json", source.ids()
     saved = untrusted.read_json(path) if path.exists() else {}
-    text = source.ids() | {key: value for key, value in saved.items() if value is not None}
-    if not path.exists() or text != saved:
-        path.write_text(json.dumps(text, indent=1))
+    if not saved or any(saved.get(key) is None and ids[key] is not None for key in ids):
+        path.write_text(json.dumps(saved | ids, indent=1))
 
 
 def unflatten(flat: dict[tuple[str, ...], object]) -> dict:

@@ -26,8 +26,9 @@ from orbax.checkpoint import checkpoint_managers
 from mmx.checkpoints import orbax_hooks
 from mmx.checkpoints.casts import cast
 from mmx.checkpoints.shapes import check_shapes
-from mmx.checkpoints.tokenizer_files import BYTE_IDS, find_tokenizer, fingerprint
+from mmx.checkpoints.tokenizer_files import find_tokenizer, fingerprint
 from mmx.config import IMPLEMENTATION_KEYS, ConfigError, Experiment, Model, to_json
+from mmx.data import special_tokens, tokens
 from mmx.files import atomic, checksums, untrusted
 from mmx.layers.kinds import kind_of
 
@@ -237,7 +238,7 @@ def check_config(workdir: str | Path, experiment: Experiment, write: bool = True
     """Raises ConfigError if the workdir has a run of another config, or with another tokenizer.
 
     Args:
-      write: also write WORKDIR/config.json, and tokenizer.json if the run has one.
+      write: also write WORKDIR/config.json, and tokenizer.json and generation_config.json if the run has a tokenizer.json.
     """
     path, data = Path(workdir) / "config.json", experiment.data
     tokenizer, same_tokenizer = path.with_name("tokenizer.json"), False
@@ -257,9 +258,10 @@ def check_config(workdir: str | Path, experiment: Experiment, write: bool = True
         if different:
             raise ConfigError(f"{workdir} contains a run of another config: {', '.join(different)}; give the same values, or "
                               "another --workdir")
+    special = _special_tokens(tokenizer, data.tokenizer_file) if data.tokenizer_file else {}
     if write and jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files = {path: to_json(experiment).encode()}
+        files = {path: to_json(experiment).encode()} | special
         if data.tokenizer_file and not tokenizer.exists():
             files[tokenizer] = untrusted.read_bytes(data.tokenizer_file, untrusted.TOKENIZER_BYTES)
         for file, content in files.items():
@@ -269,12 +271,23 @@ def check_config(workdir: str | Path, experiment: Experiment, write: bool = True
 
 def _saved_tokenizer(workdir: Path, saved: dict) -> str:
     """The tokenizer of a run: its tokenizer.json, or for a converted checkpoint also "bytes"; "" if neither is known."""
-    file, ids = workdir / "tokenizer.json", {}
-    generation = workdir / "generation_config.json"
-    if saved and "data" not in saved and generation.exists():
-        found = untrusted.read_json(untrusted.check_link(generation))
-        ids = {key: found.get(key) for key in BYTE_IDS}
+    file = workdir / "tokenizer.json"
+    converted = saved and "data" not in saved
+    ids = special_tokens.as_json(special_tokens.stored_ids(workdir)) if converted else {}
     return str(file) if file.exists() else find_tokenizer(workdir, ids)
+
+
+def _special_tokens(tokenizer: Path, name: str) -> dict[Path, bytes]:
+    """The generation_config.json with the special tokens of a run, which files beside data.tokenizer=`name` may decide.
+
+    Raises ConfigError if the run's own tokenizer.json, which it has if it was started before, has others.
+    """
+    ids, generation = tokens.special_ids(tokens.tokenizer(name)), tokenizer.with_name("generation_config.json")
+    if tokenizer.exists() and (own := tokens.special_ids(tokens.tokenizer(str(tokenizer)))) != ids:
+        raise ConfigError(f"data.tokenizer={name!r} has the special tokens {ids}, the run's {tokenizer} has {own}: give "
+                          f"--config.data.tokenizer={tokenizer}, or another --workdir")
+    saved = untrusted.read_json(untrusted.check_link(generation)) if generation.exists() else {}
+    return {generation: json.dumps(saved | ids, indent=1).encode()}
 
 
 def _comparable(sections: dict, changeable: dict) -> dict:

@@ -5,7 +5,7 @@ from pathlib import Path
 import mmx
 from mmx.cli import common
 from mmx.config import ConfigError
-from mmx.files import untrusted
+from mmx.files import texts
 
 
 def add_parser(commands) -> None:
@@ -84,7 +84,7 @@ def run(args):
 
 def _read_prompts(args) -> list[str]:
     """The prompts of the command line and of files; one empty prompt if --load-cache is given without a prompt."""
-    prompts = [*args.prompt, *map(untrusted.read_text, args.prompt_file)]
+    prompts = [*args.prompt, *map(texts.read, args.prompt_file)]
     if not prompts and not args.load_cache:
         raise ConfigError("no prompt was given: add --prompt TEXT, --prompt-file FILE or --load-cache FILE")
     if args.save_cache and len(prompts) != 1:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mmx.config import ConfigError
 from mmx.data.images import PLACEHOLDER
-from mmx.files import atomic, untrusted
+from mmx.files import atomic, texts, untrusted
 
 MAX_BYTES = 1 << 30         # of captions.jsonl
 
@@ -40,9 +40,8 @@ def unpack(archive, folder) -> int:
     try:
         with untrusted.open_file(archive, sys.maxsize) as raw, tarfile.open(fileobj=raw) as tar:
             tar.extractall(folder, filter=_refuse_links)
-        records = [untrusted.loads(line) for line in untrusted.read_bytes(path, MAX_BYTES).splitlines() if line.strip()]
         lines = [record | {"text": PLACEHOLDER + (record.get("title") or record["name"]), "images": [record["image"]]}
-                 for record in records]
+                 for _, record in texts.read_json_lines(path, MAX_BYTES)]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
     except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, ValueError, LookupError, TypeError,
             AttributeError) as error:

@@ -128,21 +128,30 @@ def split_by_prompt(texts: list[str], images: list) -> list[tuple]:
     return [tuple(images[begin:end]) for begin, end in zip([0, *ends[:-1]], ends)]
 
 
-def encode(v: Vision, text: bytes, counts: list[int], encode_text) -> np.ndarray:
+def encode(v: Vision, text: bytes, counts: list[int], encode_text, continues: bool = False) -> np.ndarray:
     """ids_T of a text with placeholders.
 
     Args:
       counts: the number of tokens of each image. A placeholder becomes that many image tokens (v.token).
-      encode_text: maps bytes to ids; called on each part between placeholders. A model without vision has no placeholders:
-        the whole text goes to `encode_text`.
+      encode_text: maps (bytes, continues=whether text comes before them) to ids; called on each part between placeholders.
+      continues: whether text comes before this text.
     """
-    first, *others = text.split(PLACEHOLDER.encode()) if v.layers else [text]
+    parts = split_text(v, text)
+    return insert_images(v, [encode_text(part, continues=continues or n > 0) for n, part in enumerate(parts)], counts)
+
+
+def split_text(v: Vision, text: bytes) -> list[bytes]:
+    """The parts of a text between its placeholders; the whole text for a model without vision, which has no placeholders."""
+    return text.split(PLACEHOLDER.encode()) if v.layers else [text]
+
+
+def insert_images(v: Vision, parts: list[np.ndarray], counts: list[int]) -> np.ndarray:
+    """ids_T of the parts of a text, with the tokens of an image between each two of them."""
+    first, *others = parts
     if len(others) != len(counts):
         raise ConfigError(mismatch_message(len(others), len(counts)))
-    ids = [encode_text(first)]
-    for count, part in zip(counts, others):
-        ids += [np.full(count, v.token, np.int32), encode_text(part)]
-    return np.concatenate(ids)
+    return np.concatenate([first, *(ids_T for count, part_T in zip(counts, others)
+                                    for ids_T in (np.full(count, v.token, np.int32), part_T))])
 
 
 def collate(v: Vision, ids_BT, rows: list[list[PreparedImage]], blocks: int = 1, tiles_per_block: int = 0

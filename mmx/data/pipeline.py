@@ -245,18 +245,26 @@ def _tokenize_with_images(tokenizer, content: ImageText, name: str, v: config.Vi
         sizes = [images.size(image) for image in content.images]
         counts = [_tokens_and_tiles(v, size)[0] for size in sizes]
         in_prompt = content.prompt.count(images.PLACEHOLDER.encode())
-        prompt_T, completion_T = (
-            images.encode(v, text, its_counts, functools.partial(tokenizer.encode, name=name)) for text, its_counts in (
-                (content.prompt, counts[:in_prompt]), (content.completion, counts[in_prompt:])))
+        parts_of_prompt, parts_of_completion = _encode_parts(tokenizer, content, name, v)
+        prompt_T = images.insert_images(v, parts_of_prompt, counts[:in_prompt])
+        completion_T = images.insert_images(v, parts_of_completion, counts[in_prompt:])
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
-    ids_T = np.concatenate([[tokenizer.bos], prompt_T, completion_T, [tokenizer.eos]], dtype=np.int32)
-    targets_T = np.concatenate([np.full(len(prompt_T), -1), completion_T, [tokenizer.eos, -1]], dtype=np.int32)
+    ids_T, targets_T = tokens.with_targets(tokenizer, prompt_T, completion_T)
     targets_T[targets_T == v.token] = -1
     copy_T = ids_T[ids_T != v.token] if copy_captions and not content.prompt and len(sizes) == 1 else ids_T[:0]
     tiles = sum(_tokens_and_tiles(v, size)[1] for size in sizes)
     return (np.concatenate([ids_T, copy_T]), np.concatenate([targets_T, np.full(len(copy_T), -1, np.int32)]),
             packing.DocumentImages(content.images, tiles, len(copy_T)))
+
+
+def _encode_parts(tokenizer, content: ImageText, name: str, v: config.Vision) -> tuple[list, list]:
+    """The ids of the prompt's and of the completion's parts between images. No image is between the two."""
+    *prompt, last = images.split_text(v, content.prompt)
+    first, *completion = images.split_text(v, content.completion)
+    border = tokens.encode_pair(tokenizer, last, first, name, continues=bool(prompt))
+    return ([*(tokenizer.encode(part, name, continues=n > 0) for n, part in enumerate(prompt)), border[0]],
+            [border[1], *(tokenizer.encode(part, name, continues=True) for part in completion)])
 
 
 @functools.cache

@@ -4,20 +4,25 @@ A source is one of
   - "sotu": the embedded corpus;
   - "scenes", "maps" or "words": generated images with questions (`data.scenes`);
   - a synthetic task with its parameters, such as "mqar:pairs=16" (`data.token_tasks`);
-  - a .txt file (one document), a .jsonl file (one document a line), or a folder of them (searched recursively, sorted).
+  - a .txt file (one document), a .jsonl file (one document a line), or a folder of them (searched recursively, sorted). Names
+    may have capitals; .gz, .bz2 and .xz are decompressed. Hidden files and folders (.NAME) are skipped. One line on stderr
+    lists the files of a folder that are not read, and why.
 
 A line of a .jsonl file is an object with one of
   - "text";
   - "prompt" and "completion": the loss covers the completion only (`PromptCompletion`);
   - "tokens" and "targets": token ids, and the target of each, -1 for none (`TokenIds`).
 A line of the first two forms may have "images", a list of paths of image files, one for each "<image>" in its texts. The files
-must be inside the folder of the .jsonl file (`ImageText`). The content of a plain text is its raw bytes.
+must be inside the folder of the .jsonl file (`ImageText`). The content of a plain text is its bytes, as `texts.normalize`
+returns them: without a byte order mark, with line ends of one newline character.
 
 A document's name is the file's path inside the source, plus ":line" for .jsonl. The name decides the split
 (`corpus.split_of`). If this puts no document into the training split, all documents are for training. If it puts none into the
 validation split, the last 5 % of the training text is held out. The test split may be empty.
 """
+import collections
 import difflib
+import os
 import pathlib
 import sys
 
@@ -26,9 +31,10 @@ import numpy as np
 from mmx.config import ConfigError
 from mmx.data import corpus, images, scenes, token_tasks
 from mmx.data.document_types import ImageText, PromptCompletion, TokenIds
-from mmx.files import untrusted
+from mmx.files import notes, texts, untrusted
 
 SUFFIXES = (".txt", ".jsonl")
+KINDS = ".txt and .jsonl, also compressed as " + ", ".join(texts.COMPRESSIONS)
 GENERATED = ("scenes", "maps", "words")
 
 
@@ -54,36 +60,66 @@ def find_path(source: str) -> pathlib.Path:
 def _read(source: str) -> list[tuple[str, bytes]]:
     path = find_path(source)
     if path.is_dir():
-        base, files = path, sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        base, (files, skipped) = path, _list_files(path)
     else:
-        base, files = path.parent, [path]
-    if path.suffix not in SUFFIXES and not path.is_dir():
+        base, files, skipped = path.parent, [path], {}
+    if texts.suffix(path) not in SUFFIXES and not path.is_dir():
         raise ConfigError(f"data.sources: {source!r} must be a .txt file, a .jsonl file or a folder of them")
     if not files:
-        raise ConfigError(f"data.sources: folder {source!r} contains no .txt or .jsonl file")
-    texts = [text for file in files for text in _texts(file, file.relative_to(base).as_posix()) if text[1]]
-    if not texts:
+        raise ConfigError(f"data.sources: folder {source!r} contains no .txt or .jsonl file{_skipped_text(skipped)}")
+    documents = [document for file in files for document in _documents(file, file.relative_to(base).as_posix()) if document[1]]
+    if not documents:
         raise ConfigError(f"data.sources: {source!r} contains no text in its {len(files)} file{'s' * (len(files) > 1)}")
-    return texts
+    used = {os.path.normpath(image) for _, content in documents if isinstance(content, ImageText) for image in content.images}
+    if unread := {name: reason for name, reason in skipped.items() if os.path.normpath(path / name) not in used}:
+        notes.note(f"data.sources: folder {source!r}{_skipped_text(unread)}")
+    return documents
 
 
-def _texts(file: pathlib.Path, name: str) -> list[tuple]:
+def _list_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
+    """The text files of a folder, sorted, and the names of other files with the reason why they are not read."""
+    files, skipped = [], {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        readable, hidden = texts.suffix(path) in SUFFIXES, any(part.startswith(".") for part in name.parts)
+        if path.is_dir():
+            if path.is_symlink() and not hidden:
+                skipped[name.as_posix()] = "a link to a folder"
+        elif hidden:
+            if readable:
+                skipped[name.as_posix()] = "hidden"
+        elif not readable:
+            skipped[name.as_posix()] = f"not of a kind that is read: {KINDS}"
+        elif not path.is_file():
+            skipped[name.as_posix()] = "not a regular file"
+        elif path.suffix.lower() in texts.COMPRESSIONS and path.with_suffix("").exists():
+            skipped[name.as_posix()] = "a compressed copy of a file beside it"
+        else:
+            files.append(path)
+    return files, skipped
+
+
+def _skipped_text(skipped: dict[str, str]) -> str:
+    """The files that are not read, by reason; each reason names three of them at most."""
+    names = collections.defaultdict(list)
+    for name, reason in skipped.items():
+        names[reason].append(name)
+    found = [f"{', '.join(its[:3])}{f' and {len(its) - 3:,} more' * (len(its) > 3)} ({reason})"
+             for reason, its in names.items()]
+    return f": skipped {'; '.join(found)}" if found else ""
+
+
+def _documents(file: pathlib.Path, name: str) -> list[tuple]:
     try:
-        with untrusted.open_file(file, sys.maxsize) as text:
-            raw = text.read()
+        if texts.suffix(file) == ".txt":
+            return [(name, texts.read_bytes(file, sys.maxsize))]
+        lines = texts.read_json_lines(file, sys.maxsize)
     except ConfigError as error:
         raise ConfigError(f"data.sources: {error}") from None
-    if file.suffix == ".txt":
-        return [(name, raw)]
-    lines = enumerate(raw.split(b"\n"), 1)
-    return [(f"{name}:{n}", _content(line, f"{file}:{n}", file.parent)) for n, line in lines if line.strip()]
+    return [(f"{name}:{where.rpartition(':')[2]}", _content(value, where, file.parent)) for where, value in lines]
 
 
-def _content(line: bytes, where: str, folder: pathlib.Path) -> bytes | PromptCompletion | ImageText | TokenIds:
-    try:
-        value = untrusted.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{where}: not JSON ({error}); each line must be an object with a \"text\" string") from None
+def _content(value, where: str, folder: pathlib.Path) -> bytes | PromptCompletion | ImageText | TokenIds:
     value = value if isinstance(value, dict) else {}
     if "tokens" in value and "text" not in value:       # with a text, other keys are metadata
         return _token_ids(value, where)
@@ -120,12 +156,12 @@ def _token_ids(value: dict, where: str) -> TokenIds:
     return TokenIds(np.array(ids, np.int32), np.array(targets, np.int32))
 
 
-def _split(texts: list, source: str) -> dict[str, list]:
+def _split(documents: list, source: str) -> dict[str, list]:
     splits = {"train": [], "validation": [], "test": []}
-    for name, raw in texts:
+    for name, raw in documents:
         splits[corpus.split_of(name)].append((name, raw))
     if not splits["train"]:
-        splits = {"train": texts, "validation": [], "test": []}
+        splits = {"train": documents, "validation": [], "test": []}
     if not splits["validation"]:
         splits["train"], splits["validation"] = _hold_out(splits["train"])
     if not splits["train"]:
@@ -133,11 +169,11 @@ def _split(texts: list, source: str) -> dict[str, list]:
     return splits
 
 
-def _hold_out(texts: list) -> tuple[list, list]:
+def _hold_out(documents: list) -> tuple[list, list]:
     """(training documents, held-out documents): the last 5 % of the text is held out, from the start of a character."""
-    keep = sum(_size(raw) for _, raw in texts) * 19 // 20
+    keep = sum(_size(raw) for _, raw in documents) * 19 // 20
     train, validation = [], []
-    for name, raw in texts:
+    for name, raw in documents:
         if not isinstance(raw, bytes):      # cannot be divided: the whole document is held out if its end is
             (train if _size(raw) <= keep else validation).append((name, raw))
             keep = max(keep - _size(raw), 0)
@@ -159,7 +195,8 @@ def _size(content) -> int:
 
 def _suggestion(path: pathlib.Path) -> str:
     siblings = path.parent.iterdir() if path.parent.is_dir() else ()
-    known = ["sotu", *GENERATED, *token_tasks.NUMBERS] + sorted(p.name for p in siblings if p.suffix in SUFFIXES or p.is_dir())
+    known = ["sotu", *GENERATED, *token_tasks.NUMBERS]
+    known += sorted(p.name for p in siblings if texts.suffix(p) in SUFFIXES or p.is_dir())
     close = difflib.get_close_matches(path.name, known, 1, 0.5)
     if close:
         return f"; did you mean {close[0]}?"

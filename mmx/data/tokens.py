@@ -1,20 +1,28 @@
 """Tokenizers: bytes (need no file, exact bits per byte), numbers, or a Hugging Face tokenizer.json.
 
-A tokenizer has `vocab` (all ids are below it), the ids `bos`, `eos` and `pad`, and two methods: `encode(raw bytes) -> int32
-ids` adds no special tokens, and `decode(ids) -> str` skips special tokens.
+A tokenizer has `vocab` (all ids are below it), the ids `bos`, `eos` and `pad`, `ends` (the ids that end generation; the first
+of them is `eos`), and two methods: `encode(raw bytes) -> int32 ids` adds no special tokens, and `decode(ids) -> str` skips
+special tokens.
+
+A text that is encoded in parts must decode to the whole text, and many tokenizers treat the beginning of a text differently:
+SentencePiece's put a space before the first word when they encode, and drop one when they decode. So the parts of a text after
+the first are encoded with `continues=True`, a prompt and its completion by `encode_pair`, and what a model adds to a text is
+decoded by `decode_continuation`.
 """
 import contextlib
+import copy
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 
 from mmx import config
 from mmx.config import ConfigError
+from mmx.data import special_tokens
 from mmx.files import untrusted
 
-BOS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<beginning_of_sentence>", "<|startoftext|>", "<|bos|>")
-EOS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<end_of_sentence>", "<|endoftext|>", "<|eos|>", "<|im_end|>")
-PAD = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>")
+TAIL = 12               # tokens before a continuation that are decoded with it
 
 # limits on a tokenizer.json
 MAX_VOCAB = 1 << 24
@@ -27,8 +35,9 @@ MAX_WORD = 1000         # characters of a word that WordPiece splits
 class Bytes:
     """Each byte is its own id; ids 256 to 263 are bos, eos, pad and five unused ids."""
     vocab, bos, eos, pad = 264, 256, 257, 258
+    ends = (eos,)
 
-    def encode(self, raw: bytes, name: str = "text") -> np.ndarray:
+    def encode(self, raw: bytes, name: str = "text", continues: bool = False) -> np.ndarray:
         return np.frombuffer(raw, np.uint8).astype(np.int32)
 
     def decode(self, ids) -> str:
@@ -43,8 +52,9 @@ class Numbers:
             raise ConfigError(f"data.tokenizer='numbers:{count}' needs the number of ids, as numbers:4096")
         self.bos = int(count)
         self.eos, self.pad, self.vocab = self.bos + 1, self.bos + 2, self.bos + 3
+        self.ends = (self.eos,)
 
-    def encode(self, raw: bytes, name: str = "text") -> np.ndarray:
+    def encode(self, raw: bytes, name: str = "text", continues: bool = False) -> np.ndarray:
         words = raw.decode("utf-8", "replace").split()
         valid = lambda word: len(word) <= 8 and word.isdecimal() and int(word) < self.bos
         wrong = next((word for word in words if not valid(word)), None)
@@ -58,39 +68,42 @@ class Numbers:
 
 
 class File:
-    """A tokenizer.json. If its special tokens have no bos or no pad, eos is used instead."""
+    """A tokenizer.json. `special_tokens.decide` says which tokens begin and end a text."""
 
     def __init__(self, path: str):
         try:
-            import tokenizers
+            import tokenizers  # noqa: F401 (`_build` uses it)
         except ImportError:
             raise ConfigError(f"data.tokenizer={path!r} needs the package tokenizers: pip install tokenizers") from None
         with _one_line_errors(f"data.tokenizer: {path!r} is not 'bytes', 'numbers:COUNT' or a tokenizer.json"):
-            text = untrusted.read_bytes(path, untrusted.TOKENIZER_BYTES).decode()
-            _check(untrusted.loads(text))
-            self._model = tokenizers.Tokenizer.from_str(text)
-        self._model.no_truncation()
-        self._model.no_padding()
-        self._model.encode_special_tokens = True        # "</s>" in a text is plain text, not the end of the document
+            text = untrusted.read_bytes(path, untrusted.TOKENIZER_BYTES).decode("utf-8-sig")
+            table = untrusted.loads(text)
+            _check(table)
+            self._model = self._continuing = _build(text)
+            if (continuing := _without_first_space(table)) != table:
+                self._continuing = _build(json.dumps(continuing))
         self.vocab = 1 + max(self._model.get_vocab(with_added_tokens=True).values(), default=-1)
         if self.vocab > MAX_VOCAB:
             raise ConfigError(f"data.tokenizer: {path!r} has ids up to {self.vocab - 1:,}, above the limit of {MAX_VOCAB:,}")
         specials = {t.content: i for i, t in self._model.get_added_tokens_decoder().items() if t.special}
-        eos = _first(specials, EOS)
-        if eos is None:
-            raise ConfigError(f"data.tokenizer: {path!r} has no end-of-text token; its special tokens must include "
-                              "one of " + ", ".join(EOS))
-        self.eos = eos
-        self.bos = _first(specials, BOS, eos)
-        self.pad = _first(specials, PAD, eos)
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        self.bos, self.ends, self.pad = special_tokens.decide(Path(path).parent, vocabulary, specials, path)
+        self.eos = self.ends[0]
 
-    def encode(self, raw: bytes, name: str = "text") -> np.ndarray:
+    def encode(self, raw: bytes, name: str = "text", continues: bool = False) -> np.ndarray:
+        return np.array(self._encode(raw, name, continues).ids, np.int32)
+
+    def ends_of_tokens(self, raw: bytes, name: str = "text", continues: bool = False) -> np.ndarray:
+        """For each token of a text, the number of characters of the text up to its end."""
+        return np.array([end for _, end in self._encode(raw, name, continues).offsets], np.int32)
+
+    def _encode(self, raw: bytes, name: str, continues: bool):
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"{name}: not UTF-8 at byte {error.start}; data.tokenizer=bytes accepts any bytes") from None
         with _one_line_errors(f"{name}: data.tokenizer cannot encode it"):
-            return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+            return (self._continuing if continues else self._model).encode(text, add_special_tokens=False)
 
     def decode(self, ids) -> str:
         with _one_line_errors("data.tokenizer cannot decode the ids"):
@@ -113,19 +126,63 @@ def of_checkpoint(name: str, vocab: int) -> Bytes | Numbers | File:
     return loaded
 
 
+def special_ids(tokenizer) -> dict[str, int | list[int]]:
+    """The special tokens, as generation_config.json has them."""
+    return special_tokens.as_json(dict(zip(special_tokens.KEYS, ((tokenizer.bos,), tokenizer.ends, (tokenizer.pad,)))))
+
+
 def document(tokenizer, raw: bytes, name: str = "text") -> np.ndarray:
     """The ids of a document: bos + tokens + eos."""
     return np.concatenate([[tokenizer.bos], tokenizer.encode(raw, name), [tokenizer.eos]], dtype=np.int32)
 
 
 def prompt_completion(tokenizer, prompt: bytes, completion: bytes, name: str = "text") -> tuple[np.ndarray, np.ndarray]:
-    """The ids bos + prompt + completion + eos, and their targets: -1 within the prompt.
+    """The ids bos + prompt + completion + eos, and their targets: -1 within the prompt."""
+    return with_targets(tokenizer, *encode_pair(tokenizer, prompt, completion, name))
 
-    Prompt and completion are encoded separately, as in inference.
-    """
-    prompt_T, completion_T = tokenizer.encode(prompt, name), tokenizer.encode(completion, name)
+
+def with_targets(tokenizer, prompt_T, completion_T) -> tuple[np.ndarray, np.ndarray]:
+    """The ids bos + prompt + completion + eos, and their targets: -1 within the prompt."""
     ids_T = np.concatenate([[tokenizer.bos], prompt_T, completion_T, [tokenizer.eos]], dtype=np.int32)
     return ids_T, np.concatenate([np.full(len(prompt_T), -1), completion_T, [tokenizer.eos, -1]], dtype=np.int32)
+
+
+def encode_pair(tokenizer, prompt: bytes, completion: bytes, name: str = "text",
+                continues: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a text's two parts, which together decode to the whole text.
+
+    The ids of the whole, if they start with those of the prompt. Otherwise a token of the whole spans the border: then the
+    prompt has the ids that it has alone, as in inference, and the completion is encoded as a continuation. If these do not
+    decode to the whole text (WordPiece marks tokens that continue a word), the completion gets the token that spans the border.
+
+    Args:
+      continues: whether another part of the text comes before the prompt.
+    """
+    prompt_T = tokenizer.encode(prompt, name, continues)
+    if not isinstance(tokenizer, File):         # ids of bytes and numbers do not depend on their neighbours
+        return prompt_T, tokenizer.encode(completion, name, continues=True)
+    whole_T = tokenizer.encode(prompt + completion, name, continues)
+    border = len(prompt_T)
+    if not np.array_equal(whole_T[:border], prompt_T):
+        completion_T = tokenizer.encode(completion, name, continues=True)
+        if tokenizer.decode([*prompt_T, *completion_T]) == tokenizer.decode(whole_T):
+            return prompt_T, completion_T
+        ends_T = tokenizer.ends_of_tokens(prompt + completion, name, continues)
+        border = int(np.searchsorted(ends_T, len(prompt.decode()), "right"))
+    return whole_T[:border], whole_T[border:]
+
+
+def decode_continuation(tokenizer, before, ids) -> str:
+    """The text that `ids` add to the text of `before`, the tokens before them (`tail` keeps enough of them)."""
+    begin, whole = tokenizer.decode(before), tokenizer.decode([*before, *ids])
+    return whole[len(begin):] if whole.startswith(begin) else tokenizer.decode(ids)
+
+
+def tail(tokenizer, ids) -> list[int]:
+    """The last tokens of a text, from the start of a character on: at most TAIL."""
+    starts = range(max(len(ids) - TAIL, 0), max(len(ids) - TAIL // 2, 1))
+    start = next((n for n in starts if not tokenizer.decode(ids[n:]).startswith("\ufffd")), starts[0])
+    return [int(i) for i in ids[start:]]
 
 
 def check_ids(tokenizer, ids, name: str) -> None:
@@ -141,8 +198,28 @@ def check_vocab(tokenizer, vocab: int) -> None:
                           f"set model.vocab={tokenizer.vocab} or more")
 
 
-def _first(specials: dict, names: tuple, default: int | None = None) -> int | None:
-    return next((specials[name] for name in names if name in specials), default)
+def _build(text: str):
+    import tokenizers
+
+    model = tokenizers.Tokenizer.from_str(text)
+    model.no_truncation()
+    model.no_padding()
+    model.encode_special_tokens = True          # "</s>" in a text is plain text, not the end of the document
+    return model
+
+
+def _without_first_space(table: dict) -> dict:
+    """A tokenizer.json whose steps put no space before a text: the tokenizer for a text's second and later parts."""
+    table = copy.deepcopy(table)
+    for key in ("normalizer", "pre_tokenizer"):
+        for step in _steps(table.get(key)):
+            if step.get("type") == "Metaspace":
+                step |= {"prepend_scheme": "never", "add_prefix_space": False}
+            elif step.get("type") == "ByteLevel":
+                step["add_prefix_space"] = False
+            elif step.get("type") == "Prepend":
+                step["prepend"] = ""
+    return table
 
 
 @contextlib.contextmanager

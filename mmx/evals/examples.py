@@ -99,7 +99,8 @@ def prompt_length(example: Example, options: SuiteOptions) -> int:
     if not example.images:
         return count_tokens(example.prompt, options.tokenizer)
     image_tokens = sum(int(images.token_count(options.vision, *images.size(image))) for image in example.images)
-    return count_tokens(example.prompt.replace(images.PLACEHOLDER, ""), options.tokenizer) + image_tokens
+    parts = images.split_text(options.vision, example.prompt.encode())
+    return 1 + sum(len(options.tokenizer.encode(part, continues=n > 0)) for n, part in enumerate(parts)) + image_tokens
 
 
 def answer_budget(tokenizer, least: int, answers) -> int:

@@ -76,6 +76,13 @@ class Mmx(TemplateLM):
         ids = self._tokenizer.encode(string.encode()).tolist()
         return ids if add_special_tokens is False else [self._tokenizer.bos, *ids]
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a context and its continuation. As in lm-eval, the continuation gets the spaces at the context's end."""
+        stripped = context.rstrip()
+        parts = tokens.encode_pair(self._tokenizer, stripped.encode(), (context[len(stripped):] + continuation).encode())
+        context_T, continuation_T = (ids_T.tolist() for ids_T in parts)
+        return [self._tokenizer.bos, *context_T], continuation_T
+
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **kwargs) -> list[tuple[float, bool]]:
         """(log-probability, whether it is what greedy decoding gives) of each continuation, in the order of the requests."""
         results, rows = [None] * len(requests), []

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from mmx.config import ConfigError
+from mmx.data import tokens
 from mmx.evals import user_files
 from mmx.evals.examples import Example, PlannedExample, SuiteOptions, check_rows, count_tokens
 
@@ -51,7 +52,9 @@ def remove_middle(text: str, limit: int, tokenizer) -> str:
     ids, keep = tokenizer.encode(text.encode()), limit - 1
     while True:
         half = keep // 2
-        shortened = tokenizer.decode(ids[:half]) + tokenizer.decode(ids[len(ids) - half:])
+        end = len(ids) - half
+        shortened = tokenizer.decode(ids[:half]) + tokens.decode_continuation(
+            tokenizer, tokens.tail(tokenizer, ids[:end]), ids[end:])
         if count_tokens(shortened, tokenizer) <= limit:
             return shortened
         keep -= max(1, count_tokens(shortened, tokenizer) - limit)      # a split character may be encoded as more tokens

@@ -127,7 +127,7 @@ def _plan_released(options: SuiteOptions):
     The records of one label and length are in the order of their depths.
     """
     check_rows(options.rows, DEPTHS)
-    paths = sorted(Path(options.data).glob("*.jsonl")) if Path(options.data).is_dir() else [Path(options.data)]
+    paths = user_files.list_jsonl(Path(options.data)) if Path(options.data).is_dir() else [Path(options.data)]
     if not paths or not all(path.is_file() for path in paths):
         raise ConfigError(f"mr-niah: no .jsonl file in --data {options.data}; the released files have names such as "
                           "2048_tokens.jsonl")

@@ -14,6 +14,7 @@ import re
 from mmx.config import ConfigError
 from mmx.evals import user_files
 from mmx.evals.examples import Example, PlannedExample, SuiteOptions, answer_budget, check_rows, fit_to_length
+from mmx.files import texts
 
 ROWS = {"ek": ("English", "The other language"), "ke": ("The other language", "English")}
 
@@ -23,7 +24,7 @@ def plan(options: SuiteOptions):
         raise ConfigError("mtob needs sacrebleu, which is not installed: pip install 'mmx[eval]'")
     check_rows(options.rows, ROWS)
     find = lambda name: user_files.find(options.data, name, "mtob", ("", "resources", "splits"))
-    book = find("grammar_book.txt").read_text(encoding="utf-8", errors="replace")
+    book = texts.read_bytes(find("grammar_book.txt")).decode(errors="replace")
     lists, pairs = user_files.read(find("wordlist.json")), _pairs(find("train_examples.json"), "translation")
     planned = []
     for column in options.lengths or ("full",):

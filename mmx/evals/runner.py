@@ -24,7 +24,7 @@ from mmx.data import tokens
 from mmx.evals import user_files
 from mmx.evals.examples import SuiteOptions, format_length, prompt_length, training_record
 from mmx.evals.suites import SUITES, Suite
-from mmx.files import atomic, untrusted
+from mmx.files import atomic, texts, untrusted
 from mmx.inference import engine, forward
 
 SCALE = {"accuracy": 100, "chrF": 1, "perplexity": 1}       # factor in tables and figures
@@ -158,15 +158,11 @@ def _resume(path: Path, header: dict) -> dict[tuple, dict]:
     raw = untrusted.read_bytes(path, user_files.MAX_BYTES) if path.exists() else b""
     if raw and not raw.startswith(b'{"suite"'):
         raise ConfigError(f"{path} does not contain examples of a suite: move it, or give another --out")
-    for line in raw.splitlines(keepends=True):
-        try:
-            lines.append(untrusted.loads(line))
-        except ValueError:
+    for line in texts.json_lines(raw):
+        if line.problem or not line.raw.endswith(b"\n"):
             break
-        if not line.endswith(b"\n"):
-            lines.pop()
-            break
-        complete_bytes += len(line)
+        lines.append(line.value)
+        complete_bytes = line.end
     for number, record in enumerate(lines, 1):
         cell = [record.get(key) for key in ("row", "column", "index")] if isinstance(record, dict) else ()
         if not (cell and (number == 1 or list(map(type, cell)) == [str, str, int])):

@@ -2,7 +2,7 @@
 from pathlib import Path
 
 from mmx.config import ConfigError, is_text
-from mmx.files import untrusted
+from mmx.files import texts, untrusted
 
 MAX_BYTES = 1 << 30         # of one file; LongBench v2's data.json has half of that
 
@@ -18,10 +18,20 @@ def find(data: Path | None, name: str, suite: str, folders=("",)) -> Path:
     raise ConfigError(f"{suite}: there is no file {' or '.join(map(str, paths))}")
 
 
+def list_jsonl(folder: Path, name: str = "") -> list[Path]:
+    """The .jsonl files of a folder, also compressed, sorted; without hidden ones.
+
+    Args:
+      name: the only one to list, without suffixes.
+    """
+    return sorted(path for path in folder.iterdir() if texts.suffix(path) == ".jsonl" and not path.name.startswith(".")
+                  and name in ("", path.name.partition(".")[0]) and path.is_file())
+
+
 def read(path: Path):
     """The value in a JSON file."""
     try:
-        return untrusted.loads(untrusted.read_bytes(path, MAX_BYTES))
+        return untrusted.loads(texts.read_bytes(path, MAX_BYTES))
     except ConfigError:
         raise
     except ValueError as error:
@@ -30,16 +40,10 @@ def read(path: Path):
 
 def records(path: Path) -> list[dict]:
     """The objects of a .jsonl file (one a line) or of a .json file (one array)."""
-    if path.suffix == ".json":
+    if texts.suffix(path) == ".json":
         found = [(path, value) for value in _read_list(path)]
     else:
-        found = []
-        for number, line in enumerate(untrusted.read_bytes(path, MAX_BYTES).split(b"\n"), 1):
-            if line.strip():
-                try:
-                    found.append((f"{path}:{number}", untrusted.loads(line)))
-                except ValueError as error:
-                    raise ConfigError(f"{path}:{number} is not JSON ({error})") from None
+        found = texts.read_json_lines(path, MAX_BYTES)
     for where, value in found:
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: each entry must be an object, this one is {type(value).__name__}")

@@ -5,7 +5,6 @@ to the truth. For a word, the score is the number of positions with the right le
 the truth, whichever is longer.
 """
 import functools
-import json
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -14,6 +13,7 @@ from mmx.config import ConfigError
 from mmx.data import scenes
 from mmx.data.images import read
 from mmx.evals.examples import Example, PlannedExample, SuiteOptions, check_rows, make_rng
+from mmx.files import texts
 
 ROWS = tuple(scenes.QUESTIONS)
 WITH_IMAGE, BLIND = "picture", "blind"      # columns
@@ -81,7 +81,7 @@ def plot_answers(result: dict, path: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in path.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()[1:]]
+    lines = [record for _, record in texts.read_json_lines(path.with_suffix(".jsonl"))[1:]]
     rows, columns = list(result["scores"]), 8
     figure, axes = pyplot.subplots(len(rows), columns, figsize=(1.6 * columns, 2.15 * len(rows)), layout="constrained",
                                    squeeze=False)

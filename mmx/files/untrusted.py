@@ -1,6 +1,5 @@
 """Reads untrusted files within limits of memory, time and nesting. SECURITY.md lists the limits of each reader."""
 import contextlib
-import io
 import json
 import os
 import re
@@ -43,14 +42,6 @@ def read_bytes(path: str | Path, most: int = JSON_BYTES) -> bytes:
     """The contents of a regular file of at most `most` bytes. Raises ConfigError."""
     with open_file(path, most) as file:
         return file.read(most + 1)[:most]
-
-
-def read_text(path: str | Path, most: int = TEXT_BYTES) -> str:
-    """The UTF-8 text of a regular file of at most `most` bytes; all line ends become "\\n". Raises ConfigError."""
-    try:
-        return io.StringIO(read_bytes(path, most).decode("utf-8"), newline=None).read()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def loads(text: bytes | str):

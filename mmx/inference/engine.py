@@ -37,6 +37,7 @@ class Prefix(NamedTuple):
     cache: dict             # the cache of one row, without the last token
     last: int               # the last token, which is not in the cache yet
     length: int             # number of tokens, including the last
+    tail: tuple = ()        # its last tokens, so that text can continue it; files of earlier versions have none
 
 
 class Slots(NamedTuple):
@@ -115,7 +116,7 @@ def stream(loaded, requests, *, prefix: Prefix | None = None, kv_dtype: str = ""
             number, request = next(waiting, (None, None))
             if request is None:
                 break
-            batch.start(b, Sequence(number, request, get_tokenizer, loaded.config, after_prefix=prefix is not None))
+            batch.start(b, Sequence(number, request, get_tokenizer, loaded.config, _tail(prefix)))
         if not batch.running():
             return
         yield from batch.decode()
@@ -124,19 +125,25 @@ def stream(loaded, requests, *, prefix: Prefix | None = None, kv_dtype: str = ""
 def make_prefix(loaded, prompt, *, images=(), prefix: Prefix | None = None, kv_dtype: str = "", progress=None) -> Prefix:
     """Prefills a prompt (text or token ids [T]) and its images, once, for any number of prompts that continue it."""
     request = Request(prompt, 1, images=tuple(images))
-    sequence = Sequence(0, request, _tokenizer(loaded), loaded.config, after_prefix=prefix is not None)
+    sequence = Sequence(0, request, _tokenizer(loaded), loaded.config, _tail(prefix))
     batch = Batch(loaded, 1, prefix, kv_dtype, progress)
     batch.start(0, sequence)
     length = len(sequence.prompt_T) + (prefix.length if prefix else 0)
-    return Prefix(caches.resize(batch.cache, length - 1), int(batch.token_B[0]), length)
+    tail = (*(prefix.tail if prefix else ()), *sequence.prompt_T.tolist())[-tokenizers.TAIL:]
+    return Prefix(caches.resize(batch.cache, length - 1), int(batch.token_B[0]), length, tail)
 
 
 def sample(model: Model, params, tokenizer, prompt: str, steps: int = 200) -> str:
     """The prompt and a sampled continuation, for the log of a training run."""
     request = Request(prompt, steps, Sampling(temperature=0.8, top_p=0.95))
     batch = Batch((model, params, model.config), 1)
-    batch.start(0, Sequence(0, request, lambda: tokenizer, model.config, after_prefix=False))
+    batch.start(0, Sequence(0, request, lambda: tokenizer, model.config))
     return prompt + "".join(output.text for _ in iter(batch.running, False) for output in batch.decode())
+
+
+def _tail(prefix: Prefix | None) -> tuple | None:
+    """The last tokens of a prefix; None without one."""
+    return prefix and (prefix.tail or (prefix.last,))
 
 
 def _tokenizer(loaded):
@@ -189,12 +196,12 @@ class Batch:
 
     def decode(self) -> Iterator[Output]:
         """Runs a block of decode steps and yields an Output for each running sequence; slots of ended ones become free."""
-        eos = next((sequence.tokenizer.eos for sequence in self.sequences if sequence and sequence.tokenizer), -1)
+        ends = next((sequence.tokenizer.ends for sequence in self.sequences if sequence and sequence.tokenizer), (-1,))
         running = [b for b, sequence in enumerate(self.sequences) if sequence]
         steps = min(DECODE_STEPS, -(-int(self.remaining_B.max()) // 8) * 8)
         slots = Slots(self.token_B, self.remaining_B, self.generated_B, jnp.stack(self.key_B))
         sampling = self.sampling if self.sampling.temperature_B.any() else None
-        new_BT, logprobs_BT, self.cache = _decode(self.model, self.params, self.cache, slots, sampling, eos, steps)
+        new_BT, logprobs_BT, self.cache = _decode(self.model, self.params, self.cache, slots, sampling, np.int32(ends), steps)
         new_BT, logprobs_BT = jax.device_get((new_BT, logprobs_BT))
         for b in running:
             count = int((new_BT[b] >= 0).sum())
@@ -271,10 +278,10 @@ def _prefill(model: Model, params, tokens_1T, mask_1T, cache, b, image_arguments
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
-def _decode(model: Model, params, cache, slots: Slots, sampling: SlotSampling | None, eos, steps: int):
+def _decode(model: Model, params, cache, slots: Slots, sampling: SlotSampling | None, ends, steps: int):
     """Decodes a block of steps: new ids and their log-probabilities, each [B, steps], and the cache.
 
-    A slot stops after its remaining steps or after the token `eos`; its ids are -1 from there on.
+    A slot stops after its remaining steps or after one of the tokens `ends`; its ids are -1 from there on.
     """
     B, key_B, generated_B = len(slots.token_B), slots.key_B, slots.generated_B
 
@@ -286,7 +293,7 @@ def _decode(model: Model, params, cache, slots: Slots, sampling: SlotSampling | 
         token_B = jnp.where(live_B, sample_tokens(logits_BW, draw_key_B, sampling), token_B)
         logprob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BW), token_B[:, None], axis=1)[:, 0]
         new_BT = new_BT.at[:, i].set(jnp.where(live_B, token_B, -1))
-        remaining_B = jnp.where(token_B == eos, 0, jnp.maximum(remaining_B - 1, 0))
+        remaining_B = jnp.where(jnp.isin(token_B, ends), 0, jnp.maximum(remaining_B - 1, 0))
         return i + 1, token_B, remaining_B, cache, new_BT, logprobs_BT.at[:, i].set(logprob_B.astype(jnp.float32))
 
     start = (jnp.int32(0), slots.token_B, slots.remaining_B, cache,

@@ -18,6 +18,7 @@ import numpy as np
 
 from mmx.checkpoints.tokenizer_files import fingerprint
 from mmx.config import IMPLEMENTATION_KEYS, ConfigError
+from mmx.data.tokens import TAIL
 from mmx.files import atomic, untrusted
 from mmx.inference.engine import Prefix
 from mmx.model import empty_cache
@@ -36,8 +37,8 @@ def save(path: str | Path, loaded, prefix: Prefix) -> None:
     for name, x in _flat(prefix.cache).items():
         x = np.asarray(x)
         arrays[name] = x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
-    about = {"last": prefix.last, "length": prefix.length, "model": _fingerprint(loaded), "kv_dtype": kv_dtype(prefix.cache),
-             **_optional(loaded)}
+    about = {"last": prefix.last, "length": prefix.length, "tail": prefix.tail, "model": _fingerprint(loaded),
+             "kv_dtype": kv_dtype(prefix.cache), **_optional(loaded)}
     with atomic.replacing(path, "wb") as file:
         np.savez(file, about=np.array(json.dumps(about)), **arrays)
 
@@ -51,6 +52,10 @@ def load(path: str | Path, loaded) -> Prefix:
         last, length, dtype, model = (about[name] for name in ("last", "length", "kv_dtype", "model"))
         if not (type(last) is int and 0 <= last < loaded.config.vocab and type(length) is int and 0 < length < 2 ** 31):
             raise ValueError(about)
+        tail = about.get("tail", [])
+        if not (isinstance(tail, list) and len(tail) <= TAIL
+                and all(type(i) is int and 0 <= i < loaded.config.vocab for i in tail)):
+            raise ValueError(tail)
         if dtype not in ("", "float32", "bfloat16", "int8", "float64"):
             raise ValueError(dtype)
     for name, value in _optional(loaded).items():       # files of earlier versions do not have them
@@ -64,7 +69,7 @@ def load(path: str | Path, loaded) -> Prefix:
         stored = np.dtype(np.uint16 if x.dtype == jnp.bfloat16 else x.dtype)
         with _damage_reported(path, f": {name} should be {x.dtype} of shape {x.shape}"), zipfile.ZipFile(path) as file:
             leaves.append(jnp.asarray(_read_array(file, name, x.size * stored.itemsize, x.shape, stored).view(x.dtype)))
-    return Prefix(jax.tree.unflatten(jax.tree.structure(expected), leaves), last, length)
+    return Prefix(jax.tree.unflatten(jax.tree.structure(expected), leaves), last, length, tuple(tail))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import numpy as np
 
 from mmx.config import ConfigError, is_text
 from mmx.data import images as pictures
+from mmx.data import tokens
 from mmx.inference.sampling import Sampling, check_sampling
 
 
@@ -35,18 +36,21 @@ class Sequence:
       number: the request's position among all requests.
       get_tokenizer: a function that returns the tokenizer; called for text prompts only.
       c: the model's config.
-      after_prefix: whether a prefix comes before the prompt, which then gets no beginning-of-text token.
+      before: the last tokens of the prefix that the prompt continues. None: no prefix; then the prompt starts with the
+        beginning-of-text token.
     """
 
-    def __init__(self, number: int, request: Request, get_tokenizer, c, after_prefix: bool):
+    def __init__(self, number: int, request: Request, get_tokenizer, c, before=None):
         _check(request)
-        self.number, self.request, self.tokenizer = number, request, None
+        self.number, self.request, self.tokenizer, after_prefix = number, request, None, before is not None
         images = pictures.prepare_all(c.vision, request.images)
         if isinstance(request.prompt, str):
             self.tokenizer = get_tokenizer()
+            before = [self.tokenizer.bos] if before is None else before
             ids_T = pictures.encode(c.vision, request.prompt.encode(), [len(image.patch_code_T) for image in images],
-                                    self.tokenizer.encode)
+                                    self.tokenizer.encode, continues=bool(self.tokenizer.decode(before)))
             self.prompt_T = ids_T if after_prefix else np.append(np.int32(self.tokenizer.bos), ids_T)
+            self.tail = tokens.tail(self.tokenizer, [*before, *ids_T[-tokens.TAIL:]])
         else:
             self.prompt_T = check_ids(c, np.asarray(request.prompt)[None])[0]
         if images:
@@ -81,10 +85,13 @@ class Sequence:
         return Output(self.number, new, ids_T, logprobs_T, ended or last)
 
     def decode_text(self, count: int) -> tuple[str, bool]:
-        """The text of the first `count` tokens up to the end-of-text token or a stop string, and whether it has one of them."""
+        """The text that the first `count` tokens add to the prompt's, and whether it ends.
+
+        It ends before the first end-of-text token or stop string.
+        """
         ids_T = np.array(self.ids[:count], np.int32)
-        end = np.flatnonzero(ids_T == self.tokenizer.eos)
-        text = self.tokenizer.decode(ids_T[:end[0]] if len(end) else ids_T)
+        end = np.flatnonzero(np.isin(ids_T, self.tokenizer.ends))
+        text = tokens.decode_continuation(self.tokenizer, self.tail, ids_T[:end[0]] if len(end) else ids_T)
         stops = [at for at in (text.find(s) for s in self.request.sampling.stop) if at >= 0]
         return text[:min(stops)] if stops else text, bool(len(end) or stops)
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from mmx import config
 from mmx.analysis.counts import flops_tile, flops_training
-from mmx.files import atomic, untrusted
+from mmx.files import atomic, texts, untrusted
 
 SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate",
            "overflow_rate", "skipped", "rollbacks")
@@ -187,7 +187,7 @@ def read(workdir: Path, *names: str) -> list[dict]:
     Reading stops at the first damaged line. Raises ConfigError if the file is not a regular file or exceeds MOST_BYTES.
     """
     path, records = workdir / "metrics.jsonl", []
-    for line in untrusted.read_bytes(path, MOST_BYTES).splitlines() if path.exists() else ():
+    for line in texts.json_lines(untrusted.read_bytes(path, MOST_BYTES)) if path.exists() else ():
         try:
             records.append(_parse(line))
         except ValueError:
@@ -202,16 +202,16 @@ def latest(workdir: Path) -> dict | None:
         return None
     with untrusted.open_file(path, sys.maxsize) as file:
         file.seek(max(0, path.stat().st_size - 2**20))
-        lines = file.read(2**20).split(b"\n")[:-1]
+        complete = file.read(2**20).rpartition(b"\n")[0]
     try:
-        return _parse(lines[-1])
-    except (IndexError, ValueError):
+        return _parse(next(texts.json_lines(complete.rpartition(b"\n")[2])))
+    except (StopIteration, ValueError):
         return None
 
 
-def _parse(line: bytes) -> dict:
+def _parse(line: texts.JsonLine) -> dict:
     """The record of one line. Raises ValueError unless it has a step, and every value is a number or a list of numbers."""
-    record = untrusted.loads(line)
+    record = line.value
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         raise ValueError("the line has no step")
     return {name: _number(value) if name in NUMERIC_FIELDS else _map(value, _number) for name, value in record.items()}
@@ -237,12 +237,12 @@ def _map(value, function):
 def _truncate(path: Path, step: int):
     """Removes the lines of steps after `step`, the first damaged line and all lines after it. Other lines stay unchanged."""
     with contextlib.ExitStack() as stack:
-        lines = stack.enter_context(untrusted.open_file(path, sys.maxsize)) if path.exists() else ()
+        lines = stack.enter_context(untrusted.open_file(path, sys.maxsize)) if path.exists() else b""
         file = stack.enter_context(atomic.replacing(path, "wb"))
-        for line in lines:
+        for line in texts.json_lines(lines):
             try:
-                keep = untrusted.loads(line)["step"] <= step
-            except (ValueError, KeyError, TypeError):
+                keep = line.value["step"] <= step
+            except (KeyError, TypeError):       # TypeError: the line is not JSON, or not an object
                 break
             if keep:
-                file.write(line.removesuffix(b"\n") + b"\n")
+                file.write(line.raw.removesuffix(b"\n") + b"\n")

@@ -104,8 +104,8 @@ def test_hold_out_crosses_documents(tmp_path):
     (lambda d: (d / "a.jsonl").write_text('{"text": "x", "images": ["no.png"]}') and str(d), "0 <image> placeholders in"),
     (lambda d: (d / "a.jsonl").write_text('{"text": "x", "images": "no.png"}') and str(d), '"images" must be a list'),
     (lambda d: (d / "a.jsonl").write_text('{"text": "x", "images": [1]}') and str(d), '"images" must be a list'),
-    (lambda d: (d / "a.jsonl").write_text('{"text": "x"') and str(d), "a.jsonl:1: not JSON"),
-    (lambda d: (d / "a.jsonl").write_bytes(b'{"text": "\xff"}') and str(d), "a.jsonl:1: not JSON"),
+    (lambda d: (d / "a.jsonl").write_text('{"text": "x"') and str(d), "a.jsonl:1 is not JSON"),
+    (lambda d: (d / "a.jsonl").write_bytes(b'{"text": "\xff"}') and str(d), "a.jsonl:1 is not JSON"),
 ])
 def test_mistakes_are_one_line(tmp_path, make, message):
     with pytest.raises(ConfigError, match=message) as error:

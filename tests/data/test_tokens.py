@@ -73,7 +73,7 @@ def test_bytes_accept_invalid_utf8_and_a_file_names_the_offset(tmp_path):
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="has no end-of-text token"):
-        tokens.tokenizer(save(tmp_path / "t.json", ["<s>"]))
+        tokens.tokenizer(save(tmp_path / "t.json", ["<s>", "<x>"]))
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"model": 1}'])

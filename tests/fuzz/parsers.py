@@ -18,7 +18,7 @@ from mmx.analysis.counts import count_params
 from mmx.checkpoints import hf_config, hf_layout, safetensors
 from mmx.data import captions, images, sources, tokens
 from mmx.data.document_types import ImageText, TokenIds
-from mmx.files import untrusted
+from mmx.files import texts, untrusted
 
 MODEL = config.Model(vocab=270, dim=4, layers=2, pattern="LS", heads=2, kv_heads=1, head_dim=2, rotary_dim=2, experts=2,
                      expert_dim=4, top_k=1)
@@ -205,9 +205,9 @@ def read_suites(folder: Path):
     errors = []
     for plan, where in ((longbench.plan, folder), (mtob.plan, folder), (mr_niah.plan, folder / "niah"),
                         (ruler.squad.__wrapped__, folder / "squad.json"), (ruler.hotpot.__wrapped__, folder / "hotpotqa.json"),
-                        (untrusted.read_text, folder / "grammar_book.txt")):
+                        (texts.read, folder / "grammar_book.txt")):
         try:
-            if plan in (ruler.squad.__wrapped__, ruler.hotpot.__wrapped__, untrusted.read_text):
+            if plan in (ruler.squad.__wrapped__, ruler.hotpot.__wrapped__, texts.read):
                 plan(where)
             else:
                 for task in plan(SuiteOptions(tokenizer=tokens.Bytes(), data=where))[:3]:

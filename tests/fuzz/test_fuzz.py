@@ -24,7 +24,7 @@ from mmx import config
 from mmx.checkpoints import hf_config, safetensors
 from mmx.config import ConfigError
 from mmx.data import captions, images, sources, tokens
-from mmx.files import checksums, lock, untrusted
+from mmx.files import checksums, lock, texts, untrusted
 from mmx.launch import experiments
 from mmx.training import metrics
 
@@ -67,10 +67,10 @@ def test_a_file_that_never_ends_is_not_opened(tmp_path):
 
 def test_text_files(tmp_path):
     (tmp_path / "a.txt").write_bytes("é\r\nb\rc\n".encode())
-    assert untrusted.read_text(tmp_path / "a.txt") == "é\nb\nc\n"
+    assert texts.read(tmp_path / "a.txt") == "é\nb\nc\n"
     (tmp_path / "a.txt").write_bytes(b"ab\xff")
     with pytest.raises(ConfigError, match="a.txt: not UTF-8 at byte 2$"):
-        untrusted.read_text(tmp_path / "a.txt")
+        texts.read(tmp_path / "a.txt")
 
 
 def test_control_characters_of_messages_are_escaped():

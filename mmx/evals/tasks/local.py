@@ -1,17 +1,19 @@
 """Loads local data sets for the tasks in this folder. lm-eval's `--metadata data=PATH` names the path."""
+import io
 from pathlib import Path
 
 import datasets
 from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer  # noqa: F401 (wikitext2_local.yaml)
 
 from mmx.config import ConfigError
-from mmx.evals.user_files import column, records
-from mmx.files import untrusted
+from mmx.evals.user_files import column, list_jsonl, records
+from mmx.files import texts
 
 
 def blimp(data=None, paradigm="*", **metadata):
     """The minimal pairs in a folder of BLiMP's .jsonl files, of one paradigm or of all."""
-    files = sorted(Path(str(data)).glob(f"{paradigm}.jsonl"))
+    folder = Path(str(data))
+    files = list_jsonl(folder, "" if paradigm == "*" else str(paradigm)) if folder.is_dir() else []
     if not files:
         raise ConfigError(f"--metadata data={data} paradigm={paradigm}: no such file; data must be the folder of BLiMP's "
                           ".jsonl files, and paradigm the name of one of them (or left out)")
@@ -25,7 +27,7 @@ def wikitext(data=None, **metadata):
     if not Path(str(data)).is_file():
         raise ConfigError(f"--metadata data={data}: data must be a file of WikiText, such as wikitext-2/test.txt")
     pages = [""]
-    for line in untrusted.read_text(data).splitlines(keepends=True):
+    for line in io.StringIO(texts.read(data)):
         words = line.split()
         if words[:1] == ["="] == words[-1:] and words[1:2] != ["="]:
             pages.append("")

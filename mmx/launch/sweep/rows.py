@@ -1,4 +1,5 @@
 """The row of a run, row.json and runs.jsonl, and the table of results."""
+import contextlib
 import datetime
 import json
 import math
@@ -12,7 +13,7 @@ from rich.table import Column, Table
 import mmx
 from mmx.analysis.counts import count_params, flops_companion
 from mmx.config import ConfigError
-from mmx.files import atomic, untrusted
+from mmx.files import atomic, texts, untrusted
 from mmx.launch.sweep.grid import Cell
 from mmx.training import metrics
 
@@ -57,7 +58,7 @@ def _mean(values, power: int = 1) -> float | None:
 
 
 def save(folder: Path, row: dict) -> None:
-    _write(folder / "row.json", json.dumps(row))
+    _write(folder / "row.json", json.dumps(row) + "\n")
 
 
 def exists(folder: Path) -> bool:
@@ -68,30 +69,26 @@ def exists(folder: Path) -> bool:
 def collect(out: Path) -> dict[str, dict]:
     """Returns the rows of all runs in `out` by hash, and writes to runs.jsonl those that it lacks."""
     path, rows = out / "runs.jsonl", {}
-    texts = _read(path, MAX_BYTES).splitlines() if path.exists() else []
-    places = [f"{path}:{number}" for number in range(1, len(texts) + 1)]
-    row_files = sorted(out.glob("runs/*/row.json"))
-    for place, text in zip([*places, *row_files], texts + [_read(file) for file in row_files]):
-        try:
-            row = untrusted.loads(text)
-        except ValueError:      # a truncated line: row.json has the same row
-            continue
+    raw = untrusted.read_bytes(path, MAX_BYTES) if path.exists() else b""
+    found = [(f"{path}:{line.number}", line.value) for line in texts.json_lines(raw)
+             if not line.problem]       # a truncated line: row.json has the same row
+    for file in sorted(out.glob("runs/*/row.json")):
+        text = untrusted.read_bytes(file)
+        with contextlib.suppress(ValueError):
+            found.append((file, untrusted.loads(text)))
+    for place, row in found:
         if not (isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("name", "hash"))):
             raise ConfigError(f"{place} is not a row of a sweep, it has no name and hash: use another --out")
         rows[row["hash"]] = row
-    lines = [json.dumps(row) for row in rows.values()]
-    if lines != texts:
-        _write(path, "\n".join(lines))
+    lines = "".join(json.dumps(row) + "\n" for row in rows.values())
+    if lines.encode() != raw:
+        _write(path, lines)
     return rows
-
-
-def _read(path: Path, max_bytes: int = untrusted.JSON_BYTES) -> str:
-    return untrusted.read_bytes(path, max_bytes).decode(errors="replace")
 
 
 def _write(path: Path, text: str) -> None:
     with atomic.replacing(path) as file:
-        file.write(text + "\n")
+        file.write(text)
 
 
 def write_hparams(cell: Cell, folder: Path, row: dict) -> None:
