@@ -81,7 +81,7 @@ class Model:
     top_k: int = 2                  # number of experts that process a token
     expert_dim: int = 512           # F, hidden width of an expert
     # capacity factor: an expert accepts at most capacity * (tokens of the batch * top_k / experts) tokens and drops the
-    # others; 0: no dropping
+    # others; padding does not count; 0: no dropping
     capacity: float = 0.0
     # buffer factor of the all-to-all that sends each token to its top_k experts. A device sends at most
     # transport * (its tokens * top_k / mesh.ep) token copies to each device and drops the others; 0: enough for any routing
@@ -233,7 +233,7 @@ class Train:
         for name, kinds in (("ramp", int), ("rates", (int, float))):
             points = getattr(self, name)
             require(all(isinstance(p, tuple) and len(p) == 2 and type(p[0]) is int and isinstance(p[1], kinds)
-                        and p[1] > 0 for p in points), f"train.{name}={points} must be pairs of tokens, a whole number, and a "
+                        and 0 < p[1] < math.inf for p in points), f"train.{name}={points} must be pairs of tokens, a whole number, and a "
                     f"positive {'count' if name == 'ramp' else 'rate'}")
             require([p[0] for p in points] == sorted({p[0] for p in points}) and (not points or points[0][0] == 0),
                     f"train.{name}={points} must start at 0 tokens, with the tokens increasing")
