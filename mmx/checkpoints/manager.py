@@ -273,15 +273,27 @@ def _comparable(sections: dict, changeable: dict) -> dict:
 def find_step(path: str | Path) -> tuple[Path, Path] | None:
     """(workdir, directory of a step); None if there is no step.
 
+    The content of a directory decides what it is, not its name: a workdir may be called checkpoints/7.
+
     Args:
       path: a workdir, whose latest step is taken, or one of its checkpoints/STEP.
     """
     path = Path(path).absolute()
-    if path.name.isdecimal() and path.parent.name == "checkpoints" and path.is_dir():
-        return path.parent.parent, path
     steps = path / "checkpoints"
-    found = _steps(steps)
-    return (path, steps / str(max(found))) if found else None
+    if (found := _steps(steps)) and not is_hugging_face(path):
+        return path, steps / str(max(found))
+    is_step = path.name.isdecimal() and path.parent.name == "checkpoints" and any(
+        (path / name).exists() for name in ("_CHECKPOINT_METADATA", checksums.NAME, "params"))
+    return (path.parent.parent, path) if is_step else None
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether a directory has the config.json of a Hugging Face checkpoint. A run's config.json has the section "model"."""
+    file = path / "config.json"
+    try:
+        return file.exists() and not isinstance(untrusted.read_json(file).get("model"), dict)
+    except ConfigError:     # unreadable: the reader of the file reports it
+        return False
 
 
 def verify_item(step: Path, item: str) -> None:
