@@ -1,11 +1,11 @@
 """What several commands share: arguments, checks of their values, and the reading of experiment files."""
 import argparse
 import functools
-import json
 import textwrap
 
 from mmx import config
 from mmx.config import ConfigError, Experiment
+from mmx.files import json_text
 from mmx.launch import experiments
 
 WIDTH = 78          # of descriptions, in characters
@@ -100,4 +100,4 @@ def suite_options(args) -> dict:
 
 
 def print_json(value) -> None:
-    print(json.dumps(value, indent=1))
+    print(json_text.dumps(value, indent=1))

@@ -1,5 +1,4 @@
 """`mmx eval`: measures held-out bits per byte, or runs an evaluation suite."""
-import json
 import os
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def _measure_bits_per_byte(args, workdir: Path, out: Path) -> None:
     result = compression.evaluate_checkpoint(args.checkpoint, split, args.source, args.weights_dtype)
     out.mkdir(parents=True, exist_ok=True)
     curve = compression.plot_curve(workdir, result, out / "curve.png")
-    (out / "eval.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "eval.json").write_text(json_text.dumps(result, indent=1) + "\n")
     table = Table("", "bits per byte", title=f"{result['files']} {split} files, {result['bytes']:,} bytes")
     for name, value in (("this model", result["bits_per_byte"]), ("xz -9e, each file alone", result["xz"]),
                         ("gzip -9, each file alone", result["gzip"])):

@@ -1,11 +1,10 @@
 """`mmx generate`: continues prompts with a checkpoint."""
-import json
 from pathlib import Path
 
 import mmx
 from mmx.cli import common
 from mmx.config import ConfigError
-from mmx.files import untrusted
+from mmx.files import json_text, untrusted
 
 
 def add_parser(commands) -> None:
@@ -121,7 +120,7 @@ def _print_all(prompts: list[str], pieces, as_json: bool) -> None:
     for prompt, own in zip(prompts, pieces_of):
         text = "".join(piece.text for piece in own)
         if as_json:
-            print(json.dumps({"prompt": prompt, "text": text, "ids": [x for piece in own for x in piece.ids_T.tolist()],
+            print(json_text.dumps({"prompt": prompt, "text": text, "ids": [x for piece in own for x in piece.ids_T.tolist()],
                               "logprobs": [x for piece in own for x in piece.logprobs_T.tolist()]}))
         else:
             print(prompt + text)

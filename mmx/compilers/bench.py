@@ -10,7 +10,6 @@ The case "layer" adds the projections of MiniMax-Text-01, whose model dimension 
 import functools
 import importlib
 import importlib.util
-import json
 import math
 import os
 import statistics
@@ -188,7 +187,7 @@ def kernels(chips, as_json: bool, live: bool = False, lengths: str | None = None
         rows = [row for some in tqdm(results, "compiling", len(jobs), disable=None) for row in some]
     faults = [f"{row['chip']}, {row['case']}: {fault}" for row in rows for fault in row.get("faults", ())]
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print(json_text.dumps(rows, indent=1))
     else:
         _tables(rows)
     for fault in faults:
@@ -276,7 +275,7 @@ def _time(lengths, out, as_json):
     rows = _measure(lengths)
     plot = _plot(rows, out / "kernels.png")
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print(json_text.dumps(rows, indent=1))
         return
     _show(rows, f"measured on {jax.devices()[0].device_kind}, medians")
     print(f"plot: {plot}")

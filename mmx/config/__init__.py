@@ -5,7 +5,7 @@ an `Experiment`; the rest of mmx never sees the ConfigDict. docs/configuration.m
 so that data, scaling laws and a machine without a device can read any config.
 """
 from mmx.config.build import build, default, from_json, sections, to_json
-from mmx.config.errors import ConfigError, nearest
+from mmx.config.errors import ConfigError, NonFiniteError, nearest
 from mmx.config.parsing import is_text, parse_lengths, typed, value_at
 from mmx.config.schema import (
     IMPLEMENTATION_KEYS,
@@ -25,6 +25,6 @@ from mmx.config.schema import (
 
 __all__ = [
     "IMPLEMENTATION_KEYS", "MOST_PIXELS", "NUMBERS", "SECTIONS", "Checkpoint", "ConfigError", "Data", "Experiment", "Guard",
-    "Mesh", "Model", "Train", "Vision", "build", "default", "from_json", "is_text", "nearest", "parse_lengths",
+    "Mesh", "Model", "NonFiniteError", "Train", "Vision", "build", "default", "from_json", "is_text", "nearest", "parse_lengths",
     "sections", "to_json", "tokenizer_file", "typed", "value_at",
 ]

@@ -41,7 +41,7 @@ def sections(experiment: Experiment) -> dict:
 
 
 def to_json(experiment: Experiment) -> str:
-    return json.dumps(sections(experiment), indent=1)
+    return json.dumps(sections(experiment), indent=1, allow_nan=False)
 
 
 def from_json(text: str) -> Experiment:

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 
 from mmx import config
 from mmx.checkpoints.manager import Checkpoints
+from mmx.config import NonFiniteError
 from mmx.training import optim
 from mmx.training.batches import Batches
 from mmx.training.guards import Guard, Rollback
@@ -143,4 +144,7 @@ def evaluate_and_sample(run: Run, step: int, params) -> None:
         if t.eval_every and step % t.eval_every == 0:
             run.log.scalar("validation/bits_per_byte", run.evaluation.bits_per_byte(params), step)
         if run.evaluation.sample and t.sample_every and step % t.sample_every == 0:
-            run.log.text("sample", run.evaluation.sample(params), step)
+            try:
+                run.log.text("sample", run.evaluation.sample(params), step)
+            except NonFiniteError as error:     # the guard decides whether the run ends
+                run.log.message(f"step {step}: no sample: {error}", step)

@@ -1,7 +1,6 @@
 """The metrics of a run: metrics.jsonl (one object for each step), TensorBoard and the progress bar."""
 import contextlib
 import functools
-import json
 import math
 import os
 import sys
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 
 from mmx import config
 from mmx.analysis.counts import flops_tile, flops_training
-from mmx.files import atomic, untrusted
+from mmx.files import atomic, json_text, untrusted
 
 SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate",
            "overflow_rate", "skipped", "rollbacks")
@@ -227,7 +226,7 @@ def _number(x) -> int | float:
 
 def _line(record: dict) -> str:
     """A record as one line of JSON. JSON has no nan and no infinity, so they become null."""
-    return json.dumps({k: _map(v, lambda x: x if math.isfinite(x) else None) for k, v in record.items()}) + "\n"
+    return json_text.dumps({k: _map(v, lambda x: x if math.isfinite(x) else None) for k, v in record.items()}) + "\n"
 
 
 def _map(value, function):

@@ -1,6 +1,5 @@
 """The row of a run, row.json and runs.jsonl, and the table of results."""
 import datetime
-import json
 import math
 import shutil
 import sys
@@ -12,7 +11,7 @@ from rich.table import Column, Table
 import mmx
 from mmx.analysis.counts import count_params, flops_companion
 from mmx.config import ConfigError
-from mmx.files import atomic, untrusted
+from mmx.files import atomic, json_text, untrusted
 from mmx.launch.sweep.grid import Cell
 from mmx.training import metrics
 
@@ -57,7 +56,7 @@ def _mean(values, power: int = 1) -> float | None:
 
 
 def save(folder: Path, row: dict) -> None:
-    _write(folder / "row.json", json.dumps(row))
+    _write(folder / "row.json", json_text.dumps(row))
 
 
 def exists(folder: Path) -> bool:
@@ -79,7 +78,7 @@ def collect(out: Path) -> dict[str, dict]:
         if not (isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("name", "hash"))):
             raise ConfigError(f"{place} is not a row of a sweep, it has no name and hash: use another --out")
         rows[row["hash"]] = row
-    lines = [json.dumps(row) for row in rows.values()]
+    lines = [json_text.dumps(row) for row in rows.values()]
     if lines != texts:
         _write(path, "\n".join(lines))
     return rows

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import submitit
 
-from mmx.config import ConfigError, Experiment
+from mmx.config import ConfigError, Experiment, NonFiniteError
 from mmx.data import pipeline
 from mmx.launch.sweep import rows
 from mmx.launch.sweep.grid import Cell
@@ -69,7 +69,11 @@ def attempt(cell: Cell, folder: Path) -> Outcome:
         else:
             if end["stopped"]:
                 return Outcome(STOPPED, f"stopped at step {end['step']}")
-            measured = _evaluate(cell.experiment, folder) | {"seconds": end["seconds"]}
+            try:
+                measured = _evaluate(cell.experiment, folder)
+            except NonFiniteError as error:
+                measured = {"loss": None, "bits_per_byte": None, "diverged": str(error)}
+            measured["seconds"] = end["seconds"]
         row = rows.make(cell, folder, measured)
         if cell.experiment.train.tensorboard:
             rows.write_hparams(cell, folder, row)
