@@ -110,7 +110,9 @@ def run(name: str, options: SuiteOptions, model: ModelInterface, out: Path, head
                                 f"{record['tokens'] / max(record['seconds'], 1e-9):,.0f} tokens/s", refresh=False)
             bar.update()
     result = _summarize(suite, header, [done[one[:3]] for one in planned])
-    (out / f"{name}.json").write_text(json_text.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    text = json_text.dumps(result, indent=1, ensure_ascii=False)
+    with atomic.replacing(out / f"{name}.json") as file:
+        file.write(text + "\n")
     return result
 
 
