@@ -26,6 +26,7 @@ from orbax.checkpoint import checkpoint_managers
 from mmx.checkpoints import orbax_hooks
 from mmx.checkpoints.shapes import check_shapes
 from mmx.config import IMPLEMENTATION_KEYS, ConfigError, Experiment, Model, to_json
+from mmx.data import paths
 from mmx.files import atomic, checksums, untrusted
 from mmx.layers.kinds import kind_of
 
@@ -245,7 +246,7 @@ def check_config(workdir: str | Path, experiment: Experiment) -> None:
         raise ConfigError(f"data.tokenizer={experiment.data.tokenizer!r} is not the {tokenizer} that the run has: give "
                           f"--config.data.tokenizer={tokenizer}, or another --workdir")
     if path.exists():
-        saved = read_config(workdir)
+        saved = paths.adopt_paths(read_config(workdir), experiment)
         changeable = CHANGEABLE_KEYS if "train" in saved else CONVERTED_CHANGEABLE_KEYS
         old, new = _comparable(saved, changeable), _comparable(json.loads(to_json(experiment)), changeable)
         different = [f"{section}.{key} (there {old[section][key]!r}, now {value!r})" for section in old

@@ -5,8 +5,10 @@ in its config.json, so later commands find the same files from any folder.
 """
 import dataclasses
 import os
+import sys
 
 from mmx import config
+from mmx.config import ConfigError
 from mmx.data import sources, token_tasks
 
 INITIAL = "init_from", "init_vision"        # keys of the section train that are paths
@@ -38,3 +40,39 @@ def absolute_experiment(e: config.Experiment) -> config.Experiment:
     """The experiment with absolute paths."""
     train = dataclasses.replace(e.train, **{key: absolute(getattr(e.train, key)) for key in INITIAL})
     return dataclasses.replace(e, train=train, data=absolute_data(e.data))
+
+
+def adopt_paths(saved: dict, e: config.Experiment) -> dict:
+    """The saved sections of a run, with the paths of `e` where both are the same file or folder.
+
+    A saved path that does not exist here is taken to have moved to the new path: one line on stderr says so.
+    """
+    data, train = dict(saved.get("data", {})), dict(saved.get("train", {}))
+    sources = data.get("sources", ())
+    if len(sources) == len(e.data.sources):
+        data["sources"] = [_adopt("data.sources", old, new) if is_source_path(new) else old
+                           for old, new in zip(sources, e.data.sources)]
+    if config.tokenizer_file(str(data.get("tokenizer", "bytes"))) and e.data.tokenizer_file:
+        data["tokenizer"] = _adopt("data.tokenizer", data["tokenizer"], e.data.tokenizer)
+    for key in INITIAL:
+        if train.get(key):
+            train[key] = _adopt(f"train.{key}", train[key], getattr(e.train, key))
+    return saved | {name: section for name, section in (("data", data), ("train", train)) if name in saved}
+
+
+def _adopt(key: str, old: str, new: str) -> str:
+    if not isinstance(old, str) or not new or is_same(old, new):
+        return new if new and isinstance(old, str) else old
+    if not os.path.exists(absolute(old)) and os.path.exists(absolute(new)):
+        print(f"mmx: {key}: {old} of the saved run does not exist here, so {new} is taken to be the same", file=sys.stderr)
+        return new
+    return old
+
+
+def check_workdir(workdir, data: config.Data) -> None:
+    """Raises ConfigError if a source of files contains the working directory, whose metrics.jsonl would become training text."""
+    for source in filter(is_source_path, data.sources):
+        folder, inside = os.path.realpath(absolute(source)), os.path.realpath(absolute(str(workdir)))
+        if os.path.commonpath([folder, inside]) == folder and os.path.isdir(folder):
+            raise ConfigError(f"--workdir {workdir} is inside the data source {source}, so the run's own files would be read as "
+                              "text: give a --workdir outside it")

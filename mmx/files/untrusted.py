@@ -47,10 +47,15 @@ def read_bytes(path: str | Path, most: int = JSON_BYTES) -> bytes:
 
 def read_text(path: str | Path, most: int = TEXT_BYTES) -> str:
     """The UTF-8 text of a regular file of at most `most` bytes; all line ends become "\\n". Raises ConfigError."""
+    return decode_text(read_bytes(path, most), path)
+
+
+def decode_text(raw: bytes, name: str | Path) -> str:
+    """UTF-8 bytes as text; all line ends become "\\n". Raises ConfigError, which names `name`."""
     try:
-        return io.StringIO(read_bytes(path, most).decode("utf-8"), newline=None).read()
+        return io.StringIO(raw.decode("utf-8"), newline=None).read()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+        raise ConfigError(f"{name}: not UTF-8 at byte {error.start}") from None
 
 
 def loads(text: bytes | str):
