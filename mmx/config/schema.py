@@ -197,8 +197,8 @@ class Train:
     clip: float = 1.0               # largest global gradient norm; 0: no clipping
     loss_chunk: int = 2048          # [tokens] number of tokens whose logits are in memory at a time
     log_every: int = 10             # [steps] number of steps between TensorBoard entries
-    eval_every: int = 0             # [steps] number of steps between evaluations on held-out text; 0: never
-    eval_bytes: int = 65_536        # [bytes] amount of held-out text in those evaluations; 0: all
+    eval_every: int = 0             # [steps] number of steps between evaluations on held-out documents; 0: never
+    eval_bytes: int = 65_536        # [bytes] those evaluations read the first eval_bytes of held-out documents; 0: all
     sample_every: int = 0           # [steps] number of steps between samples; 0: never
     sample_prompt: str = "The state of the Union"   # prompt of those samples
     tensorboard: bool = True        # write TensorBoard files
