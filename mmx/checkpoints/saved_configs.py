@@ -14,8 +14,8 @@ def read(path: Path) -> dict:
     if path.is_dir():
         workdir, _ = manager.find_step(path) or (path, None)
         if not (workdir / "config.json").exists():
-            raise ConfigError(f"{path} has no config.json: give an experiment file, a run's working directory or a Hugging Face "
-                              "checkpoint directory")
+            raise ConfigError(f"{path} has no config.json: give an experiment file, a run's working directory or a Hugging "
+                              "Face checkpoint directory")
         path = workdir / "config.json"
     table = untrusted.read_json(untrusted.check_link(path))
     if isinstance(table.get("model"), dict):

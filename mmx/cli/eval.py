@@ -19,8 +19,8 @@ ONLY_WITHOUT_SUITE = ("split", "source", "bytes")
 
 def add_parser(commands) -> None:
     parser = common.add_command(commands, "eval", run, "Measure held-out bits per byte, or run an evaluation suite.",
-                                "The loss covers what training learns: of a prompt and its completion, only the completion. Bits "
-                                "per byte are compared with gzip -9 and xz -9e, which compress each document alone.")
+                                "The loss covers what training learns: of a prompt and its completion, only the completion. "
+                                "Bits per byte are compared with gzip -9 and xz -9e, which compress each document alone.")
     common.add_checkpoint(parser)
     parser.add_argument("--split", choices=["validation", "test"], help="held-out split (default validation)")
     parser.add_argument("--source", help="data source to measure: sotu (the embedded corpus), a file, a directory or a task "
@@ -28,8 +28,8 @@ def add_parser(commands) -> None:
     parser.add_argument("--bytes", type=int, metavar="N", help="measure only the first N bytes, as train.eval_bytes does in "
                         "training (default 0: all)")
     parser.add_argument("--out", metavar="DIR", help="directory for eval.json and curve.png, or for a suite's files (default: "
-                        "the working directory of the checkpoint; for a Hugging Face directory, eval.json is not written, and a "
-                        "suite needs --out)")
+                        "the working directory of the checkpoint; for a Hugging Face directory, eval.json is not written, and "
+                        "a suite needs --out)")
     common.add_weights_dtype(parser)
     common.add_mesh(parser)
     group = parser.add_argument_group("evaluation suites", SUITES)
@@ -71,8 +71,8 @@ def _measure_loss(args, workdir: Path | None, out: Path | None) -> None:
     result = compression.evaluate_checkpoint(args.checkpoint, args.split or "validation", args.source, args.weights_dtype,
                                              args.bytes or 0)
     step = "" if result["step"] is None else f", step {result['step']:,}"
-    print(f"{args.checkpoint}{step}: {result['split']} documents of {', '.join(result['sources'])}; loss {result['loss']:.4f} nats "
-          f"per token over {result['tokens']:,} tokens")
+    print(f"{args.checkpoint}{step}: {result['split']} documents of {', '.join(result['sources'])}; loss {result['loss']:.4f} "
+          f"nats per token over {result['tokens']:,} tokens")
     if result["bits_per_byte"] is not None:
         table = Table("", "bits per byte", title=f"{result['documents']:,} documents, {result['bytes']:,} bytes")
         for name, value in (("this model", result["bits_per_byte"]), ("xz -9e, each document alone", result["xz"]),
@@ -92,8 +92,8 @@ def _measure_loss(args, workdir: Path | None, out: Path | None) -> None:
 def _run_suite(args, out: str | None) -> None:
     common.check_minimums(args, examples=1, context=1, seed=0)
     if not out:
-        raise ConfigError(f"--suite {args.suite} writes a file for each example, and {args.checkpoint} is a Hugging Face directory, "
-                          "which mmx does not change: give --out DIR")
+        raise ConfigError(f"--suite {args.suite} writes a line for each example, and {args.checkpoint} is a Hugging Face "
+                          "directory, which mmx does not change: give --out DIR")
     from mmx.evals import runner
 
     out = Path(out)

@@ -33,6 +33,7 @@ from mmx import config
 from mmx.chips import CHIPS, GPUS, TPUS
 from mmx.compilers import hlo, ptx, schedule
 from mmx.config import ConfigError
+from mmx.files import json_text
 from mmx.kernels import LIGHTNING_IMPLS
 from mmx.kernels.attention import softmax_attention
 from mmx.kernels.lightning import api, decode, lightning_attention

@@ -25,6 +25,6 @@ from mmx.config.schema import (
 
 __all__ = [
     "IMPLEMENTATION_KEYS", "MOST_PIXELS", "NUMBERS", "SECTIONS", "Checkpoint", "ConfigError", "Data", "Experiment", "Guard",
-    "Mesh", "Model", "NonFiniteError", "Train", "Vision", "as_config_dict", "build", "default", "from_json", "is_text", "nearest", "parse_lengths",
-    "sections", "to_json", "tokenizer_file", "typed", "value_at",
+    "Mesh", "Model", "NonFiniteError", "Train", "Vision", "as_config_dict", "build", "default", "from_json", "is_text",
+    "nearest", "parse_lengths", "sections", "to_json", "tokenizer_file", "typed", "value_at",
 ]

@@ -233,8 +233,8 @@ class Train:
         for name, kinds in (("ramp", int), ("rates", (int, float))):
             points = getattr(self, name)
             require(all(isinstance(p, tuple) and len(p) == 2 and type(p[0]) is int and isinstance(p[1], kinds)
-                        and 0 < p[1] < math.inf for p in points), f"train.{name}={points} must be pairs of tokens, a whole number, and a "
-                    f"positive {'count' if name == 'ramp' else 'rate'}")
+                        and 0 < p[1] < math.inf for p in points), f"train.{name}={points} must be pairs of tokens, a whole "
+                    f"number, and a positive {'count' if name == 'ramp' else 'rate'}")
             require([p[0] for p in points] == sorted({p[0] for p in points}) and (not points or points[0][0] == 0),
                     f"train.{name}={points} must start at 0 tokens, with the tokens increasing")
         require(self.schedule != "stepwise" or self.rates, "train.schedule='stepwise' needs train.rates")

@@ -70,9 +70,9 @@ def _adopt(key: str, old: str, new: str) -> str:
 
 
 def check_workdir(workdir, data: config.Data) -> None:
-    """Raises ConfigError if a source of files contains the working directory, whose metrics.jsonl would become training text."""
+    """Raises ConfigError if a source of files contains the working directory, whose metrics.jsonl would become a document."""
     for source in filter(is_source_path, data.sources):
         folder, inside = os.path.realpath(absolute(source)), os.path.realpath(absolute(str(workdir)))
         if os.path.commonpath([folder, inside]) == folder and os.path.isdir(folder):
-            raise ConfigError(f"--workdir {workdir} is inside the data source {source}, so the run's own files would be read as "
-                              "text: give a --workdir outside it")
+            raise ConfigError(f"--workdir {workdir} is inside the data source {source}, so the run's own files would be read "
+                              "as text: give a --workdir outside it")

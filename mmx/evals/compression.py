@@ -111,8 +111,8 @@ def plot_curve(workdir: Path, result: dict, path: Path) -> Path | None:
     evaluations = [r for r in metrics.read_evaluations(workdir) if r["step"] <= result["steps"]
                    and math.isfinite(r.get("held_out_bits_per_byte", math.nan))]
     if evaluations:
-        axes.plot([r["tokens"] / 1e6 for r in evaluations], [r["held_out_bits_per_byte"] for r in evaluations], ".-", color="C3",
-                  linewidth=0.8, label="held-out text during training")
+        axes.plot([r["tokens"] / 1e6 for r in evaluations], [r["held_out_bits_per_byte"] for r in evaluations], ".-",
+                  color="C3", linewidth=0.8, label="held-out text during training")
     axes.plot(at_tokens[-1] / 1e6, result["bits_per_byte"], "o", color="C3",
               label=f"{result['split']} files: {result['bits_per_byte']:.3f}")
     for (name, at), marker in zip(marks.items(), "x<"):

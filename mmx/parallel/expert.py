@@ -87,8 +87,8 @@ def _local(x_BTD, live_BT, router_DE, *weights, routing: Routing, axes: Axes, sp
     with jax.named_scope("route"):
         position_BTj, count_jE = queue_positions(expert_Mj.reshape(B, T, -1), live_BT, E, axes.rows, axes.time)
         devices = jax.lax.axis_size(axes.tokens) if axes.tokens else 1
-        largest_capacity = expert_capacity(routing.capacity, M * routing.top_k * devices, E)        # without padding
-        capacity = expert_capacity(routing.capacity, count_jE.sum(), E) if routing.capacity else largest_capacity
+        most_capacity = expert_capacity(routing.capacity, M * routing.top_k * devices, E)        # without padding
+        capacity = expert_capacity(routing.capacity, count_jE.sum(), E) if routing.capacity else most_capacity
         keep_Mj = live_M[:, None] & (position_BTj.reshape(M, -1) < capacity)
         choices = Choices(expert_Mj, weight_Mj, keep_Mj)
     with jax.named_scope("experts"):
@@ -96,7 +96,7 @@ def _local(x_BTD, live_BT, router_DE, *weights, routing: Routing, axes: Axes, sp
         if not axes.experts:
             y_MD = _compute(x_MD, choices, _gathered(weights, specs, axes.tokens))
         elif axes.tokens:
-            y_MD, sent = _exchange(x_MD, choices, largest_capacity, axes.experts, _gathered(weights, specs, axes.tokens), routing)
+            y_MD, sent = _exchange(x_MD, choices, most_capacity, axes.experts, _gathered(weights, specs, axes.tokens), routing)
         else:
             y_MD = _compute_replicated(x_MD, choices, axes.experts, _gathered(weights, specs, axes.experts))
     stats = statistics(logits_ME, prob_ME, live_M, count_jE, keep_Mj, sent, axes.tokens)

@@ -10,7 +10,6 @@ Upper-case letters are defined in `mmx.dims`, with local extents. Lower-case let
     j choices of a token, the first is the best       a assignments in the order of the queues, a = j x M
 """
 import dataclasses
-import math
 from fractions import Fraction
 from typing import NamedTuple
 

@@ -56,7 +56,11 @@ def build_record(e: config.Experiment, result: StepResult, counts: dict, bytes_p
 
 
 def evaluation_record(step: int, tokens: int, result) -> dict:
-    """The record of an evaluation, an `evaluate.HeldOut`, for metrics.jsonl. It has no "held_out_bits_per_byte" if only token ids were scored."""
+    """The record of an evaluation for metrics.jsonl. It has no "held_out_bits_per_byte" if only token ids were scored.
+
+    Args:
+      result: an `evaluate.HeldOut`.
+    """
     record = {"step": step, "tokens": tokens, EVALUATION: result.loss, "held_out_bits_per_byte": result.bits_per_byte,
               "held_out_documents": result.documents, "held_out_tokens": result.targets}
     return {name: value for name, value in record.items() if value is not None}

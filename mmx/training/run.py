@@ -128,8 +128,8 @@ def build_evaluation(e: Experiment, mesh, tokenizer, sample) -> Evaluation:
     """Returns the functions that evaluate parameters on held-out documents and sample from them. They drop no token."""
     t, held_out = e.train, pipeline.validation(e.data)
     if t.eval_every and not held_out:
-        raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text or token ids, but data.sources has only images: "
-                          "set train.eval_every=0")
+        raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text or token ids, but data.sources has only "
+                          "images: set train.eval_every=0")
     model = Model(dataclasses.replace(e.model, capacity=0.0, transport=0.0))        # 0: no limit, so no token is dropped
     evaluate = make_evaluator(model, tokenizer, length=t.length, batch=t.batch, overlap=t.length // 2,
                               loss_chunk=t.loss_chunk, sharding=sharding.batch_sharding(mesh))
@@ -178,10 +178,10 @@ def warn_of_new_schedule(saved: dict | None, e: Experiment, workdir: Path, state
     if abs(after - before) > 0.01 * max(after, before):
         rate = optim.learning_rate(new, state.step, fraction_done(new, state.step, seconds))
         key = "seconds" if old.seconds != new.seconds else "steps"
-        log.message(f"train.{key} was {getattr(old, key):g} and is now {getattr(new, key):g}, so the schedule is another one: the "
-                    f"learning rate of step {state.step} was {before:.3g}, that of step {state.step + 1} is {rate:.3g}. To keep "
-                    f"the run as it is and train on with a new schedule, give another --workdir and --config.train.init_from="
-                    f"{workdir}", state.step)
+        log.message(
+            f"train.{key} was {getattr(old, key):g} and is now {getattr(new, key):g}, which changes the schedule: the learning "
+            f"rate of step {state.step} was {before:.3g}, that of step {state.step + 1} is {rate:.3g}. To keep this run and "
+            f"train on with a schedule of its own, give another --workdir and --config.train.init_from={workdir}", state.step)
 
 
 @contextlib.contextmanager
