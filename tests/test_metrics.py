@@ -66,12 +66,12 @@ def test_flush_writes_the_file(tmp_path):
 
 def test_tensorboard_has_all_scalars(tmp_path):
     log = write(tmp_path, (1, 2))
-    log.scalar("validation/bits_per_byte", 1.5, 2)
+    log.evaluation({"step": 2, "tokens": 8, "held_out_loss": 1.0, "held_out_bits_per_byte": 1.5})
     log.text("sample", "Fellow citizens", 2)
     log.close()
     events = board(tmp_path)
     assert set(events.Tags()["scalars"]) == {f"train/{name}" for name in metrics.SCALARS} | {
-        "validation/bits_per_byte", "load_max_over_mean/layer_00", "load_max_over_mean/layer_01",
+        "validation/bits_per_byte", "validation/loss", "load_max_over_mean/layer_00", "load_max_over_mean/layer_01",
         "drop_rate/layer_00", "drop_rate/layer_01"}
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 3.0), (2, 4.0)]
     assert [e.value for e in events.Scalars("load_max_over_mean/layer_00")] == [1.5, 1.5]

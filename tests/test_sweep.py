@@ -77,7 +77,7 @@ def trained(monkeypatch):
         (Path(folder) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return {"step": steps, "new": steps, "seconds": 2.0, "stopped": 0, "process": 0}
     monkeypatch.setattr(TRAIN, run)
-    monkeypatch.setattr(MEASURE, lambda folder, limit: {"bits_per_byte": 3.0, "nats_per_token": 2.0})
+    monkeypatch.setattr(MEASURE, lambda folder, limit: SimpleNamespace(held_out=SimpleNamespace(loss=2.0, bits_per_byte=3.0)))
     return calls, errors
 
 
@@ -390,7 +390,7 @@ def train(experiment, folder):
     return {"step": steps, "seconds": 1.0, "stopped": 0}
 
 def measure(folder, limit):
-    return {"bits_per_byte": 3.0, "nats_per_token": 2.0}
+    return types.SimpleNamespace(held_out=types.SimpleNamespace(loss=2.0, bits_per_byte=3.0))
 
 devices = [types.SimpleNamespace(device_kind="clock")]
 sys.modules["jax"] = types.SimpleNamespace(device_count=lambda: 1, devices=lambda: devices, __version__="none")

@@ -45,8 +45,8 @@ def _summarize(one: Fit) -> dict:
                   for name, q in one.quantities.items()}
     minima = {"minima": [{key: finite(value) for key, value in row.items()} for row in one.minima]} if one.minima else {}
     return {"runs": one.runs.label, "points": int(one.used_I.sum()), "of": len(one.runs.loss),
-            "rms_log_residual": float(np.sqrt(np.mean(_residuals(one) ** 2))), "parameters": parameters, "notes": one.notes,
-            **minima}
+            "rms_log_residual": finite(float(np.sqrt(np.mean(_residuals(one) ** 2)))), "parameters": parameters,
+            "notes": one.notes, **minima}
 
 
 def _residuals(one: Fit) -> np.ndarray:
@@ -63,7 +63,8 @@ def show(report: dict):
             table.add_row(label, name, number(q["value"]), "-" if q["low"] is None else f"{q['low']:.4g} to {q['high']:.4g}"
                           if q["high"] is not None else f"above {q['low']:.4g}", q["note"])
             label = ""      # only on the first line
-        table.add_row("", "RMS of log residuals", f"{one['rms_log_residual']:.2g}", end_section=True)
+        rms = one["rms_log_residual"]
+        table.add_row("", "RMS of log residuals", "-" if rms is None else f"{rms:.2g}", end_section=True)
     Console().print(table)
     for one in report["fits"]:
         if "minima" in one:

@@ -136,7 +136,7 @@ def open_source(path: str | Path) -> ReleasedSource | WorkdirSource:
     found = manager.find_step(path)
     if found:
         return WorkdirSource(*found)
-    if (path / "checkpoints").is_dir() or path.parent.name == "checkpoints":
+    if (path / "checkpoints").is_dir() and not manager.is_hugging_face(path):
         raise ConfigError(f"{path} contains no saved step: train longer than checkpoint.every")
     if (path / "config.json").exists():
         return ReleasedSource(path)

@@ -28,7 +28,7 @@ from mmx.checkpoints.casts import cast
 from mmx.checkpoints.shapes import check_shapes
 from mmx.checkpoints.tokenizer_files import find_tokenizer, fingerprint
 from mmx.config import IMPLEMENTATION_KEYS, ConfigError, Experiment, Model, to_json
-from mmx.data import special_tokens, tokens
+from mmx.data import paths, special_tokens, tokens
 from mmx.files import atomic, checksums, untrusted
 from mmx.layers.kinds import kind_of
 
@@ -242,7 +242,7 @@ def check_config(workdir: str | Path, experiment: Experiment, write: bool = True
     """
     path, data = Path(workdir) / "config.json", experiment.data
     tokenizer, same_tokenizer = path.with_name("tokenizer.json"), False
-    saved = read_config(workdir) if path.exists() else {}
+    saved = paths.adopt_paths(read_config(workdir), experiment) if path.exists() else {}
     if name := _saved_tokenizer(Path(workdir), saved):
         if fingerprint(name) != fingerprint(data.tokenizer):
             raise ConfigError(f"data.tokenizer={data.tokenizer!r} is not the {name} that the run has: give "
@@ -303,15 +303,27 @@ def _comparable(sections: dict, changeable: dict) -> dict:
 def find_step(path: str | Path) -> tuple[Path, Path] | None:
     """(workdir, directory of a step); None if there is no step.
 
+    The content of a directory decides what it is, not its name: a workdir may be called checkpoints/7.
+
     Args:
       path: a workdir, whose latest step is taken, or one of its checkpoints/STEP.
     """
     path = Path(path).absolute()
-    if path.name.isdecimal() and path.parent.name == "checkpoints" and path.is_dir():
-        return path.parent.parent, path
     steps = path / "checkpoints"
-    found = _steps(steps)
-    return (path, steps / str(max(found))) if found else None
+    if (found := _steps(steps)) and not is_hugging_face(path):
+        return path, steps / str(max(found))
+    is_step = path.name.isdecimal() and path.parent.name == "checkpoints" and any(
+        (path / name).exists() for name in ("_CHECKPOINT_METADATA", checksums.NAME, "params"))
+    return (path.parent.parent, path) if is_step else None
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether a directory has the config.json of a Hugging Face checkpoint. A run's config.json has the section "model"."""
+    file = path / "config.json"
+    try:
+        return file.exists() and not isinstance(untrusted.read_json(file).get("model"), dict)
+    except ConfigError:     # unreadable: the reader of the file reports it
+        return False
 
 
 def verify_item(step: Path, item: str) -> None:

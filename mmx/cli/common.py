@@ -1,11 +1,12 @@
 """What several commands share: arguments, checks of their values, and the reading of experiment files."""
 import argparse
 import functools
-import json
 import textwrap
+from pathlib import Path
 
 from mmx import config
 from mmx.config import ConfigError, Experiment
+from mmx.files import json_text
 from mmx.launch import experiments
 
 WIDTH = 78          # of descriptions, in characters
@@ -39,7 +40,8 @@ def add_checkpoint(parser, flag: str = "--checkpoint", metavar: str = "PATH") ->
 def add_experiment(parser, positional: bool = False) -> None:
     name, options = ("config", {}) if positional else ("--config", {"required": True})
     parser.add_argument(name, metavar="FILE", help="experiment file, for example experiments/tiny.py; FILE.py:A,B passes the "
-                        "arguments A and B to its get_config()", **options)
+                        "arguments A and B to its get_config(). Also a run's working directory, a Hugging Face checkpoint "
+                        "directory, or the config.json of either", **options)
 
 
 def add_mesh(parser) -> None:
@@ -56,7 +58,16 @@ def add_json(parser) -> None:
 
 
 def read_experiment(path: str, overrides: list[str]) -> Experiment:
-    """Reads FILE.py or FILE.py:A,B and applies `--config.KEY=VALUE` overrides. Raises ConfigError."""
+    """Reads an experiment and applies `--config.KEY=VALUE` overrides. Raises ConfigError.
+
+    Args:
+      path: FILE.py, FILE.py:A,B, a config.json, or a directory with a config.json: a run or a Hugging Face checkpoint.
+    """
+    folder = Path(path)
+    if folder.is_dir() or (folder.is_file() and experiments.is_json(folder)):
+        from mmx.checkpoints import saved_configs
+
+        return check_experiment(experiments.read_sections(saved_configs.read(folder), overrides))
     return check_experiment(experiments.read(path, overrides))
 
 
@@ -100,4 +111,4 @@ def suite_options(args) -> dict:
 
 
 def print_json(value) -> None:
-    print(json.dumps(value, indent=1))
+    print(json_text.dumps(value, indent=1))

@@ -1,11 +1,10 @@
 """`mmx generate`: continues prompts with a checkpoint."""
-import json
 from pathlib import Path
 
 import mmx
 from mmx.cli import common
 from mmx.config import ConfigError
-from mmx.files import texts
+from mmx.files import json_text, standard_input, texts
 
 
 def add_parser(commands) -> None:
@@ -14,7 +13,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT",
                         help="text to continue; may be given several times")
     parser.add_argument("--prompt-file", action="append", default=[], metavar="FILE",
-                        help="UTF-8 file that contains one prompt; may be given several times")
+                        help="UTF-8 file that contains one prompt, or - for the standard input; may be given several times")
     parser.add_argument("--image", action="append", default=[], metavar="FILE",
                         help="image file for the next <image> mark of the prompts; may be given several times")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
@@ -84,12 +83,18 @@ def run(args):
 
 def _read_prompts(args) -> list[str]:
     """The prompts of the command line and of files; one empty prompt if --load-cache is given without a prompt."""
-    prompts = [*args.prompt, *map(texts.read, args.prompt_file)]
+    if sum(map(standard_input.is_named, args.prompt_file)) > 1:
+        raise ConfigError("--prompt-file names the standard input twice, and it can be read only once")
+    prompts = [*args.prompt, *map(_read_prompt, args.prompt_file)]
     if not prompts and not args.load_cache:
         raise ConfigError("no prompt was given: add --prompt TEXT, --prompt-file FILE or --load-cache FILE")
     if args.save_cache and len(prompts) != 1:
         raise ConfigError(f"--save-cache needs exactly one prompt, but {len(prompts)} were given")
     return prompts or [""]
+
+
+def _read_prompt(file: str) -> str:
+    return standard_input.read_text(file) if standard_input.is_named(file) else texts.read(file)
 
 
 def _check_output(path: Path) -> None:
@@ -121,7 +126,7 @@ def _print_all(prompts: list[str], pieces, as_json: bool) -> None:
     for prompt, own in zip(prompts, pieces_of):
         text = "".join(piece.text for piece in own)
         if as_json:
-            print(json.dumps({"prompt": prompt, "text": text, "ids": [x for piece in own for x in piece.ids_T.tolist()],
+            print(json_text.dumps({"prompt": prompt, "text": text, "ids": [x for piece in own for x in piece.ids_T.tolist()],
                               "logprobs": [x for piece in own for x in piece.logprobs_T.tolist()]}))
         else:
             print(prompt + text)

@@ -10,7 +10,6 @@ The case "layer" adds the projections of MiniMax-Text-01, whose model dimension 
 import functools
 import importlib
 import importlib.util
-import json
 import math
 import os
 import statistics
@@ -34,6 +33,7 @@ from mmx import config
 from mmx.chips import CHIPS, GPUS, TPUS
 from mmx.compilers import hlo, ptx, schedule
 from mmx.config import ConfigError
+from mmx.files import json_text
 from mmx.kernels import LIGHTNING_IMPLS
 from mmx.kernels.attention import softmax_attention
 from mmx.kernels.lightning import api, decode, lightning_attention
@@ -188,7 +188,7 @@ def kernels(chips, as_json: bool, live: bool = False, lengths: str | None = None
         rows = [row for some in tqdm(results, "compiling", len(jobs), disable=None) for row in some]
     faults = [f"{row['chip']}, {row['case']}: {fault}" for row in rows for fault in row.get("faults", ())]
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print(json_text.dumps(rows, indent=1))
     else:
         _tables(rows)
     for fault in faults:
@@ -276,7 +276,7 @@ def _time(lengths, out, as_json):
     rows = _measure(lengths)
     plot = _plot(rows, out / "kernels.png")
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print(json_text.dumps(rows, indent=1))
         return
     _show(rows, f"measured on {jax.devices()[0].device_kind}, medians")
     print(f"plot: {plot}")

@@ -4,8 +4,8 @@ An experiment file's `get_config()` starts from `default()` and sets what it cha
 an `Experiment`; the rest of mmx never sees the ConfigDict. docs/configuration.md lists every key. This package imports no jax,
 so that data, scaling laws and a machine without a device can read any config.
 """
-from mmx.config.build import build, default, from_json, sections, to_json
-from mmx.config.errors import ConfigError, nearest
+from mmx.config.build import as_config_dict, build, default, from_json, sections, to_json
+from mmx.config.errors import ConfigError, NonFiniteError, nearest
 from mmx.config.parsing import is_text, parse_lengths, typed, value_at
 from mmx.config.schema import (
     IMPLEMENTATION_KEYS,
@@ -25,6 +25,6 @@ from mmx.config.schema import (
 
 __all__ = [
     "IMPLEMENTATION_KEYS", "MOST_PIXELS", "NUMBERS", "SECTIONS", "Checkpoint", "ConfigError", "Data", "Experiment", "Guard",
-    "Mesh", "Model", "Train", "Vision", "build", "default", "from_json", "is_text", "nearest", "parse_lengths",
-    "sections", "to_json", "tokenizer_file", "typed", "value_at",
+    "Mesh", "Model", "NonFiniteError", "Train", "Vision", "as_config_dict", "build", "default", "from_json", "is_text",
+    "nearest", "parse_lengths", "sections", "to_json", "tokenizer_file", "typed", "value_at",
 ]

@@ -27,6 +27,15 @@ def build(config: ConfigDict | dict) -> Experiment:
     return experiment
 
 
+def as_config_dict(experiment: Experiment) -> ConfigDict:
+    """The ConfigDict of an experiment. Residual factors with their default value are 0, so that they follow model.layers."""
+    values, model = {name: _as_dict(getattr(experiment, name)) for name in SECTIONS}, experiment.model
+    for key in _unresolved_alphas("model"):
+        if getattr(dataclasses.replace(model, **{key: 0.0}), key) == getattr(model, key):
+            values["model"][key] = 0.0
+    return ConfigDict(values)
+
+
 def sections(experiment: Experiment) -> dict:
     """The experiment as plain dicts, as config.json keeps it.
 
@@ -41,7 +50,7 @@ def sections(experiment: Experiment) -> dict:
 
 
 def to_json(experiment: Experiment) -> str:
-    return json.dumps(sections(experiment), indent=1)
+    return json.dumps(sections(experiment), indent=1, allow_nan=False)
 
 
 def from_json(text: str) -> Experiment:

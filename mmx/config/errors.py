@@ -7,6 +7,10 @@ class ConfigError(ValueError):
     code = 2        # exit code of the process
 
 
+class NonFiniteError(ConfigError):
+    """A result is nan or infinite, so it is not reported as a result."""
+
+
 def nearest(name: str, known) -> str:
     """"; did you mean X?", or "; known: ..." if no known name is close."""
     close = difflib.get_close_matches(name[:100], known, 1, 0.5)        # difflib's time grows with the square of the length

@@ -81,7 +81,7 @@ class Model:
     top_k: int = 2                  # number of experts that process a token
     expert_dim: int = 512           # F, hidden width of an expert
     # capacity factor: an expert accepts at most capacity * (tokens of the batch * top_k / experts) tokens and drops the
-    # others; 0: no dropping
+    # others; padding does not count; 0: no dropping
     capacity: float = 0.0
     # buffer factor of the all-to-all that sends each token to its top_k experts. A device sends at most
     # transport * (its tokens * top_k / mesh.ep) token copies to each device and drops the others; 0: enough for any routing
@@ -197,8 +197,8 @@ class Train:
     clip: float = 1.0               # largest global gradient norm; 0: no clipping
     loss_chunk: int = 2048          # [tokens] number of tokens whose logits are in memory at a time
     log_every: int = 10             # [steps] number of steps between TensorBoard entries
-    eval_every: int = 0             # [steps] number of steps between evaluations on held-out text; 0: never
-    eval_bytes: int = 65_536        # [bytes] amount of held-out text in those evaluations; 0: all
+    eval_every: int = 0             # [steps] number of steps between evaluations on held-out documents; 0: never
+    eval_bytes: int = 65_536        # [bytes] those evaluations read the first eval_bytes of held-out documents; 0: all
     sample_every: int = 0           # [steps] number of steps between samples; 0: never
     sample_prompt: str = "The state of the Union"   # prompt of those samples
     tensorboard: bool = True        # write TensorBoard files
@@ -233,8 +233,8 @@ class Train:
         for name, kinds in (("ramp", int), ("rates", (int, float))):
             points = getattr(self, name)
             require(all(isinstance(p, tuple) and len(p) == 2 and type(p[0]) is int and isinstance(p[1], kinds)
-                        and p[1] > 0 for p in points), f"train.{name}={points} must be pairs of tokens, a whole number, and a "
-                    f"positive {'count' if name == 'ramp' else 'rate'}")
+                        and 0 < p[1] < math.inf for p in points), f"train.{name}={points} must be pairs of tokens, a whole "
+                    f"number, and a positive {'count' if name == 'ramp' else 'rate'}")
             require([p[0] for p in points] == sorted({p[0] for p in points}) and (not points or points[0][0] == 0),
                     f"train.{name}={points} must start at 0 tokens, with the tokens increasing")
         require(self.schedule != "stepwise" or self.rates, "train.schedule='stepwise' needs train.rates")

@@ -6,7 +6,6 @@
 An archive contains images and a file captions.jsonl. Each line of it is an object with the path of an image ("image") and its
 caption ("title" or "name").
 """
-import json
 import lzma
 import sys
 import tarfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from mmx.config import ConfigError
 from mmx.data.images import PLACEHOLDER
-from mmx.files import atomic, texts, untrusted
+from mmx.files import atomic, json_text, texts, untrusted
 
 MAX_BYTES = 1 << 30         # of captions.jsonl
 
@@ -42,7 +41,7 @@ def unpack(archive, folder) -> int:
             tar.extractall(folder, filter=_refuse_links)
         lines = [record | {"text": PLACEHOLDER + (record.get("title") or record["name"]), "images": [record["image"]]}
                  for _, record in texts.read_json_lines(path, MAX_BYTES)]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        text = "".join(json_text.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
     except (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError, ValueError, LookupError, TypeError,
             AttributeError) as error:
         reason = str(error).partition(":\n")[0]     # tarfile adds a line for each compression that it tried

@@ -73,13 +73,21 @@ class Packed:
         return self._spans[self._row_starts[row]:self._row_starts[row + 1]]
 
 
-def rows(document, length: int, overlap: int = 0):
+def row_starts(document, length: int, overlap: int = 0, targets=None) -> range:
+    """The first tokens of the evaluation rows of a document (see `rows`)."""
+    return range(0, max(len(document) - (targets is None) - overlap, 1), length - overlap)
+
+
+def rows(document, length: int, overlap: int = 0, targets=None):
     """Yields the evaluation rows of one document: every target once, the last row padded.
 
     Rows overlap by `overlap` tokens. In the later row these tokens are context only (weight 0).
+
+    Args:
+      targets: explicit targets of the document, None for the next tokens.
     """
-    for start in range(0, max(len(document) - 1 - overlap, 1), length - overlap):
-        row = _make_row([(document, start, min(start + length, len(document)), None)], length)
+    for start in row_starts(document, length, overlap, targets):
+        row = _make_row([(document, start, min(start + length, len(document)), targets)], length)
         if start:
             row["weights"][:overlap] = 0
         yield row
@@ -89,8 +97,11 @@ def batches(documents, length: int, batch: int, overlap: int = 0):
     """Yields (document_B, {name: array_BT}): evaluation rows of several documents, and the index of each row's document.
 
     The last batch is padded with empty rows (segment 0, weight 0) of document 0.
+
+    Args:
+      documents: (ids_T, explicit targets_T or None) of each document.
     """
-    stream = ((d, row) for d, document in enumerate(documents) for row in rows(document, length, overlap))
+    stream = ((d, row) for d, (ids_T, targets_T) in enumerate(documents) for row in rows(ids_T, length, overlap, targets_T))
     while group := list(itertools.islice(stream, batch)):
         group += [(0, _make_row([], length))] * (batch - len(group))
         yield np.array([d for d, _ in group]), stack(row for _, row in group)

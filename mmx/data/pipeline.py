@@ -58,8 +58,8 @@ def stack_micro_batches(batches: list[dict]) -> dict[str, np.ndarray]:
     return packing.stack(batches)
 
 
-def validation(data: config.Data) -> list[tuple[str, bytes]]:
-    """(name, raw bytes) of every validation document with text. A prompt and its completion are joined."""
+def validation(data: config.Data) -> list[tuple]:
+    """(name, content) of every validation document that a held-out loss covers: all but documents with images."""
     return _held_out(data, "validation")
 
 
@@ -70,17 +70,28 @@ def held_out_ids(data: config.Data) -> dict[str, list]:
     return {source: its_ids for source, its_ids in documents.items() if its_ids}
 
 
-def test(data: config.Data) -> list[tuple[str, bytes]]:
-    """(name, raw bytes) of every test document with text. May be empty."""
+def test(data: config.Data) -> list[tuple]:
+    """The same for the test split. May be empty: a document's name decides its split."""
     return _held_out(data, "test")
 
 
-def _held_out(data: config.Data, split: str) -> list[tuple[str, bytes]]:
-    """Text documents of a split. With several sources, names become SOURCE/NAME, to be unique."""
+def _held_out(data: config.Data, split: str) -> list[tuple]:
+    """Documents of a split without images. With several sources, names become SOURCE/NAME, to be unique."""
     names = dict.fromkeys(data.sources)         # a source that is listed for several lengths counts once
-    return [(f"{source}/{name}" if len(names) > 1 else name, raw if isinstance(raw, bytes) else b"".join(raw))
-            for source in names for name, raw in sources.documents(source, split)
-            if not isinstance(raw, (TokenIds, ImageText))]
+    return [(f"{source}/{name}" if len(names) > 1 else name, content)
+            for source in names for name, content in sources.documents(source, split) if not isinstance(content, ImageText)]
+
+
+def learned_text(content) -> bytes:
+    """The text of a document that the loss covers: a whole text, or a completion without its prompt. Token ids have none."""
+    if isinstance(content, PromptCompletion):
+        return content.completion
+    return content if isinstance(content, bytes) else b""
+
+
+def encode(tokenizer, content, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """(ids_T, explicit targets_T or None) of a document without images, as training reads it (`packing`)."""
+    return _tokenize(tokenizer, content, name, config.Vision(), copy_captions=False)[:2]
 
 
 class Stream:

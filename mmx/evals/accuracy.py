@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx import config
-from mmx.checkpoints import convert, manager
+from mmx.checkpoints import convert, finite, manager
 from mmx.data import packing, pipeline
 from mmx.model import logits
 
@@ -41,6 +41,7 @@ def measure(path) -> dict:
             row = packing.stack(rows[min(n, len(rows) - 1)] for n in range(begin, begin + BATCH))
             row["weights"][len(rows) - begin:] = 0
             total, count = total + sums(loaded.params, row), count + row["weights"].sum()
+        finite.check(total, loaded.params, "the loss")
         by_source[source] = dict(zip(("loss", "accuracy"), (total / count).tolist()))
     means = {name: float(np.mean([scores[name] for scores in by_source.values()])) for name in ("loss", "accuracy")}
     return means | {"by_source": by_source}

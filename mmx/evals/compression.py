@@ -1,81 +1,97 @@
-"""Bits per byte of held-out text, compared with gzip and xz on the same files.
+"""The loss of a checkpoint on held-out documents (`training.evaluate`), compared with gzip and xz on the same text.
 
-    bits per byte = sum over all targets (including the end of text) of -log2 p / bytes of the raw text
-
-Each file is evaluated separately, from a beginning-of-text token, just as gzip and xz compress each file separately.
+Each document is evaluated separately, from a beginning-of-text token, just as gzip and xz compress each document separately.
 """
 import dataclasses
 import gzip
 import lzma
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from mmx import config
 from mmx.analysis.counts import count_params
-from mmx.checkpoints import convert, manager
+from mmx.checkpoints import convert, finite, manager
 from mmx.config import ConfigError
-from mmx.data import pipeline, tokens
+from mmx.data import paths, pipeline, tokens
 from mmx.training import metrics
-from mmx.training.evaluate import bytes_per_token, first_bytes, make_evaluator
+from mmx.training.evaluate import HeldOut, first_bytes, make_evaluator
 
 CURVE = "seconds", "tokens", "bits_per_byte"    # the metrics that are read
 
 
-def baselines(documents) -> dict[str, float]:
-    """Bits per byte of gzip -9 and xz -9e, each file compressed separately."""
-    size = sum(len(raw) for _, raw in documents)
+def baselines(texts) -> dict[str, float]:
+    """Bits per byte of gzip -9 and xz -9e, each of the (name, bytes) compressed separately."""
+    size = sum(len(raw) for _, raw in texts)
     compressors = {"gzip": lambda raw: gzip.compress(raw, 9, mtime=0),
                    "xz": lambda raw: lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)}
-    return {name: 8 * sum(len(compress(raw)) for _, raw in documents) / size for name, compress in compressors.items()}
+    return {name: 8 * sum(len(compress(raw)) for _, raw in texts) / size for name, compress in compressors.items()}
+
+
+class Measured(NamedTuple):
+    """A held-out loss, and what it was measured on."""
+    held_out: HeldOut
+    documents: list         # the (name, content) that were scored
+    scored: dict            # for eval.json: the checkpoint, its step, the sources, the split and the tokens in a row
+    config: config.Model
 
 
 def measure(path, split: str = "validation", source: str | None = None, weights_dtype: str | None = None,
-            limit: int = 0) -> dict:
-    """Evaluates a checkpoint on `limit` bytes (0: all) of held-out text.
+            limit: int = 0) -> Measured:
+    """Evaluates a checkpoint on the first `limit` bytes (0: all; `training.evaluate.first_bytes`) of held-out documents.
 
-    Returns:
-      "bits_per_byte", "nats_per_token", "per_file" (bits per byte by file name), "documents" (the (name, raw bytes) that were
-      read) and "config" (of the model).
+    Args:
+      source: a data source. None: the sources of the run.
+    Raises:
+      ConfigError: the checkpoint does not record its sources and none is given, or there is no held-out document.
+      NonFiniteError: the loss is nan or infinite.
     """
-    loaded, run = convert.load(path, weights_dtype=weights_dtype), manager.find_step(path)
-    experiment = config.build(manager.read_config(run[0])) if run else config.Experiment()
+    run = manager.find_step(path)
+    saved = manager.read_config(run[0]) if run else {}
+    if source is None and "data" not in saved:
+        raise ConfigError(f"{path} does not record which data it was trained on: give the text to measure by --source, for "
+                          "example --source sotu or --source FOLDER")
+    experiment = config.build(saved)
     data = dataclasses.replace(experiment.data, sources=(source,)) if source else experiment.data
+    data = paths.absolute_data(data)
     documents = first_bytes((pipeline.validation if split == "validation" else pipeline.test)(data), limit)
     if not documents:
-        raise ConfigError(f"{', '.join(data.sources)} has no {split} documents: use another --split or --source")
+        raise ConfigError(f"{', '.join(data.sources)} has no {split} documents without images: use another --split or --source")
+    loaded = convert.load(path, weights_dtype=weights_dtype)
     tokenizer = tokens.of_checkpoint(loaded.tokenizer, loaded.config.vocab)
     length = experiment.train.length
     evaluate = make_evaluator(loaded.model, tokenizer, length=length, batch=8, overlap=length // 2,
                               loss_chunk=experiment.train.loss_chunk)
-    per_file = evaluate(loaded.params, documents, progress=True)
-    bits = per_file.pop("all")
-    return {"bits_per_byte": bits, "nats_per_token": bits * math.log(2) * bytes_per_token(tokenizer, documents),
-            "per_file": per_file, "documents": documents, "config": loaded.config}
+    held_out = evaluate(loaded.params, documents, progress=True)
+    finite.check([held_out.loss, *held_out.by_document.values()], loaded.params, "the held-out loss")
+    scored = {"checkpoint": str(run[1] if run else Path(path).resolve()), "step": int(run[1].name) if run else None,
+              "sources": list(dict.fromkeys(data.sources)), "split": split, "limit": limit, "length": length}
+    return Measured(held_out, documents, scored, loaded.config)
 
 
 def evaluate_checkpoint(path, split: str = "validation", source: str | None = None, weights_dtype: str | None = None,
                         limit: int = 0) -> dict:
     """`measure` with the baselines and the cost of training: the content of the eval.json that `mmx eval` writes."""
-    measured, step = measure(path, split, source, weights_dtype, limit), manager.find_step(path)
-    documents, records = measured["documents"], []
-    if step:
-        records = [r for r in metrics.read(step[0], *CURVE) if r["step"] <= int(step[1].name)]
-    result = {"bits_per_byte": measured["bits_per_byte"]} | baselines(documents)
-    result |= {"split": split, "files": len(documents), "bytes": sum(len(raw) for _, raw in documents),
-               "per_file": measured["per_file"]}
-    if records:
-        last = records[-1]
-        result |= {"train_seconds": last["seconds"], "steps": last["step"], "train_tokens": last["tokens"],
-                   "params_total": count_params(measured["config"]).total,
-                   "params_active": count_params(measured["config"]).active}
+    held_out, documents, scored, model = measure(path, split, source, weights_dtype, limit)
+    texts = [(name, text) for name, content in documents if (text := pipeline.learned_text(content))]
+    result = scored | {"documents": held_out.documents, "tokens": held_out.targets, "bytes": held_out.bytes,
+                       "loss": held_out.loss, "bits_per_byte": held_out.bits_per_byte}
+    result |= baselines(texts) if texts else {"gzip": None, "xz": None}
+    result |= {"files": held_out.documents, "per_file": held_out.by_document}
+    if scored["step"] is not None:
+        workdir, _ = manager.find_step(path)
+        if records := [r for r in metrics.read(workdir, *CURVE) if r["step"] <= scored["step"]]:
+            last, params = records[-1], count_params(model)
+            result |= {"train_seconds": last["seconds"], "steps": last["step"], "train_tokens": last["tokens"],
+                       "params_total": params.total, "params_active": params.active}
     return result
 
 
 def plot_curve(workdir: Path, result: dict, path: Path) -> Path | None:
-    """Plots bits per byte during training, with the held-out result, gzip and xz. Returns None if there is no run to plot."""
-    if "steps" not in result:
+    """Plots bits per byte during training, with the held-out results, gzip and xz. Returns None if there is no run to plot."""
+    if "steps" not in result or result["bits_per_byte"] is None:
         return None
     import matplotlib
     matplotlib.use("Agg")
@@ -92,6 +108,11 @@ def plot_curve(workdir: Path, result: dict, path: Path) -> Path | None:
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(at_tokens / 1e6, bits, color="C0", alpha=0.2, linewidth=0.8)
     axes.plot(at_tokens[window - 1:] / 1e6, smooth, color="C0", label=f"training (mean of {window} steps)")
+    evaluations = [r for r in metrics.read_evaluations(workdir) if r["step"] <= result["steps"]
+                   and math.isfinite(r.get("held_out_bits_per_byte", math.nan))]
+    if evaluations:
+        axes.plot([r["tokens"] / 1e6 for r in evaluations], [r["held_out_bits_per_byte"] for r in evaluations], ".-",
+                  color="C3", linewidth=0.8, label="held-out text during training")
     axes.plot(at_tokens[-1] / 1e6, result["bits_per_byte"], "o", color="C3",
               label=f"{result['split']} files: {result['bits_per_byte']:.3f}")
     for (name, at), marker in zip(marks.items(), "x<"):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from mmx.checkpoints import convert
+from mmx.checkpoints import convert, finite
 from mmx.config import ConfigError
 from mmx.data import packing, tokens
 from mmx.inference import engine
@@ -94,6 +94,7 @@ class Mmx(TemplateLM):
             for T, indices in self._batches([len(document) - 1 for document, _ in rows]):
                 batch = packing.stack(_row(*rows[i], T) for i in _repeat_last(indices, self._size(T, len(indices))))
                 logp_B, greedy_B = jax.device_get(_score(self.loaded.model, self.loaded.params, batch))
+                finite.check(logp_B, self.loaded.params, "the log-probabilities")
                 for i, logp, greedy in zip(indices, logp_B.tolist(), greedy_B.tolist()):
                     results[i] = logp, greedy
                     if requests[i][0] is not None:

@@ -6,7 +6,6 @@ OUT/SUITE.png its figure. The model is a pair of functions (`ModelInterface`), s
 Flags in the files: "seen" marks examples, and columns, whose text includes training text of the embedded corpus; "cut" marks
 prompts whose middle was removed to fit --context.
 """
-import json
 import sys
 import time
 from collections import defaultdict
@@ -24,7 +23,7 @@ from mmx.data import tokens
 from mmx.evals import user_files
 from mmx.evals.examples import SuiteOptions, format_length, prompt_length, training_record
 from mmx.evals.suites import SUITES, Suite
-from mmx.files import atomic, texts, untrusted
+from mmx.files import atomic, json_text, texts, untrusted
 from mmx.inference import engine, forward
 
 SCALE = {"accuracy": 100, "chrF": 1, "perplexity": 1}       # factor in tables and figures
@@ -82,7 +81,7 @@ def write_examples(name: str, path: Path, tokenizer: str = "bytes", **options) -
     planned = list(suite.plan(SuiteOptions(tokens.tokenizer(tokenizer), train=True, **options)))
     with atomic.replacing(path) as file:
         for one in tqdm(planned, name, unit="example", disable=None):
-            file.write(json.dumps(training_record(one.make()), ensure_ascii=False) + "\n")
+            file.write(json_text.dumps(training_record(one.make()), ensure_ascii=False) + "\n")
     return len(planned)
 
 
@@ -111,7 +110,9 @@ def run(name: str, options: SuiteOptions, model: ModelInterface, out: Path, head
                                 f"{record['tokens'] / max(record['seconds'], 1e-9):,.0f} tokens/s", refresh=False)
             bar.update()
     result = _summarize(suite, header, [done[one[:3]] for one in planned])
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    text = json_text.dumps(result, indent=1, ensure_ascii=False)
+    with atomic.replacing(out / f"{name}.json") as file:
+        file.write(text + "\n")
     return result
 
 
@@ -182,7 +183,7 @@ def _resume(path: Path, header: dict) -> dict[tuple, dict]:
 def _append(path: Path, record: dict):
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json_text.dumps(record, ensure_ascii=False) + "\n")
     except OSError as error:        # when a disk is full, the error does not name the file
         raise OSError(error.errno, error.strerror, str(path)) from None
 

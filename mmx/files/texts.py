@@ -53,10 +53,15 @@ def read_bytes(path: str | Path, most: int = untrusted.TEXT_BYTES) -> bytes:
 
 def read(path: str | Path, most: int = untrusted.TEXT_BYTES) -> str:
     """The text of a UTF-8 file, read by `read_bytes`. Raises ConfigError."""
+    return decode(read_bytes(path, most), path)
+
+
+def decode(raw: bytes, name: str | Path) -> str:
+    """UTF-8 bytes as text, as `normalize` returns it. Raises ConfigError, which names `name`."""
     try:
-        return read_bytes(path, most).decode()
+        return normalize(raw).decode()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
+        raise ConfigError(f"{name}: not {error.encoding.upper()} at byte {error.start}") from None
 
 
 def normalize(raw: bytes) -> bytes:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmx.checkpoints import finite
 from mmx.config import ConfigError
 from mmx.data import tokens as tokenizers
 from mmx.inference.requests import Output, Request, Sequence, check_ids
@@ -105,6 +106,7 @@ def stream(loaded, requests, *, prefix: Prefix | None = None, kv_dtype: str = ""
 
     Raises:
       ConfigError: a request is invalid; raised when the request is taken.
+      NonFiniteError: the model computes nan or infinity.
     """
     if not isinstance(rows, int) or rows < 1:
         raise ConfigError(f"rows={rows} must be a whole number, at least 1")
@@ -205,6 +207,7 @@ class Batch:
         new_BT, logprobs_BT = jax.device_get((new_BT, logprobs_BT))
         for b in running:
             count = int((new_BT[b] >= 0).sum())
+            finite.check(logprobs_BT[b, :count], self.params, "the log-probabilities")
             output = self.sequences[b].append(new_BT[b, :count], logprobs_BT[b, :count])
             self.token_B[b], self.remaining_B[b] = new_BT[b, count - 1], self.remaining_B[b] - count
             self.generated_B[b] += count

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmx.checkpoints import finite
 from mmx.config import ConfigError
 from mmx.data import images as pictures
 from mmx.inference import engine
@@ -58,6 +59,8 @@ def score(loaded, ids_T, next_T):
     Returns:
       nats_T: -log p(next_T[t] given ids_T[:t + 1]), float32.
       likeliest_T: the most likely next ids.
+    Raises:
+      NonFiniteError: a nats_T is nan or infinite.
     """
     ids_T, sizes, scores, start = check_ids(loaded.config, np.asarray(ids_T)[None])[0], engine.chunk_sizes(len(ids_T)), [], 0
     cache = empty_cache(loaded.config, 1, -(-sum(sizes) // caches.PAGE) * caches.PAGE)
@@ -67,6 +70,7 @@ def score(loaded, ids_T, next_T):
         ids_1T[0, :real], next_1T[0, :real], mask_1T[0, :real] = ids_T[start:start + real], next_T[start:start + real], 1
         *chunk_scores, cache = _score(loaded.model, loaded.params, ids_1T, next_1T, mask_1T, cache)
         scores.append([x_1T[0, :real] for x_1T in jax.device_get(chunk_scores)])
+        finite.check(scores[-1][0], loaded.params, "the loss")
         start += real
     return tuple(np.concatenate(part) for part in zip(*scores))
 

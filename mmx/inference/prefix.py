@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from mmx.checkpoints import finite
 from mmx.checkpoints.tokenizer_files import fingerprint
 from mmx.config import IMPLEMENTATION_KEYS, ConfigError
 from mmx.data.tokens import TAIL
-from mmx.files import atomic, untrusted
+from mmx.files import atomic, json_text, untrusted
 from mmx.inference.engine import Prefix
 from mmx.model import empty_cache
 from mmx.parallel.cache import kv_dtype
@@ -36,11 +37,12 @@ def save(path: str | Path, loaded, prefix: Prefix) -> None:
     arrays = {}
     for name, x in _flat(prefix.cache).items():
         x = np.asarray(x)
+        finite.check(x.astype(np.float32) if x.dtype == ml_dtypes.bfloat16 else x, loaded.params, f"the cached {name}")
         arrays[name] = x.view(np.uint16) if x.dtype == ml_dtypes.bfloat16 else x
     about = {"last": prefix.last, "length": prefix.length, "tail": prefix.tail, "model": _fingerprint(loaded),
              "kv_dtype": kv_dtype(prefix.cache), **_optional(loaded)}
     with atomic.replacing(path, "wb") as file:
-        np.savez(file, about=np.array(json.dumps(about)), **arrays)
+        np.savez(file, about=np.array(json_text.dumps(about)), **arrays)
 
 
 def load(path: str | Path, loaded) -> Prefix:

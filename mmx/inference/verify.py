@@ -4,8 +4,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from mmx.checkpoints import finite
 from mmx.checkpoints.convert import find_model, load
-from mmx.config import ConfigError
+from mmx.config import ConfigError, NonFiniteError
 from mmx.inference.forward import forward
 
 
@@ -23,6 +24,7 @@ def verify(a: str | Path, b: str | Path, torch: bool = False, weights_dtype: str
     tokens_BT = np.random.default_rng(seed).integers(vocab, size=(batch, length))
     with jax.default_matmul_precision("highest"):
         logits_BTW = forward(first, tokens_BT)
+        finite.check(logits_BTW, first.params, f"the logits of {a}")
         if torch:
             from mmx import torch as transformers
 
@@ -30,4 +32,8 @@ def verify(a: str | Path, b: str | Path, torch: bool = False, weights_dtype: str
             others = {name: transformers.logits(load_with(b), tokens_BT) for name, load_with in loaders.items()}
         else:
             others = {"mmx": forward(load(b, "float32", weights_dtype), tokens_BT)}
+    for name, other_BTW in others.items():
+        if not np.isfinite(other_BTW).all():
+            raise NonFiniteError(f"the logits of {b}, computed by {name}, are not finite: the checkpoint is damaged, or the "
+                                 "computation overflows")
     return {name: float(np.abs(logits_BTW - other_BTW).max()) for name, other_BTW in others.items()}

@@ -26,6 +26,15 @@ def read(path: str, overrides: list[str]) -> config.Experiment:
     return _build(_get_config(path), overrides)
 
 
+def read_sections(sections: dict, overrides: list[str]) -> config.Experiment:
+    """Returns the experiment of a config.json's sections; missing sections and keys have their defaults.
+
+    Args:
+      overrides: --config.SECTION.KEY=VALUE arguments.
+    """
+    return _build(config.as_config_dict(config.build(sections)), overrides)
+
+
 def grid(file: str, overrides: list[str]):
     """Returns what sweep() of an experiment file returns, and a function that makes the experiment of a cell's keys.
 
@@ -49,6 +58,12 @@ def grid(file: str, overrides: list[str]):
         return _build(values, overrides)
 
     return _call(file, names, "sweep"), make
+
+
+def is_json(file: str | Path) -> bool:
+    """Whether a file contains a JSON object, such as the config.json of a run."""
+    with open(file, "rb") as start:
+        return start.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
 
 
 def key_types() -> dict[str, str]:
@@ -101,6 +116,8 @@ def _run_file(file: str) -> dict:
         folder = Path(file) if Path(file).is_dir() else Path(file).parent
         names = sorted(str(p) for p in folder.glob("*.py"))
         raise ConfigError(f"no experiment file {file}" + (config.nearest(file, names) if names else ""))
+    if is_json(file):
+        raise ConfigError(f"{file} is JSON, and this needs an experiment file in Python, with sweep() for a grid")
     with _errors_with_line(file):
         return runpy.run_path(file)
 

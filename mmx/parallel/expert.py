@@ -55,7 +55,8 @@ def moe(x_BTD, live_BT, router_DE, weights, routing: Routing):
         capacity: capacity factor. Each expert accepts at most capacity * tokens * top_k / experts assignments of the whole
           batch; later ones are dropped. 0: no dropping.
         transport: buffer factor of the all-to-all over the mesh axis ep. A device sends at most transport * (its assignments /
-          ep) assignments to each of the ep devices; 0: enough for any routing.
+          ep) assignments to each of the ep devices; 0: enough for any routing. Buffers have a fixed size, for which padding
+          counts as tokens: a batch with padding drops fewer assignments.
         token_groups: number of groups that a device's tokens are exchanged in. The exchange of one group overlaps with the
           computation of another.
         ragged: use a ragged all-to-all, which CPUs do not have, instead of the default mode (see `parallel.exchange`).
@@ -86,7 +87,8 @@ def _local(x_BTD, live_BT, router_DE, *weights, routing: Routing, axes: Axes, sp
     with jax.named_scope("route"):
         position_BTj, count_jE = queue_positions(expert_Mj.reshape(B, T, -1), live_BT, E, axes.rows, axes.time)
         devices = jax.lax.axis_size(axes.tokens) if axes.tokens else 1
-        capacity = expert_capacity(routing.capacity, M * routing.top_k * devices, E)
+        most_capacity = expert_capacity(routing.capacity, M * routing.top_k * devices, E)        # without padding
+        capacity = expert_capacity(routing.capacity, count_jE.sum(), E) if routing.capacity else most_capacity
         keep_Mj = live_M[:, None] & (position_BTj.reshape(M, -1) < capacity)
         choices = Choices(expert_Mj, weight_Mj, keep_Mj)
     with jax.named_scope("experts"):
@@ -94,7 +96,7 @@ def _local(x_BTD, live_BT, router_DE, *weights, routing: Routing, axes: Axes, sp
         if not axes.experts:
             y_MD = _compute(x_MD, choices, _gathered(weights, specs, axes.tokens))
         elif axes.tokens:
-            y_MD, sent = _exchange(x_MD, choices, capacity, axes.experts, _gathered(weights, specs, axes.tokens), routing)
+            y_MD, sent = _exchange(x_MD, choices, most_capacity, axes.experts, _gathered(weights, specs, axes.tokens), routing)
         else:
             y_MD = _compute_replicated(x_MD, choices, axes.experts, _gathered(weights, specs, axes.experts))
     stats = statistics(logits_ME, prob_ME, live_M, count_jE, keep_Mj, sent, axes.tokens)

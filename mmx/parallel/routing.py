@@ -10,6 +10,7 @@ Upper-case letters are defined in `mmx.dims`, with local extents. Lower-case let
     j choices of a token, the first is the best       a assignments in the order of the queues, a = j x M
 """
 import dataclasses
+from fractions import Fraction
 from typing import NamedTuple
 
 import jax
@@ -60,13 +61,20 @@ def choose(x_MD, router_DE, top_k: int):
     return logits_ME, prob_ME, expert_Mj, jax.nn.softmax(top_Mj)
 
 
-def expert_capacity(capacity: float, assignments: int, E: int) -> int:
-    """Returns how many assignments one expert accepts: ceil(capacity x assignments / E), or all if `capacity` is 0."""
-    if not capacity:
+def expert_capacity(capacity: float, assignments, E: int):
+    """Returns how many assignments one expert accepts: ceil(capacity x assignments / E), or all if `capacity` is 0.
+
+    Args:
+      assignments: number of assignments of the whole batch, without those of padding: an int or a traced int32 scalar.
+    """
+    if not capacity or capacity >= E:
         return assignments
-    # 1.1 x 110 is 121.00000000000001 in floating point. Only six decimals are kept, so that the ceiling is 121 and not 122.
-    millionths = int(capacity * assignments * 1e6)
-    return -(-millionths // int(E * 1e6))       # the ceiling of the quotient
+    # The quotient is computed with integers below 2^31. As floats, 1.1 x 110 is 121.00000000000001, and its ceiling is 122.
+    # The fraction capacity / E is exact for capacities with three decimals and capacity x E up to 1,000.
+    most = int(min(2**30, (2**30 * E / capacity) ** 0.5))
+    share = (Fraction(capacity).limit_denominator(10**6) / E).limit_denominator(most)
+    whole, rest = divmod(assignments, share.denominator)
+    return whole * share.numerator - -rest * share.numerator // share.denominator
 
 
 def queue_positions(expert_BTj, live_BT, E: int, rows=(), time=()):

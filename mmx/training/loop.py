@@ -10,10 +10,11 @@ from jax.experimental import multihost_utils
 
 from mmx import config
 from mmx.checkpoints.manager import Checkpoints
+from mmx.config import NonFiniteError
 from mmx.training import optim
 from mmx.training.batches import Batches
 from mmx.training.guards import Guard, Rollback
-from mmx.training.metrics import Log, StepResult, build_record
+from mmx.training.metrics import Log, StepResult, build_record, evaluation_record
 from mmx.training.signals import StopSignals
 
 
@@ -27,7 +28,7 @@ class State(NamedTuple):
 
 class Evaluation(NamedTuple):
     """The functions that evaluate a run's parameters, and a property of the held-out text."""
-    bits_per_byte: Callable     # params -> bits per byte of the held-out text
+    held_out: Callable          # params -> `evaluate.HeldOut`
     sample: Callable | None     # params -> a generated text; None: the run generates no samples
     bytes_per_token: float      # of the held-out text
 
@@ -137,10 +138,14 @@ def save(run: Run, step: int, params, opt, seconds: float, force: bool) -> None:
 
 
 def evaluate_and_sample(run: Run, step: int, params) -> None:
-    """Logs the bits per byte of held-out text and a sample, each if it is due."""
+    """Logs the loss on held-out documents and a sample, each if it is due."""
     t = run.experiment.train
     with jax.transfer_guard_host_to_device("allow"):
         if t.eval_every and step % t.eval_every == 0:
-            run.log.scalar("validation/bits_per_byte", run.evaluation.bits_per_byte(params), step)
+            record = evaluation_record(step, t.tokens_seen(step), run.evaluation.held_out(params))
+            run.log.evaluation(record)
         if run.evaluation.sample and t.sample_every and step % t.sample_every == 0:
-            run.log.text("sample", run.evaluation.sample(params), step)
+            try:
+                run.log.text("sample", run.evaluation.sample(params), step)
+            except NonFiniteError as error:     # the guard decides whether the run ends
+                run.log.message(f"step {step}: no sample: {error}", step)

@@ -1,7 +1,6 @@
-"""The metrics of a run: metrics.jsonl (one object for each step), TensorBoard and the progress bar."""
+"""The metrics of a run: metrics.jsonl (one object for each step and each evaluation), TensorBoard and the progress bar."""
 import contextlib
 import functools
-import json
 import math
 import os
 import sys
@@ -14,11 +13,12 @@ from tqdm.auto import tqdm
 
 from mmx import config
 from mmx.analysis.counts import flops_tile, flops_training
-from mmx.files import atomic, texts, untrusted
+from mmx.files import atomic, json_text, texts, untrusted
 
 SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate",
            "overflow_rate", "skipped", "rollbacks")
 NUMERIC_FIELDS = {"step", "seconds", "tokens", *SCALARS}      # fields that must be a number; others may be lists of numbers
+EVALUATION = "held_out_loss"        # the field that only records of evaluations have
 MOST_BYTES = 1 << 30        # largest metrics.jsonl that `read` accepts, about 1,000,000 steps
 
 
@@ -53,6 +53,17 @@ def build_record(e: config.Experiment, result: StepResult, counts: dict, bytes_p
         # grad_norm, the norm of their mean.
         record["micro_norm"] = math.sqrt(m["micro_norm_squared"])
     return record
+
+
+def evaluation_record(step: int, tokens: int, result) -> dict:
+    """The record of an evaluation for metrics.jsonl. It has no "held_out_bits_per_byte" if only token ids were scored.
+
+    Args:
+      result: an `evaluate.HeldOut`.
+    """
+    record = {"step": step, "tokens": tokens, EVALUATION: result.loss, "held_out_bits_per_byte": result.bits_per_byte,
+              "held_out_documents": result.documents, "held_out_tokens": result.targets}
+    return {name: value for name, value in record.items() if value is not None}
 
 
 class Log:
@@ -99,8 +110,7 @@ class Log:
         """
         if not self.file:
             return
-        with atomic.add_filename(self.path):
-            self.file.write(_line(record))
+        self._write(record)
         remaining = f", {max(0, self.seconds - record['seconds']):.0f} s left" if self.seconds else ""
         self.bar.set_postfix_str(f"loss {record['loss']:.3f}, {record['bits_per_byte']:.3f} bits/byte, "
                                  f"{record['tokens_per_s']:,.0f} tokens/s{remaining}", refresh=False)
@@ -114,12 +124,19 @@ class Log:
             image_lE = np.clip(load_lE * load_lE.shape[1] / 2, 0, 1)      # a balanced load is mid-grey
             self.board.add_image("expert_load/layers_by_experts", image_lE.repeat(8, 0).repeat(8, 1), step, dataformats="HW")
 
-    def scalar(self, name: str, value: float, step: int):
-        """Writes one number to TensorBoard and prints it."""
-        if self.file:
-            self.bar.write(f"step {step}: {name} {value:.4f}")
-        if self.board:
-            self.board.add_scalar(name, value, step)
+    def _write(self, record: dict):
+        with atomic.add_filename(self.path):
+            self.file.write(_line(record))
+
+    def evaluation(self, record: dict):
+        """Writes the record of an evaluation to metrics.jsonl and TensorBoard, and prints its numbers."""
+        if not self.file:
+            return
+        self._write(record)
+        scalars = {name: record[f"held_out_{name}"] for name in ("bits_per_byte", "loss") if f"held_out_{name}" in record}
+        self.bar.write(f"step {record['step']}: " + ", ".join(f"validation/{name} {x:.4f}" for name, x in scalars.items()))
+        for name, value in scalars.items() if self.board else ():
+            self.board.add_scalar(f"validation/{name}", value, record["step"])
 
     def message(self, text: str, step: int):
         """Prints a line on stderr and writes it to TensorBoard."""
@@ -182,31 +199,44 @@ class _SafeWriter:
 
 
 def read(workdir: Path, *names: str) -> list[dict]:
-    """The records of metrics.jsonl that have all fields `names`, with nan for null; [] if there is no file.
+    """The records of steps in metrics.jsonl that have all fields `names`, with nan for null; [] if there is no file.
 
     Reading stops at the first damaged line. Raises ConfigError if the file is not a regular file or exceeds MOST_BYTES.
     """
+    return [record for record in _read_all(workdir) if EVALUATION not in record and all(name in record for name in names)]
+
+
+def read_evaluations(workdir: Path) -> list[dict]:
+    """The records of evaluations in metrics.jsonl (`evaluation_record`), with nan for null. Reads as `read` does."""
+    return [record for record in _read_all(workdir) if EVALUATION in record]
+
+
+def _read_all(workdir: Path) -> list[dict]:
     path, records = workdir / "metrics.jsonl", []
     for line in texts.json_lines(untrusted.read_bytes(path, MOST_BYTES)) if path.exists() else ():
         try:
             records.append(_parse(line))
         except ValueError:
             break
-    return [record for record in records if all(name in record for name in names)]
+    return records
 
 
 def latest(workdir: Path) -> dict | None:
-    """The record of the last complete line of metrics.jsonl; None without one. Reads only the last 1 MiB of the file."""
+    """The record of the last complete step in metrics.jsonl; None without one. Reads only the last 1 MiB of the file."""
     path = workdir / "metrics.jsonl"
     if not path.exists():
         return None
     with untrusted.open_file(path, sys.maxsize) as file:
         file.seek(max(0, path.stat().st_size - 2**20))
-        complete = file.read(2**20).rpartition(b"\n")[0]
-    try:
-        return _parse(next(texts.json_lines(complete.rpartition(b"\n")[2])))
-    except (StopIteration, ValueError):
-        return None
+        lines = file.read(2**20).split(b"\n")[:-1]
+    for raw in reversed(lines):
+        try:
+            record = _parse(next(texts.json_lines(raw)))
+        except (StopIteration, ValueError):
+            return None
+        if EVALUATION not in record:
+            return record
+    return None
 
 
 def _parse(line: texts.JsonLine) -> dict:
@@ -227,7 +257,7 @@ def _number(x) -> int | float:
 
 def _line(record: dict) -> str:
     """A record as one line of JSON. JSON has no nan and no infinity, so they become null."""
-    return json.dumps({k: _map(v, lambda x: x if math.isfinite(x) else None) for k, v in record.items()}) + "\n"
+    return json_text.dumps({k: _map(v, lambda x: x if math.isfinite(x) else None) for k, v in record.items()}) + "\n"
 
 
 def _map(value, function):

@@ -14,9 +14,9 @@ from jax.experimental import multihost_utils
 from mmx import mesh as meshes
 from mmx.checkpoints import convert, side_files
 from mmx.checkpoints import initial as initials
-from mmx.checkpoints.manager import Checkpoints, agree_on_problem, check_config, find_step
+from mmx.checkpoints.manager import Checkpoints, agree_on_problem, check_config, find_step, read_config
 from mmx.config import ConfigError, Experiment, to_json
-from mmx.data import images, pipeline, tokens
+from mmx.data import images, paths, pipeline, tokens
 from mmx.files import lock
 from mmx.model import Model
 from mmx.parallel import sharding
@@ -24,7 +24,7 @@ from mmx.training import optim
 from mmx.training.batches import Batches
 from mmx.training.evaluate import bytes_per_token, first_bytes, make_evaluator
 from mmx.training.guards import Guard
-from mmx.training.loop import Clock, Evaluation, Run, State, train_loop
+from mmx.training.loop import Clock, Evaluation, Run, State, fraction_done, train_loop
 from mmx.training.metrics import Log
 from mmx.training.signals import StopSignals
 from mmx.training.step import abstract_state, init, jit_train_step
@@ -49,12 +49,15 @@ def train(experiment: Experiment, workdir: str | Path, sample=None, processes: i
     tokenizer = check_experiment(experiment, sample)
     mesh = meshes.make(experiment, processes)
     check_same_experiment(experiment)
+    experiment = paths.absolute_experiment(experiment)
+    paths.check_workdir(workdir, experiment.data)
     program = build_program(experiment, mesh)
     batches = Batches(experiment, mesh)
     evaluation = build_evaluation(experiment, mesh, tokenizer, sample)
     initial = open_initial_checkpoints(experiment, workdir)
     checkpoints, guard = Checkpoints(workdir, c.every, c.keep, c.verify), Guard(experiment)
     with lock_workdir(workdir), jax.set_mesh(mesh), jax.transfer_guard_host_to_device("disallow"), StopSignals() as stop:
+        saved = read_config(workdir).get("train") if (workdir / "config.json").exists() else None
         check_config(workdir, experiment, write=False)
         start = {"stream": batches.stream.state(), "seconds": 0.0, "guard": None}
         restore = functools.partial(restore_state, checkpoints, program, initial, start)
@@ -64,6 +67,7 @@ def train(experiment: Experiment, workdir: str | Path, sample=None, processes: i
         guard.restore(state.host_state.get("guard"))
         log = Log(workdir, t, state.step, t.tokens_seen(state.step), write=jax.process_index() == 0)
         warn_of_differences(experiment, initial, log, state.step)
+        warn_of_new_schedule(saved, experiment, workdir, state, log)
         run = Run(experiment, batches, program.update, evaluation, checkpoints, restore, guard, log, stop)
         clock = Clock(state.host_state["seconds"])
         try:
@@ -123,16 +127,16 @@ def build_program(e: Experiment, mesh) -> Program:
 
 
 def build_evaluation(e: Experiment, mesh, tokenizer, sample) -> Evaluation:
-    """Returns the functions that evaluate parameters on held-out text and sample from them. The functions drop no token."""
+    """Returns the functions that evaluate parameters on held-out documents and sample from them. They drop no token."""
     t, held_out = e.train, pipeline.validation(e.data)
     if t.eval_every and not held_out:
-        raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text, but data.sources has only ids or images: set "
-                          "train.eval_every=0")
+        raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text or token ids, but data.sources has only "
+                          "images: set train.eval_every=0")
     model = Model(dataclasses.replace(e.model, capacity=0.0, transport=0.0))        # 0: no limit, so no token is dropped
     evaluate = make_evaluator(model, tokenizer, length=t.length, batch=t.batch, overlap=t.length // 2,
                               loss_chunk=t.loss_chunk, sharding=sharding.batch_sharding(mesh))
     mean_bytes = t.eval_bytes and max(t.eval_bytes, MIN_BYTES_FOR_MEAN)     # 0: all
-    return Evaluation(lambda params: evaluate(params, held_out, t.eval_bytes)["all"],
+    return Evaluation(lambda params: evaluate(params, held_out, t.eval_bytes),
                       sample and (lambda params: sample(model, params, tokenizer, t.sample_prompt)),
                       bytes_per_token(tokenizer, first_bytes(held_out, mean_bytes)))
 
@@ -167,6 +171,29 @@ def warn_of_differences(e: Experiment, initial: InitialCheckpoints, log: Log, st
         log.message(f"train.init_from={e.train.init_from!r} was trained with other settings: {', '.join(different)}", step)
     if initial.vision and (different := initials.differing_vision_settings(initial.vision.model, e.model)):
         log.message(f"train.init_vision={e.train.init_vision!r} was trained with other settings: {', '.join(different)}", step)
+
+
+def warn_of_new_schedule(saved: dict | None, e: Experiment, workdir: Path, state: State, log: Log) -> None:
+    """Logs a line if a resumed run has another length than before, and its learning rate therefore jumps.
+
+    Args:
+      saved: the section train of WORKDIR/config.json before this call; None for a new run or a converted checkpoint.
+    """
+    if not saved or not state.step:
+        return
+    new, seconds = e.train, state.host_state["seconds"]
+    old = dataclasses.replace(new, steps=saved.get("steps", new.steps), seconds=saved.get("seconds", new.seconds))
+    if old == new or fraction_done(new, state.step, seconds) >= 1:
+        return
+    last = state.step - 1
+    before, after = (optim.learning_rate(t, last, fraction_done(t, last, seconds)) for t in (old, new))
+    if abs(after - before) > 0.01 * max(after, before):
+        rate = optim.learning_rate(new, state.step, fraction_done(new, state.step, seconds))
+        key = "seconds" if old.seconds != new.seconds else "steps"
+        log.message(
+            f"train.{key} was {getattr(old, key):g} and is now {getattr(new, key):g}, which changes the schedule: the learning "
+            f"rate of step {state.step} was {before:.3g}, that of step {state.step + 1} is {rate:.3g}. To keep this run and "
+            f"train on with a schedule of its own, give another --workdir and --config.train.init_from={workdir}", state.step)
 
 
 @contextlib.contextmanager

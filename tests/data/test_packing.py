@@ -114,7 +114,7 @@ def test_evaluation_reads_every_target_once_with_context(count, context):
 def test_batches_contain_several_documents_and_are_padded():
     documents = numbered([20, 3, 9])
     counted = collections.defaultdict(collections.Counter)
-    for document_B, batch in packing.batches(iter(documents), 8, batch=4):
+    for document_B, batch in packing.batches(((document, None) for document in documents), 8, batch=4):
         assert batch["tokens"].shape == (4, 8) and document_B.shape == (4,)
         for b, d in enumerate(document_B):
             counted[int(d)] += pairs([{k: v[b] for k, v in batch.items()}])

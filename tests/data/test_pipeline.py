@@ -5,6 +5,7 @@ import pytest
 
 from mmx.config import ConfigError, Data, Train
 from mmx.data import packing, pipeline, sources, tokens
+from mmx.data.document_types import PromptCompletion, TokenIds
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +140,8 @@ def test_the_loss_covers_completions_and_explicit_targets(texts, tmp_path):
     for part in parts:
         part.restore(first.state())
     assert_equal(next_global(parts), batches[1])
-    held_out = [raw for _, raw in pipeline.validation(data)]
-    assert held_out and all(isinstance(raw, bytes) for raw in held_out)
+    kinds = {type(content) for _, content in pipeline.validation(data)}
+    assert kinds <= {bytes, PromptCompletion, TokenIds} and {bytes} < kinds
 
 
 def test_ids_out_of_range_are_refused(tmp_path):

@@ -52,9 +52,11 @@ def test_bits_per_byte_equal_those_of_the_logits(params, length, overlap, batch)
                                          loss_chunk=2 * batch)
     found = evaluate(params, DOCUMENTS)
     for name, raw in DOCUMENTS:
-        assert found[name] == pytest.approx(direct(params, raw, length, overlap), rel=1e-5)
+        assert found.by_document[name] == pytest.approx(direct(params, raw, length, overlap), rel=1e-5)
     sizes = [len(raw) for _, raw in DOCUMENTS]
-    assert found["all"] == pytest.approx(np.average([found[name] for name, _ in DOCUMENTS], weights=sizes))
+    assert found.bits_per_byte == pytest.approx(np.average(list(found.by_document.values()), weights=sizes))
+    assert found.loss == pytest.approx(found.bits_per_byte * math.log(2) * sum(sizes) / (sum(sizes) + 3))       # and three eos
+    assert (found.targets, found.bytes, found.documents) == (sum(sizes) + 3, sum(sizes), 3)
 
 
 def test_limit_reads_the_first_bytes(params):
@@ -112,8 +114,8 @@ def test_a_checkpoint_is_evaluated_on_its_validation_documents(run, found, param
     evaluate = make_evaluator(MODEL, tokens.tokenizer("bytes"), length=32, batch=8, overlap=16,
                                          loss_chunk=100)
     wanted = evaluate(jax.tree.map(lambda x: x / 2, params), held_out)
-    assert found["bits_per_byte"] == pytest.approx(wanted.pop("all"), rel=1e-6)
-    assert found["per_file"] == pytest.approx(wanted, rel=1e-6) and found["files"] == len(held_out)
+    assert found["bits_per_byte"] == pytest.approx(wanted.bits_per_byte, rel=1e-6)
+    assert found["per_file"] == pytest.approx(wanted.by_document, rel=1e-6) and found["files"] == len(held_out)
     assert {name: found[name] for name in ("gzip", "xz")} == compression.baselines(held_out)
     assert (found["steps"], found["train_seconds"], found["train_tokens"]) == (2, 1.0, 200)
     assert compression.plot_curve(run, found, tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
@@ -155,5 +157,5 @@ def test_a_converted_checkpoint_has_no_training_curve(run, found, tmp_path):
 
 def test_no_documents_is_one_line(run, tmp_path):
     (tmp_path / "one.txt").write_bytes(TEXT)
-    with pytest.raises(ConfigError, match="one.txt has no test documents: use another --split or --source"):
+    with pytest.raises(ConfigError, match="one.txt has no test documents without images: use another --split or --source"):
         compression.evaluate_checkpoint(run, "test", str(tmp_path / "one.txt"))

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from mmx.parallel import expert
-from mmx.parallel.routing import Routing, Stats, balance_loss
+from mmx.parallel.routing import Routing, Stats, balance_loss, expert_capacity
 
 M, D, E, F = 40, 6, 4, 6
 QUICK = {"xla_backend_optimization_level": 0}      # most of these tests' time is compilation
@@ -72,7 +72,7 @@ def token_by_token(x_MD, router_DE, w1_EDF, w3_EDF, w2_EFD, given, *, top_k):
 def greedy(logits_ME, live_M, top_k, capacity):
     """Returns keep_Mj: first choices in the order of tokens, then second choices, as long as their expert has room."""
     M = len(logits_ME)
-    limit = math.ceil(Fraction(str(capacity)) * M * top_k / E) if capacity else M * top_k
+    limit = math.ceil(Fraction(str(capacity)) * int(live_M.sum()) * top_k / E) if capacity else M * top_k
     expert_Mj, taken_E, keep_Mj = np.argsort(-logits_ME, axis=1)[:, :top_k], [0] * E, np.zeros((M, top_k), bool)
     for j in range(top_k):
         for m in np.flatnonzero(live_M):
@@ -89,6 +89,32 @@ def assert_same(got, want, tolerance=2e-6):
         assert error <= tolerance, f"{name}: relative error {error:.2e}"
 
 
+@pytest.mark.case(17)
+def test_capacity_follows_real_tokens():
+    """A row that is padded to twice its length drops the same assignments as the row alone."""
+    args, cotangents = inputs()
+    half, (_, half_cotangents) = [args[0][:M // 2], *args[1:]], inputs(M // 2)
+    alone = step(moe, half, half_cotangents, np.ones(M // 2, bool), top_k=2, capacity=0.5)
+    padded = step(moe, args, cotangents, np.arange(M) < M // 2, top_k=2, capacity=0.5)
+    assert 0 < alone["dropped"] < 1 and padded["dropped"] == pytest.approx(float(alone["dropped"]))
+    np.testing.assert_allclose(padded["y_MD"][:M // 2], alone["y_MD"], atol=2e-6)
+
+
+def test_capacities_are_exact():
+    """Against fractions, for numbers of assignments that are known and that are traced."""
+    counts = np.array([0, 1, 7, 10, 999, 65_536, 16_777_217, 2**31 - 2])
+    for E in (1, 3, 8, 32, 256, 65_536):
+        for capacity in ("0.001", "0.5", "1", "1.1", "1.25", "1.333", "2.5", "7.999"):
+            want = [min(n, math.ceil(Fraction(capacity) * n / E)) for n in counts.tolist()]
+            known = [expert_capacity(float(capacity), n, E) for n in counts.tolist()]
+            traced = jax.vmap(lambda n: expert_capacity(float(capacity), n, E))(counts.astype(np.int32))
+            if float(capacity) * E <= 1000:
+                assert known == want, (E, capacity)
+            else:       # a rounded fraction
+                np.testing.assert_allclose(known, want, rtol=1e-3, atol=1)
+            assert traced.tolist() == known, (E, capacity)
+
+
 # with 3 tokens, the assignments are computed one by one
 @pytest.mark.parametrize("M, top_k, capacity", [(M, 2, 0.0), (M, 2, 0.5), (M, 2, 1.1), (M, 1, 0.75), (M, 3, 1.0), (3, 2, 0.5)])
 def test_equals_oracle_with_greedy_drops(M, top_k, capacity):
@@ -102,7 +128,7 @@ def test_equals_oracle_with_greedy_drops(M, top_k, capacity):
     np.testing.assert_allclose(got["load_E"].sum(), 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("capacity, kept", [(0.0, M), (0.5, M // 2)])
+@pytest.mark.parametrize("capacity, kept", [(0.0, M), (0.5, -(-int(live().sum()) // 2))])
 def test_one_expert_equals_four_identical_experts(capacity, kept):
     """The dense path against the sorted path: top-1 of four experts with the same weights, whose gradients are summed."""
     (x_MD, router_DE, *_), (dy_MD, *_) = inputs()
@@ -164,7 +190,7 @@ def test_any_mesh_equals_one_device(M, sizes, capacity, replicated, settings):
 def test_overflow_is_counted_apart_from_drops():
     """Devices with ten tokens and five slots for each peer: first choices are sent first; drops do not change."""
     args, cotangents = inputs()
-    keep_Mj = greedy(np.asarray(args[0] @ args[1]), live(), 2, 1.0)
+    keep_Mj = greedy(np.asarray(args[0] @ args[1]), live(), 2, 1.2)
     expert_Mj, sent_Mj, taken = np.argsort(-np.asarray(args[0] @ args[1]), axis=1), keep_Mj.copy(), np.zeros((4, E), int)
     for j in range(2):
         for m in np.flatnonzero(keep_Mj[:, j]):
@@ -174,7 +200,7 @@ def test_overflow_is_counted_apart_from_drops():
     overflow = (keep_Mj.sum() - sent_Mj.sum()) / (2 * live().sum())
     assert overflow > 0.05
     with jax.set_mesh(make_mesh((1, 4, 1, 1))):
-        got = step(moe, args, cotangents, live(), top_k=2, capacity=1.0, transport=1.0)
+        got = step(moe, args, cotangents, live(), top_k=2, capacity=1.2, transport=1.0)
     assert_same(got, want | {"overflow": overflow, "dropped": want["dropped"] - overflow})
 
 

@@ -8,9 +8,10 @@ import re
 
 from mmx import config
 from mmx.analysis.counts import flops_training
-from mmx.config import ConfigError, Experiment
+from mmx.config import ConfigError, Experiment, NonFiniteError
 from mmx.data import sources, tokens
 from mmx.data.document_types import ImageText
+from mmx.files import json_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,9 @@ def _check_keys(keys: dict) -> None:
     """Raises ConfigError if a row cannot store the keys as JSON."""
     for key, value in keys.items():
         try:
-            json.dumps(value)
+            json_text.dumps(value)
+        except NonFiniteError:
+            raise ConfigError(f"{key}={value} is not a finite number") from None
         except (TypeError, ValueError):
             raise ConfigError(f"{key} has type {type(value).__name__}, which JSON cannot store: use int(x), float(x) or a "
                               "string") from None

@@ -1,7 +1,6 @@
 """The row of a run, row.json and runs.jsonl, and the table of results."""
 import contextlib
 import datetime
-import json
 import math
 import shutil
 import sys
@@ -13,7 +12,7 @@ from rich.table import Column, Table
 import mmx
 from mmx.analysis.counts import count_params, flops_companion
 from mmx.config import ConfigError
-from mmx.files import atomic, texts, untrusted
+from mmx.files import atomic, json_text, texts, untrusted
 from mmx.launch.sweep.grid import Cell
 from mmx.training import metrics
 
@@ -58,7 +57,7 @@ def _mean(values, power: int = 1) -> float | None:
 
 
 def save(folder: Path, row: dict) -> None:
-    _write(folder / "row.json", json.dumps(row) + "\n")
+    _write(folder / "row.json", json_text.dumps(row) + "\n")
 
 
 def exists(folder: Path) -> bool:
@@ -80,7 +79,7 @@ def collect(out: Path) -> dict[str, dict]:
         if not (isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("name", "hash"))):
             raise ConfigError(f"{place} is not a row of a sweep, it has no name and hash: use another --out")
         rows[row["hash"]] = row
-    lines = "".join(json.dumps(row) + "\n" for row in rows.values())
+    lines = "".join(json_text.dumps(row) + "\n" for row in rows.values())
     if lines.encode() != raw:
         _write(path, lines)
     return rows

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import submitit
 
-from mmx.config import ConfigError, Experiment
+from mmx.config import ConfigError, Experiment, NonFiniteError
 from mmx.data import pipeline
 from mmx.launch.sweep import rows
 from mmx.launch.sweep.grid import Cell
@@ -69,7 +69,11 @@ def attempt(cell: Cell, folder: Path) -> Outcome:
         else:
             if end["stopped"]:
                 return Outcome(STOPPED, f"stopped at step {end['step']}")
-            measured = _evaluate(cell.experiment, folder) | {"seconds": end["seconds"]}
+            try:
+                measured = _evaluate(cell.experiment, folder)
+            except NonFiniteError as error:
+                measured = {"loss": None, "bits_per_byte": None, "diverged": str(error)}
+            measured["seconds"] = end["seconds"]
         row = rows.make(cell, folder, measured)
         if cell.experiment.train.tensorboard:
             rows.write_hparams(cell, folder, row)
@@ -94,19 +98,19 @@ def _train(experiment: Experiment, folder: str | Path) -> dict:
 def _evaluate(e: Experiment, folder: Path) -> dict:
     """Evaluates the run in `folder` on held-out data.
 
-    Returns the loss in nats per token and the bits per byte of text. On held-out ids it returns the share of targets that the
-    model predicts; their loss in nats per target is used only if there is no text.
+    Returns the loss in nats per target and the bits per byte of text. On held-out ids it returns the share of targets that the
+    model predicts. Without text, the loss is the mean over the sources of ids.
     """
     found = {"bits_per_byte": None}
     if pipeline.held_out_ids(e.data):
         from mmx.evals import accuracy
 
         found |= accuracy.measure(folder)
-    if pipeline.validation(e.data):
+    if any(pipeline.learned_text(content) for _, content in pipeline.validation(e.data)):
         from mmx.evals import compression
 
-        text = compression.measure(folder, limit=e.train.eval_bytes)
-        found |= {"loss": text["nats_per_token"], "bits_per_byte": text["bits_per_byte"]}
+        text = compression.measure(folder, limit=e.train.eval_bytes).held_out
+        found |= {"loss": text.loss, "bits_per_byte": text.bits_per_byte}
     return found
 
 
