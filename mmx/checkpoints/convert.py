@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,14 +17,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from tqdm import tqdm
 
 from mmx import config
 from mmx.checkpoints import hf_config, hf_layout, manager, safetensors
 from mmx.checkpoints.shapes import check_shapes
 from mmx.config import ConfigError
 from mmx.data import tokens
-from mmx.files import atomic, untrusted
+from mmx.files import atomic, output, untrusted
 from mmx.kernels import int8
 from mmx.layers.kinds import KINDS, kind_of
 from mmx.model import Model
@@ -247,7 +245,7 @@ def _dtype(name) -> np.dtype | None:
 def _stream(source, leaves, write, progress: bool):
     """Reads each slice of the leaves and passes it to write(leaf, piece, slice), with a progress bar."""
     total = sum(np.prod(leaf.shape, dtype=np.int64) * source.dtype(leaf).itemsize for leaf in leaves)
-    bar = tqdm(total=int(total), unit="B", unit_scale=True, disable=not progress)
+    bar = output.bar(total=int(total), unit="B", unit_scale=True, disable=not progress)
     with safetensors.Files(os.O_RDONLY) as files, bar:
         for leaf in leaves:
             for piece in leaf.slices(source.dtype(leaf).itemsize):
@@ -263,15 +261,11 @@ def _destination(out: str | Path):
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; give another --out, or remove it")
-    partial = atomic.temporary_path(out)
-    partial.mkdir(parents=True)
-    try:
+    with atomic.temporary(out) as partial:
+        partial.mkdir(parents=True)
         with atomic.add_filename(out):
             yield partial
         partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _ids(config_json: dict) -> dict:

@@ -3,11 +3,11 @@ import json
 import os
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from mmx.cli import common
 from mmx.config import ConfigError
+from mmx.files import output
 
 SUITES = """\
 A suite replaces the measurement of bits per byte. SUITE.jsonl contains one line for each
@@ -72,7 +72,7 @@ def _measure_bits_per_byte(args, workdir: Path, out: Path) -> None:
     for name, value in (("this model", result["bits_per_byte"]), ("xz -9e, each file alone", result["xz"]),
                         ("gzip -9, each file alone", result["gzip"])):
         table.add_row(name, f"{value:.4f}")
-    Console().print(table)
+    output.console().print(table)
     print(f"written: {out / 'eval.json'}" + (f", {curve}" if curve else ""))
 
 
@@ -84,5 +84,5 @@ def _run_suite(args, out: Path) -> None:
         args.checkpoint, args.suite, out, data=args.data and Path(args.data), context=args.context or 0,
         weights_dtype=args.weights_dtype, **common.suite_options(args))
     picture = runner.plot(result, out / f"{args.suite}.png")
-    Console().print(runner.make_table(result))
+    output.console().print(runner.make_table(result))
     print(f"written: {out / args.suite}.json, {picture}, {out / args.suite}.jsonl")

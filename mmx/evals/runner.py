@@ -7,7 +7,6 @@ Flags in the files: "seen" marks examples, and columns, whose text includes trai
 prompts whose middle was removed to fit --context.
 """
 import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
-from tqdm.auto import tqdm
 
 from mmx.checkpoints import convert, manager
 from mmx.config import ConfigError, nearest
@@ -24,7 +22,7 @@ from mmx.data import tokens
 from mmx.evals import user_files
 from mmx.evals.examples import SuiteOptions, format_length, prompt_length, training_record
 from mmx.evals.suites import SUITES, Suite
-from mmx.files import atomic, untrusted
+from mmx.files import atomic, output, untrusted
 from mmx.inference import engine, forward
 
 SCALE = {"accuracy": 100, "chrF": 1, "perplexity": 1}       # factor in tables and figures
@@ -81,7 +79,7 @@ def write_examples(name: str, path: Path, tokenizer: str = "bytes", **options) -
         raise ConfigError(f"{name} is for evaluation only and has no training examples: give another --suite")
     planned = list(suite.plan(SuiteOptions(tokens.tokenizer(tokenizer), train=True, **options)))
     with atomic.replacing(path) as file:
-        for one in tqdm(planned, name, unit="example", disable=None):
+        for one in output.bar(planned, name, unit="example", disable=None):
             file.write(json.dumps(training_record(one.make()), ensure_ascii=False) + "\n")
     return len(planned)
 
@@ -100,8 +98,8 @@ def run(name: str, options: SuiteOptions, model: ModelInterface, out: Path, head
     out.mkdir(parents=True, exist_ok=True)
     done = _resume(path, header)        # records by (row, column, index)
     remaining = [one for one in planned if one[:3] not in done]
-    with tqdm(total=len(planned), initial=len(planned) - len(remaining), desc=name, unit="example", disable=not progress,
-              mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+    with output.bar(total=len(planned), initial=len(planned) - len(remaining), desc=name, unit="example",
+                    disable=not progress) as bar:
         for one in remaining:
             record = _evaluate(suite, one, options, model)
             _append(path, record)
@@ -111,7 +109,7 @@ def run(name: str, options: SuiteOptions, model: ModelInterface, out: Path, head
                                 f"{record['tokens'] / max(record['seconds'], 1e-9):,.0f} tokens/s", refresh=False)
             bar.update()
     result = _summarize(suite, header, [done[one[:3]] for one in planned])
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return result
 
 
