@@ -13,7 +13,8 @@ from importlib.machinery import PathFinder
 
 # Device files of GPUs and TPUs. Other accelerators are unknown to mmx, but most have files in /dev/dri.
 DEVICE_FILES = ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/dri", "/dev/accel*", "/dev/vfio/[0-9]*")
-REMOTE = ("TPU_", "PJRT_", "PATHWAYS_")     # variables of devices without a file
+# Variables of devices without a file. JAX itself sets other variables that begin with TPU_, which its child processes inherit.
+REMOTE = ("TPU_NAME", "PJRT_NAMES_AND_LIBRARY_PATHS")
 CUDA_MODULES = re.compile(r"(jax_cuda\d+_plugin|jax_plugins\.xla_cuda\d+)(\.|$)")
 NOISE = re.compile(rb"WARNING: All log messages before absl::InitializeLog|.*cudart_stub\.cc")
 
@@ -27,7 +28,7 @@ def prepare() -> None:
 
 def has_accelerator() -> bool:
     """Whether this machine may have a GPU or a TPU."""
-    return any(map(glob.glob, DEVICE_FILES)) or any(name.startswith(REMOTE) for name in os.environ)
+    return any(map(glob.glob, DEVICE_FILES)) or any(name in os.environ for name in REMOTE)
 
 
 @contextlib.contextmanager

@@ -35,8 +35,7 @@ def uninterrupted(workspace: Workspace, name: str = "whole", **options) -> Path:
     """The workdir of an uninterrupted run, which trains at the first call."""
     workdir = workspace.folder / name
     if not workdir.exists():
-        run = workspace.run(workspace.train(name, **options), 600)
-        assert run.code == 0, run.output
+        assert (run := workspace.run(workspace.train(name, **options), 600)).code == 0, run.output
     return workdir
 
 
@@ -49,8 +48,7 @@ def step_of(workdir: Path) -> int:
 def finish(workspace: Workspace, workdir: Path) -> None:
     """Resumes a run that had no last step, for 20 steps. Checks that it ends with the bits of an uninterrupted run."""
     steps = step_of(workdir) + 20
-    run = workspace.run(workspace.train(workdir, train__steps=steps), 1200)
-    assert run.code == 0, run.output
+    assert (run := workspace.run(workspace.train(workdir, train__steps=steps), 1200)).code == 0, run.output
     assert_same(workdir, uninterrupted(workspace, f"whole_{steps}", train__steps=steps))
 
 
@@ -138,7 +136,7 @@ def damage(workspace: Workspace, count: int, rng: random.Random) -> str:
             else:
                 assert found == older and (step.parent / f"{newest}.damaged").is_dir()
                 (step.parent / f"{newest}.damaged").rename(step)
-            _assert_equal(rest, want[found])
+            jax.tree.map(np.testing.assert_array_equal, rest, want[found])
             (step / name).write_bytes(raw)
     assert _restore(workdir, abstract)[0] == newest
     return f"{cases} cases in {len(files)} files; {unverified} without checksums.json, read without verification"
@@ -169,11 +167,6 @@ def _restore(workdir: Path, abstract):
     assert len(lines) <= 1 and all(re.match(r"mmx: .* is damaged, \S+ .*: renamed to \d+\.damaged; the run resumes from",
                                             line) for line in lines), lines
     return step, params, opt, data
-
-
-def _assert_equal(ours, theirs) -> None:
-    for x, y in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 def full_disk(workspace: Workspace) -> str:
@@ -284,11 +277,10 @@ def two_runs(workspace: Workspace) -> str:
 
 def clock(workspace: Workspace) -> str:
     """The system clock jumps by a day, forward and back, three times a second."""
-    reference = uninterrupted(workspace)
     shutil.rmtree(workspace.folder / "clock", ignore_errors=True)
     run = workspace.run(workspace.train("clock"), clock=86_400)
     assert run.code == 0, run.output
-    assert_same(workspace.folder / "clock", reference)
+    assert_same(workspace.folder / "clock", uninterrupted(workspace))
     return "same bits"
 
 
