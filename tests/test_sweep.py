@@ -1,7 +1,6 @@
 """Sweeps: what a grid means, errors before any run starts, and rows that no kill loses or duplicates."""
 import collections
 import errno
-import functools
 import io
 import json
 import os
@@ -18,12 +17,10 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
-from rich.table import Table
 
 from mmx import cli
 from mmx.analysis import counts
 from mmx.config import ConfigError, build
-from mmx.files import output
 from mmx.launch import experiments, sweep
 from mmx.launch.sweep import executors, plan, scheduler, worker
 from mmx.launch.sweep import rows as sweep_rows
@@ -451,19 +448,3 @@ def test_a_real_sigkill_loses_no_row(place, tmp_path):
     assert before and {name: finished()[name] for name in before} == before     # finished rows were not written again
     for name in finished():     # no two processes trained the same run
         assert [record["step"] for record in metrics.read(out / "runs" / name)] == list(range(1, 41))
-
-
-@pytest.mark.case(26)
-def test_characters_with_a_meaning_in_a_path(tmp_path):
-    """submitit replaces %j by the number of the job; [x] and :x: are markup of rich."""
-    out = tmp_path / "s 50%j = %A [x] \\ :x:"
-    executor = executors.make(sweep.ExecutorOptions("local"), out)
-    outcome, = executors.run_copies(executor, 1, functools.partial(executors.Outcome, "done"), 7)
-    assert outcome == ("done", 7) and [path.name for path in tmp_path.iterdir()] == [out.name]
-    assert {path.name.partition("_")[2] for path in out.glob("jobs/*/*")} >= {"0_log.out", "0_result.pkl"}
-    with pytest.raises(ConfigError, match=r"contains % or \\, which have a meaning for sbatch"):
-        executors._alias(str(out), "slurm")
-    with io.StringIO() as text:
-        console = output.console(file=text, width=200)
-        console.print(Table("a", title=str(out)))
-        assert str(out) in text.getvalue()

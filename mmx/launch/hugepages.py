@@ -19,8 +19,8 @@ BENCHMARK = ("glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_t
 def restart(tunables: str = HUGE):
     """Restarts the running command once, with the settings that a process must have when it starts.
 
-    They are `tunables` in GLIBC_TUNABLES, unless the user has set that variable, and UTF-8 in a locale that is ASCII only, where
-    Python could not represent other names of files. Ctrl-C is blocked during the restart, until the new process has a handler.
+    They are `tunables` in GLIBC_TUNABLES, unless the user has set that variable, and UTF-8 in an ASCII locale, where Python
+    could not represent other names of files. Ctrl-C is blocked during the restart, until the new process has a handler.
     """
     missing = {}
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:

@@ -1,8 +1,8 @@
 """JAX's persistent cache of compiled programs, in the user's cache folder.
 
-JAX's own key of a program has its HLO, the versions of jaxlib and of the device, and XLA's flags. Programs for CPUs also depend on
-the processor, which the key does not have, so each kind of processor has its own folder: a home folder may be shared by machines
-that differ. Failures of the cache are silent, because it only saves time.
+JAX's own key of a program has its HLO, the versions of jaxlib and of the device, and XLA's flags. Programs for CPUs also depend
+on the processor, which the key does not have. So each kind of processor has its own folder, because a home folder may be shared
+by machines that differ. Failures of the cache are silent, because it only saves time.
 """
 import hashlib
 import os

@@ -1,7 +1,7 @@
 """Where compilers for TPUs and GPUs are installed without such a device: JAX uses the CPU, and they log nothing.
 
-The CUDA plugin logs that it finds no driver, once for each of its extension modules, while they are imported. libtpu looks for a
-TPU and logs that there is none. Both stay usable for `mmx aot` and `mmx bench kernels`.
+The CUDA plugin logs that it finds no driver, once for each of its extension modules, while they are imported. libtpu looks for
+a TPU and logs that there is none. Both stay usable for `mmx aot` and `mmx bench kernels`.
 """
 import contextlib
 import glob

@@ -70,7 +70,7 @@ def _handle(*_):
         raise KeyboardInterrupt
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for path in list(_temporary):
-        import shutil       # here: it takes 5 ms
+        import shutil  # here: it takes 5 ms
         shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.unlink(path)

@@ -45,7 +45,8 @@ def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, overlap:
         batches = packing.batches(encoded, length, batch, overlap)
         row_count = sum(len(range(0, max(len(d) - 1 - overlap, 1), length - overlap)) for d in encoded)     # as in packing.rows
         nats, pending = np.zeros(len(documents)), []
-        for document_B, arrays in output.bar(batches, "bits per byte", -(-row_count // batch), unit="batch", disable=not progress):
+        bar = output.bar(batches, "bits per byte", -(-row_count // batch), unit="batch", disable=not progress)
+        for document_B, arrays in bar:
             if sharding:
                 arrays = {k: jax.make_array_from_process_local_data(sharding, x, x.shape) for k, x in arrays.items()}
             pending.append((document_B, nats_B(params, arrays)))

@@ -175,7 +175,8 @@ def settings(folder: Path) -> dict[str, str]:
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
-            "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent))), "GLIBC_TUNABLES": hugepages.HUGE}      # as the mmx command sets it
+            "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent))),
+            "GLIBC_TUNABLES": hugepages.HUGE}      # as the mmx command sets it
 
 
 def records(workdir: Path) -> list[dict]:

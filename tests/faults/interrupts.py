@@ -1,7 +1,7 @@
 """Ctrl-C at random moments of real processes: from the first import on, each ends with exit code 130 and one line.
 
-A process starts with SIGINT blocked, and unblocks it once it handles it, which /proc/PID/status shows. JAX logs what it compiles,
-so that the moment of a signal is known.
+A process starts with SIGINT blocked, and unblocks it once it handles it, which /proc/PID/status shows. JAX logs what it
+compiles, so that the moment of a signal is known.
 """
 import collections
 import os
@@ -28,7 +28,7 @@ class Process:
     """An mmx command as a real process, without compiled programs from earlier runs."""
 
     def __init__(self, arguments: list[str]):
-        environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_LOG_COMPILES": "true", "PYTHONUNBUFFERED": "1"}
+        environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_LOG_COMPILES": "true"}
         self.output = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mmx.cli", *arguments], cwd=ROOT, text=True, stdout=self.output, stderr=subprocess.PIPE,
@@ -73,7 +73,7 @@ class Process:
 
 
 def interrupts(workspace: Workspace, count: int, rng: random.Random) -> str:
-    """Interrupts `count` processes: at least half of them during a compilation, a fifth during the imports, the rest anywhere."""
+    """Interrupts `count` processes: at least half of them during a compilation and a fifth during the imports."""
     run, found, attempts = uninterrupted(workspace), collections.Counter(), 0
     aims = ["compile"] * -(-count // 2) + ["imports"] * -(-count // 5)
     aims += rng.choices(("compile", "imports", "later"), k=max(0, count - len(aims)))
