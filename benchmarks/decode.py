@@ -9,6 +9,7 @@ values up to the current length, and the states, read and written. Short prompts
 engine's chunk sizes, and for comparison padded to multiples of 256.
 """
 import argparse
+import contextlib
 import statistics
 import tempfile
 
@@ -20,7 +21,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from vs_transformers import MODEL, STEPS, decode_seconds, greedy, start, stock, timed
+from vs_transformers import MODEL, STEPS, decode_seconds, greedy, started, stock, timed
 
 import mmx
 from mmx.analysis import memory
@@ -36,9 +37,9 @@ def main():
     flags.add_argument("--rounds", type=int, default=5, help="alternating rounds; prints medians (default 5)")
     flags.add_argument("--threads", type=int, default=2, help="threads of torch; XLA uses all visible cores (default 2)")
     args = flags.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stock().save_pretrained(folder)
-        run = {side.__name__: start(side, folder, args.threads) for side in SIDES}
+        run = {side.__name__: stack.enter_context(started(side, folder, args.threads)) for side in SIDES}
         cases = [*BATCHES, "levels", "padded"]
         times = {case: {side: [] for side in run if side == "ours" or case in BATCHES} for case in cases}
         for number in tqdm(range(args.rounds + 1), "rounds"):

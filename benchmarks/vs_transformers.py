@@ -8,6 +8,7 @@ function only then; the script first compares the logits. It prints medians of t
 faster.
 """
 import argparse
+import contextlib
 import functools
 import multiprocessing
 import statistics
@@ -40,9 +41,9 @@ def main():
     flags.add_argument("--rounds", type=int, default=7, help="alternating rounds; prints medians (default 7)")
     flags.add_argument("--threads", type=int, default=2, help="threads of torch; XLA uses all visible cores (default 2)")
     args = flags.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stock().save_pretrained(folder)
-        run = {side.__name__: start(side, folder, args.threads) for side in SIDES}
+        run = {side.__name__: stack.enter_context(started(side, folder, args.threads)) for side in SIDES}
         print(f"largest logit difference on 512 tokens: {np.abs(run['ours']('logits') - run['theirs']('logits')).max():.1e}")
         times = {name: {side: [] for side in run} for name in TOKENS}
         for number in tqdm(range(args.rounds + 1), "rounds"):
@@ -60,21 +61,31 @@ def main():
     Console().print(table)
 
 
-def start(side, folder, threads):
-    """Starts a process that runs the cases of `side`, so that the threads and the memory of the sides do not interfere.
+@contextlib.contextmanager
+def started(side, folder, threads):
+    """A process that runs the cases of `side`, so that the threads and the memory of the sides do not interfere.
+
+    It ends by itself when the block closes its pipe. A signal would make libtpu, where it is installed, print a stack trace.
 
     Args:
       side: a function of the checkpoint's folder and prompt tokens that returns the cases, {name: function}.
-    Returns:
+    Yields:
       a function that runs a case by name and returns its result.
     """
-    pipe, child_pipe = multiprocessing.get_context("spawn").Pipe()
-    multiprocessing.get_context("spawn").Process(target=serve, args=(side, folder, threads, child_pipe), daemon=True).start()
+    spawn = multiprocessing.get_context("spawn")
+    pipe, child_pipe = spawn.Pipe()
+    process = spawn.Process(target=serve, args=(side, folder, threads, child_pipe))
+    process.start()
+    child_pipe.close()
 
     def run_case(name):
         pipe.send(name)
         return pipe.recv()
-    return run_case
+    try:
+        yield run_case
+    finally:
+        pipe.close()
+        process.join()
 
 
 def serve(side, folder, threads, pipe):

@@ -15,7 +15,8 @@ TABLE = re.findall(r"^\| (`.+?) \| .+? \| (.+?) \|$", (ROOT / "docs/architecture
 ALLOWED = {name: re.findall(r"\w+", allowed) for names, allowed in TABLE for name in re.findall(r"`(\w+)`", names)}
 FORBIDDEN = {   # external packages that a package of mmx, or one of its modules, may not import
     "dims": ("jax", "flax", "torch"), "config": ("jax", "flax", "torch"), "data": ("jax", "flax", "torch"),
-    "files": ("jax", "flax", "torch"), "cli": ("jax", "flax", "torch"), "chips": ("jax", "flax", "torch"),
+    "startup": ("jax", "flax", "torch", "numpy", "rich", "tqdm"), "files": ("jax", "flax", "torch"),
+    "cli": ("jax", "flax", "torch"), "chips": ("jax", "flax", "torch"),
     "analysis": ("flax", "torch", "pandas", "sklearn"),
     "analysis.deepseek": ("jax",), "analysis.scaling": ("jax",), "analysis.scaling_report": ("jax",), "analysis.runs": ("jax",),
     "launch.experiments": ("jax", "flax", "torch"),

@@ -25,6 +25,16 @@ def chinchilla(N_I, D_I, E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28, **nois
     return runs(N_I, D_I, E + A / N_I ** alpha + B / D_I ** beta, **noise)
 
 
+@pytest.mark.case(18)
+@pytest.mark.parametrize("values, kept", [(("False",) * 4, 4), (("false", "0", "", "no"), 4), (("True", "1", "yes", "no"), 1),
+                                          (("step 3 has loss nan", "None", "nan", "0.0"), 3)])
+def test_truth_values_of_a_csv_file(values, kept, tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text("flops,loss,diverged\n" + "".join(f"1e{15 + n},{4 - n / 2},{value}\n" for n, value in enumerate(values)))
+    (read,), _ = read_runs(str(path), "power", dict.fromkeys(COLUMNS), [])
+    assert len(read.loss) == kept and read.loss[-1] == 4 - 3 / 2
+
+
 def test_diverged_runs_are_left_out_with_a_note(tmp_path):
     path, columns = tmp_path / "runs.jsonl", dict.fromkeys(COLUMNS)
     finished, diverged = ({"params": 1e6, "tokens": 1e7, "flops": 6e13} | end for end in

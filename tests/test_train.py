@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -266,6 +267,19 @@ def initial(**model):
 def one_step(batch, **model):
     params, opt, update = initial(**model)
     return params, *update(params, opt, batch, np.float32(1e-4))
+
+
+@pytest.mark.case(21)
+def test_a_run_in_a_thread(text, tmp_path, monkeypatch):
+    """As in a web worker. There is no stderr, and signal handlers stay as they are."""
+    before, done = signal.getsignal(signal.SIGTERM), []
+    monkeypatch.setattr(sys, "stderr", None)
+    thread = threading.Thread(target=lambda: done.append(train(experiment(text, steps=3), tmp_path / "thread")))
+    thread.start()
+    thread.join()
+    assert done[0]["step"] == 3 and signal.getsignal(signal.SIGTERM) == before
+    train(experiment(text, steps=3), tmp_path / "main")
+    assert records(tmp_path / "thread") == records(tmp_path / "main")
 
 
 def test_micro_batches_equal_one_large_batch():

@@ -13,6 +13,7 @@ COLUMNS = ("params", "tokens", "flops", "loss")     # what a law may need of a r
 NEEDED = {"power": ("flops",), "envelope": ("flops",), "chinchilla": ("params", "tokens"), "moe": ("params", "tokens"),
           "isoflop": ("params", "tokens", "flops")}     # of each law, besides the loss
 MAX_BYTES = 16 << 20            # of a file of runs
+FALSE = {"", "0", "0.0", "false", "f", "no", "n", "none", "null", "nan", "na", "n/a", "-"}      # of a truth value in a CSV file
 
 
 class Runs(NamedTuple):
@@ -38,7 +39,7 @@ def read_runs(path: str, law: str, columns: dict[str, str | None], by: list[str]
       ConfigError: the file cannot be read, lacks a column, or has a value that is not a positive number.
     """
     all_rows = _read_rows(path)
-    rows = [(line, row) for line, row in all_rows if not row.get("diverged")]
+    rows = [(line, row) for line, row in all_rows if not _is_true(row.get("diverged"))]
     if not rows:
         raise ConfigError(f"every run in {path} diverged: a fit needs runs that finished")
     known = list(dict.fromkeys(name for _, row in rows for name in row))
@@ -115,10 +116,15 @@ def _object(path, line: texts.JsonLine) -> dict:
     return line.value
 
 
+def _is_true(value) -> bool:
+    """Whether a value is true. In a CSV file each value is a text, and the text of False is not false by itself."""
+    return str(value or "").strip().lower() not in FALSE
+
+
 def _positive(path, line, row, column) -> float:
     """The number in a row's column. Raises ConfigError unless it is finite and positive."""
     try:
-        value = float(row.get(column))
+        value = math.nan if isinstance(row.get(column), bool) else float(row.get(column))
     except (TypeError, ValueError, OverflowError):
         value = math.nan
     if not (math.isfinite(value) and value > 0):

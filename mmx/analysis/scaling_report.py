@@ -3,12 +3,12 @@ import math
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from mmx.analysis.runs import read_runs
 from mmx.analysis.scaling import FORMULAS, Fit, budgets, fit
 from mmx.config import ConfigError
+from mmx.files import output
 
 MIN_RESAMPLES = 40      # fewer leave the 2.5 % percentile to a single resample
 
@@ -65,13 +65,13 @@ def show(report: dict):
             label = ""      # only on the first line
         rms = one["rms_log_residual"]
         table.add_row("", "RMS of log residuals", "-" if rms is None else f"{rms:.2g}", end_section=True)
-    Console().print(table)
+    output.console().print(table)
     for one in report["fits"]:
         if "minima" in one:
             table = Table("FLOPs", "sizes", "N_opt", "D_opt", "loss", title=f"Minima of the parabolas {one['runs']}".strip())
             for row in one["minima"]:
                 table.add_row(*(number(row[key]) for key in ("flops", "sizes", "N_opt", "D_opt", "loss")))
-            Console().print(table)
+            output.console().print(table)
     for note in [*report["notes"], *(f"{one['runs'] + ': ' if one['runs'] else ''}{note}" for one in report["fits"]
                                      for note in one["notes"])]:
         print(note)
@@ -88,7 +88,7 @@ def plot(fits: list[Fit], law: str, formula: str, path: Path) -> Path:
         colour, runs, used_I = f"C{number % 10}", one.runs, one.used_I
         x_I = runs.params if law == "isoflop" else runs.flops
         left.plot(x_I[~used_I], runs.loss[~used_I], ".", color=colour, alpha=0.25)
-        left.plot(x_I[used_I], runs.loss[used_I], ".", color=colour, label=runs.label or None)
+        left.plot(x_I[used_I], runs.loss[used_I], ".", color=colour, label=runs.label.replace("$", r"\$") or None)
         if law == "isoflop":
             left.plot([row["N_opt"] for row in one.minima], [row["loss"] for row in one.minima], "k*")
         for group in _curves(one, law):

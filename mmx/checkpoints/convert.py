@@ -9,14 +9,12 @@ import functools
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from mmx import config
 from mmx.checkpoints import hf_config, hf_layout, manager, safetensors, side_files, tokenizer_files
@@ -25,7 +23,7 @@ from mmx.checkpoints.shapes import check_shapes
 from mmx.checkpoints.tokenizer_files import BYTE_IDS
 from mmx.config import ConfigError
 from mmx.data import special_tokens, tokens
-from mmx.files import atomic, notes, untrusted
+from mmx.files import atomic, notes, output, untrusted
 from mmx.kernels import int8
 from mmx.model import Model
 from mmx.parallel import sharding
@@ -239,7 +237,7 @@ def _sort_key(name: str) -> tuple[bool, float]:
 def _stream(source, leaves, write, progress: bool):
     """Reads each slice of the leaves and passes it to write(leaf, piece, slice), with a progress bar."""
     total = sum(np.prod(leaf.shape, dtype=np.int64) * source.dtype(leaf).itemsize for leaf in leaves)
-    bar = tqdm(total=int(total), unit="B", unit_scale=True, disable=not progress)
+    bar = output.bar(total=int(total), unit="B", unit_scale=True, disable=not progress)
     with safetensors.Files(os.O_RDONLY) as files, bar:
         for leaf in leaves:
             for piece in leaf.slices(source.dtype(leaf).itemsize):
@@ -255,15 +253,11 @@ def _destination(out: str | Path):
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; give another --out, or remove it")
-    partial = atomic.temporary_path(out)
-    partial.mkdir(parents=True)
-    try:
+    with atomic.temporary(out) as partial:
+        partial.mkdir(parents=True)
         with atomic.add_filename(out):
             yield partial
         partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def copy_side_files(source, out: Path) -> list[str]:

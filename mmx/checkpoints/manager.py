@@ -12,7 +12,6 @@ import functools
 import json
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from mmx.checkpoints.shapes import check_shapes
 from mmx.checkpoints.tokenizer_files import find_tokenizer, fingerprint
 from mmx.config import IMPLEMENTATION_KEYS, ConfigError, Experiment, Model, to_json
 from mmx.data import paths, special_tokens, tokens
-from mmx.files import atomic, checksums, untrusted
+from mmx.files import atomic, checksums, output, untrusted
 from mmx.layers.kinds import kind_of
 
 KEY = re.compile(r"[\w-]{1,100}", re.ASCII)     # one part of a path in a parameter tree; it becomes the name of a folder
@@ -165,8 +164,8 @@ class Checkpoints:
             aside = self.directory / f"{damaged}.damaged"
             atomic.remove(aside)
             (self.directory / str(damaged)).rename(aside)
-            print(f"mmx: {self.directory / str(damaged)} is damaged, {problem}: renamed to {aside.name}; the run resumes from "
-                  f"step {number}", file=sys.stderr)
+            output.message(f"mmx: {self.directory / str(damaged)} is damaged, {problem}: renamed to {aside.name}; the run "
+                           f"resumes from step {number}")
         agree_on_problem("")    # the other processes wait until process 0 has renamed the steps
         if "manager" in vars(self):
             self.manager.reload()

@@ -1,6 +1,4 @@
 """`python -m mmx.cli` runs the same program as `mmx`."""
-import sys
-
 from mmx.cli import main
 
-sys.exit(main())
+raise SystemExit(main())

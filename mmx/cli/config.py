@@ -1,9 +1,9 @@
 """`mmx config`: prints an experiment's shapes, parameters and FLOPs."""
-from rich.console import Console
 from rich.table import Table
 
 from mmx.cli import common
 from mmx.config import Experiment
+from mmx.files import output
 
 
 def add_parser(commands) -> None:
@@ -27,7 +27,7 @@ def run(args):
         table.add_section()
         for row in rows:
             table.add_row(*row)
-    Console().print(table)
+    output.console().print(table)
 
 
 def count(experiment: Experiment, pod: str | None = None) -> dict:

@@ -2,12 +2,11 @@
 import os
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from mmx.cli import common
 from mmx.config import ConfigError
-from mmx.files import atomic, json_text
+from mmx.files import atomic, json_text, output
 
 SUITES = """\
 A suite replaces the measurement of bits per byte. SUITE.jsonl contains one line for each
@@ -78,7 +77,7 @@ def _measure_loss(args, workdir: Path | None, out: Path | None) -> None:
         for name, value in (("this model", result["bits_per_byte"]), ("xz -9e, each document alone", result["xz"]),
                             ("gzip -9, each document alone", result["gzip"])):
             table.add_row(name, f"{value:.4f}")
-        Console().print(table)
+        output.console().print(table)
     if not out:
         print("nothing was written: --out DIR keeps the result in DIR/eval.json")
         return
@@ -102,5 +101,5 @@ def _run_suite(args, out: str | None) -> None:
         args.checkpoint, args.suite, out, data=args.data and Path(args.data), context=args.context or 0,
         weights_dtype=args.weights_dtype, **common.suite_options(args))
     picture = runner.plot(result, out / f"{args.suite}.png")
-    Console().print(runner.make_table(result))
+    output.console().print(runner.make_table(result))
     print(f"written: {out / args.suite}.json, {picture}, {out / args.suite}.jsonl")

@@ -11,7 +11,7 @@ import sys
 import mmx
 from mmx.cli import errors
 from mmx.config import nearest
-from mmx.launch import experiments, hugepages
+from mmx.launch import experiments
 
 COMMANDS = [importlib.import_module(f"mmx.cli.{name}") for name in (      # in the order of `mmx --help`
     "train",
@@ -46,15 +46,11 @@ examples:
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code. Exits with code 2 if the arguments are wrong.
-
-    Args:
-      argv: the arguments after the program's name. None: the arguments of this process.
-    """
-    if argv is None:
-        hugepages.restart()
-        argv = sys.argv[1:]
+def run(argv: list[str]) -> int:
+    """Runs the command of the arguments `argv` and returns its exit code. Exits with code 2 if the arguments are wrong."""
+    for argument in argv:
+        if any(0xD800 <= ord(c) < 0xE000 for c in argument):        # how Python represents bytes that it cannot decode
+            return errors.report(f"the argument {argument!a:.200} is not UTF-8: give text, or rename the file")
     parser = build_parser()
     if not argv:
         parser.print_help()

@@ -1,6 +1,7 @@
 """`mmx train`: trains an experiment, in one process or in several."""
 import functools
 import signal
+import sys
 
 from mmx.cli import common, errors
 from mmx.launch import processes
@@ -31,6 +32,8 @@ def run(args):
     world = processes.find_world(args.coordinator, args.processes, args.process, args.timeout)
     if not world:
         return _train(args)
+    if sys.stderr.isatty() and (advice := processes.advice(world)):     # processes of a launcher have no terminal
+        print(f"mmx: waiting up to {args.timeout} s for the other processes{advice}", file=sys.stderr)
     return processes.supervise(world, lambda: errors.run(functools.partial(_train, world=world), args))
 
 

@@ -40,6 +40,7 @@ from mmx.kernels.lightning import api, decode, lightning_attention
 from mmx.layers.common import Context
 from mmx.layers.lightning import Lightning
 from mmx.parallel.projection import from_heads, to_heads
+from mmx.startup import interrupts
 
 HEADS, HEAD_DIM, DIM, SEQUENCES, EPS = 64, 128, 6144, 64, 1e-6
 STATE_BYTES = 2 * SEQUENCES * HEADS * HEAD_DIM * HEAD_DIM * 4       # decode reads and writes every state once
@@ -262,7 +263,8 @@ def _triton_program(run, *shapes, chip):
     def recorded(*args, kernel, grid, **kwargs):
         grids[kernel.fn.__name__] = math.prod(grid)
         return call(*args, kernel=kernel, grid=grid, **kwargs)
-    with (tempfile.TemporaryDirectory() as folder, mock.patch.object(jax_triton, "triton_call", recorded),
+    with (tempfile.TemporaryDirectory() as folder, interrupts.removing(folder),
+          mock.patch.object(jax_triton, "triton_call", recorded),
           mock.patch.multiple(      # an empty cache, because jax-triton dumps a kernel only when it compiles it
               jax_triton.triton_lib, _JAX_TRITON_DUMP_DIR=folder, _COMPILED_KERNEL_CACHE={})):
         kernels, text = ptx.program(run, *shapes, chip=chip)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from mmx.chips import CHIPS
+from mmx.startup import interrupts
 
 # Compiling does not need CUDA's libraries, but without this the plugin does not load if they are missing.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -52,7 +53,7 @@ def program(function, *args, chip: str) -> tuple[dict[str, Kernel], str]:
     mesh = _mesh(chip)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), args)
-    with tempfile.TemporaryDirectory() as dump:
+    with tempfile.TemporaryDirectory() as dump, interrupts.removing(dump):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             function = function if hasattr(function, "trace") else jax.jit(function)
             lowered = function.trace(*args).lower(lowering_platforms=("cuda",))

@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 from mmx.chips import CHIPS
 from mmx.compilers import hlo
+from mmx.startup import interrupts
 
 
 class Cost(NamedTuple):
@@ -54,7 +55,7 @@ def cost(case: str, chip: str) -> Cost:
         function to compile and the shapes of that function's arguments. The function to compile may already be jitted.
       chip: a name in mmx.chips.TPUS.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, interrupts.removing(folder):
         dump = Path(folder, "dump")
         flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
         memory = _run(case, chip, folder, flags)
@@ -74,7 +75,7 @@ def cost(case: str, chip: str) -> Cost:
 
 def memory(case: str, chip: str) -> tuple[int, int]:
     """Cost.temporaries and Cost.bytes only. Skips the dump of the schedule, which takes minutes for large matrix products."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, interrupts.removing(folder):
         return _run(case, chip, folder)
 
 

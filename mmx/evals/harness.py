@@ -8,6 +8,8 @@ token, as in training. Requests are sorted by length, longest first, and padded 
 """
 import functools
 import itertools
+import os
+import re
 import sys
 
 import jax
@@ -52,17 +54,36 @@ class Mmx(TemplateLM):
       device: ignored; JAX_PLATFORMS chooses JAX's devices.
     """
 
-    def __init__(self, path=None, dtype=None, max_length=0, batch_size=1, max_batch_size=None, device=None, **unknown):
+    def __init__(self, path=None, dtype=None, max_length=None, batch_size=1, max_batch_size=None, device=None, **unknown):
         super().__init__()
-        if path is None or unknown:
+        if path in (None, "") or unknown:
             raise ConfigError(f"--model_args {', '.join(unknown) or 'has no path'}: known are path (a checkpoint), dtype and "
                               "max_length")
-        self.loaded = convert.load(str(path), dtype)
+        if not isinstance(path, str | os.PathLike):
+            raise ConfigError(f"--model_args path is the {type(path).__name__} {path}: give a text, path={str(path)!r}")
+        self.loaded = convert.load(path, None if dtype is None else str(dtype))
         self._tokenizer = tokens.of_checkpoint(self.loaded.tokenizer, self.loaded.config.vocab)
-        self.max_length = _positive("--model_args max_length", max_length or self.loaded.config.context)
+        self._path = str(path)
+        self.max_length = _positive("--model_args max_length", self.loaded.config.context if max_length is None else max_length)
         auto = str(batch_size).startswith("auto")
         self._rows = None if auto else _positive("--batch_size", batch_size)
         self._max_rows = _positive("--max_batch_size", max_batch_size or TOKENS)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string, additional_config=None):
+        """Called by `simple_evaluate` with model_args as one text."""
+        return super().create_from_arg_string(quote_path(arg_string), additional_config)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._path
+
+    def chat_template(self, chat_template=False):
+        """Called with --apply_chat_template."""
+        raise ConfigError("--apply_chat_template: mmx applies no chat templates, so leave it out; prompts are plain text")
+
+    def apply_chat_template(self, chat_history, add_generation_prompt=True):
+        self.chat_template()
 
     @property
     def eot_token_id(self) -> int:
@@ -200,10 +221,16 @@ def _positive(name: str, value) -> int:
     return int(value)
 
 
+def quote_path(argument: str) -> str:
+    """Quotes the value of path in key=value pairs, because lm-eval reads an unquoted 007 as the number 7."""
+    return re.sub(r"(^|,)(\s*path=)([^'\",][^,]*)", lambda found: f"{found[1]}{found[2]}{found[3]!r}", argument)
+
+
 def main() -> int:
     """Runs lm-eval's command; returns the exit code."""
     from lm_eval.__main__ import cli_evaluate
 
+    sys.argv[1:] = [quote_path(argument) for argument in sys.argv[1:]]
     try:
         cli_evaluate()
     except ConfigError as error:

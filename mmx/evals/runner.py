@@ -6,7 +6,6 @@ OUT/SUITE.png its figure. The model is a pair of functions (`ModelInterface`), s
 Flags in the files: "seen" marks examples, and columns, whose text includes training text of the embedded corpus; "cut" marks
 prompts whose middle was removed to fit --context.
 """
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.table import Table
-from tqdm.auto import tqdm
 
 from mmx.checkpoints import convert, manager
 from mmx.config import ConfigError, nearest
@@ -23,7 +21,7 @@ from mmx.data import tokens
 from mmx.evals import user_files
 from mmx.evals.examples import SuiteOptions, format_length, prompt_length, training_record
 from mmx.evals.suites import SUITES, Suite
-from mmx.files import atomic, json_text, texts, untrusted
+from mmx.files import atomic, json_text, output, texts, untrusted
 from mmx.inference import engine, forward
 
 SCALE = {"accuracy": 100, "chrF": 1, "perplexity": 1}       # factor in tables and figures
@@ -80,7 +78,7 @@ def write_examples(name: str, path: Path, tokenizer: str = "bytes", **options) -
         raise ConfigError(f"{name} is for evaluation only and has no training examples: give another --suite")
     planned = list(suite.plan(SuiteOptions(tokens.tokenizer(tokenizer), train=True, **options)))
     with atomic.replacing(path) as file:
-        for one in tqdm(planned, name, unit="example", disable=None):
+        for one in output.bar(planned, name, unit="example", disable=None):
             file.write(json_text.dumps(training_record(one.make()), ensure_ascii=False) + "\n")
     return len(planned)
 
@@ -99,8 +97,8 @@ def run(name: str, options: SuiteOptions, model: ModelInterface, out: Path, head
     out.mkdir(parents=True, exist_ok=True)
     done = _resume(path, header)        # records by (row, column, index)
     remaining = [one for one in planned if one[:3] not in done]
-    with tqdm(total=len(planned), initial=len(planned) - len(remaining), desc=name, unit="example", disable=not progress,
-              mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
+    with output.bar(total=len(planned), initial=len(planned) - len(remaining), desc=name, unit="example",
+                    disable=not progress) as bar:
         for one in remaining:
             record = _evaluate(suite, one, options, model)
             _append(path, record)

@@ -5,6 +5,8 @@ import os
 import shutil
 from pathlib import Path
 
+from mmx.startup import interrupts
+
 
 def temporary_path(path: Path) -> Path:
     """The path under which this process writes what will become `path`.
@@ -19,21 +21,29 @@ def temporary_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def temporary(path: Path):
+    """Yields `temporary_path(path)`. What is there when the block ends, or when Ctrl-C ends the program, is removed."""
+    own = temporary_path(path)
+    with interrupts.removing(own):
+        try:
+            yield own
+        finally:
+            remove(own)
+
+
+@contextlib.contextmanager
 def replacing(path: str | Path, mode: str = "w"):
     """Opens a file for writing ("w": text, "wb": bytes) that replaces `path` once it is complete and on disk.
 
     If the block raises, `path` stays as it was.
     """
     path = Path(path)
-    temporary = temporary_path(path)
-    try:
-        with add_filename(path), temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+    with temporary(path) as partial:
+        with add_filename(path), partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        partial.replace(path)
 
 
 @contextlib.contextmanager

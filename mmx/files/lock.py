@@ -9,13 +9,12 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
 
 from mmx.config import ConfigError
-from mmx.files import atomic, untrusted
+from mmx.files import atomic, output, untrusted
 
 HEARTBEAT, SILENT = 10, 60      # seconds
 
@@ -69,7 +68,7 @@ def _lock(file) -> tuple[bool, bool]:
 
 def _wait_for_heartbeat(path: Path, owner: dict) -> None:
     """Waits until the owner has been silent for SILENT seconds. Raises ConfigError if it sends a heartbeat."""
-    print(f"mmx: {path.parent} was last used by {_describe(owner)}: waiting {SILENT} s for a sign of life", file=sys.stderr)
+    output.message(f"mmx: {path.parent} was last used by {_describe(owner)}: waiting {SILENT} s for a sign of life")
     with contextlib.suppress(FileNotFoundError):        # the owner ended and removed the file
         before, end = path.stat().st_mtime_ns, time.monotonic() + SILENT
         while time.monotonic() < end:

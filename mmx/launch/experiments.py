@@ -106,7 +106,7 @@ def _check_overrides(overrides: list[str], types: dict[str, str]) -> None:
 
 def _get_config(path: str) -> ConfigDict:
     """Calls get_config of FILE.py, or with the arguments of FILE.py:A,B."""
-    file, arguments = re.fullmatch(r"(.*?)(?:(?<=\.py):(.*))?", path).groups()
+    file, arguments = (path, None) if Path(path).is_file() else re.fullmatch(r"(?s)(.*?)(?:(?<=\.py):(.*))?", path).groups()
     return _call(file, _run_file(file), "get_config", *([] if arguments is None else arguments.split(",")))
 
 

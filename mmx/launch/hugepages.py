@@ -7,6 +7,7 @@ malloc's arenas. By default there are eight for each core. Each save of a checkp
 the memory of the process would grow for hours.
 """
 import os
+import signal
 import sys
 
 HUGE = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2"
@@ -16,7 +17,18 @@ BENCHMARK = ("glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_t
 
 
 def restart(tunables: str = HUGE):
-    """Restarts the running command once with `tunables` in GLIBC_TUNABLES, unless the user has set that variable."""
+    """Restarts the running command once, with the settings that a process must have when it starts.
+
+    They are `tunables` in GLIBC_TUNABLES, unless the user has set that variable, and UTF-8 in an ASCII locale, where Python
+    could not represent other names of files. Ctrl-C is blocked during the restart, until the new process has a handler.
+    """
+    missing = {}
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-        os.environ["GLIBC_TUNABLES"] = tunables
+        missing["GLIBC_TUNABLES"] = tunables
+    if sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1":
+        missing["PYTHONUTF8"] = "1"
+    if missing:
+        os.environ |= missing
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -44,14 +44,20 @@ class World:
     """The processes of a run, as arguments or the environment give them; JAX finds out what is None."""
     where: str                          # the coordinator, in words
     timeout: int                        # seconds to wait for all processes
+    variable: str = ""                  # of the environment, by which the processes were found
     processes: int | None = None
     process: int | None = None
     coordinator: str | None = None      # HOST:PORT
 
 
 def find_world(coordinator: str | None, processes: int | None, process: int | None, timeout: int) -> World | None:
-    """Returns the processes that the arguments or else the environment give; None for a run of one process."""
+    """Returns the processes that the arguments or else the environment give; None for a run of one process.
+
+    `processes` = 1 alone is one process, whatever the environment says.
+    """
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+    if processes == 1 and coordinator is None and not process:
+        return None
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         return _find_in_environment(timeout)
@@ -61,7 +67,7 @@ def find_world(coordinator: str | None, processes: int | None, process: int | No
         raise ConfigError(f"--coordinator={coordinator} must be HOST:PORT of process 0, such as 10.0.0.1:9000")
     if not 0 <= process < processes:
         raise ConfigError(f"--process={process} must be at least 0 and below --processes={processes}")
-    return World(coordinator, timeout, processes, process, coordinator) if processes > 1 else None
+    return World(coordinator, timeout, "", processes, process, coordinator) if processes > 1 else None
 
 
 def _find_in_environment(timeout: int) -> World | None:
@@ -71,16 +77,32 @@ def _find_in_environment(timeout: int) -> World | None:
     """
     env = os.environ
     for count, address in LAUNCHERS.items():
-        if address in env and int(env.get(count, 1)) > 1:
-            return World(f"the coordinator of {address}={env[address]}", timeout, int(env[count]))
+        if address in env and (number := _count(count)) > 1:
+            return World(f"the coordinator of {address}={env[address]}", timeout, count, number)
     for name in TPU_HOSTS:
-        if "," in env.get(name, "") or (name in env and int(env.get("MEGASCALE_NUM_SLICES", 1)) > 1):
-            return World(f"the coordinator of {name}={env[name]}", timeout)
+        if "," in env.get(name, "") or (name in env and _count("MEGASCALE_NUM_SLICES") > 1):
+            return World(f"the coordinator of {name}={env[name]}", timeout, name)
     if "JOB_COMPLETION_INDEX" in env:
-        return World("the coordinator of the Kubernetes job", timeout)
+        return World("the coordinator of the Kubernetes job", timeout, "JOB_COMPLETION_INDEX")
     if "TPU_SKIP_MDS_QUERY" not in env and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")):
         return World("the coordinator of the TPU's metadata", timeout)
     return None
+
+
+def _count(name: str) -> int:
+    """The number in a variable of the environment; 1 without it."""
+    value = os.environ.get(name, "1")
+    if not value.isdecimal():
+        raise ConfigError(f"{name}={value!r:.200} in the environment must be a number of processes: unset it, or give "
+                          "--processes 1 to train in one process")
+    return int(value)
+
+
+def advice(world: World) -> str:
+    """How to train in one process, where the environment names more of them than the user may have started."""
+    found = {name: os.environ[name] for name in [world.variable] if name in os.environ}
+    return "".join(f"; {name}={value} in the environment asks for several processes: to train in one, unset it or give "
+                   "--processes 1" for name, value in found.items())
 
 
 def join(world: World) -> None:
@@ -94,11 +116,13 @@ def join(world: World) -> None:
             world.coordinator, world.processes, world.process, initialization_timeout=world.timeout,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=HEARTBEAT_SECONDS,
             cluster_detection_method="deactivate" if world.coordinator else None)
+    except KeyError as error:       # a variable of the launcher is missing
+        raise ConfigError(f"{world.where}: {error.args[0]} is not in the environment{advice(world)}") from None
     except (OSError, ValueError) as error:      # JAX found no cluster
         if world.processes:
-            raise ConfigError(f"{world.where}: {error}") from None
+            raise ConfigError(f"{world.where}: {error}{advice(world)}") from None
     except RuntimeError as error:
-        raise ConfigError(f"{world.where}: {error}") from None
+        raise ConfigError(f"{world.where}: {error}{advice(world)}") from None
 
 
 def _roll_call(world: World) -> None:
@@ -236,7 +260,7 @@ def _watch(world: World, child: int, log: int) -> int:
         return 130 if signal.SIGINT in received else code
     text = "".join(withheld)
     if "RegisterTask" in text:
-        print(f"mmx: not all processes connected to {world.where} within {world.timeout} s", file=sys.stderr)
+        print(f"mmx: not all processes connected to {world.where} within {world.timeout} s{advice(world)}", file=sys.stderr)
         return 2
     cause = _find_cause(text)
     print(*([] if cause else withheld), sep="", file=sys.stderr)        # also ends the line of the progress bar

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tqdm.auto import tqdm
 
 from mmx.data import packing, pipeline
 from mmx.data.document_types import TokenIds
+from mmx.files import output
 from mmx.model import Model
 from mmx.training.loss import cross_entropy
 
@@ -59,7 +59,8 @@ def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, overlap:
         row_count = sum(len(packing.row_starts(ids_T, length, overlap, targets_T)) for ids_T, targets_T in encoded)
         batches = packing.batches(encoded, length, batch, overlap)
         nats, pending = np.zeros(len(documents)), []
-        for document_B, arrays in tqdm(batches, "held-out loss", -(-row_count // batch), unit="batch", disable=not progress):
+        bar = output.bar(batches, "held-out loss", -(-row_count // batch), unit="batch", disable=not progress)
+        for document_B, arrays in bar:
             if sharding:
                 arrays = {k: jax.make_array_from_process_local_data(sharding, x, x.shape) for k, x in arrays.items()}
             pending.append((document_B, nats_B(params, arrays)))

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from mmx import config
 from mmx.analysis.counts import flops_tile, flops_training
-from mmx.files import atomic, json_text, texts, untrusted
+from mmx.files import atomic, json_text, output, texts, untrusted
 
 SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate",
            "overflow_rate", "skipped", "rollbacks")
@@ -78,8 +77,7 @@ class Log:
         self.file = self.board = None
         if write:
             self._open(step)
-        self.bar = tqdm(total=None if t.seconds else t.steps, initial=step, unit="step", desc="train", disable=not write,
-                        mininterval=0.5 if sys.stderr.isatty() else 30)
+        self.bar = output.bar(total=None if t.seconds else t.steps, initial=step, unit="step", desc="train", disable=not write)
         self.last = tokens, time.monotonic()
 
     def _open(self, step: int):
@@ -140,7 +138,7 @@ class Log:
 
     def message(self, text: str, step: int):
         """Prints a line on stderr and writes it to TensorBoard."""
-        if self.file:
+        if self.file and sys.stderr is not None:
             self.bar.write(text, file=sys.stderr)
         self.text("guard", text, step)
 

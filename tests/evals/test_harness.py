@@ -11,6 +11,8 @@ import pytest
 import tokenizers
 
 Instance = pytest.importorskip("lm_eval.api.instance").Instance
+from lm_eval import utils
+from lm_eval._cli import utils as cli_utils
 
 import mmx
 from mmx import config
@@ -190,10 +192,29 @@ def test_checkpoints_without_a_usable_tokenizer(converted):
         harness.Mmx(path=converted)
 
 
+@pytest.mark.case(25)
+@pytest.mark.parametrize("argument, want", [
+    ("path=007", {"path": "007"}), ("path=1e3,dtype=float32", {"path": "1e3", "dtype": "float32"}),
+    ("max_length=8,path=None", {"path": "None", "max_length": 8}), ("path='a b'", {"path": "a b"}),
+    ("path=runs/true", {"path": "runs/true"})])
+def test_a_path_that_looks_like_a_number_stays_text(argument, want):
+    """As lm-eval itself parses both of its forms: text for simple_evaluate, and arguments of its command."""
+    assert utils.simple_parse_args_string(harness.quote_path(argument)) == want
+    assert cli_utils.key_val_to_dict(harness.quote_path(argument)) == want
+
+
+@pytest.mark.case(25)
+def test_chat_templates_are_refused(lm):
+    with pytest.raises(ConfigError, match="^--apply_chat_template: mmx applies no chat templates, so leave it out"):
+        lm.chat_template(True)
+    assert isinstance(lm.tokenizer_name, str)
+
+
 @pytest.mark.parametrize("arguments, message", [
     ({}, "has no path: known are path"), ({"path": "RUN", "pth": 3}, "pth: known are path"),
     ({"path": "/nowhere"}, "/nowhere is not a directory"), ({"path": "RUN", "dtype": "float8"}, "dtype 'float8' is none of"),
     ({"path": "RUN", "max_length": -1.0}, "max_length=-1.0 must be a positive integer"),
+    ({"path": 7}, "path is the int 7: give a text, path='7'"), ({"path": "RUN", "dtype": 16}, "dtype '16' is none of"),
     ({"path": "RUN", "batch_size": "many"}, "--batch_size=many must be a positive integer")])
 def test_mistakes(run, arguments, message):
     with pytest.raises(ConfigError, match=re.escape(message)):

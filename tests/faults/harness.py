@@ -20,7 +20,9 @@ import numpy as np
 
 from mmx.data import corpus
 from mmx.launch import hugepages
+from mmx.startup import devices
 
+devices.prepare()       # before the processes import JAX, so that no log lines of CUDA are between those of mmx
 ROOT = Path(__file__).parents[2]
 ROWS = 64       # rows in an epoch
 TIMES = {"seconds", "tokens_per_s", "flops_per_s"}
@@ -84,7 +86,7 @@ class Run:
 
     def __init__(self, arguments, settings, folder: Path):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["mmx.training.run", "mmx.inference.engine"])
+        context.set_forkserver_preload(["harness", "mmx.training.run", "mmx.inference.engine"])
         self.file = Path(tempfile.mkstemp(prefix="output-", dir=folder)[1])
         self.process = context.Process(target=_child, args=(arguments, str(self.file), settings))
         self.process.start()
@@ -117,8 +119,7 @@ class Run:
     def lines(self) -> list[str]:
         """The lines of the output without the progress bar and what libraries print."""
         lines = self.output.replace("\r", "\n").split("\n")
-        return [line for line in lines if line.strip() and not line.startswith("train: ") and "absl::InitializeLog" not in line
-                and "cudart_stub" not in line]
+        return [line for line in lines if line.strip() and not line.startswith("train: ")]
 
 
 def _child(arguments, output: str, settings: dict) -> None:
@@ -174,7 +175,8 @@ def settings(folder: Path) -> dict[str, str]:
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
-            "PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": hugepages.HUGE}      # as the mmx command sets it
+            "PYTHONPATH": os.pathsep.join((str(ROOT), str(Path(__file__).parent))),
+            "GLIBC_TUNABLES": hugepages.HUGE}      # as the mmx command sets it
 
 
 def records(workdir: Path) -> list[dict]:

@@ -29,6 +29,7 @@ def main() -> int:
 
 
 def run(args, folder: Path) -> int:
+    import interrupts
     import scenarios as s
     from rich.console import Console
     from rich.table import Table
@@ -39,9 +40,9 @@ def run(args, folder: Path) -> int:
         return harness.Workspace(folder / name, steps, **options)
     scenarios = {
         "kills": ("SIGKILL anywhere in one run", lambda: s.kills(
-            workspace("kills", 20 * args.n), [kill] * args.n, rng, args.seconds)),
+            workspace("kills"), [kill] * args.n, rng, args.seconds)),
         "signals": ("SIGTERM, SIGSTOP, SIGKILL", lambda: s.kills(
-            workspace("signals", 20 * few), rng.choices((s.signal.SIGTERM, s.signal.SIGSTOP, kill), k=few), rng,
+            workspace("signals"), rng.choices((s.signal.SIGTERM, s.signal.SIGSTOP, kill), k=few), rng,
             args.seconds)),
         "damage": ("damaged bytes in a checkpoint", lambda: s.damage(workspace("files"), max(200, 5 * args.n), rng)),
         "disk": ("full disk", lambda: s.full_disk(workspace("files"))),
@@ -54,6 +55,8 @@ def run(args, folder: Path) -> int:
             workspace("e64", dtype="float64"), few, rng, args.seconds)),
         "elastic32": ("elastic restarts, float32, first loss", lambda: s.elastic(
             workspace("e32"), few, rng, args.seconds)),
+        "interrupts": ("Ctrl-C during imports, compilation and steps", lambda: interrupts.interrupts(
+            workspace("files"), args.n, rng)),
         "memory": ("memory over time", lambda: s.memory(workspace("files"), args.memory_seconds)),
     }
     table, failed = Table("scenario", "passed", "seconds", "result"), False

@@ -236,6 +236,33 @@ def test_invalid_arguments(given, message):
         processes.find_world(*given, 300)
 
 
+SLURM = {"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]"}
+
+
+@pytest.mark.case(22)
+def test_variables_of_a_launcher_can_be_overruled(monkeypatch):
+    monkeypatch.setattr(os, "environ", SLURM)
+    assert processes.find_world(None, 1, None, 300) is None
+    advice = processes.advice(processes.find_world(None, None, None, 300))
+    assert advice == ("; SLURM_NTASKS=4 in the environment asks for several processes: to train in one, unset it or give "
+                      "--processes 1")
+    monkeypatch.setattr(os, "environ", SLURM | {"SLURM_NTASKS": "four"})
+    with pytest.raises(ConfigError, match="^SLURM_NTASKS='four' in the environment must be a number .* give --processes 1"):
+        processes.find_world(None, None, None, 300)
+
+
+@pytest.mark.case(22)
+def test_the_message_about_absent_processes_says_how_to_train_in_one():
+    log = "E0000 00:00:00.0 1 coordination_service_agent.cc:1] RegisterTask timed out"
+    code = (f"import os, sys\nfrom mmx.launch import processes\ndef run():\n  os.write(2, b'{log}\\n')\n  os.kill(os.getpid(), 6)\n"
+            "sys.exit(processes.supervise(processes.find_world(None, None, None, 7), run))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | SLURM | {"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr == (
+        "mmx: not all processes connected to the coordinator of SLURM_STEP_NODELIST=n[1-4] within 7 s; SLURM_NTASKS=4 in the "
+        "environment asks for several processes: to train in one, unset it or give --processes 1\n")
+
+
 @pytest.mark.parametrize("variables, where", [
     ({}, None), ({"SLURM_NTASKS": "4"}, None), ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"}, None),
     ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "n[1-4]"}, "SLURM_STEP_NODELIST=n[1-4]"),

@@ -1,4 +1,5 @@
 """Where jobs execute: in this process, in local processes or on a SLURM cluster."""
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -14,6 +15,7 @@ from submitit.core.utils import FailedJobError
 
 from mmx.config import ConfigError
 from mmx.launch.sweep.worker import FAILED, Job, Outcome
+from mmx.startup import interrupts
 
 DEFAULT_JOBS = {"inline": 1, "local": 1, "slurm": 64}       # runs at a time, by kind of executor
 STOP_SECONDS = 60       # that local runs have to save after SIGTERM
@@ -80,7 +82,9 @@ def make(options: ExecutorOptions, out: Path):
     if kind == "inline":
         return InlineExecutor(out / "jobs" / "inline.log")
     # A new folder for each sweep: submitit numbers local jobs by process id, so an older result could have the same number.
-    folder = tempfile.mkdtemp(dir=out / "jobs", prefix=time.strftime("%Y%m%d-%H%M%S-"))
+    folder = tempfile.mkdtemp(dir=(out / "jobs").absolute(), prefix=time.strftime("%Y%m%d-%H%M%S-"))
+    if "%" in folder or (kind == "slurm" and "\\" in folder):
+        folder = _alias(folder, kind)
     if kind == "local":
         executor = submitit.LocalExecutor(folder)
         executor.update_parameters(timeout_min=60 * 24 * 365)
@@ -93,6 +97,16 @@ def make(options: ExecutorOptions, out: Path):
     return executor
 
 
+def _alias(folder: str, kind: str) -> str:
+    """A link to `folder` without % in its path: submitit replaces %j, %t and others there, as sbatch does, too."""
+    if kind == "slurm":
+        raise RefusedError(f"--out: {folder} contains % or \\, which have a meaning for sbatch: use another --out")
+    links = tempfile.mkdtemp(prefix="mmx-jobs-")
+    atexit.register(shutil.rmtree, links, ignore_errors=True)
+    os.symlink(folder, f"{links}/jobs")
+    return f"{links}/jobs"
+
+
 def submit(executor, function, *args):
     """Submits a job that calls function(*args), which returns an Outcome.
 
@@ -102,13 +116,11 @@ def submit(executor, function, *args):
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if isinstance(executor, InlineExecutor):
         return executor.submit(Job(), function, *args, visible=visible)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return executor.submit(Job(), function, *args, visible=visible)
+        with interrupts.handling(signal.SIG_IGN, signal.SIGINT):
+            return executor.submit(Job(), function, *args, visible=visible)
     except FailedJobError as error:
         raise ConfigError(f"the job could not be submitted: {_last_line(error)}") from None
-    finally:
-        signal.signal(signal.SIGINT, handler)
 
 
 def outcome(job) -> Outcome:
@@ -118,9 +130,9 @@ def outcome(job) -> Outcome:
             return job.result()
         except FailedJobError as error:     # an error outside Job; the path of its logs follows the traceback
             trace = str(error).rpartition("\n---")[0]
-            return Outcome(FAILED, f"{_last_line(trace or error)}; {job.paths.stderr}")
+            return Outcome(FAILED, f"{_last_line(trace or error)}; {job.paths.stderr.resolve()}")
     return Outcome(FAILED, f"the process ended without a result: {_last_line(job.stderr() or '') or job.state}; "
-                           f"{job.paths.stderr}")
+                           f"{job.paths.stderr.resolve()}")
 
 
 def _last_line(text) -> str:
@@ -129,9 +141,15 @@ def _last_line(text) -> str:
 
 def run_copies(executor, count: int, function, *args) -> list[Outcome]:
     """Runs `count` jobs of the same call at the same time, waits for all and returns their outcomes."""
-    jobs = [submit(executor, function, *args) for _ in range(count)]
-    while not all(job.done() for job in jobs):
-        time.sleep(0.2)
+    jobs = []
+    try:
+        for _ in range(count):
+            jobs.append(submit(executor, function, *args))
+        while not all(job.done() for job in jobs):
+            time.sleep(0.2)
+    except BaseException:
+        stop(jobs)
+        raise
     return [outcome(job) for job in jobs]
 
 

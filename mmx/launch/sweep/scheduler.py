@@ -16,10 +16,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from mmx.config import ConfigError
+from mmx.files import output
 from mmx.launch.sweep import executors, plan, rows
 from mmx.launch.sweep.executors import ExecutorOptions, RefusedError
 from mmx.launch.sweep.grid import Cell
 from mmx.launch.sweep.worker import DONE, FAILED, LOCKED, STOPPED, Outcome, attempt, is_locked, try_lock
+from mmx.startup import interrupts
 from mmx.training import metrics
 
 WAITING, RUNNING, ELSEWHERE = "waiting", "running", "elsewhere"     # states of a run that has not ended
@@ -41,10 +43,12 @@ def run(cells: list[Cell], out: str | Path, options: ExecutorOptions, *, retries
       ConfigError: another sweep runs in `out`, or the sweep is refused.
     """
     out = Path(out)
-    console = Console(file=sys.stdout)      # bound now: InlineExecutor redirects sys.stdout while a run executes
+    console = output.console(file=sys.stdout)      # bound now: InlineExecutor redirects sys.stdout while a run executes
     new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w") as file:
+    # Ctrl-C and SIGTERM raise KeyboardInterrupt here, which stops the runs in other processes.
+    stops = contextlib.nullcontext() if options.kind == "inline" else interrupts.unwinding()
+    with stops, interrupts.handling(_interrupt, signal.SIGTERM), (out / "lock").open("w") as file:
         if not try_lock(file):
             raise ConfigError(f"another mmx sweep is running in {out}: wait for its end, or use another --out")
         try:
@@ -113,13 +117,13 @@ class _Scheduler:
         self.states = {cell.name: WAITING for cell in todo}
         self.tries = {cell.name: 0 for cell in todo}
         self.queue, self.running, self.failed = list(todo), {}, {}
-        self.print = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
+        self.print = functools.partial(console.print, soft_wrap=True, highlight=False)
 
     def run(self) -> dict[str, str]:
         """Returns why each failed run failed, by name."""
         progress = _Progress(self.out, self.todo, self.states)
-        with _sigterm_as_interrupt(), Live(get_renderable=lambda: progress, console=self.console, refresh_per_second=1,
-                                           transient=True, redirect_stdout=False, redirect_stderr=False):
+        with Live(get_renderable=lambda: progress, console=self.console, refresh_per_second=1, transient=True,
+                  redirect_stdout=False, redirect_stderr=False):
             try:
                 while self.queue or self.running:
                     self._start()
@@ -170,14 +174,5 @@ class _Scheduler:
             self.states[cell.name] = status
 
 
-@contextlib.contextmanager
-def _sigterm_as_interrupt():
-    """SIGTERM ends the sweep as Ctrl-C does."""
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _interrupt(*_):
+    raise KeyboardInterrupt

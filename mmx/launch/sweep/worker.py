@@ -16,6 +16,7 @@ from mmx.config import ConfigError, Experiment, NonFiniteError
 from mmx.data import pipeline
 from mmx.launch.sweep import rows
 from mmx.launch.sweep.grid import Cell
+from mmx.startup import interrupts
 from mmx.training import metrics
 from mmx.training.guards import DivergedError
 
@@ -84,7 +85,7 @@ def attempt(cell: Cell, folder: Path) -> Outcome:
 def measure_rate(cell: Cell, out: Path) -> Outcome:
     """Measures the median FLOPs per second of a cell's steps, in a short run whose files are deleted."""
     short = dataclasses.replace(cell.experiment.train, steps=RATE_STEPS, eval_every=0, sample_every=0, tensorboard=False)
-    with tempfile.TemporaryDirectory(dir=out, prefix="rate-") as folder:
+    with tempfile.TemporaryDirectory(dir=out, prefix="rate-") as folder, interrupts.removing(folder):
         _train(dataclasses.replace(cell.experiment, train=short), folder)
         return Outcome(DONE, float(np.median([r["flops_per_s"] for r in metrics.read(Path(folder))[COMPILE_STEPS:]])))
 
