@@ -38,8 +38,8 @@ def add_checkpoint(parser, flag: str = "--checkpoint", metavar: str = "PATH") ->
 
 def add_experiment(parser, positional: bool = False) -> None:
     name, options = ("config", {}) if positional else ("--config", {"required": True})
-    parser.add_argument(name, metavar="FILE", help="experiment file, for example experiments/tiny.py; FILE.py:A,B passes the "
-                        "arguments A and B to its get_config()", **options)
+    parser.add_argument(name, metavar="FILE", help="experiment file, or the name of an installed experiment, for example tiny; "
+                        "FILE:A,B passes the arguments A and B to its get_config()", **options)
 
 
 def add_mesh(parser) -> None:

@@ -1,5 +1,4 @@
 """Runs the Triton kernels of lightning attention in Triton's interpreter, and tests the error without jax-triton."""
-import importlib.util
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from mmx.kernels import platform
-from mmx.kernels.lightning import lightning_attention
+from mmx.kernels.lightning import api, lightning_attention
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -21,7 +20,7 @@ def test_a_missing_package_is_named(monkeypatch):
         lightning_attention(q, q, q, -jnp.ones(2), impl="triton")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax_triton") is None, reason="jax-triton is not installed")
+@pytest.mark.skipif(bool(api.missing("triton")), reason=api.missing("triton"))
 def test_in_the_interpreter():
     cases = Path(__file__).parent / "lightning_triton_on_cpu.py"
     done = subprocess.run([sys.executable, "-m", "pytest", "-x", cases], env=os.environ | {"TRITON_INTERPRET": "1"},
