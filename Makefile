@@ -86,7 +86,8 @@ fuzz: $(READY)-to-test
 	$(BIN)/python tests/fuzz/fuzz.py --n $(or $(N),10000) $(if $(ONLY),--only $(ONLY))
 
 device: $(READY)
-	extra=$$($(BIN)/python mmx/launch/runtime.py) && $(PIP) --editable ".[dev$${extra:+,$$extra}]"
+	extra=$$($(BIN)/python mmx/launch/runtime.py) && $(PIP) --editable ".[dev$${extra:+,$$extra}]" && if test "$$extra" = cuda13; \
+	  then $(BIN)/python -m pip uninstall --yes --quiet jax-cuda12-plugin jax-cuda12-pjrt; rm -f $(READY)-to-test; fi
 	$(BIN)/python tests/device/run.py
 
 clean:
