@@ -22,6 +22,8 @@ from mmx.chips import CHIPS
 
 # Compiling does not need CUDA's libraries, but without this the plugin does not load if they are missing.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+# From JAX 0.11 on, XLA writes PTX only if this option names its emitters.
+DUMP = {"xla_dump_emitter_re": ".*"} if jax.version.__version_info__ >= (0, 11) else {}
 
 
 class Kernel(NamedTuple):
@@ -57,8 +59,8 @@ def program(function, *args, chip: str) -> tuple[dict[str, Kernel], str]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             function = function if hasattr(function, "trace") else jax.jit(function)
             lowered = function.trace(*args).lower(lowering_platforms=("cuda",))
-            compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_gpu_autotune_level": 0,
-                                                         "xla_backend_optimization_level": 3})
+            compiled = lowered.compile(compiler_options=DUMP | {"xla_dump_to": dump, "xla_gpu_autotune_level": 0,
+                                                                "xla_backend_optimization_level": 3})
         plan = "".join(Path(p).read_text() for p in glob.glob(f"{dump}/*thunk_sequence.txt"))
         sizes = r"\[(\d+), (\d+), (\d+)\]"
         launches = re.findall(rf"(\S+) grid: {sizes} threads: {sizes}\s+shared_memory: (\d+)", plan)
