@@ -2,8 +2,10 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -17,6 +19,19 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(platform, "name", lambda: "gpu")
     q = jnp.ones((1, 2, 8, 16), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match="impl='triton': .* needs jax-triton .*: pip install jax-triton$"):
+        lightning_attention(q, q, q, -jnp.ones(2), impl="triton")
+
+
+def test_jax_0_12_is_refused(monkeypatch):
+    """jax-triton 0.4.1 defines a rule of two arguments; JAX 0.12 calls it with three, so even a gradient fails."""
+    monkeypatch.setattr(jax.version, "__version_info__", (0, 12, 0, 1))
+    monkeypatch.setitem(sys.modules, "jax_triton", types.SimpleNamespace(__version__="0.4.1", __version_info__=(0, 4, 1)))
+    for name in ("triton", "triton.language"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.delitem(sys.modules, "mmx.kernels.lightning.triton", raising=False)
+    monkeypatch.setattr(platform, "name", lambda: "gpu")
+    q = jnp.ones((1, 2, 8, 16), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"^impl='triton': jax-triton 0\.4\.1 fails with JAX .* use impl='gpu', JAX 0\.11"):
         lightning_attention(q, q, q, -jnp.ones(2), impl="triton")
 
 
