@@ -39,9 +39,9 @@ def add_checkpoint(parser, flag: str = "--checkpoint", metavar: str = "PATH") ->
 
 def add_experiment(parser, positional: bool = False) -> None:
     name, options = ("config", {}) if positional else ("--config", {"required": True})
-    parser.add_argument(name, metavar="FILE", help="experiment file, for example experiments/tiny.py; FILE.py:A,B passes the "
-                        "arguments A and B to its get_config(). Also a run's working directory, a Hugging Face checkpoint "
-                        "directory, or the config.json of either", **options)
+    parser.add_argument(name, metavar="FILE", help="experiment file, or the name of an installed experiment, for example tiny; "
+                        "FILE:A,B passes the arguments A and B to its get_config(). Also a run's working directory, a Hugging "
+                        "Face checkpoint directory, or the config.json of either", **options)
 
 
 def add_mesh(parser) -> None:

@@ -182,6 +182,8 @@ def kernels(chips, as_json: bool, live: bool = False, lengths: str | None = None
             raise ConfigError(f"--chip {chip} is unknown; known chips: {', '.join(COMPILED)}")
         if reasons[chip]:
             raise ConfigError(f"--chip {chip}: {reasons[chip]}")
+    if set(GPUS) & set(chips) and (reason := api.missing("triton")):
+        print(f"mmx: no rows for triton: {reason}", file=sys.stderr)
     jobs = [(chip, name, impl) for chip in chips for name, case in CASES.items()
             for impl in (case.gpu if chip in GPUS else case.tpu)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:        # each TPU case compiles in its own process
@@ -228,7 +230,7 @@ def _compile_for_tpu(chip, name, impl):
 
 def _compile_for_gpu(chip, name, impl):
     """Rows of the kernels that use tensor cores or keep a state, and one row for the whole program."""
-    if impl == "triton" and not importlib.util.find_spec("jax_triton"):
+    if impl == "triton" and api.missing(impl):
         return []
     target, case = CHIPS[chip].gpu.description, CASES[name]
     with GPU_LOCK:

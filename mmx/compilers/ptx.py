@@ -23,6 +23,8 @@ from mmx.startup import interrupts
 
 # Compiling does not need CUDA's libraries, but without this the plugin does not load if they are missing.
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+# From JAX 0.11 on, XLA writes PTX only if this option names its emitters.
+DUMP = {"xla_dump_emitter_re": ".*"} if jax.version.__version_info__ >= (0, 11) else {}
 
 
 class Kernel(NamedTuple):
@@ -38,7 +40,8 @@ class Kernel(NamedTuple):
 
 def missing() -> str:
     """The reason why `resources` cannot run on this machine; empty if it can."""
-    if importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+    plugins = [importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13)]
+    if not any(plugins):
         return "the CUDA plugin is not installed: pip install jax-cuda12-plugin jax-cuda12-pjrt"
     return "" if _ptxas() else "ptxas is not installed: pip install nvidia-cuda-nvcc"
 
@@ -57,8 +60,8 @@ def program(function, *args, chip: str) -> tuple[dict[str, Kernel], str]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             function = function if hasattr(function, "trace") else jax.jit(function)
             lowered = function.trace(*args).lower(lowering_platforms=("cuda",))
-            compiled = lowered.compile(compiler_options={"xla_dump_to": dump, "xla_gpu_autotune_level": 0,
-                                                         "xla_backend_optimization_level": 3})
+            compiled = lowered.compile(compiler_options=DUMP | {"xla_dump_to": dump, "xla_gpu_autotune_level": 0,
+                                                                "xla_backend_optimization_level": 3})
         plan = "".join(Path(p).read_text() for p in glob.glob(f"{dump}/*thunk_sequence.txt"))
         sizes = r"\[(\d+), (\d+), (\d+)\]"
         launches = re.findall(rf"(\S+) grid: {sizes} threads: {sizes}\s+shared_memory: (\d+)", plan)

@@ -1,6 +1,7 @@
 """Experiment files: FILE.py with get_config() and, for a grid of runs, sweep(); overrides of config keys.
 
-Errors in an experiment file are reported in one line, with the file's line number.
+A name such as `tiny`, which is not a path, means an experiment that is installed with mmx. Errors in an experiment file are
+reported in one line, with the file's line number.
 """
 import contextlib
 import functools
@@ -15,12 +16,14 @@ from ml_collections import ConfigDict, config_flags
 from mmx import config
 from mmx.config import ConfigError
 
+INSTALLED = Path(__file__).parents[1] / "experiments"       # in a clone, a link to the folder experiments
+
 
 def read(path: str, overrides: list[str]) -> config.Experiment:
     """Returns the experiment of an experiment file.
 
     Args:
-      path: FILE.py, or FILE.py:A,B, where A and B are arguments of get_config.
+      path: FILE.py or the name of an installed experiment; followed by :A,B, where A and B are arguments of get_config.
       overrides: --config.SECTION.KEY=VALUE arguments.
     """
     return _build(_get_config(path), overrides)
@@ -38,8 +41,9 @@ def read_sections(sections: dict, overrides: list[str]) -> config.Experiment:
 def grid(file: str, overrides: list[str]):
     """Returns what sweep() of an experiment file returns, and a function that makes the experiment of a cell's keys.
 
-    A key with a dot is a config key; a key without one is an argument of get_config.
+    `file` is a path or the name of an installed experiment. A key with a dot is a config key; a key without one is an argument of get_config.
     """
+    file = find(file)
     names = _run_file(file)
     if "sweep" not in names:
         raise ConfigError(f"{file} has no sweep(), which must return a dict of lists of values by key, or a list of dicts with "
@@ -105,17 +109,28 @@ def _check_overrides(overrides: list[str], types: dict[str, str]) -> None:
 
 
 def _get_config(path: str) -> ConfigDict:
-    """Calls get_config of FILE.py, or with the arguments of FILE.py:A,B."""
-    file, arguments = (path, None) if Path(path).is_file() else re.fullmatch(r"(?s)(.*?)(?:(?<=\.py):(.*))?", path).groups()
-    return _call(file, _run_file(file), "get_config", *([] if arguments is None else arguments.split(",")))
+    """Calls get_config of FILE.py or NAME; with arguments if the path ends in :A,B."""
+    match = None if Path(path).is_file() else re.fullmatch(r"(?s)(\w+|.*?\.py):(.*)", path)
+    file, arguments = (find(match[1]), match[2].split(",")) if match else (find(path), [])
+    return _call(file, _run_file(file), "get_config", *arguments)
+
+
+def find(file: str) -> str:
+    """Returns the path of an experiment file, which is given as a path or as the name of an installed experiment.
+
+    Raises ConfigError if there is no such file.
+    """
+    installed = {path.stem: str(path) for path in sorted(INSTALLED.glob("*.py"))}
+    if Path(file).is_file():
+        return file
+    if file in installed:
+        return installed[file]
+    folder = Path(file) if Path(file).is_dir() else Path(file).parent
+    raise ConfigError(f"no experiment file {file}{config.nearest(file, [*sorted(map(str, folder.glob('*.py'))), *installed])}")
 
 
 def _run_file(file: str) -> dict:
     """Executes an experiment file and returns its global names."""
-    if not Path(file).is_file():
-        folder = Path(file) if Path(file).is_dir() else Path(file).parent
-        names = sorted(str(p) for p in folder.glob("*.py"))
-        raise ConfigError(f"no experiment file {file}" + (config.nearest(file, names) if names else ""))
     if is_json(file):
         raise ConfigError(f"{file} is JSON, and this needs an experiment file in Python, with sweep() for a grid")
     with _errors_with_line(file):

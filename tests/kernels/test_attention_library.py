@@ -1,5 +1,6 @@
 """Tests the wrapped library kernels: interpreted, against the full score matrix; and with the compilers of TPUs and GPUs."""
 import functools
+import sys
 import types
 
 import jax
@@ -11,7 +12,7 @@ from test_attention import assert_close, inputs, segments, values_and_gradients
 
 from mmx.compilers import ptx, schedule
 from mmx.kernels import platform
-from mmx.kernels.attention import api, reference, softmax_attention
+from mmx.kernels.attention import api, gpu, reference, softmax_attention
 
 
 def with_zero_lse(attention):
@@ -36,6 +37,27 @@ def test_equals_the_full_matrix(monkeypatch, impl, K, kind, return_lse, dtype):
     got = [np.asarray(x, np.float64) for x in values_and_gradients(kernel_attention, (), args, do)]
     args, do = jax.tree.map(lambda x: x.astype(np.float32), (args, do))
     assert_close(got, values_and_gradients(full, (), args, do, segments_BT, segments_BT), dtype)
+
+
+@pytest.mark.parametrize("kind", [None, "holes"])
+def test_tokamax_gets_time_first_and_a_mask(monkeypatch, kind):
+    """A fake tokamax computes the full score matrix with numpy, in tokamax's layout: batch, tokens, heads, dims."""
+    def dot_product_attention(q_BTHK, k_BSGK, v_BSGV, *, mask, is_causal, implementation):
+        assert is_causal and implementation == "triton" and (mask is None) == (kind is None)
+        q, k, v = (np.asarray(x, np.float64) for x in (q_BTHK, k_BSGK, v_BSGV))
+        k, v = (x.repeat(q.shape[2] // k_BSGK.shape[2], axis=2) for x in (k, v))
+        scores = np.einsum("BTHK,BSHK->BHTS", q, k) / np.sqrt(q.shape[3])
+        seen = np.tri(q.shape[1], dtype=bool) if mask is None else np.tri(q.shape[1], dtype=bool) & np.asarray(mask)
+        weights = np.where(seen, np.exp(scores), 0)
+        return jnp.asarray(np.einsum("BHTS,BSHV->BTHV", weights / weights.sum(-1, keepdims=True), v), q_BTHK.dtype)
+    (q, k, v), _ = inputs(4, 2, 128, B=2, K=64, V=64, dtype="bfloat16")
+    segments_BT = segments(kind, 2, 128)
+    monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(dot_product_attention=dot_product_attention))
+    monkeypatch.setattr(gpu, "has_tokamax", lambda: True)
+    monkeypatch.setattr(platform, "name", lambda: "gpu")
+    got = softmax_attention(q, k, v, segments_BT=segments_BT, impl="gpu")
+    want = reference.attention(*(x.astype(np.float32) for x in (q, k, v)), segments_BT, segments_BT)
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=1e-2)
 
 
 def test_refusals_give_the_reason(monkeypatch):

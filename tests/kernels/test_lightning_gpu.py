@@ -1,6 +1,5 @@
 """Compiles the GPU kernels of lightning attention, in Pallas and in Triton, for GPUs that need not be present."""
 import importlib
-import importlib.util
 import re
 import types
 
@@ -15,7 +14,7 @@ from mmx.kernels import platform
 from mmx.kernels.lightning import api, gpu
 
 needs_compiler = pytest.mark.skipif(bool(ptx.missing()), reason=ptx.missing())
-NO_TRITON = "" if importlib.util.find_spec("jax_triton") else "jax-triton is not installed: pip install jax-triton"
+NO_TRITON = api.missing("triton")
 SPILLS = r"_?(output|contribution)_kernel.* spills \d+ bytes per thread; try a smaller tile or more warps"
 OVERSIZE = r"_output_kernel \d+ needs \d+ bytes of shared memory, and a CTA on h100 has 232448"
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(bool(NO_TRITON), reason=NO_TRITON))

@@ -94,7 +94,11 @@ def test_experts(impl):
 
 
 def test_model_equals_the_model_on_cpu():
-    """Loss and every gradient of a packed batch in float32, with the kernels chosen on the GPU and with XLA on the CPU."""
+    assert_model_equals_the_model_on_cpu("gpu")
+
+
+def assert_model_equals_the_model_on_cpu(accelerator):
+    """Compares loss and every gradient of a packed batch in float32: the accelerator's kernels, and XLA on the CPU."""
     model, B, T = Model(config.Model(dim=64, layers=4, pattern="LLLS", heads=4, kv_heads=2, head_dim=32, rotary_dim=16,
                                      experts=4, expert_dim=64, vocab=257)), 2, 256
     rng = np.random.default_rng(0)
@@ -109,7 +113,7 @@ def test_model_equals_the_model_on_cpu():
             params = jax.device_put(initial, device)
             return jax.device_get(jax.jit(jax.value_and_grad(lambda p: loss(model, p, batch, 128)[0]))(params))
     initial = jax.device_get(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
-    (gpu_loss, gpu_grads), (cpu_loss, cpu_grads) = loss_and_grads("gpu"), loss_and_grads("cpu")
-    assert abs(gpu_loss - cpu_loss) < 1e-5 * cpu_loss
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gpu_grads), jax.tree.leaves(cpu_grads)):
+    (own_loss, own_grads), (cpu_loss, cpu_grads) = loss_and_grads(accelerator), loss_and_grads("cpu")
+    assert abs(own_loss - cpu_loss) < 1e-5 * cpu_loss
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(own_grads), jax.tree.leaves(cpu_grads)):
         assert np.linalg.norm(a - b) <= 2e-4 * max(np.linalg.norm(b), 1e-6), jax.tree_util.keystr(path)

@@ -108,10 +108,16 @@ def refusal(impl, q_BHTK, v_BHTV, chunk=None) -> str:
         return ""
     if reason := platform.device_refusal("gpu" if impl == "triton" else impl, q_BHTK):
         return reason
+    return missing(impl) or _module(impl).array_refusal(q_BHTK, v_BHTV, chunk)
+
+
+def missing(impl) -> str:
+    """Returns why the implementation cannot be imported; empty if it can."""
     try:
-        return _module(impl).array_refusal(q_BHTK, v_BHTV, chunk)
+        _module(impl)
     except ImportError as error:
         return str(error)
+    return ""
 
 
 def _module(impl):
