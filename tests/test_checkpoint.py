@@ -21,7 +21,8 @@ import tensorstore as ts
 from mmx import config
 from mmx.checkpoints import convert
 from mmx.checkpoints import manager as checkpoint
-from mmx.checkpoints.manager import Checkpoints, check_config
+from mmx.checkpoints.manager import Checkpoints
+from mmx.checkpoints.run_config import check_config
 from mmx.config import ConfigError
 from mmx.files import checksums
 from mmx.model import abstract_params

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mmx import config
-from mmx.checkpoints import manager
+from mmx.checkpoints import manager, run_config
 from mmx.model import Model
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
@@ -16,7 +16,7 @@ MODEL = config.Model(dim=16, layers=2, pattern="LS", heads=2, kv_heads=1, head_d
 def save_checkpoint(workdir):
     """A workdir with random parameters, as `mmx train` writes it."""
     params = jax.jit(lambda: Model(MODEL).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])()
-    manager.check_config(workdir, config.Experiment(model=MODEL))
+    run_config.check_config(workdir, config.Experiment(model=MODEL))
     checkpoints = manager.Checkpoints(workdir, every=1, keep=1)
     checkpoints.save(0, params, {"step": jnp.zeros(())}, {})
     checkpoints.close()

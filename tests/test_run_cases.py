@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import mmx
 from mmx import cli, config
-from mmx.checkpoints import convert, manager
+from mmx.checkpoints import convert, manager, run_config
 from mmx.cli import generate
 from mmx.config import ConfigError, NonFiniteError
 from mmx.data import paths, sources
@@ -181,7 +181,7 @@ def test_results_are_written_by_one_function():
 
 @pytest.mark.case(16)
 def test_the_content_of_a_checkpoint_decides_not_its_name(place, tmp_path):
-    workdir, model = tmp_path / "checkpoints" / "7", manager.read_config(place / "run")["model"]
+    workdir, model = tmp_path / "checkpoints" / "7", run_config.read_config(place / "run")["model"]
     shutil.copytree(place / "run", workdir)
     shutil.copytree(place / "hf", tmp_path / "models" / "checkpoints" / "7")
     (tmp_path / "models" / "checkpoints" / "7" / "checkpoints" / "100").mkdir(parents=True)
@@ -203,7 +203,7 @@ def test_the_same_folder_is_the_same_config(place, tmp_path, monkeypatch, capsys
 
     def check(source):
         given = config.build(saved | {"data": saved["data"] | {"sources": [source]}})
-        manager.check_config(tmp_path / "run", paths.absolute_experiment(given))
+        run_config.check_config(tmp_path / "run", paths.absolute_experiment(given))
     monkeypatch.chdir(tmp_path)
     for source in (str(place / "d"), "link", "./link/", os.path.relpath(place / "d"), "run/../link"):
         check(source)

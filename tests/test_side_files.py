@@ -8,7 +8,7 @@ from released_files import BYTE_MODEL as MODEL
 from released_files import change_config, one_line, tokenizer_json, write_released
 
 from mmx import cli, config
-from mmx.checkpoints import convert, manager, side_files, tokenizer_files
+from mmx.checkpoints import convert, run_config, side_files, tokenizer_files
 from mmx.checkpoints import initial as starts
 from mmx.config import ConfigError
 from mmx.data import tokens
@@ -71,14 +71,14 @@ def test_a_resumed_run_keeps_its_tokenizer(hf_with_tokenizer, tmp_path):
     """The first run in a converted workdir, and a run that resumes; the path of the same tokenizer may change."""
     run, file = convert.from_hf(hf_with_tokenizer, tmp_path / "run", progress=False), hf_with_tokenizer / "tokenizer.json"
     with pytest.raises(ConfigError, match="data.tokenizer='bytes' is not the .*tokenizer.json that the run has"):
-        manager.check_config(run, config.Experiment(MODEL))
-    manager.check_config(run, config.Experiment(MODEL, data=config.Data(tokenizer=str(file))))
+        run_config.check_config(run, config.Experiment(MODEL))
+    run_config.check_config(run, config.Experiment(MODEL, data=config.Data(tokenizer=str(file))))
     moved = file.rename(tmp_path / "moved.json")
-    manager.check_config(run, config.Experiment(MODEL, data=config.Data(tokenizer=str(moved))))
+    run_config.check_config(run, config.Experiment(MODEL, data=config.Data(tokenizer=str(moved))))
     change_config(hf_with_tokenizer, **convert.BYTE_IDS)
     byte_run = convert.from_hf(hf_with_tokenizer, tmp_path / "byte_run", progress=False)
     with pytest.raises(ConfigError, match="data.tokenizer='numbers:9' is not the bytes that the run has"):
-        manager.check_config(byte_run, config.Experiment(MODEL, data=config.Data(tokenizer="numbers:9")))
+        run_config.check_config(byte_run, config.Experiment(MODEL, data=config.Data(tokenizer="numbers:9")))
 
 
 @pytest.mark.case(4)
@@ -114,7 +114,7 @@ def test_side_files_survive_both_ways(hf_with_tokenizer, tmp_path, capsys):
     assert f"mmx: {hf_with_tokenizer}: not copied are metrics.jsonl: " in capsys.readouterr().err
     # training in the workdir adds files of its own
     (run / "eval.json").write_text("{}")
-    manager.check_config(run, config.Experiment(MODEL, data=config.Data(tokenizer=str(run / "tokenizer.json"))))
+    run_config.check_config(run, config.Experiment(MODEL, data=config.Data(tokenizer=str(run / "tokenizer.json"))))
     convert.to_hf(run, tmp_path / "back", progress=False)
     for name, content in FILES.items():
         if name != "generation_config.json":

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 import mmx.torch
 from mmx import config
-from mmx.checkpoints import convert, hf_layout, manager, safetensors
+from mmx.checkpoints import convert, hf_layout, manager, run_config, safetensors
 from mmx.config import ConfigError
 from mmx.data import images
 from mmx.inference.forward import forward
@@ -104,7 +104,7 @@ def random_params(model, seed=0):
 def export(request, tmp_path_factory):
     """An mmx model with random parameters: (config, workdir, directory of its export, tokens)."""
     model, folder = dataclasses.replace(EXPORT, **EXPORTS[request.param]), tmp_path_factory.mktemp(request.param)
-    manager.check_config(folder / "run", config.Experiment(model=model))
+    run_config.check_config(folder / "run", config.Experiment(model=model))
     checkpoints = manager.Checkpoints(folder / "run", every=1, keep=1)
     checkpoints.save(0, random_params(model), {"step": jnp.zeros(())}, {})
     checkpoints.close()

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx import config
-from mmx.checkpoints import hf_config, hf_layout, manager, safetensors, side_files, tokenizer_files
+from mmx.checkpoints import hf_config, hf_layout, manager, run_config, safetensors, side_files, tokenizer_files
 from mmx.checkpoints.casts import DTYPES, cast, find_dtype
 from mmx.checkpoints.shapes import check_shapes
 from mmx.checkpoints.tokenizer_files import BYTE_IDS
@@ -86,7 +86,7 @@ class WorkdirSource:
     """The parameters of a saved step of a workdir."""
 
     def __init__(self, workdir: Path, step: Path):
-        text = manager.read_config(workdir)
+        text = run_config.read_config(workdir)
         experiment = config.build(text)
         self.model, self.arguments = experiment.model, text["model"]
         manager.verify_item(step, "params")
@@ -144,7 +144,7 @@ def open_source(path: str | Path) -> ReleasedSource | WorkdirSource:
 def find_model(path: str | Path) -> config.Model:
     """The config of a checkpoint's model. Does not read a workdir's tensors."""
     found = manager.find_step(path)
-    return config.build(manager.read_config(found[0])).model if found else open_source(path).model
+    return config.build(run_config.read_config(found[0])).model if found else open_source(path).model
 
 
 def from_hf(path: str | Path, out: str | Path, dtype: str | None = None, progress: bool = True) -> Path:

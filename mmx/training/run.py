@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 from mmx import mesh as meshes
 from mmx.checkpoints import convert, side_files
 from mmx.checkpoints import initial as initials
-from mmx.checkpoints.manager import Checkpoints, agree_on_problem, check_config, find_step, read_config
+from mmx.checkpoints.manager import Checkpoints, agree_on_problem, find_step
+from mmx.checkpoints.run_config import check_config, read_config
 from mmx.config import ConfigError, Experiment, to_json
 from mmx.data import images, paths, pipeline, tokens
 from mmx.files import lock

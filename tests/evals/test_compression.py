@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from mmx import config
-from mmx.checkpoints import convert, manager
+from mmx.checkpoints import convert, manager, run_config
 from mmx.config import ConfigError
 from mmx.data import pipeline, tokens
 from mmx.evals import compression
@@ -93,7 +93,7 @@ def run(params, tmp_path_factory):
         (folder / "text").mkdir(exist_ok=True)
         (folder / "text" / f"{name}.txt").write_bytes(TEXT * 9)
     workdir = folder / "run"
-    manager.check_config(workdir, config.Experiment(
+    run_config.check_config(workdir, config.Experiment(
         MODEL.config, config.Train(length=32), config.Data((str(folder / "text"),))))
     checkpoints = manager.Checkpoints(workdir, every=1, keep=2)
     for step in (1, 2):

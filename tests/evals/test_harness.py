@@ -16,7 +16,7 @@ from lm_eval._cli import utils as cli_utils
 
 import mmx
 from mmx import config
-from mmx.checkpoints import convert, manager
+from mmx.checkpoints import convert, manager, run_config
 from mmx.config import ConfigError
 from mmx.evals import harness
 from mmx.inference.sampling import Sampling
@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     """A workdir with untrained parameters."""
     workdir = tmp_path_factory.mktemp("harness") / "run"
     params = jax.jit(MODEL.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    manager.check_config(workdir, config.Experiment(MODEL.config))
+    run_config.check_config(workdir, config.Experiment(MODEL.config))
     checkpoints = manager.Checkpoints(workdir, every=1, keep=1)
     checkpoints.save(1, params, {"count": np.zeros(1)}, {})
     checkpoints.close()

@@ -251,13 +251,13 @@ def workdir_files():
 
 def read_workdir(folder: Path):
     """Reads the config and metrics of a run, the rows of a sweep and the examples of a suite."""
-    from mmx.checkpoints import manager
+    from mmx.checkpoints import run_config
     from mmx.evals import runner
     from mmx.launch import sweep
     from mmx.training import metrics
 
     errors = []
-    for read in (lambda: config.build(manager.read_config(folder)), lambda: metrics.read(folder),
+    for read in (lambda: config.build(run_config.read_config(folder)), lambda: metrics.read(folder),
                  lambda: metrics.latest(folder), lambda: sweep.collect(folder),
                  lambda: runner._resume(folder / "needle.jsonl", {"suite": "needle", "seed": 0})):
         try:
