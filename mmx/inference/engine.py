@@ -33,12 +33,17 @@ DECODE_STEPS = 64       # most decode steps on the device before the host looks 
 ROWS = 32               # slots of a batch, by default
 
 
+@jax.tree_util.register_static
+class Tail(tuple):
+    """The last token ids of a prefix. It is no array of the prefix: `jax.tree` takes it as static."""
+
+
 class Prefix(NamedTuple):
     """A prefilled prompt that other prompts can continue (`mmx.inference.prefix` saves it to a file)."""
     cache: dict             # the cache of one row, without the last token
     last: int               # the last token, which is not in the cache yet
     length: int             # number of tokens, including the last
-    tail: tuple = ()        # its last tokens, so that text can continue it; files of earlier versions have none
+    tail: Tail = Tail()     # its last tokens, so that text can continue it; files of earlier versions have none
 
 
 class Slots(NamedTuple):
@@ -131,8 +136,8 @@ def make_prefix(loaded, prompt, *, images=(), prefix: Prefix | None = None, kv_d
     batch = Batch(loaded, 1, prefix, kv_dtype, progress)
     batch.start(0, sequence)
     length = len(sequence.prompt_T) + (prefix.length if prefix else 0)
-    tail = (*(prefix.tail if prefix else ()), *sequence.prompt_T.tolist())[-tokenizers.TAIL:]
-    return Prefix(caches.resize(batch.cache, length - 1), int(batch.token_B[0]), length, tail)
+    tail = [*(prefix.tail if prefix else ()), *sequence.prompt_T.tolist()][-tokenizers.TAIL:]
+    return Prefix(caches.resize(batch.cache, length - 1), int(batch.token_B[0]), length, Tail(tail))
 
 
 def sample(model: Model, params, tokenizer, prompt: str, steps: int = 200) -> str:

@@ -21,7 +21,7 @@ from mmx.checkpoints.tokenizer_files import fingerprint
 from mmx.config import IMPLEMENTATION_KEYS, ConfigError
 from mmx.data.tokens import TAIL
 from mmx.files import atomic, json_text, untrusted
-from mmx.inference.engine import Prefix
+from mmx.inference.engine import Prefix, Tail
 from mmx.model import empty_cache
 from mmx.parallel.cache import kv_dtype
 
@@ -71,7 +71,7 @@ def load(path: str | Path, loaded) -> Prefix:
         stored = np.dtype(np.uint16 if x.dtype == jnp.bfloat16 else x.dtype)
         with _damage_reported(path, f": {name} should be {x.dtype} of shape {x.shape}"), zipfile.ZipFile(path) as file:
             leaves.append(jnp.asarray(_read_array(file, name, x.size * stored.itemsize, x.shape, stored).view(x.dtype)))
-    return Prefix(jax.tree.unflatten(jax.tree.structure(expected), leaves), last, length, tuple(tail))
+    return Prefix(jax.tree.unflatten(jax.tree.structure(expected), leaves), last, length, Tail(tail))
 
 
 @contextlib.contextmanager
