@@ -41,6 +41,7 @@ CHANGEABLE_KEYS = {
 }
 # the same for the first run of a converted checkpoint
 CONVERTED_CHANGEABLE_KEYS = {"model": CHANGEABLE_KEYS["model"] | {"aux", "aux_weight", "context"}}
+HUGGING_FACE_KEYS = {"model_type", "architectures", "vocab_size"}       # a config.json of Hugging Face has one of them
 
 
 class Checkpoints:
@@ -292,9 +293,10 @@ def is_hugging_face(path: Path) -> bool:
     """Whether a directory has the config.json of a Hugging Face checkpoint. A run's config.json has the section "model"."""
     file = path / "config.json"
     try:
-        return file.exists() and not isinstance(untrusted.read_json(file).get("model"), dict)
+        table = untrusted.read_json(file) if file.exists() else {}
     except ConfigError:     # unreadable: the reader of the file reports it
         return False
+    return "model" not in table and not HUGGING_FACE_KEYS.isdisjoint(table)
 
 
 def verify_item(step: Path, item: str) -> None:
