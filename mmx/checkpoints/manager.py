@@ -30,6 +30,7 @@ from mmx.files import atomic, checksums, output, untrusted
 KEY = re.compile(r"[\w-]{1,100}", re.ASCII)     # one part of a path in a parameter tree; it becomes the name of a folder
 TIMEOUT = 30 * 24 * 3600    # seconds for a save. It is long because the clock may jump; dead processes are detected elsewhere
 CHUNK_BYTES = 64 << 20      # of an array on disk; reading a slice decodes whole chunks
+HUGGING_FACE_KEYS = {"model_type", "architectures", "vocab_size"}       # a config.json of Hugging Face has one of them
 
 
 class Checkpoints:
@@ -233,9 +234,10 @@ def is_hugging_face(path: Path) -> bool:
     """Whether a directory has the config.json of a Hugging Face checkpoint. A run's config.json has the section "model"."""
     file = path / "config.json"
     try:
-        return file.exists() and not isinstance(untrusted.read_json(file).get("model"), dict)
+        table = untrusted.read_json(file) if file.exists() else {}
     except ConfigError:     # unreadable: the reader of the file reports it
         return False
+    return "model" not in table and not HUGGING_FACE_KEYS.isdisjoint(table)
 
 
 def verify_item(step: Path, item: str) -> None:

@@ -20,7 +20,7 @@ def read(path: Path) -> dict:
     table = untrusted.read_json(untrusted.check_link(path))
     if isinstance(table.get("model"), dict):
         return table
-    if not {"model_type", "architectures"} & table.keys():
+    if manager.HUGGING_FACE_KEYS.isdisjoint(table):
         raise ConfigError(f"{path} is neither the config of a run, which has a section \"model\", nor that of a Hugging Face "
                           "checkpoint, which has a \"model_type\"")
     return {"model": hf_config.read_model(table, path)}
