@@ -22,5 +22,7 @@ def test_characters_with_a_meaning_in_a_path(tmp_path):
         executors._alias(str(out), "slurm")
     with io.StringIO() as text:
         console = output.console(file=text, width=200)
-        console.print(Table("a", title=str(out)))
+        table = Table()
+        table.add_row(str(out))
+        console.print(table)
         assert str(out) in text.getvalue()

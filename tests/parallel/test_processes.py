@@ -254,8 +254,8 @@ def test_variables_of_a_launcher_can_be_overruled(monkeypatch):
 @pytest.mark.case(22)
 def test_the_message_about_absent_processes_says_how_to_train_in_one():
     log = "E0000 00:00:00.0 1 coordination_service_agent.cc:1] RegisterTask timed out"
-    code = (f"import os, sys\nfrom mmx.launch import processes\n"
-            f"def run():\n  os.write(2, b'{log}\\n')\n  os.kill(os.getpid(), 6)\n"
+    code = (f"import os, sys\nfrom mmx.launch import processes\ndef run():\n  os.write(2, b'{log}\\n')\n"
+            "  os.kill(os.getpid(), 6)\n"
             "sys.exit(processes.supervise(processes.find_world(None, None, None, 7), run))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | SLURM | {"PYTHONPATH": str(ROOT)})
