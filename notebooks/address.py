@@ -19,7 +19,7 @@ def write(root: Path = ROOT) -> list[Path]:
     url = settings["metadata"]["url"]
     new = re.fullmatch(r"https://github\.com/([\w.-]+/[\w.-]+)", url)
     if not new:
-        raise SystemExit(f"setup.cfg: url = {url} must be https://github.com/OWNER/NAME, because Colab opens notebooks from GitHub")
+        raise SystemExit(f"setup.cfg: url = {url} must be https://github.com/OWNER/NAME: Colab opens notebooks from GitHub")
     notebooks, changed = sorted((root / "notebooks").glob("*.ipynb")), []
     old = re.search(r"colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/", notebooks[0].read_text())[1]
     for path in [*notebooks, root / "README.md"]:

@@ -125,6 +125,7 @@ def test_setup_cfg_declares_every_import():
     packages = [re.match(r"[\w-]+", line)[0] for line in lines if line]
     declared = {modules.get(name, name.lower().replace("-", "_")) for name in packages} | {"mmx"} | sys.stdlib_module_names
     for path in FILES:
-        extra = {"torch": {"torch", "transformers"}, "kernels": {"jax_triton", "triton", "tokamax"}, "compilers": {"jax_triton"},
+        extra = {"torch": {"torch", "transformers"}, "kernels": {"jax_triton", "triton", "tokamax"},
+                     "compilers": {"jax_triton"},
                  "evals": {"datasets", "lm_eval", "sacrebleu"}}
         assert {name.partition(".")[0].lower() for name in imported(path)} - extra.get(package(path), set()) <= declared, path

@@ -27,8 +27,9 @@ EXPERIMENTS = {path.stem for path in (ROOT / "experiments").glob("*.py")}
 
 
 def test_extras_of_accelerators_install_jax_for_them():
-    for name, packages in {"cuda12": ["jax[cuda12]", "jax-triton", "tokamax"], "cuda13": ["jax[cuda13]", "jax-triton", "tokamax"],
-                           "tpu": ["jax[tpu]"], "gpu": ["mmx[cuda12]"]}.items():
+    expected = {"cuda12": ["jax[cuda12]", "jax-triton", "tokamax"], "cuda13": ["jax[cuda13]", "jax-triton", "tokamax"],
+                "tpu": ["jax[tpu]"], "gpu": ["mmx[cuda12]"]}
+    for name, packages in expected.items():
         assert [re.split(r"[ ;]", line)[0] for line in EXTRAS[name].strip().splitlines()] == packages
     bounds = set(re.findall(r"^jax(?:-cuda12-\w+|\[\w+\])? (.*)$", "\n".join(
         line.strip() for line in (SETTINGS["options"]["install_requires"] + "\n" + "\n".join(EXTRAS.values())).splitlines()),
@@ -45,7 +46,8 @@ def test_pinned_versions(python, versions):
 
 
 @pytest.mark.parametrize("python, constraints, torch", [
-    ("3.11", "--constraint constraints-3.11.txt", True), ("3.12", "--constraint constraints-3.12.txt", False), ("3.13", "", False)])
+    ("3.11", "--constraint constraints-3.11.txt", True), ("3.12", "--constraint constraints-3.12.txt", False),
+    ("3.13", "", False)])
 def test_make_follows_the_version_of_python(python, constraints, torch, tmp_path):
     """`make` picks the constraints by PYTHON, and deletes a .venv that was built with another version."""
     chosen = tmp_path / "chosen"
@@ -57,7 +59,8 @@ def test_make_follows_the_version_of_python(python, constraints, torch, tmp_path
     stale.write_text("#!/bin/sh\nexit 1\n")
     for path in (chosen, stale):
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    plan = subprocess.run(["make", "-n", "test", f"PYTHON={chosen}"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    plan = subprocess.run(["make", "-n", "test", f"PYTHON={chosen}"], cwd=tmp_path, capture_output=True, text=True,
+                          check=True).stdout
     installs = [line for line in plan.splitlines() if " pip " in line]
     assert all(line.split("--quiet ")[1].startswith(constraints + " --editable") for line in installs) and len(installs) == 2
     assert (",torch]" in installs[1]) == torch
@@ -102,6 +105,7 @@ GVNIC, V5E = ("0x1ae0", "0x0042"), ("0x1ae0", "0x0063")        # Google's networ
 CPU = Runtime(None, GVNIC, [("cpu", "cpu")])
 GPU = Runtime("12.4", GVNIC, [("gpu", "Tesla T4")])
 TPU = Runtime(None, V5E, [("tpu", "TPU v5 lite")] * 8)
+CHANGE = "for a GPU or a TPU, choose Runtime > Change runtime type and run this cell again"
 RESTART = "choose Runtime > Restart session and run this cell again, or else Runtime > Disconnect and delete runtime"
 
 
@@ -139,8 +143,7 @@ def install(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("faked, extras, package, line", [
-    (CPU, [], "", "JAX uses 1 x cpu; for a GPU or a TPU, choose Runtime > Change runtime type and run this cell again"),
-    (CPU, ["torch"], "[torch]", "JAX uses 1 x cpu; for a GPU or a TPU, choose Runtime > Change runtime type and run this cell again"),
+    (CPU, [], "", f"JAX uses 1 x cpu; {CHANGE}"), (CPU, ["torch"], "[torch]", f"JAX uses 1 x cpu; {CHANGE}"),
     (GPU, ["torch"], "[cuda12,torch]", "JAX uses 1 x Tesla T4"),
     (GPU._replace(cuda="13.0"), [], "[cuda13]", "JAX uses 1 x Tesla T4"),
     (GPU._replace(cuda="11.8", devices=CPU.devices), [], "",

@@ -40,8 +40,8 @@ class Kernel(NamedTuple):
 
 def missing() -> str:
     """The reason why `resources` cannot run on this machine; empty if it can."""
-    plugins = [importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(f"jax_plugins.xla_cuda{n}") for n in (12, 13)]
-    if not any(plugins):
+    find = importlib.util.find_spec
+    if not (find("jax_plugins") and (find("jax_plugins.xla_cuda12") or find("jax_plugins.xla_cuda13"))):
         return "the CUDA plugin is not installed: pip install jax-cuda12-plugin jax-cuda12-pjrt"
     return "" if _ptxas() else "ptxas is not installed: pip install nvidia-cuda-nvcc"
 

@@ -41,7 +41,8 @@ def read_sections(sections: dict, overrides: list[str]) -> config.Experiment:
 def grid(file: str, overrides: list[str]):
     """Returns what sweep() of an experiment file returns, and a function that makes the experiment of a cell's keys.
 
-    `file` is a path or the name of an installed experiment. A key with a dot is a config key; a key without one is an argument of get_config.
+    `file` is a path or the name of an installed experiment. A key with a dot is a config key; a key without one is an
+    argument of get_config.
     """
     file = find(file)
     names = _run_file(file)

@@ -1,7 +1,7 @@
 """The accelerator of this machine and the extra of mmx that supports it: cuda12, cuda13, tpu or none. Standard library only.
 
     python mmx/launch/runtime.py                    # prints the extra; an empty line means that only the CPU can be used
-    %run mmx/launch/runtime.py install torch        # in a notebook: installs mmx[EXTRA,torch] from this clone, checks jax.devices()
+    %run mmx/launch/runtime.py install torch        # in a notebook: installs this clone's mmx[EXTRA,torch], checks jax
 
 The first cell of each notebook runs the second command, so this file works before mmx is installed.
 """
@@ -21,8 +21,8 @@ RESTART = "choose Runtime > Restart session and run this cell again, or else Run
 def extra() -> tuple[str, str]:
     """Returns the extra that this machine needs ("" for the CPU) and a description of the accelerator.
 
-    NVIDIA drivers report the newest CUDA that they support; JAX has packages for CUDA 12 and 13. TPUs are found on the PCI bus, as
-    JAX finds them, or by the variables that Colab and Cloud TPU set.
+    NVIDIA drivers report the newest CUDA that they support; JAX has packages for CUDA 12 and 13. TPUs are found on the PCI bus,
+    as JAX finds them, or by the variables that Colab and Cloud TPU set.
     """
     if cuda := _cuda():
         major = int(cuda.partition(".")[0])

@@ -1,4 +1,4 @@
-"""Checks mmx on the accelerator of this machine and prints one table: `make device`. JAX_PLATFORMS=cpu checks the script itself.
+"""Checks mmx on the accelerator of this machine and prints one table: `make device`. JAX_PLATFORMS=cpu checks this script.
 
 Trains 50 steps, stops a run with SIGTERM and resumes it, generates text, and compares losses and text with those of the CPU.
 Then times the kernels, and runs the tests that are marked `gpu` or `tpu` for as long as the time lasts. Each step is a process
@@ -33,7 +33,7 @@ DEVICE = "import jax; d = jax.devices(); print(d[0].platform, len(d), d[0].devic
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}     # values of JAX_PLATFORMS
 
 
-class Failed(Exception):
+class StepError(Exception):
     """A step gave a wrong result, which the message explains."""
 
 
@@ -54,7 +54,8 @@ class Device:
     def environment(self, platform: str | None) -> dict[str, str]:
         """The variables of a process on this platform; None: as JAX chooses. Products of float32 have full precision."""
         chosen = {"JAX_PLATFORMS": PLATFORMS[platform]} if platform else {}
-        return os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest", "JAX_COMPILATION_CACHE_DIR": str(self.folder / "programs"),
+        return os.environ | {"JAX_DEFAULT_MATMUL_PRECISION": "highest",
+                             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "programs"),
                              "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"} | chosen
 
     def start(self, command: list[str], platform: str | None = None) -> subprocess.Popen:
@@ -62,16 +63,16 @@ class Device:
                                 stderr=subprocess.PIPE, text=True)
 
     def finish(self, process: subprocess.Popen) -> str:
-        """Waits for a process and returns its stdout. Raises Failed on an error or at the deadline."""
+        """Waits for a process and returns its stdout. Raises StepError on an error or at the deadline."""
         try:
             out, err = process.communicate(timeout=max(1, self.deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             out, err = process.communicate()
-            raise Failed(f"not finished in time\n{out}") from None
+            raise StepError(f"not finished in time\n{out}") from None
         if process.returncode:
             last = (err.strip() or out.strip() or "no message").splitlines()[-1]
-            raise Failed(f"exit code {process.returncode}: {last}\n{out}")
+            raise StepError(f"exit code {process.returncode}: {last}\n{out}")
         return out
 
     def run(self, command: list[str], platform: str | None = None) -> str:
@@ -91,7 +92,7 @@ class Device:
 def check_device(device: Device) -> str:
     platform, count, kind = device.run([sys.executable, "-c", DEVICE]).strip().splitlines()[-1].split("|")
     if platform == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
-        raise Failed("JAX finds no GPU or TPU: install mmx with the extra cuda12, cuda13 or tpu, or set JAX_PLATFORMS=cpu")
+        raise StepError("JAX finds no GPU or TPU: install mmx with the extra cuda12, cuda13 or tpu, or set JAX_PLATFORMS=cpu")
     device.platform = platform
     return f"{count} x {kind}"
 
@@ -117,7 +118,7 @@ def check_resume(device: Device) -> str:
         if stopped:
             break
     else:
-        raise Failed(f"a run of {steps} steps ended before SIGTERM")
+        raise StepError(f"a run of {steps} steps ended before SIGTERM")
     at = int(stopped[1].replace(",", ""))
     whole = "whole" if steps == STEPS else f"whole-{steps}"
     if steps != STEPS:
@@ -126,7 +127,7 @@ def check_resume(device: Device) -> str:
     own, want = device.losses(name), device.losses(whole)
     difference = max_difference(own, want)
     if len(own) != len(want) or not difference <= ALL_STEPS:
-        raise Failed(f"stopped at step {at}: {len(own)} steps of {len(want)}, losses differ by up to {difference:.1e}")
+        raise StepError(f"stopped at step {at}: {len(own)} steps of {len(want)}, losses differ by up to {difference:.1e}")
     return f"stopped at step {at} of {steps}, resumed: " + (
         "the same bits" if own == want else f"losses differ by up to {difference:.1e}; some kernels of this device are not "
         "deterministic")
@@ -138,7 +139,7 @@ def check_losses(device: Device, on_cpu: subprocess.Popen) -> str:
     first, difference = max_difference(own[:1], want[:1]), max_difference(own, want)
     result = f"relative difference of the loss: {first:.1e} at step 1, {difference:.1e} in {len(want)} steps"
     if len(own) != len(want) or not (first <= FIRST_STEP and difference <= ALL_STEPS):
-        raise Failed(f"{result}; limits {FIRST_STEP:.0e} and {ALL_STEPS:.0e}")
+        raise StepError(f"{result}; limits {FIRST_STEP:.0e} and {ALL_STEPS:.0e}")
     return result
 
 
@@ -149,13 +150,14 @@ def check_generation(device: Device) -> str:
     same = next((n for n, (a, b) in enumerate(zip(own, want)) if a != b), min(len(own), len(want)))
     result = f"{len(own)} tokens, the first {same} are those of the CPU"
     if same < min(SAME_TOKENS, len(want)) or not own:
-        raise Failed(result)
+        raise StepError(result)
     return result
 
 
 def check_kernels(device: Device) -> str:
     lengths = "256,512" if device.platform == "cpu" else "1024,8192"
-    rows = json.loads(device.run([*MMX, "bench", "kernels", "--live", "--lengths", lengths, "--out", str(device.folder), "--json"]))
+    command = [*MMX, "bench", "kernels", "--live", "--lengths", lengths, "--out", str(device.folder), "--json"]
+    rows = json.loads(device.run(command))
     longest = max(row["length"] for row in rows)
     return f"ms at {longest:,} tokens: " + ", ".join(
         f"{row['case']} {row['impl']} {row['ms']:.3g}" for row in rows if row["length"] in (longest, 1))
@@ -165,10 +167,11 @@ def check_tests(device: Device) -> str:
     """Runs the tests that are marked for the device. At the deadline, reports how many had passed."""
     marker = "gpu or tpu" if device.platform == "cpu" else device.platform
     try:
-        out = device.run([sys.executable, "-m", "pytest", "-v", "-p", "no:xdist", "-o", "addopts=", "-m", marker, "tests/kernels"])
-    except Failed as error:
+        out = device.run([sys.executable, "-m", "pytest", "-v", "-p", "no:xdist", "-o", "addopts=", "-m", marker,
+                          "tests/kernels"])
+    except StepError as error:
         passed, failed = (re.findall(rf"^(\S+) {word}", str(error), re.MULTILINE) for word in ("PASSED", "FAILED"))
-        raise Failed(f"{len(passed)} passed, {len(failed)} failed {failed[:3]}; {str(error).splitlines()[0]}") from None
+        raise StepError(f"{len(passed)} passed, {len(failed)} failed {failed[:3]}; {str(error).splitlines()[0]}") from None
     return out.strip().splitlines()[-1].strip("= ")
 
 
@@ -181,7 +184,7 @@ def run_step(name: str, check: Callable[[], str]) -> Row:
     begin = time.monotonic()
     try:
         passed, result = True, check()
-    except Failed as error:
+    except StepError as error:
         passed, result = False, str(error).splitlines()[0]
     return Row(name, passed, time.monotonic() - begin, result)
 

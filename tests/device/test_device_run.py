@@ -59,7 +59,8 @@ def test_losses(own, passed, text, tmp_path):
 
 @pytest.mark.parametrize("own, passed, text", [
     (range(64), True, "64 tokens, the first 64 are those of the CPU"),
-    ([*range(9), *[0] * 55], True, "64 tokens, the first 9"), ([0, 0, *range(62)], False, "64 tokens, the first 1"), ([], False, "0")])
+    ([*range(9), *[0] * 55], True, "64 tokens, the first 9"), ([0, 0, *range(62)], False, "64 tokens, the first 1"),
+    ([], False, "0")])
 def test_generation(own, passed, text, tmp_path):
     device = Recorded(tmp_path, gpu=json.dumps({"ids": list(own)}), cpu=json.dumps({"ids": list(range(64))}))
     found = result(lambda: script.check_generation(device))
@@ -71,8 +72,9 @@ def test_a_step_ends_at_the_deadline_and_reports_its_exit_code(tmp_path):
     assert result(lambda: device.run(["sleep", "60"])) == (False, "not finished in time")
 
     def run(command):
-        raise script.Failed("not finished in time\na::b PASSED [ 1%]\nc::d FAILED [ 2%]")
+        raise script.StepError("not finished in time\na::b PASSED [ 1%]\nc::d FAILED [ 2%]")
     device.run = run
     assert result(lambda: script.check_tests(device)) == (False, "1 passed, 1 failed ['c::d']; not finished in time")
     device = script.Device(tmp_path, time.monotonic() + 60)
-    assert result(lambda: device.run([sys.executable, "-c", "import sys; sys.exit('mmx: wrong')"])) == (False, "exit code 1: mmx: wrong")
+    wrong = [sys.executable, "-c", "import sys; sys.exit('mmx: wrong')"]
+    assert result(lambda: device.run(wrong)) == (False, "exit code 1: mmx: wrong")

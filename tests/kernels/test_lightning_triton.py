@@ -31,7 +31,7 @@ def test_jax_0_12_is_refused(monkeypatch):
     monkeypatch.delitem(sys.modules, "mmx.kernels.lightning.triton", raising=False)
     monkeypatch.setattr(platform, "name", lambda: "gpu")
     q = jnp.ones((1, 2, 8, 16), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match=r"^impl='triton': jax-triton 0\.4\.1 fails with JAX .* use impl='gpu', JAX 0\.11"):
+    with pytest.raises(NotImplementedError, match=r"^impl='triton': jax-triton 0\.4\.1 fails with JAX .* use impl='gpu'"):
         lightning_attention(q, q, q, -jnp.ones(2), impl="triton")
 
 

@@ -1,12 +1,12 @@
 """Softmax attention on NVIDIA GPUs: flash attention (Pallas-Triton) of tokamax or of JAX, forward and backward.
 
-This is a thin wrapper. JAX's own kernel is deprecated since JAX 0.11.1, in favour of tokamax (Python 3.12 and newer). From that
-version on, tokamax is used if it is installed, with three exceptions that only JAX's kernel supports: the log-sum-exp, described
-GPUs, and documents in rows of more than `MASK_TOKENS` tokens. tokamax's public function takes documents as a mask of T x T bytes
-for each row; JAX's kernel takes segments. Both skip blocks above the diagonal.
+This is a thin wrapper. JAX's own kernel is deprecated since JAX 0.11.1, in favour of tokamax (Python 3.12 and newer). From
+that version on, tokamax is used if it is installed, with three exceptions that only JAX's kernel supports: the log-sum-exp,
+described GPUs, and documents in rows of more than `MASK_TOKENS` tokens. tokamax's public function takes documents as a mask of
+T x T bytes for each row; JAX's kernel takes segments. Both skip blocks above the diagonal.
 
-JAX's kernel does not support grouped heads: the wrapper maps it over the R query heads of each KV head, so keys and values are not
-repeated in memory. cuDNN supports segments only as a T x T mask too.
+JAX's kernel does not support grouped heads: the wrapper maps it over the R query heads of each KV head, so keys and values are
+not repeated in memory. cuDNN supports segments only as a T x T mask too.
 """
 import functools
 import importlib
@@ -22,10 +22,10 @@ from mmx.kernels import platform
 DEPRECATED = jax.version.__version_info__ >= (0, 11, 1)
 MASK_TOKENS = 16_384    # a mask of 256 MiB for each row
 QUERY_BLOCK = 128       # queries of a block in the forward pass
-# Keys of a block, and queries and keys of a block in the backward pass, for JAX's kernel. A100's sizes were chosen on 2026-11-23
-# among a few that compile without a spill; they were never timed. H100's backward pass spills, but of eight sizes timed on
-# 2026-11-27 it is among the fastest: 8,192 tokens with 64 heads of 128 take 12.6 ms with gradients, compared with 25.1 ms for
-# A100's sizes.
+# For JAX's kernel: keys of a block, and queries and keys of a block in the backward pass. A100's sizes were chosen on
+# 2026-11-23 among a few that compile without a spill; they were never timed. H100's backward pass spills, but of eight sizes
+# timed on 2026-11-27 it is among the fastest: 8,192 tokens with 64 heads of 128 take 12.6 ms with gradients, compared with
+# 25.1 ms for A100's sizes.
 BLOCKS = {"h100": (128, 64), "a100": (64, 32)}
 
 

@@ -21,8 +21,8 @@ try:
 except ImportError as error:
     raise ImportError(f"lightning attention in Triton needs jax-triton ({error}): pip install jax-triton") from None
 if jax.version.__version_info__ >= (0, 12) and jax_triton.__version_info__ <= (0, 4, 1):
-    raise ImportError(f"jax-triton {jax_triton.__version__} fails with JAX {jax.__version__}: its rule for unused results takes two "
-                      "arguments, and JAX 0.12 passes three; use impl='gpu', JAX 0.11, or a newer jax-triton")
+    raise ImportError(f"jax-triton {jax_triton.__version__} fails with JAX {jax.__version__}: its rule for unused results "
+                      "takes two arguments, and JAX 0.12 passes three; use impl='gpu', JAX 0.11, or a newer jax-triton")
 
 # The same table as `gpu.TILES`, for Triton 3.9. The tiles were chosen on 2026-11-23 among a few that compile without a spill
 # with segments and a T that is not a multiple of the chunk; they were not timed then. On H100, all tiles that were tried for
