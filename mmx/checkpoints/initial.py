@@ -55,15 +55,14 @@ def _check_tokenizer(source: Source, path, tokenizer: str) -> None:
                               "give --config.data.tokenizer=FILE")
         notes.note(f"{where} has no tokenizer.json: mmx cannot check that it was trained with data.tokenizer={tokenizer!r}")
     elif (fingerprint(source.tokenizer) != fingerprint(tokenizer)
-            or _special_tokens(source.tokenizer) != _special_tokens(tokenizer)):
+            or _special_ids(source.tokenizer) != _special_ids(tokenizer)):
         raise ConfigError(f"{where} was trained with another tokenizer than data.tokenizer={tokenizer!r}: give "
                           f"--config.data.tokenizer={source.tokenizer}")
 
 
-def _special_tokens(tokenizer: str) -> tuple[int, ...]:
-    """bos, eos and pad, which files beside a tokenizer.json may decide."""
-    found = tokens.tokenizer(tokenizer)
-    return found.bos, found.eos, found.pad
+def _special_ids(tokenizer: str) -> dict:
+    """The ids of bos, eos and pad, which files beside a tokenizer.json may decide."""
+    return tokens.special_ids(tokens.tokenizer(tokenizer))
 
 
 def differing_settings(saved: config.Model, new: config.Model) -> list[str]:
