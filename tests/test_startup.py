@@ -1,6 +1,7 @@
 """What a program sets up before it imports JAX, each in a process of its own where it changes the process."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,8 +58,8 @@ def test_paths_in_an_ascii_locale(tmp_path):
     done = subprocess.run(command, capture_output=True, env=os.environ | ascii_locale)
     assert done.returncode == 0 and done.stderr == b"", done.stderr.decode()
     assert "caf\u00e9" in done.stdout.decode()
-    done = subprocess.run([*command, b"\xff"], capture_output=True, env=os.environ | ascii_locale)
-    assert done.returncode == 2 and done.stderr == b"mmx: the argument '\\udcff' is not UTF-8: give text, or rename the file\n"
+    done = subprocess.run([*command[:-1], b"\xff.py"], capture_output=True, env=os.environ | ascii_locale)
+    assert done.returncode == 2 and re.fullmatch(rb"mmx: no experiment file \S*\\udcff\.py.*\n", done.stderr), done.stderr
 
 
 @pytest.mark.case(28)

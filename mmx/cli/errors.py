@@ -31,6 +31,8 @@ def run(command, args) -> int:
         if isinstance(error, TimeoutError) and not error.errno:     # raised by Orbax while it waits for another process
             raise
         return report(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except UnicodeEncodeError as error:     # of bytes in an argument, or a file's name, that Python could not decode
+        return report(f"{error.object!a:.200} is not UTF-8: give text, or rename the file")
     except MemoryError as error:
         return report(f"out of memory: {error}" if str(error) else "out of memory")
     except KeyboardInterrupt:

@@ -48,9 +48,6 @@ examples:
 
 def run(argv: list[str]) -> int:
     """Runs the command of the arguments `argv` and returns its exit code. Exits with code 2 if the arguments are wrong."""
-    for argument in argv:
-        if any(0xD800 <= ord(c) < 0xE000 for c in argument):        # how Python represents bytes that it cannot decode
-            return errors.report(f"the argument {argument!a:.200} is not UTF-8: give text, or rename the file")
     parser = build_parser()
     if not argv:
         parser.print_help()
