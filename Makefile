@@ -2,6 +2,7 @@
 # make demo         trains a small model for five minutes, evaluates it, generates text and exports it
 # make check        runs ruff and the fast tests, in under 3 minutes on two cores
 # make test         runs ruff and the whole suite, as continuous integration does
+# make cases        runs the tests of docs/cases.md and prints the result of each case
 # make notebooks    runs the notebooks and stores their outputs
 # make address      writes the address of the repository, url in setup.cfg, into the notebooks and README.md
 # make findings     draws the figures of the experiments and writes docs/findings.md
@@ -30,7 +31,7 @@ MMX := JAX_PLATFORMS=$(or $(JAX_PLATFORMS),cpu) $(BIN)/mmx
 CHECK := $(patsubst %,tests/%.py,test_style test_imports test_config test_counts test_frozen test_guards test_metrics test_lock \
   test_checksums test_optim test_security kernels/test_rope data/test_corpus data/test_packing data/test_sources data/test_tokens)
 
-.PHONY: setup demo check test notebooks address findings docs faults fuzz device clean
+.PHONY: setup demo check test cases notebooks address findings docs faults fuzz device clean
 
 setup: $(READY)
 
@@ -65,6 +66,9 @@ check: $(READY)-to-test
 test: $(READY)-to-test
 	$(BIN)/ruff check .
 	$(PYTEST)
+
+cases: $(READY)-to-test
+	$(PYTEST) -m case
 
 notebooks: $(READY)-to-test
 	rm -rf notebooks/run*/

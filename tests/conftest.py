@@ -1,6 +1,8 @@
 """Runs the suite on the CPU as eight simulated devices. A mesh uses the first ones; code without a mesh uses one."""
 import os
+import re
 from importlib import metadata
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -29,6 +31,25 @@ SLOWEST = ("test_notebooks.py", "test_train.py", "test_processes.py", "test_faul
 def pytest_collection_modifyitems(items):
     """Runs the files that take a minute or more first, so that no worker is idle while another finishes one of them."""
     items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
+    for item in items:
+        item.user_properties += [("case", case.args[0]) for case in item.iter_markers("case")]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """With `-m case`, prints the result of each case of docs/cases.md."""
+    if config.option.markexpr != "case":
+        return
+    outcomes = {}
+    for outcome in ("passed", "skipped", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            for name, number in report.user_properties:
+                outcomes.setdefault(number, []).append(outcome) if name == "case" else None
+    terminalreporter.section("cases")
+    for line in (Path(__file__).parents[1] / "docs" / "cases.md").read_text().splitlines():
+        if row := re.match(r"\| (\d+) \| (.*?) \|", line):
+            found = outcomes.get(int(row[1]), [])
+            right = found and not {"failed", "error"} & set(found) and "passed" in found
+            terminalreporter.line(f"{row[1]:>3}  {'right' if right else 'WRONG' if found else 'no test':8}{row[2]}")
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,7 @@ def test_mask_hides_padding(loaded):
     np.testing.assert_allclose(left[:, 3:], without, atol=1e-5)
 
 
+@pytest.mark.case(29)
 @pytest.mark.parametrize("masked", [False, True])
 def test_forward_under_jit_equals_eager(loaded, masked):
     tokens_BT = ids(2, 9)
