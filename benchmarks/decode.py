@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from child import started
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from vs_transformers import MODEL, STEPS, decode_seconds, greedy, started, stock, timed
+from vs_transformers import MODEL, STEPS, cases_of, decode_seconds, greedy, stock, timed
 
 import mmx
 from mmx.analysis import memory
@@ -39,7 +40,7 @@ def main():
     args = flags.parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stock().save_pretrained(folder)
-        run = {side.__name__: stack.enter_context(started(side, folder, args.threads)) for side in SIDES}
+        run = {side.__name__: stack.enter_context(started(cases_of, side, folder, args.threads)) for side in SIDES}
         cases = [*BATCHES, "levels", "padded"]
         times = {case: {side: [] for side in run if side == "ours" or case in BATCHES} for case in cases}
         for number in tqdm(range(args.rounds + 1), "rounds"):

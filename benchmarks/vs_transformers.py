@@ -10,7 +10,6 @@ faster.
 import argparse
 import contextlib
 import functools
-import multiprocessing
 import statistics
 import tempfile
 import time
@@ -19,6 +18,7 @@ import jax
 import numpy as np
 import torch
 import transformers
+from child import started
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
@@ -43,7 +43,7 @@ def main():
     args = flags.parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         stock().save_pretrained(folder)
-        run = {side.__name__: stack.enter_context(started(side, folder, args.threads)) for side in SIDES}
+        run = {side.__name__: stack.enter_context(started(cases_of, side, folder, args.threads)) for side in SIDES}
         print(f"largest logit difference on 512 tokens: {np.abs(run['ours']('logits') - run['theirs']('logits')).max():.1e}")
         times = {name: {side: [] for side in run} for name in TOKENS}
         for number in tqdm(range(args.rounds + 1), "rounds"):
@@ -61,44 +61,16 @@ def main():
     Console().print(table)
 
 
-@contextlib.contextmanager
-def started(side, folder, threads):
-    """A process that runs the cases of `side`, so that the threads and the memory of the sides do not interfere.
-
-    It ends by itself when the block closes its pipe. A signal would make libtpu, where it is installed, print a stack trace.
+def cases_of(side, folder, threads):
+    """The cases of a side, {name: function}; called in its process.
 
     Args:
-      side: a function of the checkpoint's folder and prompt tokens that returns the cases, {name: function}.
-    Yields:
-      a function that runs a case by name and returns its result.
+      side: a function of the checkpoint's folder and prompt tokens that returns the cases. They return seconds, or the logits
+        of 512 tokens for "logits".
     """
-    spawn = multiprocessing.get_context("spawn")
-    pipe, child_pipe = spawn.Pipe()
-    process = spawn.Process(target=serve, args=(side, folder, threads, child_pipe))
-    process.start()
-    child_pipe.close()
-
-    def run_case(name):
-        pipe.send(name)
-        return pipe.recv()
-    try:
-        yield run_case
-    finally:
-        pipe.close()
-        process.join()
-
-
-def serve(side, folder, threads, pipe):
-    """Receives names of cases and sends their results: seconds, or the logits of 512 tokens for "logits"."""
     torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
-    tokens_BT = np.random.default_rng(0).integers(0, MODEL.vocab, (1, 8192))
-    cases = side(folder, tokens_BT)
-    try:
-        while True:
-            pipe.send(cases[pipe.recv()]())
-    except EOFError:        # the parent process has closed the pipe
-        pass
+    return side(folder, np.random.default_rng(0).integers(0, MODEL.vocab, (1, 8192)))
 
 
 def stock():

@@ -89,7 +89,7 @@ def interrupts(workspace: Workspace, count: int, rng: random.Random) -> str:
             if aims[-1] == "imports":
                 time.sleep(rng.uniform(0, 1.5))
             else:
-                number = rng.randint(1, 12)
+                number = rng.randint(1, 2 if "train" in process.process.args else 4)      # training has two programs
                 process.wait_for(lambda: process.programs() >= number)
                 time.sleep(rng.uniform(0, 0.1) if aims[-1] == "compile" else rng.uniform(0.5, 3))
             moment = process.moment()
