@@ -5,7 +5,7 @@ import multiprocessing
 
 @contextlib.contextmanager
 def started(make_cases, *args):
-    """Starts a child process, which ends by itself when the block closes its pipe.
+    """Starts a child process, which ends when the block closes its pipe.
 
     A signal would make libtpu, where it is installed, print a stack trace.
 

@@ -242,7 +242,7 @@ def test_a_schedule_that_jumps_is_reported(place, tmp_path, capsys, monkeypatch)
     command = ["train", "--config", "small.py", "--workdir", str(tmp_path / "run"), "--config.train.eval_every=0"]
     assert cli.main([*command, "--config.train.steps=8"]) == 0
     line, = (line for line in capsys.readouterr().err.splitlines() if "train.steps was 4 and is now 8" in line)
-    assert "learning rate of step 4 was 0.0015, that of step 5 is 0.003." in line
+    assert "learning rate of step 4 was 0.0015, the rate of step 5 is 0.003." in line
     assert f"--config.train.init_from={tmp_path / 'run'}" in line
 
 

@@ -112,7 +112,7 @@ def test_side_files_survive_both_ways(hf_with_tokenizer, tmp_path, capsys):
         (hf_with_tokenizer / name).write_bytes(content)
     run = convert.from_hf(hf_with_tokenizer, tmp_path / "run", progress=False)
     assert f"mmx: {hf_with_tokenizer}: not copied are metrics.jsonl: " in capsys.readouterr().err
-    # training in the workdir adds files of its own
+    # training in the workdir adds files
     (run / "eval.json").write_text("{}")
     run_config.check_config(run, config.Experiment(MODEL, data=config.Data(tokenizer=str(run / "tokenizer.json"))))
     convert.to_hf(run, tmp_path / "back", progress=False)

@@ -1,4 +1,4 @@
-"""What a program sets up before it imports JAX, each in a process of its own where it changes the process."""
+"""What a program sets up before it imports JAX, in a separate process where it changes the process."""
 import json
 import os
 import re

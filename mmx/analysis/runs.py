@@ -117,7 +117,7 @@ def _object(path, line: texts.JsonLine) -> dict:
 
 
 def _is_true(value) -> bool:
-    """Whether a value is true. In a CSV file each value is a text, and the text of False is not false by itself."""
+    """Whether a value is true. In a CSV file each value is a text, and a text such as "False" would count as true."""
     return str(value or "").strip().lower() not in FALSE
 
 

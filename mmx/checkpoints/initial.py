@@ -45,7 +45,7 @@ def open_initial(path: str | Path, model: config.Model, tokenizer: str = "") -> 
 
 
 def _check_tokenizer(source: Source, path, tokenizer: str) -> None:
-    """Raises ConfigError if a checkpoint was trained with another tokenizer than that of the new run."""
+    """Raises ConfigError if a checkpoint was trained with another tokenizer than the new run's."""
     where = f"train.init_from={str(path)!r}"
     if not source.tokenizer:
         others = [name for name in OTHER_TOKENIZERS if (source.directory / name).exists()]

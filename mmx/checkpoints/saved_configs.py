@@ -21,6 +21,6 @@ def read(path: Path) -> dict:
     if isinstance(table.get("model"), dict):
         return table
     if manager.HUGGING_FACE_KEYS.isdisjoint(table):
-        raise ConfigError(f"{path} is neither the config of a run, which has a section \"model\", nor that of a Hugging Face "
+        raise ConfigError(f"{path} is neither the config of a run, which has a section \"model\", nor one of a Hugging Face "
                           "checkpoint, which has a \"model_type\"")
     return {"model": hf_config.read_model(table, path)}

@@ -1,6 +1,6 @@
 """Files beside the tensors of a checkpoint: tokenizer, chat template, processor, generation settings, licence, ...
 
-Conversions copy all of them, whatever their names. A workdir has files of its own too, so it lists the copied files in
+Conversions copy all of them, whatever their names. A workdir also has other files, so it lists the copied files in
 released_files.json.
 """
 import json

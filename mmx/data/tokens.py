@@ -151,7 +151,7 @@ def encode_pair(tokenizer, prompt: bytes, completion: bytes, name: str = "text",
                 continues: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The ids of a text's two parts, which together decode to the whole text.
 
-    The ids of the whole, if they start with those of the prompt. Otherwise a token of the whole spans the border: then the
+    The ids of the whole, if they start with the prompt's. Otherwise a token of the whole spans the border: then the
     prompt has the ids that it has alone, as in inference, and the completion is encoded as a continuation. If these do not
     decode to the whole text (WordPiece marks tokens that continue a word), the completion gets the token that spans the border.
 

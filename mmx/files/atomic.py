@@ -22,7 +22,7 @@ def temporary_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def temporary(path: Path):
-    """Yields `temporary_path(path)`. What is there when the block ends, or when Ctrl-C ends the program, is removed."""
+    """Yields `temporary_path(path)`. Removes it when the block ends, or when Ctrl-C ends the program."""
     own = temporary_path(path)
     with interrupts.removing(own):
         try:

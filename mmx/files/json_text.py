@@ -6,7 +6,7 @@ from mmx.config import NonFiniteError
 
 
 def dumps(value, **options) -> str:
-    """`value` as JSON text. `options` are those of json.dumps.
+    """`value` as JSON text. `options` are passed to json.dumps.
 
     Raises:
       NonFiniteError: a number is nan or infinite, which JSON cannot express. The message names its place.

@@ -14,7 +14,7 @@ def is_named(path: str) -> bool:
 
 
 def read_text(path: str, most: int = untrusted.TEXT_BYTES) -> str:
-    """The text of an open input up to its end, as `texts.read` returns that of a file. Raises ConfigError."""
+    """The text of an open input up to its end, read like a file by `texts.read`. Raises ConfigError."""
     number = int(PATH.fullmatch(path)[1] or 0)
     try:
         with os.fdopen(number, "rb", closefd=False) as file:

@@ -15,7 +15,7 @@ from mmx.files import untrusted
 COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 MAX_RATIO = 100             # a compressed file may have this many times its size as text, or untrusted.TEXT_BYTES
 CHUNK = 1 << 20             # bytes decompressed at a time
-# UTF-32 comes first: its mark starts with that of UTF-16
+# UTF-32 comes first: its mark starts with UTF-16's
 MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
          codecs.BOM_UTF16_BE: "utf-16"}
 
@@ -30,7 +30,7 @@ class JsonLine(NamedTuple):
 
 
 def suffix(path: str | Path) -> str:
-    """The suffix of a text file in lower case, without that of its compression: ".jsonl" for "A.JSONL.gz"."""
+    """The suffix of a text file in lower case, without the suffix of its compression: ".jsonl" for "A.JSONL.gz"."""
     path = Path(path)
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
 

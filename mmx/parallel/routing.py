@@ -65,7 +65,7 @@ def expert_capacity(capacity: float, assignments, E: int):
     """Returns how many assignments one expert accepts: ceil(capacity x assignments / E), or all if `capacity` is 0.
 
     Args:
-      assignments: number of assignments of the whole batch, without those of padding: an int or a traced int32 scalar.
+      assignments: number of assignments of the whole batch, without padding: an int or a traced int32 scalar.
     """
     if not capacity or capacity >= E:
         return assignments

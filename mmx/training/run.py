@@ -193,8 +193,8 @@ def warn_of_new_schedule(saved: dict | None, e: Experiment, workdir: Path, state
         key = "seconds" if old.seconds != new.seconds else "steps"
         log.message(
             f"train.{key} was {getattr(old, key):g} and is now {getattr(new, key):g}, which changes the schedule: the learning "
-            f"rate of step {state.step} was {before:.3g}, that of step {state.step + 1} is {rate:.3g}. To keep this run and "
-            f"train on with a schedule of its own, give another --workdir and --config.train.init_from={workdir}", state.step)
+            f"rate of step {state.step} was {before:.3g}, the rate of step {state.step + 1} is {rate:.3g}. To keep this run "
+            f"and train on with a new schedule, give another --workdir and --config.train.init_from={workdir}", state.step)
 
 
 @contextlib.contextmanager

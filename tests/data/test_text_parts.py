@@ -71,7 +71,7 @@ def test_the_metaspace_tokenizer_by_hand():
 @pytest.mark.case(1)
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_prompt_and_a_completion_decode_to_the_whole(tmp_path, name):
-    """At every border. The ids are those of the whole wherever the prompt's ids are the first ones of the whole's."""
+    """At every border, the ids equal the whole text's wherever these start with the prompt's ids."""
     path = MAKERS[name](tmp_path / "tokenizer.json")
     stock, tokenizer = tokenizers.Tokenizer.from_file(path), tokens.tokenizer(path)
     ids = lambda text: stock.encode(text, add_special_tokens=False).ids

@@ -1,8 +1,8 @@
 """Checks mmx on the accelerator of this machine and prints one table: `make device`. JAX_PLATFORMS=cpu checks this script.
 
-Trains 50 steps, stops a run with SIGTERM and resumes it, generates text, and compares losses and text with those of the CPU.
-Then times the kernels, and runs the tests that are marked `gpu` or `tpu` for as long as the time lasts. Each step is a process
-of its own, because only one process can use a TPU.
+Trains 50 steps, stops a run with SIGTERM and resumes it, generates text, and compares losses and text with the CPU's.
+Then times the kernels, and runs the tests that are marked `gpu` or `tpu` for as long as the time lasts. Each step is a
+separate process, because only one process can use a TPU.
 """
 import argparse
 import json
@@ -148,7 +148,7 @@ def check_generation(device: Device) -> str:
                "--temperature", "0", "--json"]
     own, want = (json.loads(device.run(command, platform))["ids"] for platform in (device.platform, "cpu"))
     same = next((n for n, (a, b) in enumerate(zip(own, want)) if a != b), min(len(own), len(want)))
-    result = f"{len(own)} tokens, the first {same} are those of the CPU"
+    result = f"{len(own)} tokens, the first {same} equal the CPU's"
     if same < min(SAME_TOKENS, len(want)) or not own:
         raise StepError(result)
     return result

@@ -58,7 +58,7 @@ def test_losses(own, passed, text, tmp_path):
 
 
 @pytest.mark.parametrize("own, passed, text", [
-    (range(64), True, "64 tokens, the first 64 are those of the CPU"),
+    (range(64), True, "64 tokens, the first 64 equal the CPU's"),
     ([*range(9), *[0] * 55], True, "64 tokens, the first 9"), ([0, 0, *range(62)], False, "64 tokens, the first 1"),
     ([], False, "0")])
 def test_generation(own, passed, text, tmp_path):

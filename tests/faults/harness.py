@@ -22,7 +22,7 @@ from mmx.data import corpus
 from mmx.launch import hugepages
 from mmx.startup import devices
 
-devices.prepare()       # before the processes import JAX, so that no log lines of CUDA are between those of mmx
+devices.prepare()       # before the processes import JAX, so that CUDA logs nothing between the lines of mmx
 ROOT = Path(__file__).parents[2]
 ROWS = 64       # rows in an epoch
 TIMES = {"seconds", "tokens_per_s", "flops_per_s"}

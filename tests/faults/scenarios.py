@@ -27,7 +27,7 @@ from mmx.files import checksums
 from mmx.launch import processes
 from mmx.training import metrics
 
-ENDLESS = 10 ** 9       # steps of a run that must not end by itself, however fast the machine is
+ENDLESS = 10 ** 9       # steps of a run that must not end early, however fast the machine is
 GONE = re.compile(r"mmx: .*; this process ends too, and the same command resumes from the last checkpoint$")
 
 
@@ -75,7 +75,7 @@ def kills(workspace: Workspace, signals: list, rng: random.Random, seconds: floa
         if moment == "save":
             _wait_for(run, lambda: _is_saving(workdir))
             time.sleep(rng.uniform(0, 0.05))
-        assert run.alive(), f"the run ended by itself after {sum(found.values())} signals: {run.output}"
+        assert run.alive(), f"the run ended early, after {sum(found.values())} signals: {run.output}"
         if number == signal.SIGSTOP:    # a stopped process still holds the workdir
             run.signal(number)
             if (workdir / "run.lock").exists():
