@@ -338,7 +338,7 @@ def test_with_train_seconds_the_clock_sets_the_rate_and_the_end(text, tmp_path, 
 @pytest.mark.parametrize("skips, last, reason", [(0, 1, ""), (2, 3, ", and the 2 steps before it were skipped too")])
 def test_a_run_that_diverges_ends(skips, last, reason, text, tmp_path):
     """At this learning rate step 2 has a finite loss, but its gradient and all later ones are not finite."""
-    with pytest.raises(DivergedError, match=rf"^step {last + 1} has loss .*{reason}: the checkpoints .* \(train.lr is 1e\+30\)"
+    with pytest.raises(DivergedError, match=rf"^step {last + 1} has loss .*{reason}: a resumed run .* \(train.lr is 1e\+30\)"
                        ) as caught:
         train(experiment(text, lr=1e30, warmup=0, every=1, guard={"skips": skips}), tmp_path)
     assert "\n" not in str(caught.value)
