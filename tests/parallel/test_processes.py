@@ -209,7 +209,9 @@ def test_missing_and_duplicate_processes_are_reported(count, which, within, mess
 def test_processes_that_slurm_does_not_start_are_reported(place):
     (code, out, lines), = wait_until_ended(by_slurm([*arguments(place, "never", {}), "--timeout", "1"], 2, (0,)), 120)
     assert (code, out) == (2, "")
-    assert lines == ["mmx: not all processes connected to the coordinator of SLURM_STEP_NODELIST=localhost within 1 s"]
+    assert lines == ["mmx: not all processes connected to the coordinator of SLURM_STEP_NODELIST=localhost within 1 s; "
+                     "SLURM_NTASKS=2 in the environment asks for several processes: to train in one, unset it or give "
+                     "--processes 1"]
 
 
 @pytest.mark.parametrize("edp, rates, message", [
