@@ -13,6 +13,11 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 
+from mmx.startup import cache
+
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")      # the suite has many small programs
+cache.enable()      # all processes of the suite, and later runs of it, share compiled programs
+
 import jax
 import jax.numpy as jnp
 import pytest

@@ -160,6 +160,7 @@ def describe_pod(topology: str, slices: int) -> Pod:
         raise ConfigError(f"--topology {topology}: {reason}")
     os.environ |= ENVIRONMENT | os.environ
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)        # it cannot read programs for devices that are not attached
     try:
         if chip == "h100":
             description = get_topology_desc(platform="cuda", topology_name=chip, target_config=ptx.target(chip),

@@ -54,6 +54,7 @@ def resources(function, *args, chip: str) -> dict[str, Kernel]:
 def program(function, *args, chip: str) -> tuple[dict[str, Kernel], str]:
     """The same as `resources`, and the optimised HLO text."""
     mesh = _mesh(chip)
+    jax.config.update("jax_enable_compilation_cache", False)        # it cannot read programs for devices that are not attached
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), args)
     with tempfile.TemporaryDirectory() as dump, interrupts.removing(dump):

@@ -82,7 +82,8 @@ def memory(case: str, chip: str) -> tuple[int, int]:
 def _run(case, chip, folder, flags=""):
     """Compiles in a new process, which writes its HLO to `folder`; returns Cost.temporaries and Cost.bytes."""
     env = os.environ | {"LIBTPU_INIT_ARGS": flags, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1",
-                        "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": ""}
+                        "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "TF_CPP_MIN_LOG_LEVEL": "3",
+                        "XLA_FLAGS": ""}
     run = subprocess.run([sys.executable, "-m", "mmx.compilers.schedule", case, chip, folder], env=env,
                          capture_output=True, text=True)
     if run.returncode:

@@ -64,7 +64,7 @@ class Process:
         """Sends Ctrl-C and checks how the process ends."""
         self.process.send_signal(signal.SIGINT)
         try:
-            code = self.process.wait(120)
+            code = self.process.wait(600)       # `mmx train` ends its compilation and a step first
         finally:
             self.process.kill()
         self.reader.join(10)
