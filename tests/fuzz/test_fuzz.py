@@ -236,7 +236,7 @@ def test_a_curve_without_points_is_not_plotted(tmp_path):
     from mmx.evals import compression
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "bits_per_byte": 3.0}\n')
-    assert compression.plot_curve(tmp_path, {"steps": 2}, tmp_path / "curve.png") is None
+    assert compression.plot_curve(tmp_path, {"steps": 2, "bits_per_byte": 3.0}, tmp_path / "curve.png") is None
 
 
 def test_checksums_of_other_things_than_files(tmp_path):
