@@ -337,7 +337,7 @@ def test_mistakes_in_an_experiment_are_reported_with_their_line(body, message, t
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--config.data.sources=('nowhere.txt',)"], "no file or folder 'nowhere.txt'"),
+    (["--config.data.sources=('nowhere.txt',)"], "nowhere.txt'; a source is"),
     (["--config.data.tokenizer=nowhere.json"], "nowhere.json"),
     (["--config.model.vocab=100"], "set model.vocab=264 or more"),
     (["--config.mesh.edp=3"], "must be divisible"),
