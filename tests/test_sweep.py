@@ -203,7 +203,7 @@ def test_a_full_disk_is_one_line_and_the_sweep_resumes(place, trained, tmp_path,
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    sweep_rows._write(tmp_path / "runs.jsonl", "before")
+    sweep_rows._write(tmp_path / "runs.jsonl", "before\n")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
