@@ -287,15 +287,19 @@ def test_disk_space_is_checked_before_a_save(tmp_path, monkeypatch):
 
 def test_a_run_keeps_its_tokenizer(tmp_path):
     mine, other = tmp_path / "mine.json", tmp_path / "other.json"
-    mine.write_text("{}")
-    other.write_text("[]")
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    end = flags | {"id": 1, "content": "</s>", "special": True}
+    for path, word in ((mine, "a"), (other, "b")):
+        path.write_text(json.dumps({"added_tokens": [end], "model": {"type": "WordLevel", "vocab": {word: 0, "</s>": 1},
+                                                                     "unk_token": word}}))
 
     def check(tokenizer):
         check_config(tmp_path / "run", config.Experiment(model=MODEL, data=config.Data(tokenizer=str(tokenizer))))
 
     check(mine)
     own = tmp_path / "run" / "tokenizer.json"
-    assert own.read_text() == "{}" and sorted(p.name for p in own.parent.iterdir()) == ["config.json", "tokenizer.json"]
+    assert own.read_text() == mine.read_text()
+    assert sorted(p.name for p in own.parent.iterdir()) == ["config.json", "generation_config.json", "tokenizer.json"]
     check(mine)
     for tokenizer in ("bytes", other):
         with pytest.raises(ConfigError, match=f"give --config.data.tokenizer={own}, or another --workdir"):

@@ -181,4 +181,4 @@ def test_text_and_json_lines_have_one_reader():
     files = {path.relative_to(root).as_posix(): path.read_text() for path in root.rglob("*.py")}
     found = {name for name, source in files.items() if re.search(r"\.splitlines\(|\.readlines\(|split\(b.\\n", source)}
     assert found == {"config/reference.py", "cli/parser.py", "compilers/search.py", "compilers/aot.py", "compilers/schedule.py",
-                     "launch/sweep/executors.py"}
+                     "launch/runtime.py", "launch/sweep/executors.py"}

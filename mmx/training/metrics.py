@@ -226,11 +226,11 @@ def latest(workdir: Path) -> dict | None:
         return None
     with untrusted.open_file(path, sys.maxsize) as file:
         file.seek(max(0, path.stat().st_size - 2**20))
-        lines = file.read(2**20).split(b"\n")[:-1]
-    for raw in reversed(lines):
+        complete = file.read(2**20).rpartition(b"\n")[0]
+    for line in reversed(list(texts.json_lines(complete))):
         try:
-            record = _parse(next(texts.json_lines(raw)))
-        except (StopIteration, ValueError):
+            record = _parse(line)
+        except ValueError:
             return None
         if EVALUATION not in record:
             return record

@@ -168,6 +168,7 @@ def converted(run, tmp_path_factory):
 
 
 def _write(folder, words):
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)       # of the byte tokenizer
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     model.add_special_tokens(["</s>"])
