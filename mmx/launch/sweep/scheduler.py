@@ -46,8 +46,8 @@ def run(cells: list[Cell], out: str | Path, options: ExecutorOptions, *, retries
     console = output.console(file=sys.stdout)      # bound now: InlineExecutor redirects sys.stdout while a run executes
     new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    # Ctrl-C and SIGTERM raise KeyboardInterrupt here, which stops the runs in other processes. A run in this process may compile,
-    # and must not be interrupted by an exception.
+    # Ctrl-C and SIGTERM raise KeyboardInterrupt here, which stops the runs in other processes. A run in this process may
+    # compile, and must not be interrupted by an exception.
     if options.kind == "inline":
         stops, handler = contextlib.nullcontext(), interrupts.end_program
     else:
