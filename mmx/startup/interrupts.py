@@ -1,9 +1,10 @@
 """Ctrl-C ends a program with one line and exit code 130, from its first import on.
 
 The handler ends the process itself, instead of raising KeyboardInterrupt. An exception would have to pass through whatever runs
-at that moment. Extension modules turn it into other errors while they are imported, Python prints and drops it in callbacks of
-the garbage collector, and JAX's threads may crash when the interpreter shuts down. Python calls the handler in the main thread
-between two instructions, so it never interrupts XLA or a system call half-way.
+at that moment. Extension modules turn it into other errors while they are imported, and Python prints and drops it in callbacks
+of the garbage collector. During a compilation it can crash the process: XLA compiles in a thread of its own, and the exception
+ends the wait of the main thread and frees the MLIR module that the other thread still reads (seen with jaxlib 0.10.2 as a
+segmentation fault in mlir::DiagnosticEngine::eraseHandler, called by xla::MlirToXlaComputation).
 """
 import contextlib
 import os
@@ -18,7 +19,7 @@ _unwinding = 0          # how many `unwinding` blocks are active
 def install() -> None:
     """Handles Ctrl-C in this process, unless its parent has made it ignore Ctrl-C, as nohup does."""
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, _handle)
+        signal.signal(signal.SIGINT, end_program)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})     # blocked by `hugepages.restart`
 
 
@@ -58,14 +59,15 @@ def handling(handler, *numbers: int):
 
 
 def exit_now(code: int):
-    """Ends the process without shutting down the interpreter, during which XLA's threads may crash."""
+    """Ends the process without shutting down the interpreter, while threads of XLA may still compile."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):      # a closed pipe, or the write that Ctrl-C has interrupted
             stream.flush()
     os._exit(code)
 
 
-def _handle(*_):
+def end_program(*_):
+    """The handler of Ctrl-C."""
     if _unwinding:
         raise KeyboardInterrupt
     signal.signal(signal.SIGINT, signal.SIG_IGN)

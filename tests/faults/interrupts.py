@@ -30,9 +30,10 @@ class Process:
     def __init__(self, arguments: list[str]):
         environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_LOG_COMPILES": "true"}
         self.output = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mmx.cli", *arguments], cwd=ROOT, text=True, stdout=self.output, stderr=subprocess.PIPE,
-            env=environment, preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}))
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})       # the process inherits it
+        self.process = subprocess.Popen([sys.executable, "-m", "mmx.cli", *arguments], cwd=ROOT, text=True, env=environment,
+                                        stdout=self.output, stderr=subprocess.PIPE)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         self.lines = []
         self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
         self.reader.start()

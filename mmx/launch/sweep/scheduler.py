@@ -46,9 +46,13 @@ def run(cells: list[Cell], out: str | Path, options: ExecutorOptions, *, retries
     console = output.console(file=sys.stdout)      # bound now: InlineExecutor redirects sys.stdout while a run executes
     new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-    # Ctrl-C and SIGTERM raise KeyboardInterrupt here, which stops the runs in other processes.
-    stops = contextlib.nullcontext() if options.kind == "inline" else interrupts.unwinding()
-    with stops, interrupts.handling(_interrupt, signal.SIGTERM), (out / "lock").open("w") as file:
+    # Ctrl-C and SIGTERM raise KeyboardInterrupt here, which stops the runs in other processes. A run in this process may
+    # compile, and must not be interrupted by an exception.
+    if options.kind == "inline":
+        stops, handler = contextlib.nullcontext(), interrupts.end_program
+    else:
+        stops, handler = interrupts.unwinding(), _interrupt
+    with stops, interrupts.handling(handler, signal.SIGTERM), (out / "lock").open("w") as file:
         if not try_lock(file):
             raise ConfigError(f"another mmx sweep is running in {out}: wait for its end, or use another --out")
         try:
