@@ -143,7 +143,8 @@ print(hashlib.sha256(b"".join(x.tobytes() for x in jax.tree.leaves(jax.device_ge
 
 def test_the_cache_is_silent_and_gives_the_same_bits(tmp_path):
     """The second process compiles nothing; the third replaces programs that are damaged."""
-    environment = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
+    environment = {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": "",
+                   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     code = "import os\ndel os.environ['JAX_COMPILATION_CACHE_DIR']\n" + RUN
     runs, files = [], []
     for number in range(3):
