@@ -2,7 +2,7 @@
 
 The handler ends the process itself, instead of raising KeyboardInterrupt. An exception would have to pass through whatever runs
 at that moment. Extension modules turn it into other errors while they are imported, and Python prints and drops it in callbacks
-of the garbage collector. During a compilation it can crash the process: XLA compiles in a thread of its own, and the exception
+of the garbage collector. During a compilation it can crash the process: XLA compiles in a separate thread, and the exception
 ends the wait of the main thread and frees the MLIR module that the other thread still reads (seen with jaxlib 0.10.2 as a
 segmentation fault in mlir::DiagnosticEngine::eraseHandler, called by xla::MlirToXlaComputation).
 """
