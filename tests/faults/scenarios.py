@@ -136,7 +136,7 @@ def damage(workspace: Workspace, count: int, rng: random.Random) -> str:
             else:
                 assert found == older and (step.parent / f"{newest}.damaged").is_dir()
                 (step.parent / f"{newest}.damaged").rename(step)
-            jax.tree.map(np.testing.assert_array_equal, rest, want[found])
+            jax.tree.map(np.testing.assert_array_equal, tuple(rest), tuple(want[found]))
             (step / name).write_bytes(raw)
     assert _restore(workdir, abstract)[0] == newest
     return f"{cases} cases in {len(files)} files; {unverified} without checksums.json, read without verification"
