@@ -226,12 +226,12 @@ def test_the_same_folder_is_the_same_config(place, tmp_path, monkeypatch, capsys
 
 def test_absolute_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     given = config.Experiment(train=config.Train(init_from="a/../b", init_vision=""),
                               data=config.Data(("sotu", "x/", "~/y", "words", "mqar:pairs=16"), tokenizer="t.json"))
     found, here = paths.absolute_experiment(given), str(tmp_path)
     assert (found.train.init_from, found.train.init_vision) == (f"{here}/b", "")
-    assert found.data.sources == ("sotu", f"{here}/x", "/home/me/y", "words", "mqar:pairs=16")
+    assert found.data.sources == ("sotu", f"{here}/x", f"{here}/home/y", "words", "mqar:pairs=16")
     assert found.data.tokenizer == f"{here}/t.json" and paths.absolute_experiment(config.Experiment()) == config.Experiment()
 
 
