@@ -112,6 +112,7 @@ RESTART = "choose Runtime > Restart session and run this cell again, or else Run
 @pytest.fixture
 def install(monkeypatch, tmp_path):
     """Returns a function that runs `runtime.install` on a faked runtime; it returns pip's arguments and the line."""
+    monkeypatch.delenv("TPU_ACCELERATOR_TYPE", raising=False)      # tests that compile for a TPU set it
     def install(faked: Runtime, *extras, pip_status=0):
         pip, run = [], subprocess.run
         driver = "exit 9" if faked.cuda is None else f"echo '| Driver Version: 550.54.15    CUDA Version: {faked.cuda}     |'"
