@@ -297,14 +297,14 @@ class Checkpoint:
 @dataclasses.dataclass(frozen=True)
 class Guard:
     """What a run does when its loss is not finite or jumps."""
-    # [steps] most steps in a row that may be skipped for a non-finite loss or gradient; after one more, the run rolls back if
-    # spike is set, and ends otherwise
+    # [steps] a step with a non-finite loss or gradient is skipped, up to this many in a row; the next one rolls the run back
+    # if spike is set, and ends it otherwise
     skips: int = 10
     spike: float = 0.0              # [nats] a loss this far above the median of recent losses rolls the run back; 0: never
     window: int = 50                # [steps] number of recent losses that the median covers
     # [steps] a rollback skips the data of the steps up to the spike, and of this many further steps
     beyond: int = 0
-    rollbacks: int = 3              # [rollbacks] most rollbacks to the same checkpoint; one more spike ends the run
+    rollbacks: int = 3              # [rollbacks] up to this many to one checkpoint; the next spike ends the run
 
     def validate(self):
         for name, least in (("skips", 0), ("spike", 0), ("window", 1), ("beyond", 0), ("rollbacks", 1)):
