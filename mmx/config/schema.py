@@ -259,6 +259,9 @@ class Data:
     # number, but not on the number of processes
     shards: int = 8
     seed: int = 0                   # random seed of the order of the data
+    # columns of .jsonl and .parquet files: "text=NAME" or "prompt=NAME,completion=NAME"; "": by their usual names
+    columns: str = ""
+    cache: str = ""                 # folder of the tokenized sources; "": mmx/data in the user's cache folder
 
     @property
     def tokenizer_file(self) -> str:

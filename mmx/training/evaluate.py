@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmx.data import packing, pipeline
+from mmx.data import encoding, packing
 from mmx.data.document_types import TokenIds
 from mmx.files import output
 from mmx.model import Model
@@ -35,7 +35,7 @@ class HeldOut(NamedTuple):
 def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, overlap: int, loss_chunk: int, sharding=None):
     """Makes a function (params, documents, limit) -> HeldOut. It compiles the model once.
 
-    `documents` is a list of (name, content) as `pipeline.validation` returns it. The function scores only their first `limit`
+    `documents` is a list of (name, content) as `held_out.validation` returns it. The function scores only their first `limit`
     bytes, as `first_bytes` counts them (0: all).
 
     Args:
@@ -55,7 +55,7 @@ def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, overlap:
 
     def evaluate(params, documents, limit: int = 0, progress: bool = False) -> HeldOut:
         documents = first_bytes(documents, limit)
-        encoded = [pipeline.encode(tokenizer, content, name) for name, content in documents]
+        encoded = [encoding.encode(tokenizer, content, name)[:2] for name, content in documents]
         row_count = sum(len(packing.row_starts(ids_T, length, overlap, targets_T)) for ids_T, targets_T in encoded)
         batches = packing.batches(encoded, length, batch, overlap)
         nats, pending = np.zeros(len(documents)), []
@@ -67,7 +67,7 @@ def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, overlap:
         for document_B, value_B in pending:     # document_B: index of each row's document
             np.add.at(nats, document_B, jax.device_get(value_B))
         targets = sum(map(_count_targets, encoded))
-        sizes = np.array([len(pipeline.learned_text(content)) for _, content in documents])
+        sizes = np.array([len(encoding.learned_text(content)) for _, content in documents])
         bits = nats / math.log(2)
         return HeldOut(float(nats.sum() / max(targets, 1)),
                        float(bits[sizes > 0].sum() / sizes.sum()) if sizes.any() else None, targets, int(sizes.sum()),
@@ -83,9 +83,9 @@ def _count_targets(encoded) -> int:
 
 def bytes_per_token(tokenizer, documents) -> float:
     """The mean number of bytes per token of the learned text, without special tokens; 1 if there is no text."""
-    texts = [(name, content) for name, content in documents if pipeline.learned_text(content)]
-    count = sum(_count_targets(pipeline.encode(tokenizer, content, name)) - 1 for name, content in texts)      # without eos
-    return sum(len(pipeline.learned_text(content)) for _, content in texts) / count if count else 1.0
+    texts = [(name, content) for name, content in documents if encoding.learned_text(content)]
+    count = sum(_count_targets(encoding.encode(tokenizer, content, name)[:2]) - 1 for name, content in texts)      # without eos
+    return sum(len(encoding.learned_text(content)) for _, content in texts) / count if count else 1.0
 
 
 def first_bytes(documents, limit: int):

@@ -17,7 +17,7 @@ from mmx.checkpoints import initial as initials
 from mmx.checkpoints.manager import Checkpoints, agree_on_problem, find_step
 from mmx.checkpoints.run_config import check_config, read_config
 from mmx.config import ConfigError, Experiment, to_json
-from mmx.data import images, paths, pipeline, tokens
+from mmx.data import encoding, held_out, images, paths, tokens
 from mmx.files import lock
 from mmx.model import Model
 from mmx.parallel import sharding
@@ -129,17 +129,17 @@ def build_program(e: Experiment, mesh) -> Program:
 
 def build_evaluation(e: Experiment, mesh, tokenizer, sample) -> Evaluation:
     """Returns the functions that evaluate parameters on held-out documents and sample from them. They drop no token."""
-    t, held_out = e.train, pipeline.validation(e.data)
-    if t.eval_every and not held_out:
+    t, documents = e.train, held_out.validation(e.data, encoding.image_options(e))
+    if t.eval_every and not documents:
         raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text or token ids, but data.sources has only "
                           "images: set train.eval_every=0")
     model = Model(dataclasses.replace(e.model, capacity=0.0, transport=0.0))        # 0: no limit, so no token is dropped
     evaluate = make_evaluator(model, tokenizer, length=t.length, batch=t.batch, overlap=t.length // 2,
                               loss_chunk=t.loss_chunk, sharding=sharding.batch_sharding(mesh))
     mean_bytes = t.eval_bytes and max(t.eval_bytes, MIN_BYTES_FOR_MEAN)     # 0: all
-    return Evaluation(lambda params: evaluate(params, held_out, t.eval_bytes),
+    return Evaluation(lambda params: evaluate(params, documents, t.eval_bytes),
                       sample and (lambda params: sample(model, params, tokenizer, t.sample_prompt)),
-                      bytes_per_token(tokenizer, first_bytes(held_out, mean_bytes)))
+                      bytes_per_token(tokenizer, first_bytes(documents, mean_bytes)))
 
 
 class InitialCheckpoints(NamedTuple):
