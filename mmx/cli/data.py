@@ -41,14 +41,14 @@ def add_parser(commands) -> None:
 def prepare(args):
     common.check_minimums(args, jobs=0)
     from mmx.data import encoding
-    from mmx.data.store import preparing
+    from mmx.data.store import preparing, writing
 
     if args.overrides and not args.config:
         raise ConfigError(f"{args.overrides[0]} needs --config")
     out, options = Path(args.out), encoding.TEXT_ONLY
     if args.config:
         options = encoding.image_options(common.read_experiment(args.config, args.overrides))
-    settings = preparing.Settings(out, args.tokenizer, options, args.columns, args.skip_bad)
+    settings = writing.Settings(out, args.tokenizer, options, args.columns, args.skip_bad)
     found = preparing.prepare(args.source, settings, args.jobs).manifest
     if unread := next((part.unread for part in found.parts if part.unread), ""):
         output.message(f"mmx: documents with images, such as {unread}, were left out: give the experiment of a model with "

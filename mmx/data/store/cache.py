@@ -13,7 +13,7 @@ from mmx import config
 from mmx.config import ConfigError
 from mmx.data import sources
 from mmx.data.encoding import TEXT_ONLY, ImageOptions
-from mmx.data.store import identity, layout, preparing, reading
+from mmx.data.store import identity, layout, preparing, reading, writing
 from mmx.files import json_text
 
 
@@ -33,7 +33,7 @@ def open_store(source: str, data: config.Data, options: ImageOptions = TEXT_ONLY
         folder.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{folder}.lock"):       # one process prepares, the others wait
             if not reading.is_store(folder):
-                settings = preparing.Settings(folder, data.tokenizer, options, data.columns)
+                settings = writing.Settings(folder, data.tokenizer, options, data.columns)
                 return preparing.prepare(source, settings)
     except OSError as error:
         raise ConfigError(f"data.cache: {folder.parent} cannot be written ({error.strerror or error}): give a folder with "

@@ -115,13 +115,15 @@ class Store:
         dtype = dtypes[suffix]
         path, summary = self._path(part, suffix), self.manifest.parts[part]
         wanted = summary.sizes.get(suffix, 0)
+        if not wanted:
+            return np.zeros(0, dtype)
         try:
             size = path.stat().st_size
         except OSError as error:
             raise ConfigError(f"{self.folder} is incomplete: no {path} ({error.strerror}); prepare it again") from None
         if size != wanted:
             raise ConfigError(f"{self.folder} is damaged: {path} has {size:,} bytes, not {wanted:,}; prepare it again")
-        return np.memmap(path, dtype, "r") if size else np.zeros(0, dtype)
+        return np.memmap(path, dtype, "r")
 
 
 class Documents:
