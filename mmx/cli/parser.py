@@ -11,6 +11,7 @@ import sys
 import mmx
 from mmx.cli import errors
 from mmx.config import nearest
+from mmx.files import urls
 from mmx.launch import experiments
 
 COMMANDS = [importlib.import_module(f"mmx.cli.{name}") for name in (      # in the order of `mmx --help`
@@ -57,7 +58,13 @@ def run(argv: list[str]) -> int:
     args, args.overrides = parser.parse_known_args(join_overrides(argv))
     if args.overrides and not args.accepts_overrides:
         args.parser.error(args.parser.describe_unknown(args.overrides[0]))
-    return errors.run(args.run, args)
+    return errors.run(_run, args)
+
+
+def _run(args):
+    for name in ("workdir", "out", "checkpoint", "against", "save_cache", "cache", "store"):
+        urls.refuse(getattr(args, name, None) or "", f"--{name.replace('_', '-')}")
+    return args.run(args)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -23,7 +23,7 @@ import numpy as np
 from mmx.config import ConfigError
 from mmx.data import images
 from mmx.data.document_types import ImageText, PromptCompletion, TokenIds
-from mmx.files import texts, untrusted
+from mmx.files import texts, untrusted, urls
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 KINDS = ".txt and .jsonl, also compressed as " + ", ".join(texts.COMPRESSIONS) + ", and .parquet"
@@ -123,7 +123,7 @@ def _open_parquet(file: Path):
     from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(file) as table:
+        with untrusted.open_file(file, sys.maxsize) as opened, parquet.ParquetFile(opened) as table:
             yield table
     except ConfigError:
         raise
@@ -163,6 +163,7 @@ def _image_text(prompt: bytes, completion: bytes, names, where: str, folder: Pat
     placeholders = (prompt + completion).count(images.PLACEHOLDER.encode())
     if placeholders != len(names):
         raise ConfigError(f"{where}: {images.mismatch_message(placeholders, len(names))}")
+    urls.refuse(folder, f"{where} has images, which cannot be in")
     for name in names:
         if not (folder / name).is_file() or not untrusted.is_inside(folder / name, folder):
             raise ConfigError(f"{where}: no image file {str(folder / name)!r} inside the folder of the .jsonl file")

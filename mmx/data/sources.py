@@ -21,7 +21,7 @@ from typing import NamedTuple
 from mmx.config import ConfigError
 from mmx.data import corpus, formats, scenes, token_tasks
 from mmx.data.document_types import ImageText, TokenIds
-from mmx.files import notes, texts
+from mmx.files import notes, texts, urls
 
 GENERATED = ("scenes", "maps", "words")
 
@@ -39,8 +39,10 @@ def documents(source: str, split: str) -> list[tuple]:
 
 def find_path(source: str) -> pathlib.Path:
     """The file or folder of a source that is not built in; raises ConfigError if it does not exist."""
-    path = pathlib.Path(source)
-    if not path.exists():
+    path = urls.as_path(source)
+    with urls.one_line_errors(source):
+        exists = path.exists()
+    if not exists:
         raise ConfigError(f"data.sources: no file or folder {source!r}{_suggestion(path)}")
     return path
 
@@ -62,11 +64,14 @@ def list_files(source: str) -> Files:
         path = pathlib.Path(str(corpus.archive()))
         return Files(path.parent, [path], {})
     path = find_path(source)
-    if not path.is_dir():
+    with urls.one_line_errors(source):
+        is_folder = path.is_dir()
+    if not is_folder:
         if not formats.kind(path):
             raise ConfigError(f"data.sources: {source!r} must be a .txt, .jsonl or .parquet file, or a folder of them")
         return Files(path.parent, [path], {})
-    files = Files(path, *_list_folder(path))
+    with urls.one_line_errors(source):
+        files = Files(path, *_list_folder(path))
     if not files.paths:
         raise ConfigError(f"data.sources: folder {source!r} contains no .txt, .jsonl or .parquet file"
                           f"{_skipped_text(files.skipped)}")
@@ -98,7 +103,7 @@ def _read(source: str) -> list[tuple]:
 def _list_folder(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
     """The text files of a folder, sorted, and the names of other files with the reason why they are not read."""
     files, skipped = [], {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(folder.rglob("*"), key=lambda path: path.parts):
         name = path.relative_to(folder)
         readable, hidden = formats.kind(path), any(part.startswith(".") for part in name.parts)
         if path.is_dir():
@@ -173,7 +178,7 @@ def size(content) -> int:
 
 
 def _suggestion(path: pathlib.Path) -> str:
-    siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+    siblings = path.parent.iterdir() if not urls.is_url(path) and path.parent.is_dir() else ()
     known = ["sotu", *GENERATED, *token_tasks.NUMBERS]
     known += sorted(p.name for p in siblings if formats.kind(p) or p.is_dir())
     close = difflib.get_close_matches(path.name, known, 1, 0.5)

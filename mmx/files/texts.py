@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 import zstandard
 
 from mmx.config import ConfigError
-from mmx.files import untrusted
+from mmx.files import untrusted, urls
 
 COMPRESSIONS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": lambda file: _Zstandard(file)}
 MAX_RATIO = 100             # a compressed file may have this many times its size as text, or untrusted.TEXT_BYTES
@@ -33,7 +33,7 @@ class JsonLine(NamedTuple):
 
 def suffix(path: str | Path) -> str:
     """The suffix of a text file in lower case, without the suffix of its compression: ".jsonl" for "A.JSONL.gz"."""
-    path = Path(path)
+    path = urls.as_path(path)
     return (path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path).suffix.lower()
 
 
@@ -42,7 +42,7 @@ def read_bytes(path: str | Path, most: int = untrusted.TEXT_BYTES) -> bytes:
 
     Decompresses files with a suffix of COMPRESSIONS. Raises ConfigError.
     """
-    path = Path(path)
+    path = urls.as_path(path)
     with untrusted.open_file(path, most) as file:
         raw = b"".join(_chunks(file, path, most))
     try:
@@ -118,9 +118,11 @@ def read_lines(path: str | Path, most: int = untrusted.TEXT_BYTES, begin: int = 
       begin, end: reads only the lines of this range of bytes; a file that is compressed or not UTF-8 has no ranges.
       first: the number of the first line.
     """
+    path = urls.as_path(path)
     with untrusted.open_file(path, most) as file:
-        file.seek(begin)
-        yield from enumerate(_lines(_normalized(_chunks(file, Path(path), most, end), Path(path), begin)), first)
+        if begin:
+            file.seek(begin)
+        yield from enumerate(_lines(_normalized(_chunks(file, path, most, end), path, begin)), first)
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -167,8 +169,8 @@ def _chunks(file: BinaryIO, path: Path, most: int, end: int | None = None) -> It
 
 def _decompressed(opener, file: BinaryIO, path: Path, most: int) -> Iterator[bytes]:
     """The decompressed contents. Raises ConfigError if they are damaged, or far larger than those of a compressed text."""
-    limit = min(most, max(untrusted.TEXT_BYTES, MAX_RATIO * file.seek(0, io.SEEK_END)))
-    file.seek(0)
+    size, _ = urls.version(path)
+    limit = min(most, max(untrusted.TEXT_BYTES, MAX_RATIO * size)) if size else most
     size = 0
     try:
         with opener(file) as text:

@@ -14,7 +14,7 @@ from mmx.config import ConfigError
 from mmx.data import sources
 from mmx.data.encoding import TEXT_ONLY, ImageOptions
 from mmx.data.store import identity, layout, preparing, reading, writing
-from mmx.files import json_text
+from mmx.files import json_text, urls
 
 
 def open_store(source: str, data: config.Data, options: ImageOptions = TEXT_ONLY) -> reading.Store:
@@ -26,7 +26,8 @@ def open_store(source: str, data: config.Data, options: ImageOptions = TEXT_ONLY
         return store
     files = sources.list_files(source)
     versions = [preparing.file_version(path, files.name(path)) for path in files.paths]
-    key = [layout.VERSION, os.path.abspath(files.base), versions, *wanted, data.columns]
+    base = str(files.base) if urls.is_url(files.base) else os.path.abspath(files.base)
+    key = [layout.VERSION, base, versions, *wanted, data.columns]
     name = hashlib.sha256(json_text.dumps(key).encode()).hexdigest()[:32]
     folder = cache_folder(data.cache) / name
     try:

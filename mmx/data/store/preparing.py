@@ -24,7 +24,7 @@ from mmx.data.document_types import ImageText
 from mmx.data.store import identity, layout, reading
 from mmx.data.store.layout import SPLITS, Border, Manifest, Part
 from mmx.data.store.writing import Settings, Writer, dtype
-from mmx.files import atomic, json_text, output, texts
+from mmx.files import atomic, json_text, output, texts, urls
 
 PART_BYTES = 64 << 20       # of the source, in one part
 MOST_PARTS = 8192           # above it, parts are larger
@@ -67,10 +67,9 @@ def prepare(source: str, settings: Settings, jobs: int = 0) -> reading.Store:
     return reading.Store(settings.out)
 
 
-def file_version(path: Path, name: str) -> tuple[str, int, int]:
-    """(name, bytes, time of the last change in ns) of a file: it is taken to be unchanged while they are."""
-    status = path.stat()
-    return name, status.st_size, status.st_mtime_ns
+def file_version(path: Path, name: str) -> tuple:
+    """(name, bytes, version) of a file (`urls.version`): it is taken to be unchanged while they are."""
+    return name, *urls.version(path)
 
 
 def _check_units(settings: Settings, content: dict) -> None:
@@ -106,7 +105,7 @@ def _ranges(path: Path, size: int, most: int) -> Iterator[tuple[formats.Range, i
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         yield from _parquet_ranges(path, size, most)
-    elif suffix != ".jsonl" or size <= most:
+    elif suffix != ".jsonl" or size <= most or urls.is_url(path):       # counting the lines would read an object twice
         yield formats.Range(), size
     else:
         yield from _line_ranges(path, size, most)
@@ -200,7 +199,7 @@ def _make_part(settings: Settings, number: int, unit: list[Piece], update) -> No
                     writer.add(batch)
                     if time.monotonic() - start > 0.5:
                         # of a compressed file, the size of the text is not the size of the file
-                        shown = min(size, piece.size - reported) if Path(piece.path).suffix.lower() == ".jsonl" else 0
+                        shown = min(size, piece.size - reported) if piece.path.lower().endswith(".jsonl") else 0
                         update(shown)
                         reported += shown
                         start = time.monotonic()
@@ -210,7 +209,7 @@ def _make_part(settings: Settings, number: int, unit: list[Piece], update) -> No
 def _documents(piece: Piece, settings: Settings) -> Iterator[tuple]:
     if piece.name == corpus.ARCHIVE:
         return iter(corpus.all_documents())
-    return formats.read(Path(piece.path), piece.name, formats.parse_columns(settings.columns), piece.part)
+    return formats.read(urls.as_path(piece.path), piece.name, formats.parse_columns(settings.columns), piece.part)
 
 
 def _batches(documents: Iterator[tuple]) -> Iterator[tuple[list, int]]:

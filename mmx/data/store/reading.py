@@ -12,7 +12,7 @@ from mmx.data import packing
 from mmx.data.document_types import PromptCompletion, TokenIds
 from mmx.data.store import layout
 from mmx.data.store.layout import RECORD, SPLITS, TARGETS, Border, Manifest, Part
-from mmx.files import untrusted
+from mmx.files import untrusted, urls
 
 OPEN_PARTS = 256        # parts whose files are mapped into memory at the same time
 AT_A_TIME = 1 << 20     # records read at a time
@@ -21,7 +21,7 @@ MANIFEST_BYTES = 256 << 20
 
 def is_store(path: str | Path) -> bool:
     """Whether a folder is a token store."""
-    return (Path(path) / layout.MANIFEST).is_file()
+    return not urls.is_url(path) and (Path(path) / layout.MANIFEST).is_file()
 
 
 class Store:
