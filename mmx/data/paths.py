@@ -22,7 +22,9 @@ def absolute(path: str) -> str:
 
 def is_same(a: str, b: str) -> bool:
     """Whether two paths are the same file or folder."""
-    return a == b or (not urls.is_url(a) and not urls.is_url(b) and os.path.realpath(absolute(a)) == os.path.realpath(absolute(b)))
+    if urls.is_url(a) or urls.is_url(b):
+        return a == b
+    return os.path.realpath(absolute(a)) == os.path.realpath(absolute(b))
 
 
 def is_source_path(source: str) -> bool:

@@ -1,9 +1,10 @@
-"""Paths of files that may be URLs, such as gs://bucket/folder, s3://bucket/folder, https://host/file.jsonl or hf://datasets/ORG/NAME.
+"""Paths of files that may be URLs: gs://bucket/folder, s3://bucket/folder, https://host/file.jsonl or hf://datasets/ORG/NAME.
 
 A URL becomes a UPath of the package universal_pathlib, which has pathlib's methods; the packages of fsspec do the transfer (gcsfs,
 s3fs, huggingface_hub, aiohttp). They find credentials as their documentation says.
 """
 import contextlib
+import logging
 import pathlib
 import re
 
@@ -29,6 +30,7 @@ def as_path(path):
     try:
         from upath import UPath
 
+        logging.getLogger(PACKAGES.get(protocol, protocol)).setLevel(logging.CRITICAL)     # errors are reported in one line
         return UPath(path)
     except ImportError as error:
         package = PACKAGES.get(protocol, getattr(error, "name", None) or "universal_pathlib")
@@ -45,7 +47,7 @@ def refuse(path, what: str) -> None:
 
 @contextlib.contextmanager
 def one_line_errors(path):
-    """Turns what can fail with a URL into a one-line ConfigError: no such object, no permission, no server, a missing package."""
+    """Turns the errors of a URL into a one-line ConfigError: no such object, no permission, no server, a missing package."""
     try:
         yield
     except ConfigError:
@@ -60,8 +62,9 @@ def one_line_errors(path):
 
 
 def version(path) -> tuple[int, int | str]:
-    """(bytes, version) of a file. Two versions of a file differ in one of them; the version is the time of its last change in ns,
-    or what its store calls it, or "" if the store has none.
+    """(bytes, version) of a file, which change with its contents.
+
+    The version is the time of its last change in ns, or for a URL what its store calls a version; "" if the store has none.
     """
     if not is_url(path):
         status = path.stat()
