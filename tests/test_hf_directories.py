@@ -259,7 +259,7 @@ SILENT = {      # name: (what is done to the directory, the message; "": the par
     "empty tensors": (lambda d: (d / "model.safetensors").write_bytes(b""), "is truncated or not a safetensors file"),
     "names with a prefix": (rename("_orig_mod."), "the names of its tensors begin with '_orig_mod.'"),
     "names with two prefixes": (rename("base_model.model."), "the names of its tensors begin with 'base_model.model.'"),
-    "pickles": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "has pytorch_model.bin, but mmx reads safet"),
+    "pickles": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "has pytorch_model.bin, but mmx reads"),
     "no index": (lambda d: (d / "model.safetensors").rename(d / "model-00001-of-00001.safetensors"), "but no index of them"),
     "Git LFS pointer": (lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid a\n"),
                         "is a Git LFS pointer, not the file itself"),
