@@ -292,6 +292,8 @@ def test_public_names(place):
     (["config", TINY, "--config.train.steps=many"], "config key train.steps needs int, got 'many'"),
     (["config", TINY, "--config.train.steps=1.5"], "config key train.steps needs int, got '1.5'"),
     (["config", TINY, "--config.train.lr", "fast"], "config key train.lr needs float, got 'fast'"),
+    (["generate", "--checkpoint", ORACLE, "--prompt", "--help"], "--prompt: expected one argument; write --prompt=VALUE"),
+    (["config", TINY, "--config.model.remat", "false", "--config.model.remat=maybe"], "needs bool, got 'maybe'"),
     (["config", TINY, "--config.model.remat=maybe"], "config key model.remat needs bool, got 'maybe'"),
     (["config", TINY, "--config.data.sources=('a',"], "config key data.sources needs tuple"),
     (["config", TINY, "--config.train.lr"], "config.train.lr"),

@@ -84,6 +84,8 @@ def test_integers_become_floats_and_lists_become_tuples():
     ("model", {"chunk": -1}, "model.chunk=-1 must be positive"),
     ("model", {"rope_theta": 0.0}, "model.rope_theta=0.0 must be positive"),
     ("train", {"seed": 2 ** 33}, "must be from 0 to"),
+    ("train", {"eps": 0.0}, "train.eps=0.0 must be at least 1e-37: a gradient of 0 would be divided by 0"),
+    ("train", {"eps": 1e-45}, "must be at least 1e-37"),
     ("train", {"beta1": 2.0}, "train.beta1=2.0 must be from 0 to below 1"),
     ("data", {"weights": (("a", (1,)),)}, "needs (step, (weight of each source))"),
     ("data", {"weights": ((0, ("a",)),)}, "needs (step, (weight of each source))"),

@@ -103,6 +103,9 @@ KEYS = {        # key: (value, the beginning of the message; "": accepted, "igno
     "rope_scaling legacy default": ({"type": "default"}, ""),
     "rope_scaling factor": ({"rope_type": "default", "factor": 4.0}, "rope_scaling.factor=4.0 is not supported"),
     "rope_scaling yarn": ({"rope_type": "yarn", "factor": 4.0}, "rope_scaling.rope_type='yarn' is not supported"),
+    "rope_parameters theta": ({"rope_theta": 7.0},
+                              "rope_theta (gives 500000) and rope_parameters.rope_theta (gives 7) contradict"),
+    "partial_rotary_factor": (0.25, "rotary_dim (gives 4) and partial_rotary_factor (gives 2)"),
     "use_qk_norm": (True, "use_qk_norm=True is not supported"), "use_qk_norm off": (False, ""),
     "attention_bias": (True, "attention_bias=True is not supported"), "attention_bias off": (False, ""),
     "attn_window_size": (4096, "attn_window_size=4096 is not supported"), "attn_window_size null": (None, ""),
@@ -227,6 +230,13 @@ def add_tensor(name, value):
     return apply
 
 
+def rename(prefix: str):
+    def apply(directory):
+        tensors = load_file(directory / "model.safetensors")
+        save_file({prefix + name: tensor for name, tensor in tensors.items()}, directory / "model.safetensors")
+    return apply
+
+
 def put_nan(directory):
     tensors = load_file(directory / "model.safetensors")
     tensors["model.layers.0.block_sparse_moe.experts.0.w1.weight"][0, 0] = np.nan
@@ -247,6 +257,12 @@ SILENT = {      # name: (what is done to the directory, the message; "": the par
     "empty index": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
     "empty weight_map": (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {}}'), "has no weight_map"),
     "empty tensors": (lambda d: (d / "model.safetensors").write_bytes(b""), "is truncated or not a safetensors file"),
+    "names with a prefix": (rename("_orig_mod."), "the names of its tensors begin with '_orig_mod.'"),
+    "names with two prefixes": (rename("base_model.model."), "the names of its tensors begin with 'base_model.model.'"),
+    "pickles": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "has pytorch_model.bin, but mmx reads"),
+    "no index": (lambda d: (d / "model.safetensors").rename(d / "model-00001-of-00001.safetensors"), "but no index of them"),
+    "Git LFS pointer": (lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid a\n"),
+                        "is a Git LFS pointer, not the file itself"),
     "empty template": (lambda d: (d / "chat_template.jinja").write_text(""), ""),
     "empty model type": (lambda d: change_config(d, model_type=""), "model_type='' is not supported"),
     "huge number": (lambda d: change_config(d, rope_theta=10**400), "rope_theta needs float"),

@@ -347,6 +347,16 @@ def test_a_run_that_diverges_ends(skips, last, reason, text, tmp_path):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(load(tmp_path).params))
 
 
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_parameters_that_are_not_finite_are_not_saved(bad):
+    saved = []
+    checkpoints = SimpleNamespace(save=lambda *args, **options: saved.append(args))
+    run = SimpleNamespace(log=SimpleNamespace(flush=lambda: None), checkpoints=checkpoints)
+    with pytest.raises(DivergedError, match="a parameter is nan or infinite after step 7, which is not saved"):
+        loop.save(run, 7, {"a": np.ones(3, np.float32), "b": np.array([[1, bad]], np.float32)}, (), 1.0, force=True)
+    assert not saved
+
+
 def test_a_nonfinite_step_changes_nothing(text, tmp_path, monkeypatch):
     """Neither parameters nor optimizer state. It is counted, and its loss is null in metrics.jsonl."""
     batch = batch_of(1, 8)

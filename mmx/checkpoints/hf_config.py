@@ -143,10 +143,10 @@ def _arguments(config: dict, unknown: list, prefix: str = "") -> dict:
     model["kv_heads"] = _field(config, "num_key_value_heads", int, DEFAULT_KV_HEADS, model["heads"])
     share = model["dim"] // max(model["heads"], 1)
     model["head_dim"] = _field(config, "head_dim", int, share, share)
-    part = round(_field(config | rope, "partial_rotary_factor", float, 1.0) * model["head_dim"])
-    model["rotary_dim"] = _field(config, "rotary_dim", int, part, part)
-    theta = _field(rope, "rope_theta", float, DEFAULT_ROPE_THETA)
-    model["rope_theta"] = _field(config, "rope_theta", float, theta, theta)
+    parts = {name: round(share * model["head_dim"])
+             for name, share in _given("partial_rotary_factor", float, config, rope).items()}
+    model["rotary_dim"] = _one_value(_given("rotary_dim", int, config, rope) | parts, model["head_dim"])
+    model["rope_theta"] = _one_value(_given("rope_theta", float, config, rope), DEFAULT_ROPE_THETA)
     model["top_k"] = _field(config, "num_experts_per_tok", int, 2)
     model["norm_eps"] = _field(config, "rms_norm_eps", float, 1e-5)
     model["context"] = _field(config, "max_position_embeddings", int, Model.context)
@@ -157,6 +157,19 @@ def _arguments(config: dict, unknown: list, prefix: str = "") -> dict:
             raise ConfigError(f"{' or '.join(names)} is 0: a layer without its residual is not supported")
     unknown += check_keys(config, USED, prefix)
     return model
+
+
+def _given(key: str, kind: type, config: dict, rope: dict) -> dict:
+    """The values of a key of RoPE, by their places: config.json itself, as in the released file, and rope_parameters."""
+    tables = {key: config, f"rope_parameters.{key}": rope}
+    return {name: _field(table, key, kind) for name, table in tables.items() if table.get(key) is not None}
+
+
+def _one_value(given: dict[str, float], default: float):
+    """The value that one or several keys give. Raises ConfigError if two of them differ."""
+    if len(set(given.values())) > 1:
+        raise ConfigError(f"{' and '.join(f'{name} (gives {value:g})' for name, value in given.items())} contradict each other")
+    return next(iter(given.values()), default)
 
 
 def _rope(config: dict) -> dict:

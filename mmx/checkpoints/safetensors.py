@@ -17,6 +17,8 @@ from mmx.files import notes, untrusted
 
 MOST_TENSORS, MOST_AXES, MOST_NAME = 1_000_000, 8, 256      # tensors of a file, axes of a tensor, characters of its name
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OTHER_WEIGHTS = "[!.]*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf"
+LFS = b"version https://git-lfs"       # the beginning of a Git LFS pointer
 EXPERT_MATRICES = ("w1", "w2", "w3")
 # last parts of the names of buffers that models derive from their config; some programs save them, in any dtype
 DERIVED = (*DECAY_BUFFERS, "position_ids", "inv_freq", "original_inv_freq", "cos_cached", "sin_cached")
@@ -47,6 +49,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         if size < 8 or start > size:
+            file.seek(0)
+            if file.read(len(LFS)) == LFS:
+                raise ConfigError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its repository")
             raise ConfigError(f"{path} is truncated or not a safetensors file: its header ends at byte {start} of {size}")
         if start > untrusted.JSON_BYTES:
             raise ConfigError(f"{path}: its header has {start:,} bytes; at most {untrusted.JSON_BYTES:,} are allowed")
@@ -137,7 +142,7 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
     elif single.exists():
         files = {single.name: ()}
     else:
-        raise ConfigError(f"{directory} has neither {SINGLE} nor {INDEX}")
+        raise ConfigError(f"{directory} has neither {SINGLE} nor {INDEX}{_other_weights(directory)}")
     tensors = {}
     for file in sorted(files):
         merge(tensors, read_header(untrusted.check_link(directory / file)))
@@ -150,6 +155,14 @@ def find_tensors(directory: Path) -> dict[str, Tensor]:
         source = index.name if index.exists() else single.name
         notes.note(f"{directory}: the tensors are read from {source}; ignored are {first_five(ignored)}")
     return tensors
+
+
+def _other_weights(directory: Path) -> str:
+    """What a directory has in their place, for a message."""
+    names = sorted(path.name for pattern in OTHER_WEIGHTS for path in directory.glob(pattern))
+    if parts := [name for name in names if name.endswith(".safetensors")]:
+        return f": it has {first_five(parts)}, but no index of them"
+    return f": it has {first_five(names)}, but mmx reads safetensors only" if names else ""
 
 
 def _read_index(index: Path) -> dict[str, list[str]]:

@@ -81,12 +81,15 @@ def build_parser() -> argparse.ArgumentParser:
 def join_overrides(argv: list[str]) -> list[str]:
     """Joins `--config.key value` into `--config.key=value`, so that the value is not parsed as a positional argument.
 
-    A boolean key takes no value.
+    A boolean key needs no value.
     """
     joined = []
     for argument in argv:
         key = re.fullmatch(r"--config\.([\w.]+)", joined[-1]) if joined else None
-        if key and not argument.startswith("--") and experiments.key_types().get(key[1]) != "bool":
+        is_value = not argument.startswith("--")
+        if key and experiments.key_types().get(key[1]) == "bool":
+            is_value = argument.lower() in ("true", "false", "0", "1")
+        if key and is_value:
             joined[-1] += f"={argument}"
         else:
             joined.append(argument)
@@ -105,6 +108,8 @@ class Parser(argparse.ArgumentParser):
             flags = [argument for argument in self._argv if re.match(r"--(?!config[.])\w", argument)]
             unknown = [flag for flag in flags if flag.partition("=")[0] not in self._option_string_actions]
             message = self.describe_unknown(unknown[0]) if unknown else message
+        if wanted := re.fullmatch(r"argument (--\S+): expected one argument", message):
+            message += f"; write {wanted[1]}=VALUE if the value begins with -"
         sys.exit(errors.report(f"{message}; see `{self.prog} --help`"))
 
     def describe_unknown(self, argument: str) -> str:

@@ -222,9 +222,10 @@ class Train:
         require_choice("train.decay_form", self.decay_form, DECAY_FORMS)
         for name in ("steps", "batch", "length", "log_every", "loss_chunk"):
             require(getattr(self, name) > 0, f"train.{name}={getattr(self, name)} must be positive")
-        for name in ("seconds", "lr", "lr_end", "warmup", "eps", "weight_decay", "clip", "eval_every", "eval_bytes",
+        for name in ("seconds", "lr", "lr_end", "warmup", "weight_decay", "clip", "eval_every", "eval_bytes",
                      "sample_every", "vision_lr", "contrastive"):
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must be 0 or more")
+        require(self.eps >= 1e-37, f"train.eps={self.eps} must be at least 1e-37: a gradient of 0 would be divided by 0")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"train.{name}={getattr(self, name)} must be from 0 to below 1")
         require(0 <= self.seed < 2 ** 32, f"train.seed={self.seed} must be from 0 to 2^32 - 1")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -13,7 +14,7 @@ from mmx.checkpoints.manager import Checkpoints
 from mmx.config import NonFiniteError
 from mmx.training import optim
 from mmx.training.batches import Batches
-from mmx.training.guards import Guard, Rollback
+from mmx.training.guards import DivergedError, Guard, Rollback
 from mmx.training.metrics import Log, StepResult, build_record, evaluation_record
 from mmx.training.signals import StopSignals
 
@@ -130,11 +131,23 @@ def roll_back(run: Run, rollback: Rollback) -> tuple:
 
 
 def save(run: Run, step: int, params, opt, seconds: float, force: bool) -> None:
-    """Starts to save a checkpoint if one is due or forced. Before that, it writes the metrics up to `step` to disk."""
+    """Starts to save a checkpoint if one is due or forced. Before that, it writes the metrics up to `step` to disk.
+
+    Raises DivergedError if a parameter is not finite, so that the last checkpoint stays the newest.
+    """
     run.log.flush()
+    if not are_finite(params):
+        raise DivergedError(f"a parameter is nan or infinite after step {step}, which is not saved: lower train.lr; the last "
+                            "checkpoint is from before")
     host_state = {"stream": run.batches.stream.state(), "seconds": seconds, "guard": run.guard.state()}
     if run.checkpoints.save(step, params, opt, host_state, force=force):
         run.guard.saved()
+
+
+@jax.jit
+def are_finite(params):
+    """Whether no parameter is nan or infinite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
 
 
 def evaluate_and_sample(run: Run, step: int, params) -> None:
