@@ -25,6 +25,8 @@ def pack(source: str, data: config.Data, length: int, bounds: tuple, options: Im
     store = cache.open_store(source, data, options)
     if unread := next((part.unread for part in store.manifest.parts if part.unread), ""):
         encoding.refuse_images(f"{source}, {unread}")
+    if not store.manifest.splits["train"]["targets"]:
+        raise ConfigError(f"data.sources: the training documents of {source!r} have no target to learn: every one is -1")
     documents = reading.Documents(store, *bounds)
     plan = open_plan(store, documents, length, bounds, cache.cache_folder(data.cache))
     if not len(plan):

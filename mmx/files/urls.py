@@ -1,7 +1,7 @@
 """Paths of files that may be URLs: gs://bucket/folder, s3://bucket/folder, https://host/file.jsonl or hf://datasets/ORG/NAME.
 
-A URL becomes a UPath of the package universal_pathlib, which has pathlib's methods; the packages of fsspec do the transfer (gcsfs,
-s3fs, huggingface_hub, aiohttp). They find credentials as their documentation says.
+A URL becomes a UPath of the package universal_pathlib, which has pathlib's methods. The packages of fsspec transfer the data
+(gcsfs, s3fs, huggingface_hub, aiohttp); they find credentials as their documentation says.
 """
 import contextlib
 import logging

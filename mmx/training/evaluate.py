@@ -15,11 +15,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mmx.config import ConfigError
 from mmx.data import encoding, packing
 from mmx.data.document_types import TokenIds
 from mmx.files import output
 from mmx.model import Model
 from mmx.training.loss import cross_entropy
+
+NO_TARGETS = "the held-out documents have no targets, so they have no loss: each target is -1"
 
 
 class HeldOut(NamedTuple):
@@ -56,6 +59,9 @@ def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, overlap:
     def evaluate(params, documents, limit: int = 0, progress: bool = False) -> HeldOut:
         documents = first_bytes(documents, limit)
         encoded = [encoding.encode(tokenizer, content, name)[:2] for name, content in documents]
+        targets = sum(map(_count_targets, encoded))
+        if not targets:
+            raise ConfigError(NO_TARGETS)
         row_count = sum(len(packing.row_starts(ids_T, length, overlap, targets_T)) for ids_T, targets_T in encoded)
         batches = packing.batches(encoded, length, batch, overlap)
         nats, pending = np.zeros(len(documents)), []
@@ -66,10 +72,9 @@ def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, overlap:
             pending.append((document_B, nats_B(params, arrays)))
         for document_B, value_B in pending:     # document_B: index of each row's document
             np.add.at(nats, document_B, jax.device_get(value_B))
-        targets = sum(map(_count_targets, encoded))
         sizes = np.array([len(encoding.learned_text(content)) for _, content in documents])
         bits = nats / math.log(2)
-        return HeldOut(float(nats.sum() / max(targets, 1)),
+        return HeldOut(float(nats.sum() / targets),
                        float(bits[sizes > 0].sum() / sizes.sum()) if sizes.any() else None, targets, int(sizes.sum()),
                        len(documents), {name: float(n / s) for (name, _), n, s in zip(documents, bits, sizes) if s})
 
@@ -79,6 +84,11 @@ def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, overlap:
 def _count_targets(encoded) -> int:
     ids_T, targets_T = encoded
     return len(ids_T) - 1 if targets_T is None else int((targets_T >= 0).sum())
+
+
+def has_targets(tokenizer, documents) -> bool:
+    """Whether a document has a target."""
+    return any(_count_targets(encoding.encode(tokenizer, content, name)[:2]) for name, content in documents)
 
 
 def bytes_per_token(tokenizer, documents) -> float:

@@ -23,7 +23,7 @@ from mmx.model import Model
 from mmx.parallel import sharding
 from mmx.training import optim
 from mmx.training.batches import Batches
-from mmx.training.evaluate import bytes_per_token, first_bytes, make_evaluator
+from mmx.training.evaluate import NO_TARGETS, bytes_per_token, first_bytes, has_targets, make_evaluator
 from mmx.training.guards import Guard
 from mmx.training.loop import Clock, Evaluation, Run, State, fraction_done, train_loop
 from mmx.training.metrics import Log
@@ -133,6 +133,8 @@ def build_evaluation(e: Experiment, mesh, tokenizer, sample) -> Evaluation:
     if t.eval_every and not documents:
         raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text or token ids, but data.sources has only "
                           "images: set train.eval_every=0")
+    if t.eval_every and not has_targets(tokenizer, first_bytes(documents, t.eval_bytes)):
+        raise ConfigError(f"train.eval_every={t.eval_every}: {NO_TARGETS}")
     model = Model(dataclasses.replace(e.model, capacity=0.0, transport=0.0))        # 0: no limit, so no token is dropped
     evaluate = make_evaluator(model, tokenizer, length=t.length, batch=t.batch, overlap=t.length // 2,
                               loss_chunk=t.loss_chunk, sharding=sharding.batch_sharding(mesh))

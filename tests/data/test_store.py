@@ -85,6 +85,9 @@ def test_rows_and_held_out_documents_equal_those_of_the_source_in_memory(tmp_pat
     for split, count in manifest.splits.items():
         contents = [content for _, content in sources.documents(source, split)]
         assert count["documents"] == len(contents) and count["bytes"] == sum(map(sources.size, contents))
+        arrays = [packing.span_arrays(d.ids_T, d.targets_T, 0, len(d.ids_T))[1] for d in
+                  (encoding.encode(tokenizer, content, "") for content in contents)]
+        assert count["targets"] == sum(int((targets_T >= 0).sum()) for targets_T in arrays)
 
 
 def test_the_last_part_of_the_text_is_held_out_where_names_hold_out_none(tmp_path):
@@ -230,6 +233,12 @@ def test_stores_that_cannot_be_used_are_one_line(tmp_path):
     refused("is not a manifest of a token store", lambda folder: (folder / "manifest.json").write_text('{"format": 1}'))
     refused("is damaged: .*00001.tokens has 5 bytes, not", lambda folder: (folder / "parts/00001.tokens").write_bytes(b"short"))
     refused("is incomplete: no .*00000.documents", lambda folder: (folder / "parts/00000.documents").unlink())
+
+
+def test_documents_without_targets_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"tokens": [1, 2, 3], "targets": [-1, -1, -1]}\n' * 60)
+    with pytest.raises(ConfigError, match="the training documents of .*a.jsonl' have no target to learn"):
+        rows.pack(str(tmp_path / "a.jsonl"), Data(cache=str(tmp_path)), 8, (0, 0), encoding.TEXT_ONLY)
 
 
 def test_a_folder_of_another_preparation_is_refused(tmp_path):

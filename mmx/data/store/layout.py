@@ -30,6 +30,7 @@ RECORD = np.dtype([
     ("end", "<u8"),         # tokens of the part up to the end of this document
     ("size", "<u8"),        # bytes of its text; for token ids, their number
     ("image", "<i8"),       # the position of its line in parts/*.images; -1: no images
+    ("targets", "<u8"),     # tokens that have a target
     ("masked", "<u4"),      # of a PROMPT: its first tokens that have no target
     ("split", "u1"),        # an index into SPLITS, by the document's name
     ("kind", "u1"),
@@ -61,7 +62,7 @@ class Manifest:
     images: dict | None             # see `identity.images`; None: no document has images
     dtype: str                      # of the token ids
     parts: tuple[Part, ...]
-    splits: dict[str, dict]         # {split: {"documents", "tokens", "bytes"}}
+    splits: dict[str, dict]         # {split: {"documents", "tokens", "bytes", "targets"}}
     all_train: bool = False         # every document is for training, whatever its name says
     border: Border | None = None
     format: int = VERSION

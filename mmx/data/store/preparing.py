@@ -242,8 +242,9 @@ def _finish(source: str, settings: Settings, units, manifest: Manifest) -> Manif
     store = reading.Store(settings.out, manifest)
     splits = {}
     for split in SPLITS:
-        found = [(len(numbers), int(sizes.sum()), int(store.sizes(numbers).sum())) for numbers, sizes, _ in store.chosen(split)]
-        splits[split] = dict(zip(("documents", "tokens", "bytes"), map(sum, zip(*found) if found else ((), (), ()))))
+        found = [(len(numbers), int(sizes.sum()), *(int(store.field(name, numbers).sum()) for name in ("size", "targets")))
+                 for numbers, sizes, _ in store.chosen(split)]
+        splits[split] = dict(zip(("documents", "tokens", "bytes", "targets"), map(sum, zip(*found))))
     if not splits["train"]["documents"]:
         raise ConfigError(f"data.sources: {source!r} has too little text to train on after holding some out for validation")
     return dataclasses.replace(manifest, splits=splits)
@@ -251,7 +252,7 @@ def _finish(source: str, settings: Settings, units, manifest: Manifest) -> Manif
 
 def _find_border(store: reading.Store) -> tuple[Border, int]:
     """The document at which the first 95 % of the training text end, and how much of its text belongs to them."""
-    sizes = [(numbers, store.sizes(numbers)) for numbers, *_ in store.chosen("train")]
+    sizes = [(numbers, store.field("size", numbers)) for numbers, *_ in store.chosen("train")]
     keep = sum(int(size.sum()) for _, size in sizes) * 19 // 20
     for numbers, size in sizes:
         ends = np.cumsum(size)

@@ -67,12 +67,12 @@ class Store:
         by_split = {"train": train & ~later & ~replaced, "validation": train & later}
         return by_split.get(split, number == SPLITS.index(split))
 
-    def sizes(self, numbers) -> np.ndarray:
-        """The bytes of the texts of some documents of one part."""
+    def field(self, name: str, numbers) -> np.ndarray:
+        """A field of the RECORDs of some documents of one part."""
         if not len(numbers):
             return np.zeros(0, np.int64)
         parts, index = self.locate(numbers)
-        return self.records(int(parts[0]))["size"][index].astype(np.int64)
+        return self.records(int(parts[0]))[name][index].astype(np.int64)
 
     def locate(self, numbers) -> tuple[np.ndarray, np.ndarray]:
         """(part, index in the part) of documents."""

@@ -41,9 +41,10 @@ def summarize(path: str | Path, texts: int = 3) -> dict:
 
 def print_tables(found: dict, console) -> None:
     """Prints the tables of a summary."""
-    table = Table("split", "documents", "tokens", "bytes of text", title=f"{found['store']}, made from {found['source']}")
+    table = Table("split", "documents", "tokens", "targets", "bytes of text",
+                  title=f"{found['store']}, made from {found['source']}")
     for split, count in found["splits"].items():
-        table.add_row(split, *(f"{count[key]:,}" for key in ("documents", "tokens", "bytes")))
+        table.add_row(split, *(f"{count[key]:,}" for key in ("documents", "tokens", "targets", "bytes")))
     console.print(table)
     name = found["tokenizer"].get("name") or f"tokenizer.json with sha256 {found['tokenizer']['sha256'][:16]}"
     console.print(f"tokenizer: {name}, {found['tokenizer']['vocab']:,} ids, stored as {found['dtype']}")

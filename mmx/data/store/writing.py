@@ -1,7 +1,6 @@
 """Writes one part of a token store (`layout`)."""
 import gzip
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -77,7 +76,8 @@ class Writer:
             kind, masked = _kind(found)
             if kind == layout.TARGETS or self._files["targets"].tell():
                 self._write_targets(found)
-            self._records.append((self._end, sources.size(content), self._write_images(found.images), masked,
+            targets = len(found.ids_T) - 1 if found.targets_T is None else int((found.targets_T >= 0).sum())
+            self._records.append((self._end, sources.size(content), self._write_images(found.images), targets, masked,
                                   SPLITS.index(split), kind))
             if split != "train" and not isinstance(content, ImageText):
                 self.hold_out(name, content, split)
@@ -85,7 +85,7 @@ class Writer:
 
     def hold_out(self, name: str, content, split: str) -> None:
         """Adds the text of a held-out document."""
-        self._held_out.append(json.dumps({"name": name, "split": split} | reading.content_to_json(content)) + "\n")
+        self._held_out.append(json_text.dumps({"name": name, "split": split} | reading.content_to_json(content)) + "\n")
 
     def _write_targets(self, found: encoding.Encoded) -> None:
         file = self._files["targets"]
