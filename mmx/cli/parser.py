@@ -33,7 +33,7 @@ examples:
   mmx train --config experiments/tiny.py --workdir run --config.train.steps=200 --config.mesh.edp=2
   mmx eval --checkpoint run                                   # held-out bits per byte
   mmx eval --checkpoint run --suite needle --lengths 1k,4k,16k        # retrieval by depth and length
-  mmx data prepare --source books --tokenizer tokenizer.json --out store      # tokenize once, for data.sources
+  mmx data prepare --source books --tokenizer tokenizer.json --out store      # tokenize once
   mmx examples --suite needle --lengths 256,1k --out needle.jsonl     # training documents for a suite
   mmx generate --checkpoint run --prompt "The state of the Union" --temperature 0.8
   mmx generate --checkpoint vl --image a.png --prompt "<image> What is this?"

@@ -128,7 +128,7 @@ class Model:
     def validate(self):
         m = self
         for name in ("vocab", "dim", "layers", "window", "heads", "kv_heads", "head_dim", "experts", "top_k", "expert_dim",
-                     "token_groups"):
+                     "token_groups", "context"):
             require(getattr(m, name) > 0, f"model.{name}={getattr(m, name)} must be positive")
         for name, most in LIMITS.items():
             require(getattr(m, name) <= most, f"model.{name}={getattr(m, name)} must be at most {most:,}")

@@ -43,7 +43,7 @@ def train(experiment: Experiment, workdir: str | Path, sample=None, processes: i
       processes: how many processes train together.
     Returns:
       A dict: "step", the number of steps done; "new", how many of them this call did; "seconds" of training; "stopped", the
-      signal that stopped the run or 0; "process", the index of this process.
+      signal that stopped the run or 0; "skipped", the skipped steps of the whole run; "process", the index of this process.
     """
     t, c, workdir = experiment.train, experiment.checkpoint, Path(workdir)
     # The phases before the lock write no file, so an experiment that cannot run leaves the workdir unchanged.
@@ -77,7 +77,7 @@ def train(experiment: Experiment, workdir: str | Path, sample=None, processes: i
             with contextlib.closing(checkpoints):
                 log.close()
     return {"step": step, "new": step - state.step, "seconds": clock.seconds(), "stopped": stop.number,
-            "process": jax.process_index()}
+            "skipped": guard.skipped, "process": jax.process_index()}
 
 
 def check_experiment(e: Experiment, sample):
