@@ -78,8 +78,8 @@ def test_help_is_printed_without_arguments(capsys):
 
 
 @pytest.mark.parametrize("command", ["", "train", "generate", "eval", "convert", "convert from-hf", "convert to-hf",
-                                     "convert verify", "config", "memory", "fit", "sweep", "aot", "examples", "bench",
-                                     "bench kernels"])
+                                     "convert verify", "config", "memory", "fit", "sweep", "aot", "examples", "bench", "data",
+                                     "data prepare", "data show", "data tokenizer", "bench kernels"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([*command.split(), "--help"])

@@ -14,7 +14,7 @@ from experiments.findings import claims, evidence, figures
 from experiments.findings import page as findings
 from mmx import config
 from mmx.checkpoints import convert
-from mmx.data import packing, pipeline, tokens
+from mmx.data import held_out, packing, tokens
 from mmx.launch import experiments
 from mmx.model import Model, logits
 from mmx.training.loss import loss
@@ -360,7 +360,7 @@ def test_each_shard_has_its_own_capacity(monkeypatch):
     assert (undropped["capacity"], undropped["dropped"]) == (0, 0) and 0 < whole["dropped"] < split["dropped"] <= split["worst"]
     assert (whole["shards"], split["shards"]) == (1, 4) and len({undropped["loss"], whole["loss"], split["loss"]}) == 3
     order = np.random.default_rng(0)
-    documents = [tokens.document(tokens.tokenizer("bytes"), raw, name) for name, raw in pipeline.validation(config.Data())]
+    documents = [tokens.document(tokens.tokenizer("bytes"), raw, name) for name, raw in held_out.validation(config.Data())]
     packed = packing.Packed(documents, 32)
     rows = [packed[n] for n in order.permutation(len(packed))[:4]]
     capped = Model(dataclasses.replace(c, capacity=1.0))

@@ -117,7 +117,7 @@ def test_heavy_packages_are_imported_when_needed(modules, unloaded):
 
 
 def test_setup_cfg_declares_every_import():
-    """mmx.torch, the Triton kernel and the lm-eval tasks may also import packages of their extras."""
+    """mmx.torch, the Triton kernel, the lm-eval tasks and URLs may also import packages of their extras."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     lines = setup["options"]["install_requires"].split("\n")
@@ -127,5 +127,5 @@ def test_setup_cfg_declares_every_import():
     for path in FILES:
         extra = {"torch": {"torch", "transformers"}, "kernels": {"jax_triton", "triton", "tokamax"},
                      "compilers": {"jax_triton"},
-                 "evals": {"datasets", "lm_eval", "sacrebleu"}}
+                 "evals": {"datasets", "lm_eval", "sacrebleu"}, "files": {"upath"}}
         assert {name.partition(".")[0].lower() for name in imported(path)} - extra.get(package(path), set()) <= declared, path

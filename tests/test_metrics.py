@@ -136,11 +136,10 @@ def test_the_bar_shows_the_progress(tmp_path, capsys, seconds, progress):
     assert progress in error and "loss 3.000, 0.500 bits/byte, 0 tokens/s" in error
 
 
-def test_throughput_covers_the_tokens_since_the_last_call(tmp_path, monkeypatch):
-    clock = iter((10.0, 12.0, 16.0))
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+def test_throughput_covers_the_tokens_between_two_dispatches(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: 10.0)
     log = metrics.Log(tmp_path, Train(tensorboard=False), 0, 100)
-    assert (log.tokens_per_s(120), log.tokens_per_s(160)) == (10.0, 10.0)
+    assert (log.tokens_per_s(120, 12.0), log.tokens_per_s(160, 16.0)) == (10.0, 10.0)
     monkeypatch.undo()
     log.close()
 

@@ -69,23 +69,23 @@ def test_hidden_files_and_folders_are_skipped(tmp_path, capfd):
 def test_other_files_are_read_or_listed(tmp_path, capfd):
     line = b'{"text": "one"}\n'
     files = {"a.jsonl": line, "b.jsonl.gz": gzip.compress(line), "C.JSONL.BZ2": bz2.compress(line), "D.TXT": b"d" * 99,
-             "e.txt.xz": lzma.compress(b"e" * 99), "a.jsonl.gz": gzip.compress(line), "f.parquet": b"PAR1", "g.json": b"[]",
+             "e.txt.xz": lzma.compress(b"e" * 99), "a.jsonl.gz": gzip.compress(line), "f.arrow": b"ARROW1", "g.json": b"[]",
              "README": b"read me", "shown.png": b"", "other.png": b"",
              "h.jsonl": b'{"text": "<image>", "images": ["./shown.png"]}'}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "link").symlink_to(tmp_path.parent)
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nothing")
-    assert set(documents(tmp_path)) == {"a.jsonl:1", "b.jsonl.gz:1", "C.JSONL.BZ2:1", "D.TXT", "e.txt.xz", "h.jsonl:1"}
+    assert set(documents(tmp_path)) == {"a.jsonl:1", "b.jsonl:1", "C.JSONL:1", "D.TXT", "e.txt", "h.jsonl:1"}
     [found] = capfd.readouterr().err.splitlines()
-    kind = "not of a kind that is read: .txt and .jsonl, also compressed as .gz, .bz2, .xz"
-    assert f"skipped README, f.parquet, g.json and 1 more ({kind})" in found        # the fourth: other.png
+    kind = "not of a kind that is read: .txt and .jsonl, also compressed as .gz, .bz2, .xz, .zst, and .parquet"
+    assert f"skipped README, f.arrow, g.json and 1 more ({kind})" in found        # the fourth: other.png
     for text in ("a.jsonl.gz (a compressed copy of a file beside it)", "link (a link to a folder)",
                  "gone.txt (not a regular file)"):
         assert text in found
     (tmp_path / "only").mkdir()
-    (tmp_path / "only" / "a.parquet").touch()
-    with pytest.raises(ConfigError, match="contains no .txt or .jsonl file: skipped a.parquet .not of a kind that is read"):
+    (tmp_path / "only" / "a.arrow").touch()
+    with pytest.raises(ConfigError, match="no .txt, .jsonl or .parquet file: skipped a.arrow .not of a kind that is read"):
         documents(tmp_path / "only")
 
 
@@ -93,7 +93,8 @@ def test_other_files_are_read_or_listed(tmp_path, capfd):
     ("a.txt.gz", b"text", "a.txt.gz cannot be decompressed: Not a gzipped file"),
     ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-9], "a.txt.gz cannot be decompressed: Compressed file ended"),
     ("a.txt.bz2", b"BZh9", "a.txt.bz2 cannot be decompressed"), ("a.txt.xz", b"", "a.txt.xz cannot be decompressed"),
-    ("a.json", b"{}", "must be a .txt file, a .jsonl file or a folder"), ("a.parquet.gz", b"", "must be a .txt file, a .jsonl"),
+    ("a.json", b"{}", "must be a .txt, .jsonl or .parquet file, or a folder"),
+    ("a.parquet.gz", b"", "must be a .txt, .jsonl or .parquet file"), ("a.parquet", b"PAR1", "a.parquet is not a Parquet file"),
     ("a.jsonl", b'{"text": NaN}', 'a.jsonl:1: no "text" string'), ("a.jsonl", b"1", 'a.jsonl:1: no "text" string'),
     ("a.jsonl", b'{"text": "a", "text": "b"}', "a.jsonl:1 is not JSON .an object has a key twice"),
     ("a.jsonl", b"\n" + b"[" * 100, "a.jsonl:2 is not JSON"), ("a.jsonl", b"", "contains no text"),
@@ -180,5 +181,5 @@ def test_text_and_json_lines_have_one_reader():
     root = Path(__file__).parents[1] / "mmx"
     files = {path.relative_to(root).as_posix(): path.read_text() for path in root.rglob("*.py")}
     found = {name for name, source in files.items() if re.search(r"\.splitlines\(|\.readlines\(|split\(b.\\n", source)}
-    assert found == {"config/reference.py", "cli/parser.py", "compilers/search.py", "compilers/aot.py", "compilers/schedule.py",
-                     "launch/runtime.py", "launch/sweep/executors.py"}
+    assert found == {"files/texts.py", "config/reference.py", "cli/parser.py", "compilers/search.py", "compilers/aot.py",
+                     "compilers/schedule.py", "launch/runtime.py", "launch/sweep/executors.py"}

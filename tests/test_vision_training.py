@@ -17,7 +17,7 @@ from mmx.analysis.counts import flops_tile
 from mmx.checkpoints import convert, hf_config, hf_layout, manager
 from mmx.checkpoints import initial as starts
 from mmx.config import ConfigError
-from mmx.data import images, packing, pipeline
+from mmx.data import encoding, images, packing, pipeline, sources, tokens
 from mmx.model import Model, abstract_params, encode_images
 from mmx.parallel import sharding
 from mmx.training import loop, loss, metrics, optim
@@ -59,8 +59,10 @@ def stream(folder, t, **where):
 def separate(folder, t):
     """Every training document in a separate row."""
     rows, row_images = [], []
-    for d in pipeline._tokenize_source(str(folder / "a.jsonl"), pipeline.tokens.tokenizer("bytes"), V, t.contrastive > 0):
-        rows.append(packing._make_row([(d.ids_T, 0, len(d.ids_T), d.targets_T)], t.length))
+    options = encoding.ImageOptions(V, t.contrastive > 0)
+    for name, content in sources.documents(str(folder / "a.jsonl"), "train"):
+        d = encoding.encode(tokens.tokenizer("bytes"), content, name, options)
+        rows.append(packing._make_row([packing.span_arrays(d.ids_T, d.targets_T, 0, len(d.ids_T))], [len(d.ids_T)], t.length))
         row_images.append(images.prepare_all(V, d.images.images if d.images else ()))
     batch = packing.stack(rows)
     return batch | dict(zip(("patch_code", "pixels"), images.collate(V, batch["tokens"], row_images)))

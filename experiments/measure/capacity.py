@@ -22,7 +22,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 import mmx
-from mmx.data import packing, pipeline, tokens
+from mmx.data import held_out, packing, tokens
 from mmx.launch import experiments, hugepages
 from mmx.model import Model
 from mmx.parallel import routing
@@ -56,7 +56,7 @@ def main():
 def held_out_batches(tokenizer) -> list[dict]:
     """Batches of full rows of the embedded validation texts, in random order."""
     loaded_tokenizer = tokens.tokenizer(tokenizer)
-    texts = pipeline.validation(mmx.config.Data())
+    texts = held_out.validation(mmx.config.Data())
     rows = packing.Packed([tokens.document(loaded_tokenizer, raw, name) for name, raw in texts], LENGTH)
     order = np.random.default_rng(0).permutation(len(rows))[:len(rows) // ROWS * ROWS]
     return [packing.stack(rows[n] for n in part) for part in np.split(order, len(order) // ROWS)]

@@ -17,7 +17,7 @@ import numpy as np
 
 from mmx.checkpoints.convert import load
 from mmx.config import Data
-from mmx.data import packing, pipeline, tokens
+from mmx.data import held_out, packing, tokens
 from mmx.files import atomic
 from mmx.launch import hugepages, sweep
 from mmx.model import Model
@@ -47,7 +47,7 @@ def main():
 @functools.cache
 def held_out_batches() -> list[dict]:
     """ROWS rows of held-out text in batches. Most rows begin inside a document, like the rows of training."""
-    documents = [tokens.document(tokens.tokenizer("bytes"), raw, name) for name, raw in pipeline.validation(Data())]
+    documents = [tokens.document(tokens.tokenizer("bytes"), raw, name) for name, raw in held_out.validation(Data())]
     parts = [document[at:at + LENGTH + 1] for document in documents for at in range(0, len(document) - LENGTH, LENGTH)]
     order = np.random.default_rng(0).permutation(len(parts))[:ROWS]
     return [packing.stack(next(packing.rows(parts[n], LENGTH)) for n in some) for some in np.split(order, ROWS // BATCH)]

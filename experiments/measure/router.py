@@ -15,7 +15,7 @@ import numpy as np
 from mmx import cli
 from mmx.checkpoints.convert import load
 from mmx.config import Data
-from mmx.data import packing, pipeline, tokens
+from mmx.data import held_out, packing, tokens
 from mmx.files import atomic
 from mmx.launch import experiments, hugepages, sweep
 from mmx.model import Model
@@ -51,14 +51,14 @@ def measure(loaded, length, capacities=CAPACITIES, shards=SHARDS, batches=BATCHE
     Yields rows with the loss in nats per token, and the share of dropped assignments: the mean over layers ("dropped") and the
     largest of a layer ("worst"). The first row is without dropping.
     """
-    documents = [tokens.document(tokens.tokenizer("bytes"), raw, name) for name, raw in pipeline.validation(Data())]
+    documents = [tokens.document(tokens.tokenizer("bytes"), raw, name) for name, raw in held_out.validation(Data())]
     packed = packing.Packed(documents, length)
     order = np.random.default_rng(0).permutation(len(packed))[:batches * BATCH]
-    held_out = [packing.stack(packed[n] for n in part) for part in np.split(order, batches)]
+    batches_of_rows = [packing.stack(packed[n] for n in part) for part in np.split(order, batches)]
     for capacity in (0.0, *capacities):
         for count in shards if capacity else shards[:1]:
             c = dataclasses.replace(loaded.config, capacity=capacity)
-            found = [_evaluate(c, count, loaded.params, batch) for batch in held_out]
+            found = [_evaluate(c, count, loaded.params, batch) for batch in batches_of_rows]
             nats, dropped_l = (np.mean(x, axis=0) for x in zip(*found))
             yield {"capacity": capacity, "shards": count, "loss": float(nats), "dropped": float(dropped_l.mean()),
                    "worst": float(dropped_l.max())}

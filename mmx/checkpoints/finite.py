@@ -24,7 +24,8 @@ def check(values, params, what: str) -> None:
                  "checkpoint, or convert it again")
     else:
         cause = "all parameters are finite, so the computation overflows: use float32"
-    raise NonFiniteError(f"{what} of the model {'are' if what.endswith('s') else 'is'} not finite ({shown}): {cause}")
+    plural = what.endswith("s") and not what.endswith("loss")
+    raise NonFiniteError(f"{what} of the model {'are' if plural else 'is'} not finite ({shown}): {cause}")
 
 
 def non_finite_params(params) -> list[str]:

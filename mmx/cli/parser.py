@@ -11,12 +11,14 @@ import sys
 import mmx
 from mmx.cli import errors
 from mmx.config import nearest
+from mmx.files import urls
 from mmx.launch import experiments
 
 COMMANDS = [importlib.import_module(f"mmx.cli.{name}") for name in (      # in the order of `mmx --help`
     "train",
     "generate",
     "eval",
+    "data",
     "examples",
     "convert",
     "config",
@@ -31,6 +33,7 @@ examples:
   mmx train --config experiments/tiny.py --workdir run --config.train.steps=200 --config.mesh.edp=2
   mmx eval --checkpoint run                                   # held-out bits per byte
   mmx eval --checkpoint run --suite needle --lengths 1k,4k,16k        # retrieval by depth and length
+  mmx data prepare --source books --tokenizer tokenizer.json --out store      # tokenize once
   mmx examples --suite needle --lengths 256,1k --out needle.jsonl     # training documents for a suite
   mmx generate --checkpoint run --prompt "The state of the Union" --temperature 0.8
   mmx generate --checkpoint vl --image a.png --prompt "<image> What is this?"
@@ -55,7 +58,13 @@ def run(argv: list[str]) -> int:
     args, args.overrides = parser.parse_known_args(join_overrides(argv))
     if args.overrides and not args.accepts_overrides:
         args.parser.error(args.parser.describe_unknown(args.overrides[0]))
-    return errors.run(args.run, args)
+    return errors.run(_run, args)
+
+
+def _run(args):
+    for name in ("workdir", "out", "checkpoint", "against", "save_cache", "cache", "store"):
+        urls.refuse(getattr(args, name, None) or "", f"--{name.replace('_', '-')}")
+    return args.run(args)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -53,6 +53,7 @@ def _train(args, world=None):
         print(f"stopped at step {step:,}{saved}; run the same command to resume")
         return errors.INTERRUPTED if result["stopped"] == signal.SIGINT else 0
     earlier = "" if result["new"] else " in an earlier run, so nothing is left to do"
-    print(f"trained {step:,} steps in {result['seconds']:.0f} s{earlier}; "
+    skipped = f", {result['skipped']:,} of them skipped because they were not finite" if result["skipped"] else ""
+    print(f"trained {step:,} steps in {result['seconds']:.0f} s{skipped}{earlier}; "
           f"checkpoints, metrics.jsonl and TensorBoard files are in {args.workdir}")
     return 0

@@ -128,7 +128,7 @@ class Model:
     def validate(self):
         m = self
         for name in ("vocab", "dim", "layers", "window", "heads", "kv_heads", "head_dim", "experts", "top_k", "expert_dim",
-                     "token_groups"):
+                     "token_groups", "context"):
             require(getattr(m, name) > 0, f"model.{name}={getattr(m, name)} must be positive")
         for name, most in LIMITS.items():
             require(getattr(m, name) <= most, f"model.{name}={getattr(m, name)} must be at most {most:,}")
@@ -260,6 +260,9 @@ class Data:
     # number, but not on the number of processes
     shards: int = 8
     seed: int = 0                   # random seed of the order of the data
+    # columns of .jsonl and .parquet files: "text=NAME" or "prompt=NAME,completion=NAME"; "": by their usual names
+    columns: str = ""
+    cache: str = ""                 # folder of the tokenized sources; "": mmx/data in the user's cache folder
 
     @property
     def tokenizer_file(self) -> str:

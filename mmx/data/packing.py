@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mmx.data.row_plan import Plan, plan_rows
+
 _NO_TARGET = np.array([-1], np.int32)       # of a document's last token, which has no next token
 
 
@@ -23,6 +25,45 @@ class DocumentImages(NamedTuple):
     images: tuple
     tiles: int              # of all images together
     caption_length: int = 0     # the document's last tokens repeat the caption without its image, as a separate segment
+
+
+class Documents:
+    """Documents in memory, as `Packed` reads them. `data.store.reading.Documents` has the same methods for a token store.
+
+    Args:
+      ids: token ids of each document.
+      targets: explicit targets of each document, None for the next tokens.
+      images: DocumentImages of each document, None for text.
+    """
+
+    def __init__(self, ids, targets=None, images=None):
+        self._ids, self._targets, self._images = ids, targets or [None] * len(ids), images or [None] * len(ids)
+
+    def sizes(self):
+        """Yields (numbers, tokens, whether the targets are explicit) of some documents at a time, as three arrays."""
+        yield (np.arange(len(self._ids)), np.array([len(ids_T) for ids_T in self._ids], np.int64),
+               np.array([targets_T is not None for targets_T in self._targets], bool))
+
+    def read(self, spans) -> list[tuple]:
+        """(ids_T, targets_T) of each span (document, start, stop); a target is -1 where there is none."""
+        return [span_arrays(self._ids[d][start:stop + 1], self._targets[d], start, stop) for d, start, stop in spans]
+
+    def images(self, document: int) -> DocumentImages | None:
+        return self._images[document]
+
+
+def span_arrays(ids_T, targets_T, start: int, stop: int) -> tuple:
+    """(ids_T, targets_T) of a span.
+
+    Args:
+      ids_T: the ids of the span and, unless the document ends there, the next one.
+      targets_T: the document's explicit targets, or None for the next tokens.
+    """
+    size = stop - start
+    if targets_T is not None:
+        return ids_T[:size], targets_T[start:stop]
+    targets_T = ids_T[1:size + 1]
+    return ids_T[:size], np.concatenate([targets_T, _NO_TARGET]) if len(targets_T) < size else targets_T
 
 
 class Packed:
@@ -34,43 +75,40 @@ class Packed:
 
     Documents with explicit targets that fit into a row are packed in their order, as many into each row as fit.
 
+    A row's images are its "images": a list of (image, index of the last caption token in the row, or -1 if there is no separate
+    caption).
+
     Args:
-      documents: token ids of each document.
+      documents: `Documents`, or a list of token ids.
       length: T, tokens in a row.
-      targets: explicit targets of each document, None for the next tokens.
-      images: DocumentImages of each document, None for text. A row's images are its "images": a list of (image, index of the
-        last caption token in the row, or -1 if there is no separate caption).
+      plan: the rows, if they were planned before (`row_plan`).
     """
 
-    def __init__(self, documents, length: int, targets=None, images=None):
-        self.documents, self.length, self.targets = documents, length, targets or [None] * len(documents)
-        self.images = images or [None] * len(documents)
-        explicit = np.array([targets is not None for targets in self.targets], bool)
-        lengths = np.array([len(d) for d in documents], np.int64)
-        self._spans, self._row_starts = _plan(lengths, length, explicit)
+    def __init__(self, documents, length: int, plan: Plan | None = None):
+        self.documents = Documents(documents) if isinstance(documents, list) else documents
+        self.length, self.plan = length, plan or plan_rows(self.documents.sizes(), length)
 
     def __len__(self) -> int:
-        return len(self._row_starts) - 1
+        return len(self.plan)
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        filled, spans, images = 0, [], []
-        for d, start, stop in self._row_spans(row).tolist():
+        filled, sizes, images = 0, [], []
+        spans = self.plan.row(row).tolist()
+        for d, start, stop in spans:
             filled += stop - start
-            with_images, bounds = self.images[d], (start, stop)
+            with_images, parts = self.documents.images(d), (stop - start,)
             if with_images:
                 images += [(image, filled - 1 if with_images.caption_length else -1) for image in with_images.images]
-                bounds = (start, stop - with_images.caption_length, stop) if with_images.caption_length else bounds
-            spans += [(self.documents[d], *pair, self.targets[d]) for pair in itertools.pairwise(bounds)]
-        return _make_row(spans, self.length) | ({"images": images} if images else {})
+                caption = with_images.caption_length
+                parts = (stop - start - caption, caption) if caption else parts
+            sizes += parts
+        return _make_row(self.documents.read(spans), sizes, self.length) | ({"images": images} if images else {})
 
     def tiles(self, row: int) -> int:
         """The number of tiles of a row's images."""
-        return sum(self.images[d].tiles for d, _, _ in self._row_spans(row) if self.images[d])
-
-    def _row_spans(self, row: int):
-        return self._spans[self._row_starts[row]:self._row_starts[row + 1]]
+        return sum(images.tiles for d, _, _ in self.plan.row(row).tolist() if (images := self.documents.images(d)))
 
 
 def row_starts(document, length: int, overlap: int = 0, targets=None) -> range:
@@ -87,7 +125,8 @@ def rows(document, length: int, overlap: int = 0, targets=None):
       targets: explicit targets of the document, None for the next tokens.
     """
     for start in row_starts(document, length, overlap, targets):
-        row = _make_row([(document, start, min(start + length, len(document)), targets)], length)
+        stop = min(start + length, len(document))
+        row = _make_row([span_arrays(document[start:stop + 1], targets, start, stop)], [stop - start], length)
         if start:
             row["weights"][:overlap] = 0
         yield row
@@ -103,7 +142,7 @@ def batches(documents, length: int, batch: int, overlap: int = 0):
     """
     stream = ((d, row) for d, (ids_T, targets_T) in enumerate(documents) for row in rows(ids_T, length, overlap, targets_T))
     while group := list(itertools.islice(stream, batch)):
-        group += [(0, _make_row([], length))] * (batch - len(group))
+        group += [(0, _make_row([], [], length))] * (batch - len(group))
         yield np.array([d for d, _ in group]), stack(row for _, row in group)
 
 
@@ -113,75 +152,22 @@ def stack(rows) -> dict[str, np.ndarray]:
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _make_row(spans, length: int) -> dict[str, np.ndarray]:
-    """One row from (document, start, stop, explicit targets or None) spans, padded to `length`."""
+def _make_row(spans, sizes, length: int) -> dict[str, np.ndarray]:
+    """One row, padded to `length`.
+
+    Args:
+      spans: (ids_T, targets_T) of each span; a target is -1 where there is none.
+      sizes: the number of tokens of each segment.
+    """
     row = {name: np.zeros(length, np.int32) for name in ("tokens", "targets", "segments", "positions")}
     row["weights"] = np.zeros(length, np.float32)
     if not spans:
         return row
-    targets = []
-    for document, start, stop, explicit in spans:
-        targets.append(document[start + 1:stop + 1] if explicit is None else explicit[start:stop])
-        targets += [_NO_TARGET] * (stop - start - len(targets[-1]))
-    sizes = [stop - start for _, start, stop, _ in spans]
     begins, end = np.cumsum([0, *sizes[:-1]]), sum(sizes)
-    targets = np.concatenate(targets)
-    row["tokens"][:end] = np.concatenate([document[start:stop] for document, start, stop, _ in spans])
-    row["targets"][:end] = np.maximum(targets, 0)
-    row["weights"][:end] = targets >= 0
-    row["segments"][:end] = np.repeat(np.arange(1, len(spans) + 1), sizes)
+    ids_T, targets_T = (np.concatenate(arrays) for arrays in zip(*spans))
+    row["tokens"][:end] = ids_T
+    row["targets"][:end] = np.maximum(targets_T, 0)
+    row["weights"][:end] = targets_T >= 0
+    row["segments"][:end] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
     row["positions"][:end] = np.arange(end) - np.repeat(begins, sizes)
     return row
-
-
-def _plan(lengths, length: int, explicit):
-    """Plans all rows: a table of spans [(document, start, stop)], and the index of each row's first span (and the end).
-
-    Args:
-      lengths: tokens of each document.
-      explicit: whether each document has explicit targets; then it is not split if it fits into a row.
-    """
-    unsplit = explicit & (lengths <= length)
-    unsplit_spans, unsplit_starts = _pack_whole(np.flatnonzero(unsplit), lengths, length)
-    lengths = np.where(unsplit, 0, lengths)
-    full_rows = lengths // length
-    document = np.repeat(np.arange(len(lengths)), full_rows)
-    start = (np.arange(len(document)) - np.repeat(np.cumsum(full_rows) - full_rows, full_rows)) * length
-    full_spans = np.stack([document, start, start + length], 1)
-
-    rest = [(d, full_rows[d] * length, lengths[d]) for d in np.flatnonzero(lengths % length)]
-    missing = -int(np.sum(lengths % length)) % length
-    for d in itertools.cycle(range(len(lengths))):
-        if not missing:
-            break
-        rest.append((d, 0, min(missing, lengths[d])))
-        missing -= rest[-1][2]
-    split_spans, split_starts = _pack_split(np.array(rest, np.int64).reshape(-1, 3), length)
-    table = np.concatenate([full_spans, split_spans, unsplit_spans])
-    starts = (np.arange(len(full_spans)), len(full_spans) + split_starts[:-1],
-              len(full_spans) + len(split_spans) + unsplit_starts)
-    return table, np.concatenate(starts)
-
-
-def _pack_whole(documents, lengths, length: int):
-    """Spans of whole documents, each in the current row if it fits, else in a new row; the rows' first spans, and the end."""
-    spans, starts, free = [], [], 0
-    for d in documents:
-        if lengths[d] > free:
-            starts.append(len(spans))
-            free = length
-        spans.append((d, 0, lengths[d]))
-        free -= lengths[d]
-    return np.array(spans, np.int64).reshape(-1, 3), np.array([*starts, len(spans)], np.int64)
-
-
-def _pack_split(spans, length: int):
-    """Concatenates spans and splits them every `length` tokens; returns the rows' first spans too, and the end."""
-    document, start, stop = spans.T
-    ends = np.cumsum(stop - start)
-    begins, rows = ends - (stop - start), np.arange(0, np.sum(stop - start), length)
-    bounds = np.union1d(begins, rows)
-    span = np.searchsorted(ends, bounds, side="right")
-    start = start[span] + bounds - begins[span]
-    sizes = np.diff(bounds, append=ends[-1:])
-    return np.stack([document[span], start, start + sizes], 1), np.append(np.searchsorted(bounds, rows), len(bounds))

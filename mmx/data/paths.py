@@ -10,17 +10,20 @@ import sys
 from mmx import config
 from mmx.config import ConfigError
 from mmx.data import sources, token_tasks
+from mmx.files import urls
 
 INITIAL = "init_from", "init_vision"        # keys of the section train that are paths
 
 
 def absolute(path: str) -> str:
     """The path from the root, with "~" expanded and without "." and "..". Links are kept. An empty path stays empty."""
-    return path and os.path.abspath(os.path.expanduser(path))
+    return path if not path or urls.is_url(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def is_same(a: str, b: str) -> bool:
     """Whether two paths are the same file or folder."""
+    if urls.is_url(a) or urls.is_url(b):
+        return a == b
     return os.path.realpath(absolute(a)) == os.path.realpath(absolute(b))
 
 
@@ -63,7 +66,7 @@ def adopt_paths(saved: dict, e: config.Experiment) -> dict:
 def _adopt(key: str, old: str, new: str) -> str:
     if not isinstance(old, str) or not new or is_same(old, new):
         return new if new and isinstance(old, str) else old
-    if not os.path.exists(absolute(old)) and os.path.exists(absolute(new)):
+    if not urls.is_url(old) and not urls.is_url(new) and not os.path.exists(absolute(old)) and os.path.exists(absolute(new)):
         print(f"mmx: {key}: {old} of the saved run does not exist here, so {new} is taken to be the same", file=sys.stderr)
         return new
     return old
@@ -72,6 +75,8 @@ def _adopt(key: str, old: str, new: str) -> str:
 def check_workdir(workdir, data: config.Data) -> None:
     """Raises ConfigError if a source of files contains the working directory, whose metrics.jsonl would become a document."""
     for source in filter(is_source_path, data.sources):
+        if urls.is_url(source):
+            continue
         folder, inside = os.path.realpath(absolute(source)), os.path.realpath(absolute(str(workdir)))
         if os.path.commonpath([folder, inside]) == folder and os.path.isdir(folder):
             raise ConfigError(f"--workdir {workdir} is inside the data source {source}, so the run's own files would be read "

@@ -20,18 +20,14 @@ into blocks of rows, one for each group of devices with the same rows, and a blo
 the rows of the whole batch, so all hosts pad their blocks to the same number of tiles: enough for the fullest block, rounded up
 by `images.padded_tiles`.
 """
-import functools
-import itertools
 import math
-from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from mmx import config
 from mmx.config import ConfigError
-from mmx.data import images, packing, sources, tokens
-from mmx.data.document_types import ImageText, PromptCompletion, TokenIds
+from mmx.data import encoding, images, packing, rows
 
 
 def stream(data: config.Data, train: config.Train, *, host: int = 0, hosts: int = 1, vision: config.Vision | None = None,
@@ -58,42 +54,6 @@ def stack_micro_batches(batches: list[dict]) -> dict[str, np.ndarray]:
     return packing.stack(batches)
 
 
-def validation(data: config.Data) -> list[tuple]:
-    """(name, content) of every validation document that a held-out loss covers: all but documents with images."""
-    return _held_out(data, "validation")
-
-
-def held_out_ids(data: config.Data) -> dict[str, list]:
-    """(tokens_T, targets_T) of the validation documents made of token ids, by source. Sources without any are left out."""
-    documents = {source: [content for _, content in sources.documents(source, "validation") if isinstance(content, TokenIds)]
-                 for source in dict.fromkeys(data.sources)}
-    return {source: its_ids for source, its_ids in documents.items() if its_ids}
-
-
-def test(data: config.Data) -> list[tuple]:
-    """The same for the test split. May be empty: a document's name decides its split."""
-    return _held_out(data, "test")
-
-
-def _held_out(data: config.Data, split: str) -> list[tuple]:
-    """Documents of a split without images. With several sources, names become SOURCE/NAME, to be unique."""
-    names = dict.fromkeys(data.sources)         # a source that is listed for several lengths counts once
-    return [(f"{source}/{name}" if len(names) > 1 else name, content)
-            for source in names for name, content in sources.documents(source, split) if not isinstance(content, ImageText)]
-
-
-def learned_text(content) -> bytes:
-    """The text of a document that the loss covers: a whole text, or a completion without its prompt. Token ids have none."""
-    if isinstance(content, PromptCompletion):
-        return content.completion
-    return content if isinstance(content, bytes) else b""
-
-
-def encode(tokenizer, content, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """(ids_T, explicit targets_T or None) of a document without images, as training reads it (`packing`)."""
-    return _tokenize(tokenizer, content, name, config.Vision(), copy_captions=False)[:2]
-
-
 class Stream:
     """See `stream`."""
 
@@ -103,19 +63,11 @@ class Stream:
         self.data, self.train, self.vision = data, train, vision
         self._blocks, self._own_blocks, self._devices_per_block = blocks, blocks // hosts, devices_per_block
         self._own_rows = slice(host * train.batch // hosts, (host + 1) * train.batch // hosts)
-        tokenizer = tokens.tokenizer(data.tokenizer)
-        documents = {source: _tokenize_source(source, tokenizer, vision, train.contrastive > 0)
-                     for source in dict.fromkeys(data.sources)}
-        by_source = [_filter_by_length(documents[source], *bounds, source)
-                     for source, bounds in zip(data.sources, data.lengths or [(0, 0)] * len(data.sources))]
-        for d in itertools.chain(*by_source):
-            if d.images and len(d.ids_T) > train.length:
-                raise ConfigError(f"{d.name} has {len(d.ids_T)} tokens with its images, more than train.length={train.length}. "
-                                  "A document with images is not split: raise train.length, or limit data.lengths")
-        self._packed = [packing.Packed([d.ids_T for d in docs], train.length, [d.targets_T for d in docs],
-                                       [d.images for d in docs]) for docs in by_source]
-        self._rows = [len(rows) for rows in self._packed]
-        self._shards = [_shuffle_into_shards(rows, data, number) for number, rows in enumerate(self._rows)]
+        options = encoding.ImageOptions(vision, train.contrastive > 0)
+        self._packed = [rows.pack(source, data, train.length, bounds, options)
+                        for source, bounds in zip(data.sources, data.lengths or [(0, 0)] * len(data.sources))]
+        self._rows = [len(packed) for packed in self._packed]
+        self._shards = [_shuffle_into_shards(count, data, number) for number, count in enumerate(self._rows)]
         self._weights = _weights(data, self._rows)
         # micro-batches made; the optimizer step; micro-batches that remain in this step; micro-batches that were rolled back
         self._micro, self._step, self._remaining, self._rolled_back = 0, -1, 0, 0
@@ -139,9 +91,9 @@ class Stream:
             picks.append((source, shard, self._given[shard, source]))
             self._given[shard, source] += 1
         self._micro, self._remaining = self._micro + 1, self._remaining - 1
-        rows = [self._packed[source][row] for source, row in map(self._row, picks[self._own_rows])]
-        row_images = [row.pop("images", ()) for row in rows]
-        batch = packing.stack(rows)
+        own_rows = [self._packed[source][row] for source, row in map(self._row, picks[self._own_rows])]
+        row_images = [row.pop("images", ()) for row in own_rows]
+        batch = packing.stack(own_rows)
         if not self.vision.layers:
             return batch
         return batch | self._collate_images(batch["tokens"], row_images, map(self._row, picks))
@@ -212,86 +164,6 @@ class Stream:
             steps, weights = zip(*self._weights)
             return [np.interp(self._step, steps, source) for source in zip(*weights)]
         return next((w for begin, w in reversed(self._weights) if begin <= self._step), self._weights[0][1])
-
-
-class _Document(NamedTuple):
-    ids_T: np.ndarray
-    targets_T: np.ndarray | None        # explicit targets; None: the next tokens
-    images: packing.DocumentImages | None
-    name: str
-
-
-def _tokenize_source(source: str, tokenizer, vision: config.Vision, copy_captions: bool) -> list[_Document]:
-    """A source's training documents. Ids are stored in the smallest integer type that fits."""
-    dtype, found = np.min_scalar_type(max(tokenizer.vocab, vision.layers and vision.token)), []
-    for name, content in sources.documents(source, "train"):
-        name = f"{source}, {name}"
-        ids_T, *others = _tokenize(tokenizer, content, name, vision, copy_captions)
-        found.append(_Document(ids_T.astype(dtype), *others, name))
-    return found
-
-
-def _tokenize(tokenizer, content, name: str, vision: config.Vision, copy_captions: bool):
-    """(ids_T, explicit targets_T or None, DocumentImages or None) of a document's content."""
-    if isinstance(content, bytes):
-        return tokens.document(tokenizer, content, name), None, None
-    if isinstance(content, PromptCompletion):
-        return *tokens.prompt_completion(tokenizer, *content, name), None
-    if isinstance(content, ImageText):
-        return _tokenize_with_images(tokenizer, content, name, vision, copy_captions)
-    tokens.check_ids(tokenizer, np.concatenate(content), name)
-    return *content, None
-
-
-def _tokenize_with_images(tokenizer, content: ImageText, name: str, v: config.Vision, copy_captions: bool):
-    """As for a prompt and its completion; image tokens are never targets.
-
-    `copy_captions`: a document of one image and its caption, without a prompt, is followed by a copy of the caption without the
-    image, for the contrastive loss. The copy has no targets.
-    """
-    if not v.layers:
-        raise ConfigError(f"{name} contains an image, but this model reads only text: set model.vision.layers, or leave the "
-                          "source out")
-    try:
-        sizes = [images.size(image) for image in content.images]
-        counts = [_tokens_and_tiles(v, size)[0] for size in sizes]
-        in_prompt = content.prompt.count(images.PLACEHOLDER.encode())
-        parts_of_prompt, parts_of_completion = _encode_parts(tokenizer, content, name, v)
-        prompt_T = images.insert_images(v, parts_of_prompt, counts[:in_prompt])
-        completion_T = images.insert_images(v, parts_of_completion, counts[in_prompt:])
-    except ConfigError as error:
-        raise ConfigError(f"{name}: {error}") from None
-    ids_T, targets_T = tokens.with_targets(tokenizer, prompt_T, completion_T)
-    targets_T[targets_T == v.token] = -1
-    copy_T = ids_T[ids_T != v.token] if copy_captions and not content.prompt and len(sizes) == 1 else ids_T[:0]
-    tiles = sum(_tokens_and_tiles(v, size)[1] for size in sizes)
-    return (np.concatenate([ids_T, copy_T]), np.concatenate([targets_T, np.full(len(copy_T), -1, np.int32)]),
-            packing.DocumentImages(content.images, tiles, len(copy_T)))
-
-
-def _encode_parts(tokenizer, content: ImageText, name: str, v: config.Vision) -> tuple[list, list]:
-    """The ids of the prompt's and of the completion's parts between images. No image is between the two."""
-    *prompt, last = images.split_text(v, content.prompt)
-    first, *completion = images.split_text(v, content.completion)
-    border = tokens.encode_pair(tokenizer, last, first, name, continues=bool(prompt))
-    return ([*(tokenizer.encode(part, name, continues=n > 0) for n, part in enumerate(prompt)), border[0]],
-            [border[1], *(tokenizer.encode(part, name, continues=True) for part in completion)])
-
-
-@functools.cache
-def _tokens_and_tiles(v: config.Vision, size) -> tuple[int, int]:
-    return int(images.token_count(v, *size)), int(images.tile_count(v, *size))
-
-
-def _filter_by_length(documents: list, least: int, below: int, source: str) -> list:
-    """The documents of at least `least` and fewer than `below` tokens (0: no limit), bos and eos included."""
-    found = [d for d in documents if least <= len(d.ids_T) < (below or math.inf)]
-    if not found:
-        sizes = sorted(len(d.ids_T) for d in documents)
-        raise ConfigError(f"data.lengths: {source!r} has no training document of at least {least:,} tokens"
-                          + f" and fewer than {below:,}" * bool(below)
-                          + f"; its {len(sizes):,} documents have {sizes[0]:,} to {sizes[-1]:,}")
-    return found
 
 
 def _shuffle_into_shards(rows: int, data: config.Data, source: int) -> list[grain.MapDataset]:

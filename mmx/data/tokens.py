@@ -93,17 +93,27 @@ class File:
     def encode(self, raw: bytes, name: str = "text", continues: bool = False) -> np.ndarray:
         return np.array(self._encode(raw, name, continues).ids, np.int32)
 
+    def encode_all(self, documents: list[tuple[str, bytes]]) -> list[np.ndarray]:
+        """`encode` of each (name, raw), with all of tokenizers' threads."""
+        texts = [self._decode_text(raw, name) for name, raw in documents]
+        with _one_line_errors(f"{documents[0][0]} and later documents: data.tokenizer cannot encode them"):
+            return [np.array(found.ids, np.int32) for found in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+
     def ends_of_tokens(self, raw: bytes, name: str = "text", continues: bool = False) -> np.ndarray:
         """For each token of a text, the number of characters of the text up to its end."""
         return np.array([end for _, end in self._encode(raw, name, continues).offsets], np.int32)
 
     def _encode(self, raw: bytes, name: str, continues: bool):
-        try:
-            text = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{name}: not UTF-8 at byte {error.start}; data.tokenizer=bytes accepts any bytes") from None
+        text = self._decode_text(raw, name)
         with _one_line_errors(f"{name}: data.tokenizer cannot encode it"):
             return (self._continuing if continues else self._model).encode(text, add_special_tokens=False)
+
+    @staticmethod
+    def _decode_text(raw: bytes, name: str) -> str:
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{name}: not UTF-8 at byte {error.start}; data.tokenizer=bytes accepts any bytes") from None
 
     def decode(self, ids) -> str:
         with _one_line_errors("data.tokenizer cannot decode the ids"):
@@ -134,6 +144,14 @@ def special_ids(tokenizer) -> dict[str, int | list[int]]:
 def document(tokenizer, raw: bytes, name: str = "text") -> np.ndarray:
     """The ids of a document: bos + tokens + eos."""
     return np.concatenate([[tokenizer.bos], tokenizer.encode(raw, name), [tokenizer.eos]], dtype=np.int32)
+
+
+def documents(tokenizer, texts: list[tuple[str, bytes]]) -> list[np.ndarray]:
+    """`document` of each (name, raw)."""
+    if not isinstance(tokenizer, File):
+        return [document(tokenizer, raw, name) for name, raw in texts]
+    return [np.concatenate([[tokenizer.bos], ids_T, [tokenizer.eos]], dtype=np.int32)
+            for ids_T in (tokenizer.encode_all(texts) if texts else ())]
 
 
 def prompt_completion(tokenizer, prompt: bytes, completion: bytes, name: str = "text") -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ import numpy as np
 
 from mmx import config
 from mmx.checkpoints import convert, finite, manager, run_config
-from mmx.data import packing, pipeline
+from mmx.data import encoding, held_out, packing
 from mmx.model import logits
 
 BATCH = 8       # rows
@@ -20,7 +20,7 @@ def measure(path) -> dict:
     """
     workdir, _ = manager.find_step(path)
     experiment = config.build(run_config.read_config(workdir))
-    documents = pipeline.held_out_ids(experiment.data)
+    documents = held_out.token_ids(experiment.data, encoding.image_options(experiment))
     if not documents:
         return {}
     loaded, t = convert.load(path), experiment.train
@@ -35,7 +35,7 @@ def measure(path) -> dict:
 
     by_source = {}
     for source, pairs in documents.items():
-        rows = packing.Packed([ids_T for ids_T, _ in pairs], t.length, [targets_T for _, targets_T in pairs])
+        rows = packing.Packed(packing.Documents(*zip(*pairs)), t.length)
         total, count = np.zeros(2), 0.0
         for begin in range(0, len(rows), BATCH):
             row = packing.stack(rows[min(n, len(rows) - 1)] for n in range(begin, begin + BATCH))

@@ -15,7 +15,7 @@ from mmx import config
 from mmx.analysis.counts import count_params
 from mmx.checkpoints import convert, finite, manager, run_config
 from mmx.config import ConfigError
-from mmx.data import paths, pipeline, tokens
+from mmx.data import encoding, held_out, paths, tokens
 from mmx.training import metrics
 from mmx.training.evaluate import HeldOut, first_bytes, make_evaluator
 
@@ -56,7 +56,8 @@ def measure(path, split: str = "validation", source: str | None = None, weights_
     experiment = config.build(saved)
     data = dataclasses.replace(experiment.data, sources=(source,)) if source else experiment.data
     data = paths.absolute_data(data)
-    documents = first_bytes((pipeline.validation if split == "validation" else pipeline.test)(data), limit)
+    read = held_out.validation if split == "validation" else held_out.test
+    documents = first_bytes(read(data, encoding.image_options(experiment)), limit)
     if not documents:
         raise ConfigError(f"{', '.join(data.sources)} has no {split} documents without images: use another --split or --source")
     loaded = convert.load(path, weights_dtype=weights_dtype)
@@ -64,18 +65,18 @@ def measure(path, split: str = "validation", source: str | None = None, weights_
     length = experiment.train.length
     evaluate = make_evaluator(loaded.model, tokenizer, length=length, batch=8, overlap=length // 2,
                               loss_chunk=experiment.train.loss_chunk)
-    held_out = evaluate(loaded.params, documents, progress=True)
-    finite.check([held_out.loss, *held_out.by_document.values()], loaded.params, "the held-out loss")
+    found = evaluate(loaded.params, documents, progress=True)
+    finite.check([found.loss, *found.by_document.values()], loaded.params, "the held-out loss")
     scored = {"checkpoint": str(run[1] if run else Path(path).resolve()), "step": int(run[1].name) if run else None,
               "sources": list(dict.fromkeys(data.sources)), "split": split, "limit": limit, "length": length}
-    return Measured(held_out, documents, scored, loaded.config)
+    return Measured(found, documents, scored, loaded.config)
 
 
 def evaluate_checkpoint(path, split: str = "validation", source: str | None = None, weights_dtype: str | None = None,
                         limit: int = 0) -> dict:
     """`measure` with the baselines and the cost of training: the content of the eval.json that `mmx eval` writes."""
     held_out, documents, scored, model = measure(path, split, source, weights_dtype, limit)
-    texts = [(name, text) for name, content in documents if (text := pipeline.learned_text(content))]
+    texts = [(name, text) for name, content in documents if (text := encoding.learned_text(content))]
     result = scored | {"documents": held_out.documents, "tokens": held_out.targets, "bytes": held_out.bytes,
                        "loss": held_out.loss, "bits_per_byte": held_out.bits_per_byte}
     result |= baselines(texts) if texts else {"gzip": None, "xz": None}

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 from mmx.config import ConfigError
+from mmx.files import urls
 
 JSON_BYTES = 16 << 20       # of a header, an index or a config: enough for names and shapes of 100,000 tensors
 TOKENIZER_BYTES = 64 << 20
@@ -21,8 +22,12 @@ _STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 def open_file(path: str | Path, most: int = JSON_BYTES):
     """Opens a regular file of at most `most` bytes for reading.
 
-    Raises ConfigError for a larger file, and for pipes and devices, which may never end.
+    Raises ConfigError for a larger file, and for pipes and devices, which may never end. The file of a URL has any size.
     """
+    if urls.is_url(path):
+        with urls.one_line_errors(path), path.open("rb") as file:
+            yield file
+        return
     try:
         file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
     except FileNotFoundError:

@@ -15,11 +15,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmx.data import packing, pipeline
+from mmx.config import ConfigError
+from mmx.data import encoding, packing
 from mmx.data.document_types import TokenIds
 from mmx.files import output
 from mmx.model import Model
 from mmx.training.loss import cross_entropy
+
+NO_TARGETS = "the held-out documents have no targets, so they have no loss: each target is -1"
 
 
 class HeldOut(NamedTuple):
@@ -35,7 +38,7 @@ class HeldOut(NamedTuple):
 def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, overlap: int, loss_chunk: int, sharding=None):
     """Makes a function (params, documents, limit) -> HeldOut. It compiles the model once.
 
-    `documents` is a list of (name, content) as `pipeline.validation` returns it. The function scores only their first `limit`
+    `documents` is a list of (name, content) as `held_out.validation` returns it. The function scores only their first `limit`
     bytes, as `first_bytes` counts them (0: all).
 
     Args:
@@ -55,7 +58,10 @@ def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, overlap:
 
     def evaluate(params, documents, limit: int = 0, progress: bool = False) -> HeldOut:
         documents = first_bytes(documents, limit)
-        encoded = [pipeline.encode(tokenizer, content, name) for name, content in documents]
+        encoded = [encoding.encode(tokenizer, content, name)[:2] for name, content in documents]
+        targets = sum(map(_count_targets, encoded))
+        if not targets:
+            raise ConfigError(NO_TARGETS)
         row_count = sum(len(packing.row_starts(ids_T, length, overlap, targets_T)) for ids_T, targets_T in encoded)
         batches = packing.batches(encoded, length, batch, overlap)
         nats, pending = np.zeros(len(documents)), []
@@ -66,10 +72,9 @@ def make_evaluator(model: Model, tokenizer, *, length: int, batch: int, overlap:
             pending.append((document_B, nats_B(params, arrays)))
         for document_B, value_B in pending:     # document_B: index of each row's document
             np.add.at(nats, document_B, jax.device_get(value_B))
-        targets = sum(map(_count_targets, encoded))
-        sizes = np.array([len(pipeline.learned_text(content)) for _, content in documents])
+        sizes = np.array([len(encoding.learned_text(content)) for _, content in documents])
         bits = nats / math.log(2)
-        return HeldOut(float(nats.sum() / max(targets, 1)),
+        return HeldOut(float(nats.sum() / targets),
                        float(bits[sizes > 0].sum() / sizes.sum()) if sizes.any() else None, targets, int(sizes.sum()),
                        len(documents), {name: float(n / s) for (name, _), n, s in zip(documents, bits, sizes) if s})
 
@@ -81,11 +86,16 @@ def _count_targets(encoded) -> int:
     return len(ids_T) - 1 if targets_T is None else int((targets_T >= 0).sum())
 
 
+def has_targets(tokenizer, documents) -> bool:
+    """Whether a document has a target."""
+    return any(_count_targets(encoding.encode(tokenizer, content, name)[:2]) for name, content in documents)
+
+
 def bytes_per_token(tokenizer, documents) -> float:
     """The mean number of bytes per token of the learned text, without special tokens; 1 if there is no text."""
-    texts = [(name, content) for name, content in documents if pipeline.learned_text(content)]
-    count = sum(_count_targets(pipeline.encode(tokenizer, content, name)) - 1 for name, content in texts)      # without eos
-    return sum(len(pipeline.learned_text(content)) for _, content in texts) / count if count else 1.0
+    texts = [(name, content) for name, content in documents if encoding.learned_text(content)]
+    count = sum(_count_targets(encoding.encode(tokenizer, content, name)[:2]) - 1 for name, content in texts)      # without eos
+    return sum(len(encoding.learned_text(content)) for _, content in texts) / count if count else 1.0
 
 
 def first_bytes(documents, limit: int):

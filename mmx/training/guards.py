@@ -81,8 +81,9 @@ class Guard:
 
     def _advice(self) -> str:
         t = self.train
+        clip = f"a lower gradient clip (train.clip is {t.clip})" if t.clip else "a gradient clip (train.clip is 0: none)"
         return (": a resumed run would stop at the same step; start in another --workdir with a lower learning rate "
-                f"(train.lr is {t.lr}) or a lower gradient clip (train.clip is {t.clip})")
+                f"(train.lr is {t.lr}) or {clip}")
 
     def record_stream(self, step: int, stream) -> None:
         """Remembers the state of the data stream after the batch of `step` was read."""

@@ -28,6 +28,7 @@ class StepResult(NamedTuple):
     tiles: int          # image tiles in the step's batch
     lr: float
     seconds: float      # training time of the run when the step was dispatched
+    dispatched: float   # the same moment on time.monotonic's clock
     metrics: dict       # what `step.train_step` returns
 
 
@@ -96,10 +97,13 @@ class Log:
             self._open(step)
         self.bar.n, self.last = step, (tokens, time.monotonic())
 
-    def tokens_per_s(self, tokens: int) -> float:
-        """The throughput since the last call, or since the log was opened."""
-        before, self.last = self.last, (tokens, time.monotonic())
-        return (tokens - before[0]) / (self.last[1] - before[1])
+    def tokens_per_s(self, tokens: int, dispatched: float) -> float:
+        """The throughput between the dispatches of two steps, or since the log was opened.
+
+        The moments at which steps are reported would not do: before a checkpoint, two steps are reported at once.
+        """
+        before, self.last = self.last, (tokens, dispatched)
+        return (tokens - before[0]) / max(dispatched - before[1], 1e-9)
 
     def step(self, record: dict, load_lE, dropped_l, to_tensorboard: bool):
         """Writes the record of a step to metrics.jsonl and shows it in the progress bar.

@@ -17,13 +17,13 @@ from mmx.checkpoints import initial as initials
 from mmx.checkpoints.manager import Checkpoints, agree_on_problem, find_step
 from mmx.checkpoints.run_config import check_config, read_config
 from mmx.config import ConfigError, Experiment, to_json
-from mmx.data import images, paths, pipeline, tokens
+from mmx.data import encoding, held_out, images, paths, tokens
 from mmx.files import lock
 from mmx.model import Model
 from mmx.parallel import sharding
 from mmx.training import optim
 from mmx.training.batches import Batches
-from mmx.training.evaluate import bytes_per_token, first_bytes, make_evaluator
+from mmx.training.evaluate import NO_TARGETS, bytes_per_token, first_bytes, has_targets, make_evaluator
 from mmx.training.guards import Guard
 from mmx.training.loop import Clock, Evaluation, Run, State, fraction_done, train_loop
 from mmx.training.metrics import Log
@@ -43,7 +43,7 @@ def train(experiment: Experiment, workdir: str | Path, sample=None, processes: i
       processes: how many processes train together.
     Returns:
       A dict: "step", the number of steps done; "new", how many of them this call did; "seconds" of training; "stopped", the
-      signal that stopped the run or 0; "process", the index of this process.
+      signal that stopped the run or 0; "skipped", the skipped steps of the whole run; "process", the index of this process.
     """
     t, c, workdir = experiment.train, experiment.checkpoint, Path(workdir)
     # The phases before the lock write no file, so an experiment that cannot run leaves the workdir unchanged.
@@ -77,7 +77,7 @@ def train(experiment: Experiment, workdir: str | Path, sample=None, processes: i
             with contextlib.closing(checkpoints):
                 log.close()
     return {"step": step, "new": step - state.step, "seconds": clock.seconds(), "stopped": stop.number,
-            "process": jax.process_index()}
+            "skipped": guard.skipped, "process": jax.process_index()}
 
 
 def check_experiment(e: Experiment, sample):
@@ -129,17 +129,19 @@ def build_program(e: Experiment, mesh) -> Program:
 
 def build_evaluation(e: Experiment, mesh, tokenizer, sample) -> Evaluation:
     """Returns the functions that evaluate parameters on held-out documents and sample from them. They drop no token."""
-    t, held_out = e.train, pipeline.validation(e.data)
-    if t.eval_every and not held_out:
+    t, documents = e.train, held_out.validation(e.data, encoding.image_options(e))
+    if t.eval_every and not documents:
         raise ConfigError(f"train.eval_every={t.eval_every} needs held-out text or token ids, but data.sources has only "
                           "images: set train.eval_every=0")
+    if t.eval_every and not has_targets(tokenizer, first_bytes(documents, t.eval_bytes)):
+        raise ConfigError(f"train.eval_every={t.eval_every}: {NO_TARGETS}")
     model = Model(dataclasses.replace(e.model, capacity=0.0, transport=0.0))        # 0: no limit, so no token is dropped
     evaluate = make_evaluator(model, tokenizer, length=t.length, batch=t.batch, overlap=t.length // 2,
                               loss_chunk=t.loss_chunk, sharding=sharding.batch_sharding(mesh))
     mean_bytes = t.eval_bytes and max(t.eval_bytes, MIN_BYTES_FOR_MEAN)     # 0: all
-    return Evaluation(lambda params: evaluate(params, held_out, t.eval_bytes),
+    return Evaluation(lambda params: evaluate(params, documents, t.eval_bytes),
                       sample and (lambda params: sample(model, params, tokenizer, t.sample_prompt)),
-                      bytes_per_token(tokenizer, first_bytes(held_out, mean_bytes)))
+                      bytes_per_token(tokenizer, first_bytes(documents, mean_bytes)))
 
 
 class InitialCheckpoints(NamedTuple):

@@ -22,6 +22,6 @@ def test_a_damaged_archive_is_refused(monkeypatch, tmp_path):
     packed[1000] ^= 1
     (tmp_path / corpus.ARCHIVE).write_bytes(packed)
     monkeypatch.setattr(corpus.importlib.resources, "files", lambda package: tmp_path)
-    corpus._open.cache_clear()
+    corpus.all_documents.cache_clear()
     with pytest.raises(ConfigError, match="damaged"):
         corpus.documents("test")

@@ -59,7 +59,7 @@ def test_explicit_targets_stay_with_their_tokens():
     """In any row, together with documents whose targets are the next tokens."""
     documents = numbered([40, 7, 23])
     explicit = documents[2] % 5 - 1     # -1 is none
-    rows = list(packing.Packed(documents, 9, [None, None, explicit]))
+    rows = list(packing.Packed(packing.Documents(documents, [None, None, explicit]), 9))
     wanted = {int(t): int(y) for t, y in zip(documents[2], explicit) if y >= 0}
     wanted |= {int(t): int(t) + 1 for d in documents[:2] for t in d[:-1]}
     assert set(pairs(rows)) == set(wanted.items())
@@ -84,7 +84,7 @@ def test_documents_with_explicit_targets_are_split_only_if_longer_than_a_row(len
     """Every third document has explicit targets; the rows of the other documents do not change."""
     documents = numbered([n for n in lengths for _ in range(3)])
     explicit = [d if i % 3 == 1 else None for i, d in enumerate(documents)]
-    rows = list(packing.Packed(documents, length, explicit))
+    rows = list(packing.Packed(packing.Documents(documents, explicit), length))
     wanted = {(int(t), int(t)) for d in explicit if d is not None for t in d}
     found = pairs(rows)
     assert {pair for pair in found if pair[0] == pair[1]} == wanted
@@ -132,7 +132,8 @@ def test_a_row_equals_its_spans_one_by_one(kind):
             start = int(rng.integers(0, 12))
             stop = min(int(rng.integers(start, 13)), start + room)
             spans, room = [*spans, (document, start, stop, own)], room - (stop - start)
-        row = packing._make_row(spans, 40)
+        arrays = [packing.span_arrays(document[start:stop + 1], own, start, stop) for document, start, stop, own in spans]
+        row = packing._make_row(arrays, [stop - start for _, start, stop, _ in spans], 40)
         at = 0
         for segment, (document, start, stop, own) in enumerate(spans, 1):
             for position, place in enumerate(range(start, stop)):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mmx.config import ConfigError, Data, Train
-from mmx.data import packing, pipeline, sources, tokens
+from mmx.data import held_out, packing, pipeline, sources, tokens
 from mmx.data.document_types import PromptCompletion, TokenIds
 
 
@@ -140,7 +140,7 @@ def test_the_loss_covers_completions_and_explicit_targets(texts, tmp_path):
     for part in parts:
         part.restore(first.state())
     assert_equal(next_global(parts), batches[1])
-    kinds = {type(content) for _, content in pipeline.validation(data)}
+    kinds = {type(content) for _, content in held_out.validation(data)}
     assert kinds <= {bytes, PromptCompletion, TokenIds} and {bytes} < kinds
 
 
@@ -206,7 +206,7 @@ def test_sources_are_filtered_by_document_length(texts):
     read = np.concatenate([stream._packed[0][stream._row((0, shard, 0))[1]]["tokens"] for shard in range(8)])
     text = bytes(read[read < 256].tolist())
     assert any(text[:20] in raw for _, raw in sources.documents(texts[0], "train") if len(raw) + 2 < bound)
-    assert pipeline.validation(data) == sources.documents(texts[0], "validation")
+    assert held_out.validation(data) == sources.documents(texts[0], "validation")
     with pytest.raises(ConfigError, match="no training document of at least 9,999 tokens; its .* documents have .* to "):
         pipeline.stream(Data(sources=texts[:1], lengths=((9999, 0),)), TRAIN)
     with pytest.raises(ConfigError, match="of at least 0 tokens and fewer than 3; its"):
@@ -233,11 +233,11 @@ def test_a_text_smaller_than_a_batch_still_trains(tmp_path):
 
 def test_held_out_documents_of_all_sources(texts):
     data = both(texts)
-    for split, found in (("validation", pipeline.validation(data)), ("test", pipeline.test(data))):
+    for split, found in (("validation", held_out.validation(data)), ("test", held_out.test(data))):
         assert found == [(f"{text}/{name}", raw) for text in texts for name, raw in sources.documents(text, split)]
     one = Data(sources=texts[:1])
-    assert pipeline.validation(one) == sources.documents(texts[0], "validation")
-    assert len(pipeline.validation(Data())) == 9 and len(pipeline.test(Data())) == 13
+    assert held_out.validation(one) == sources.documents(texts[0], "validation")
+    assert len(held_out.validation(Data())) == 9 and len(held_out.test(Data())) == 13
 
 
 @pytest.mark.parametrize("batch,shards,hosts,message", [

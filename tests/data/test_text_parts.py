@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from mmx.config import Data, Train, Vision
-from mmx.data import images, pipeline, tokens
+from mmx.data import encoding, images, pipeline, tokens
 from mmx.data.document_types import ImageText
 
 METASPACE = Path(__file__).parent / "metaspace_tokenizer.json"
@@ -114,7 +114,7 @@ def test_texts_around_images_decode_to_the_whole():
     ids_T = images.encode(vision, b"the st<image>ate<image> of", [1, 2], tokenizer.encode)
     assert ids_T.tolist() == [15, 23, 99, 25, 99, 99, 22]
     content = ImageText(b"<image>the st", b"ate of<image> the", ("", ""))
-    prompt, completion = pipeline._encode_parts(tokenizer, content, "text", vision)
+    prompt, completion = encoding.encode_parts(tokenizer, content, "text", vision)
     assert [part.tolist() for part in (*prompt, *completion)] == [[], [14, 23], [25, 22], [15]]
     assert tokenizer.decode(np.concatenate([*prompt, *completion])) == "the state of the"
 

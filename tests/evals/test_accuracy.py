@@ -6,7 +6,7 @@ import pytest
 
 from mmx import config
 from mmx.checkpoints.convert import load
-from mmx.data import pipeline
+from mmx.data import held_out
 from mmx.evals import accuracy
 from mmx.model import logits
 from mmx.training.run import train
@@ -32,7 +32,7 @@ def test_accuracy_equals_that_of_separate_documents(run):
     forward = jax.jit(lambda ids_T: logits(loaded.params, loaded.model.apply({"params": loaded.params}, ids_T[None])[0])[0])
     found, data = accuracy.measure(run), config.from_json((run / "config.json").read_text()).data
     assert list(found["by_source"]) == list(SOURCES)
-    for source, documents in pipeline.held_out_ids(data).items():
+    for source, documents in held_out.token_ids(data).items():
         correct, nats = [], []
         for ids_T, targets_T in documents:
             targets_at = np.flatnonzero(targets_T >= 0)

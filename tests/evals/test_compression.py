@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from mmx import config
 from mmx.checkpoints import convert, manager, run_config
 from mmx.config import ConfigError
-from mmx.data import pipeline, tokens
+from mmx.data import held_out, tokens
 from mmx.evals import compression
 from mmx.model import Model, logits
 from mmx.training import metrics
@@ -76,7 +76,7 @@ def test_head_cuts_where_a_character_begins():
 
 
 def test_baselines_compress_files_separately():
-    documents = pipeline.validation(config.Data())[:2]
+    documents = held_out.validation(config.Data())[:2]
     (_, a), (_, b) = documents
     found, size = compression.baselines(documents), len(a) + len(b)
     assert found["gzip"] == 8 * (len(gzip.compress(a, 9, mtime=0)) + len(gzip.compress(b, 9, mtime=0))) / size
@@ -110,13 +110,13 @@ def found(run):
 
 
 def test_a_checkpoint_is_evaluated_on_its_validation_documents(run, found, params, tmp_path):
-    held_out = pipeline.validation(config.Data((str(run.parent / "text"),)))
+    documents = held_out.validation(config.Data((str(run.parent / "text"),)))
     evaluate = make_evaluator(MODEL, tokens.tokenizer("bytes"), length=32, batch=8, overlap=16,
                                          loss_chunk=100)
-    wanted = evaluate(jax.tree.map(lambda x: x / 2, params), held_out)
+    wanted = evaluate(jax.tree.map(lambda x: x / 2, params), documents)
     assert found["bits_per_byte"] == pytest.approx(wanted.bits_per_byte, rel=1e-6)
-    assert found["per_file"] == pytest.approx(wanted.by_document, rel=1e-6) and found["files"] == len(held_out)
-    assert {name: found[name] for name in ("gzip", "xz")} == compression.baselines(held_out)
+    assert found["per_file"] == pytest.approx(wanted.by_document, rel=1e-6) and found["files"] == len(documents)
+    assert {name: found[name] for name in ("gzip", "xz")} == compression.baselines(documents)
     assert (found["steps"], found["train_seconds"], found["train_tokens"]) == (2, 1.0, 200)
     assert compression.plot_curve(run, found, tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -23,15 +23,21 @@ def split_of(name: str) -> str:
 
 def documents(split: str) -> list[tuple[str, bytes]]:
     """(file name, raw bytes) of the documents of a split, sorted by name (and so by year)."""
-    return [(name, raw) for name, raw in _open() if split_of(name) == split]
+    return [(name, raw) for name, raw in all_documents() if split_of(name) == split]
+
+
+def archive():
+    """The file of the corpus."""
+    return importlib.resources.files(__name__) / ARCHIVE
 
 
 @functools.cache
-def _open() -> tuple[tuple[str, bytes], ...]:
-    archive = (importlib.resources.files(__name__) / ARCHIVE).read_bytes()
-    digest = hashlib.sha256(archive).hexdigest()
+def all_documents() -> tuple[tuple[str, bytes], ...]:
+    """(file name, raw bytes) of all documents."""
+    content = archive().read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256:
         raise ConfigError(f"the embedded corpus {ARCHIVE} is damaged (its sha256 is {digest}, not {SHA256}): install mmx again")
-    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:xz") as tar:
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:xz") as tar:
         texts = [(m.name.rpartition("/")[2], tar.extractfile(m).read()) for m in tar if m.name.endswith(".txt")]
     return tuple(sorted(texts))

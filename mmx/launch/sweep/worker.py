@@ -13,7 +13,7 @@ import numpy as np
 import submitit
 
 from mmx.config import ConfigError, Experiment, NonFiniteError
-from mmx.data import pipeline
+from mmx.data import encoding, held_out
 from mmx.launch.sweep import rows
 from mmx.launch.sweep.grid import Cell
 from mmx.startup import interrupts
@@ -103,11 +103,11 @@ def _evaluate(e: Experiment, folder: Path) -> dict:
     model predicts. Without text, the loss is the mean over the sources of ids.
     """
     found = {"bits_per_byte": None}
-    if pipeline.held_out_ids(e.data):
+    if held_out.token_ids(e.data, encoding.image_options(e)):
         from mmx.evals import accuracy
 
         found |= accuracy.measure(folder)
-    if any(pipeline.learned_text(content) for _, content in pipeline.validation(e.data)):
+    if any(encoding.learned_text(content) for _, content in held_out.validation(e.data, encoding.image_options(e))):
         from mmx.evals import compression
 
         text = compression.measure(folder, limit=e.train.eval_bytes).held_out
