@@ -59,23 +59,16 @@ def open_plan(store: reading.Store, documents, length: int, bounds: tuple, cache
 def _pack_generated(source: str, tokenizer_name: str, length: int, bounds, options: ImageOptions):
     tokenizer, (least, below) = tokens.tokenizer(tokenizer_name), bounds
     dtype = np.min_scalar_type(max(tokenizer.vocab, options.vision.layers and options.vision.token))
-    found = _encode_generated(source, tokenizer, options)
-    chosen = [d for d in found if least <= len(d.ids_T) < (below or math.inf)]
+    named = [(f"{source}, {name}", content) for name, content in sources.documents(source, "train")]
+    found = [(name, encoding.encode(tokenizer, content, name, options)) for name, content in named]
+    chosen = [(name, d) for name, d in found if least <= len(d.ids_T) < (below or math.inf)]
     if not chosen:
-        sizes = [len(d.ids_T) for d in found]
-        _refuse_bounds(source, bounds, sizes, len(sizes))
-    ids, targets, images = zip(*chosen)
-    documents = packing.Documents([ids_T.astype(dtype) for ids_T in ids], targets, images)
-    packed = packing.Packed(documents, length)
-    for ids_T, its_images in zip(ids, images):
-        if its_images and len(ids_T) > length:
-            _refuse_images(source, len(ids_T), length)
-    return packed
-
-
-def _encode_generated(source: str, tokenizer, options: ImageOptions) -> list[encoding.Encoded]:
-    return [encoding.encode(tokenizer, content, f"{source}, {name}", options)
-            for name, content in sources.documents(source, "train")]
+        _refuse_bounds(source, bounds, [len(d.ids_T) for _, d in found], len(found))
+    for name, d in chosen:
+        if d.images and len(d.ids_T) > length:
+            _refuse_images(name, len(d.ids_T), length)
+    ids, targets, images = zip(*(d for _, d in chosen))
+    return packing.Packed(packing.Documents([ids_T.astype(dtype) for ids_T in ids], targets, images), length)
 
 
 def _check_images(source: str, documents: reading.Documents, length: int) -> None:
@@ -83,12 +76,12 @@ def _check_images(source: str, documents: reading.Documents, length: int) -> Non
         for numbers, sizes, _ in documents.sizes():
             for number, size in zip(numbers[sizes > length], sizes[sizes > length]):
                 if documents.images(number):
-                    _refuse_images(source, size, length)
+                    _refuse_images(f"{source}, {documents.name(number)}", size, length)
 
 
-def _refuse_images(source: str, size: int, length: int):
-    raise ConfigError(f"a document of {source} has {size} tokens with its images, more than train.length={length}. A document "
-                      "with images is not split: raise train.length, or limit data.lengths")
+def _refuse_images(name: str, size: int, length: int):
+    raise ConfigError(f"{name} has {size} tokens with its images, more than train.length={length}. A document with images is not "
+                      "split: raise train.length, or limit data.lengths")
 
 
 def _refuse_bounds(source: str, bounds, sizes, count: int):

@@ -6,7 +6,7 @@
     parts/00012.tokens          token ids of the part's documents, one after the other, each with its bos and eos
     parts/00012.documents       one RECORD for each document
     parts/00012.targets         the target of each token (int32, -1: none), if the source gives targets for each token
-    parts/00012.images          one JSON line for each document with images: its DocumentImages
+    parts/00012.images          one JSON line for each document with images: its name and DocumentImages
     parts/00012.held_out.gz     one JSON line for each document of the validation and test splits: its text
     parts/00012.json            the part's summary; written last, so a part without it is prepared again
 

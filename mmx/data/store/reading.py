@@ -91,11 +91,12 @@ class Store:
     def targets(self, part: int) -> np.ndarray:
         return self._arrays(part, "targets")
 
-    def images(self, part: int, position: int) -> packing.DocumentImages:
+    def images(self, part: int, position: int) -> tuple[str, packing.DocumentImages]:
+        """The name and the images of the document whose line in parts/*.images is at `position`."""
         with self._path(part, "images").open("rb") as file:
             file.seek(position)
             found = json.loads(file.readline())
-        return packing.DocumentImages(tuple(found["images"]), found["tiles"], found["caption_length"])
+        return found["name"], packing.DocumentImages(tuple(found["images"]), found["tiles"], found["caption_length"])
 
     def held_out(self, split: str) -> Iterator[tuple]:
         """Yields (name, content) of the documents of the validation or test split, without those with images, in order."""
@@ -153,7 +154,12 @@ class Documents:
 
     def images(self, document: int) -> packing.DocumentImages | None:
         part, record, _ = self.store.document(document)
-        return None if record["image"] < 0 else self.store.images(part, int(record["image"]))
+        return None if record["image"] < 0 else self.store.images(part, int(record["image"]))[1]
+
+    def name(self, document: int) -> str:
+        """The name of a document with images."""
+        part, record, _ = self.store.document(document)
+        return self.store.images(part, int(record["image"]))[0]
 
 
 def content_to_json(content) -> dict:

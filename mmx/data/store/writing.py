@@ -77,7 +77,7 @@ class Writer:
             if kind == layout.TARGETS or self._files["targets"].tell():
                 self._write_targets(found)
             targets = len(found.ids_T) - 1 if found.targets_T is None else int((found.targets_T >= 0).sum())
-            self._records.append((self._end, sources.size(content), self._write_images(found.images), targets, masked,
+            self._records.append((self._end, sources.size(content), self._write_images(name, found.images), targets, masked,
                                   SPLITS.index(split), kind))
             if split != "train" and not isinstance(content, ImageText):
                 self.hold_out(name, content, split)
@@ -93,11 +93,11 @@ class Writer:
         file.write(np.full(missing, -1, "<i4"))
         file.write(packing.span_arrays(found.ids_T, found.targets_T, 0, len(found.ids_T))[1].astype("<i4"))
 
-    def _write_images(self, found: packing.DocumentImages | None) -> int:
+    def _write_images(self, name: str, found: packing.DocumentImages | None) -> int:
         if found is None:
             return -1
         position = self._files["images"].tell()
-        self._files["images"].write((json_text.dumps(found._asdict()) + "\n").encode())
+        self._files["images"].write((json_text.dumps({"name": name} | found._asdict()) + "\n").encode())
         return position
 
     def _finish(self) -> None:
