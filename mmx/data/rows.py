@@ -80,8 +80,8 @@ def _check_images(source: str, documents: reading.Documents, length: int) -> Non
 
 
 def _refuse_images(name: str, size: int, length: int):
-    raise ConfigError(f"{name} has {size} tokens with its images, more than train.length={length}. A document with images is not "
-                      "split: raise train.length, or limit data.lengths")
+    raise ConfigError(f"{name} has {size} tokens with its images, more than train.length={length}. A document with images is "
+                      "not split: raise train.length, or limit data.lengths")
 
 
 def _refuse_bounds(source: str, bounds, sizes, count: int):
