@@ -173,6 +173,8 @@ def test_settings_differ_only_by_keys_that_change_the_function(pattern, keys):
     new = dataclasses.replace(saved, rotary_dim=2, window=7, head_norm_eps=1e-3, aux_weight=0.5, capacity=1.5, impl="xla")
     assert [text.split(" is ")[0] for text in starts.differing_settings(saved, new)] == [f"model.{key}" for key in keys]
     assert not starts.differing_settings(saved, saved)
+    with_capacity = starts.differing_settings(saved, new, with_capacity=True)
+    assert "model.capacity is 0.0 there, 1.5 here" in with_capacity and len(with_capacity) == len(keys) + 1
 
 
 def test_decay_buffers_equal_the_oracles():

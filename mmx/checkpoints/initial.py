@@ -65,10 +65,14 @@ def _special_ids(tokenizer: str) -> dict:
     return tokens.special_ids(tokens.tokenizer(tokenizer))
 
 
-def differing_settings(saved: config.Model, new: config.Model) -> list[str]:
-    """Describes the keys, with both values, that make two models of the same shapes compute different functions."""
-    ignored = {*config.IMPLEMENTATION_KEYS, "capacity", "transport", "aux", "aux_weight", "z_weight", "context", "init",
-            "embed_std", "dtype", "vision"}
+def differing_settings(saved: config.Model, new: config.Model, with_capacity: bool = False) -> list[str]:
+    """Describes the keys, with both values, that make two models of the same shapes compute different functions.
+
+    Args:
+      with_capacity: also the keys that let experts drop tokens in training, which only a run of mmx records.
+    """
+    ignored = {*config.IMPLEMENTATION_KEYS, "aux", "aux_weight", "z_weight", "context", "init", "embed_std", "dtype", "vision"}
+    ignored |= set() if with_capacity else {"capacity", "transport"}
     used = {key for letter in saved.pattern + new.pattern for key in kind_of(letter).config_keys}
     ignored |= {key for kind in KINDS.values() for key in kind.config_keys} - used
     values = ((f.name, getattr(saved, f.name), getattr(new, f.name)) for f in dataclasses.fields(config.Model))

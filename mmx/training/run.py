@@ -170,7 +170,8 @@ def warn_of_differences(e: Experiment, initial: InitialCheckpoints, log: Log, st
 
     Only settings are listed that change the results of a model without changing its parameters.
     """
-    if initial.params and (different := initials.differing_settings(initial.params.model, e.model)):
+    is_run = isinstance(initial.params, convert.WorkdirSource)
+    if initial.params and (different := initials.differing_settings(initial.params.model, e.model, with_capacity=is_run)):
         log.message(f"train.init_from={e.train.init_from!r} was trained with other settings: {', '.join(different)}", step)
     if initial.vision and (different := initials.differing_vision_settings(initial.vision.model, e.model)):
         log.message(f"train.init_vision={e.train.init_vision!r} was trained with other settings: {', '.join(different)}", step)
