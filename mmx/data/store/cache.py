@@ -46,4 +46,7 @@ def cache_folder(given: str) -> Path:
     """The folder of data.cache; empty: in the user's cache folder."""
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "mmx" / "data"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "mmx" / "data"
+    except RuntimeError:        # no home folder
+        raise ConfigError("data.cache is empty and there is no home folder: give --config.data.cache=FOLDER") from None

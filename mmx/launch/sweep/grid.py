@@ -9,8 +9,7 @@ import re
 from mmx import config
 from mmx.analysis.counts import flops_training
 from mmx.config import ConfigError, Experiment, NonFiniteError
-from mmx.data import sources, tokens
-from mmx.data.document_types import ImageText
+from mmx.data import encoding, held_out, tokens
 from mmx.files import json_text
 
 
@@ -108,11 +107,12 @@ def _check_experiment(e: Experiment, has_held_out) -> None:
         raise ConfigError(f"train.seconds={e.train.seconds:g} leaves the number of steps open, so runs cannot be compared: set "
                           "train.steps instead")
     tokens.check_vocab(tokens.tokenizer(e.data.tokenizer), e.model.vocab)
-    if not any([has_held_out(source) for source in e.data.sources]):        # a list, so that every source is checked
+    options = encoding.image_options(e)
+    if not any([has_held_out(source, e.data, options) for source in e.data.sources]):       # a list: every source is checked
         raise ConfigError(f"data.sources={e.data.sources} have no held-out text or ids, so there would be no loss to report: "
                           "add a source that has")
 
 
-def _has_held_out(source: str) -> bool:
+def _has_held_out(source: str, data, options: encoding.ImageOptions) -> bool:
     """Whether a source has held-out text or ids; there is no loss on held-out images."""
-    return source == "sotu" or any(not isinstance(raw, ImageText) for _, raw in sources.documents(source, "validation"))
+    return source == "sotu" or any(True for _ in held_out.documents(source, data, "validation", options))
