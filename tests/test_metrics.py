@@ -139,7 +139,9 @@ def test_the_bar_shows_the_progress(tmp_path, capsys, seconds, progress):
 def test_throughput_covers_the_tokens_between_two_dispatches(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics.time, "monotonic", lambda: 10.0)
     log = metrics.Log(tmp_path, Train(tensorboard=False), 0, 100)
-    assert (log.tokens_per_s(120, 12.0), log.tokens_per_s(160, 16.0)) == (10.0, 10.0)
+    results = [metrics.StepResult(1, tokens, 0, 0.0, 0.0, moment, waited, {}) for tokens, moment, waited in
+               ((120, 12.0, 0.5), (160, 16.0, 1.0))]
+    assert [log.speed(result) for result in results] == [{"tokens_per_s": 10.0, "data_wait": 0.25}] * 2
     monkeypatch.undo()
     log.close()
 

@@ -32,7 +32,7 @@ from mmx.training.run import train
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = Path(__file__).parents[1]
-TIMES = {"seconds", "tokens_per_s", "flops_per_s"}
+TIMES = {"seconds", "tokens_per_s", "flops_per_s", "data_wait"}
 STEPS = 12
 MODEL = {"dim": 16, "layers": 2, "pattern": "LS", "heads": 2, "kv_heads": 1, "head_dim": 8, "rotary_dim": 4, "experts": 4,
          "expert_dim": 16, "init": "fan_in", "embed_std": 1.0}

@@ -1,4 +1,6 @@
 """Batches on the mesh: each process reads its own rows of the stream and puts them into global arrays."""
+import time
+
 import jax
 import numpy as np
 
@@ -22,18 +24,21 @@ class Batches:
         # leading=1: the axis of micro-batches is not sharded
         self.rows, self.tiles = sharding.batch_sharding(mesh, leading=1), sharding.tile_sharding(mesh, leading=1)
         self.replicated = sharding.replicated(mesh)
+        self.waited = 0.0
 
     def next(self, micro_batches: int) -> tuple[dict, int]:
-        """The batch of a step and its number of image tiles.
+        """The batch of a step and its number of image tiles. `waited` is the number of seconds that this took.
 
         The batch is a dict of global arrays [micro-batches, ...]; `loss.loss` describes them.
         """
+        start = time.monotonic()
         batch = pipeline.stack_micro_batches([self.stream.next() for _ in range(micro_batches)])
         tiles = int(batch.pop("tiles", np.int64(0)).sum())
         arrays = {}
         for name, x in batch.items():       # x: this process's 1 / hosts of the rows or blocks, which are axis 1
             shape = x.shape[0], x.shape[1] * self.hosts, *x.shape[2:]
             arrays[name] = _to_devices(x, shape, self.tiles if name in TILE_ARRAYS else self.rows)
+        self.waited = time.monotonic() - start
         return arrays, tiles
 
     def replicate(self, x: float):

@@ -92,7 +92,8 @@ def train_loop(run: Run, state: State, clock: Clock) -> int:
             rollback = report(run, pending)     # done at the start of the next iteration
         run.guard.record_stream(step, run.batches.stream)
         seconds = clock.seconds()
-        pending = StepResult(step, t.tokens_seen(step), tiles, lr, seconds, clock.start + seconds, metrics)
+        moment = clock.start + seconds
+        pending = StepResult(step, t.tokens_seen(step), tiles, lr, seconds, moment, run.batches.waited, metrics)
         run.log.bar.update()
         evaluate_and_sample(run, step, params)
 
@@ -116,8 +117,8 @@ def report(run: Run, result: StepResult) -> Rollback | None:
     if run.guard.skipped_in_a_row:
         run.log.message(f"step {result.step} has loss {loss} and gradient norm {grad_norm}: its update was skipped",
                         result.step)
-    rate = run.log.tokens_per_s(result.tokens, result.dispatched)
-    record = build_record(run.experiment, result, run.guard.counts(), run.evaluation.bytes_per_token, rate)
+    speed = run.log.speed(result)
+    record = build_record(run.experiment, result, run.guard.counts(), run.evaluation.bytes_per_token, speed)
     to_tensorboard = result.step % run.experiment.train.log_every == 0 and not run.guard.skipped_in_a_row
     run.log.step(record, result.metrics["load_E"], result.metrics["dropped"], to_tensorboard)
     return None

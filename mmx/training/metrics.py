@@ -14,8 +14,8 @@ from mmx import config
 from mmx.analysis.counts import flops_tile, flops_training
 from mmx.files import atomic, json_text, output, texts, untrusted
 
-SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "aux_loss", "z_loss", "drop_rate",
-           "overflow_rate", "skipped", "rollbacks")
+SCALARS = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_s", "flops_per_s", "data_wait", "aux_loss", "z_loss",
+           "drop_rate", "overflow_rate", "skipped", "rollbacks")
 NUMERIC_FIELDS = {"step", "seconds", "tokens", *SCALARS}      # fields that must be a number; others may be lists of numbers
 EVALUATION = "held_out_loss"        # the field that only records of evaluations have
 MOST_BYTES = 1 << 30        # largest metrics.jsonl that `read` accepts, about 1,000,000 steps
@@ -29,19 +29,20 @@ class StepResult(NamedTuple):
     lr: float
     seconds: float      # training time of the run when the step was dispatched
     dispatched: float   # the same moment on time.monotonic's clock
+    waited: float       # seconds that the step waited for its batch
     metrics: dict       # what `step.train_step` returns
 
 
-def build_record(e: config.Experiment, result: StepResult, counts: dict, bytes_per_token: float, tokens_per_s: float) -> dict:
-    """The record of a step for metrics.jsonl. `counts` is from `Guard.counts`."""
+def build_record(e: config.Experiment, result: StepResult, counts: dict, bytes_per_token: float, speed: dict) -> dict:
+    """The record of a step for metrics.jsonl. `counts` is from `Guard.counts`, `speed` from `Log.speed`."""
     m, c = result.metrics, e.model
     tiles_per_token = result.tiles / (result.tokens - e.train.tokens_seen(result.step - 1))
     flops_per_token = flops_training(c, e.train.length) + 3 * tiles_per_token * flops_tile(c)
     record = {"step": result.step, "loss": float(m["loss"]), "bits_per_byte": float(m["loss"]) / math.log(2) / bytes_per_token,
               "tokens": result.tokens, "lr": result.lr, "grad_norm": float(m["grad_norm"]), "seconds": result.seconds,
               "aux_loss": float(m["aux_loss"]), "z_loss": float(m["z_loss"]), "drop_rate": float(m["dropped"].mean()),
-              "overflow_rate": float(m["overflow"].mean()), **counts, "tokens_per_s": tokens_per_s,
-              "flops_per_s": tokens_per_s * flops_per_token}
+              "overflow_rate": float(m["overflow"].mean()), **counts, **speed,
+              "flops_per_s": speed["tokens_per_s"] * flops_per_token}
     if c.vision.layers:
         record["tiles"] = result.tiles
     if "contrastive_loss" in m:
@@ -97,13 +98,14 @@ class Log:
             self._open(step)
         self.bar.n, self.last = step, (tokens, time.monotonic())
 
-    def tokens_per_s(self, tokens: int, dispatched: float) -> float:
-        """The throughput between the dispatches of two steps, or since the log was opened.
+    def speed(self, result: StepResult) -> dict[str, float]:
+        """The throughput between the dispatches of two steps, or since the log was opened, and the share of waiting for data.
 
         The moments at which steps are reported would not do: before a checkpoint, two steps are reported at once.
         """
-        before, self.last = self.last, (tokens, dispatched)
-        return (tokens - before[0]) / max(dispatched - before[1], 1e-9)
+        before, self.last = self.last, (result.tokens, result.dispatched)
+        seconds = max(result.dispatched - before[1], 1e-9)
+        return {"tokens_per_s": (result.tokens - before[0]) / seconds, "data_wait": min(result.waited / seconds, 1.0)}
 
     def step(self, record: dict, load_lE, dropped_l, to_tensorboard: bool):
         """Writes the record of a step to metrics.jsonl and shows it in the progress bar.

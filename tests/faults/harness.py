@@ -25,7 +25,7 @@ from mmx.startup import devices
 devices.prepare()       # before the processes import JAX, so that CUDA logs nothing between the lines of mmx
 ROOT = Path(__file__).parents[2]
 ROWS = 64       # rows in an epoch
-TIMES = {"seconds", "tokens_per_s", "flops_per_s"}
+TIMES = {"seconds", "tokens_per_s", "flops_per_s", "data_wait"}
 EXPERIMENT = """\
 from mmx.config import default
 
