@@ -23,7 +23,7 @@ from mmx.checkpoints.shapes import check_shapes
 from mmx.checkpoints.tokenizer_files import BYTE_IDS
 from mmx.config import ConfigError
 from mmx.data import special_tokens, tokens
-from mmx.files import atomic, notes, output, untrusted
+from mmx.files import atomic, hub, notes, output, untrusted
 from mmx.kernels import int8
 from mmx.model import Model
 from mmx.parallel import sharding
@@ -127,8 +127,8 @@ class WorkdirSource:
 
 
 def open_source(path: str | Path) -> ReleasedSource | WorkdirSource:
-    """Opens a workdir (its latest step), one of its checkpoints/STEP, or a Hugging Face directory."""
-    path = Path(path).absolute()
+    """Opens a workdir (its latest step), one of its checkpoints/STEP, or a Hugging Face directory, on disk or on the Hub."""
+    path = Path(hub.resolve(path)).absolute()
     if not path.is_dir():
         raise ConfigError(f"checkpoint {path} is not a directory")
     found = manager.find_step(path)

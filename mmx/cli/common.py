@@ -12,8 +12,8 @@ from mmx.launch import experiments
 WIDTH = 78          # of descriptions, in characters
 OVERRIDES = ("To override any key of the experiment, add --config.KEY=VALUE, for example\n"
              "--config.train.steps=200 --config.model.pattern=LLLS")
-CHECKPOINT = ("a run's working directory (its latest step), a directory checkpoints/STEP of a run, or a Hugging Face "
-              "checkpoint directory")
+CHECKPOINT = ("a run's working directory (its latest step), a directory checkpoints/STEP of a run, a Hugging Face "
+              "checkpoint directory, or ORG/NAME on the Hugging Face Hub")
 
 
 def add_command(commands, name: str, run, summary: str, details: str = "", *, accepts_overrides: bool = False, epilog=None):

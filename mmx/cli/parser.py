@@ -11,7 +11,7 @@ import sys
 import mmx
 from mmx.cli import errors
 from mmx.config import nearest
-from mmx.files import urls
+from mmx.files import hub, urls
 from mmx.launch import experiments
 
 COMMANDS = [importlib.import_module(f"mmx.cli.{name}") for name in (      # in the order of `mmx --help`
@@ -62,6 +62,9 @@ def run(argv: list[str]) -> int:
 
 
 def _run(args):
+    for name in ("checkpoint", "against"):
+        if path := getattr(args, name, None):
+            setattr(args, name, hub.resolve(path))
     for name in ("workdir", "out", "checkpoint", "against", "save_cache", "cache", "store"):
         urls.refuse(getattr(args, name, None) or "", f"--{name.replace('_', '-')}")
     return args.run(args)

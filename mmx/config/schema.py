@@ -176,7 +176,8 @@ class Train:
     # batch ramp by gradient accumulation: ((tokens, count), ...); after `tokens` tokens of training, each step has `count`
     # micro-batches
     ramp: tuple = ()
-    init_from: str = ""             # start from the parameters of this workdir, checkpoints/STEP or Hugging Face directory
+    # start from the parameters of this workdir, checkpoints/STEP, Hugging Face directory, or hf://ORG/NAME
+    init_from: str = ""
     init_vision: str = ""           # start the ViT, without its projector, from this checkpoint
     # parameters that are not trained, by their path: "groups" (all decoder layers), "vision", "vision.layers", ...
     freeze: tuple = ()
