@@ -1,6 +1,6 @@
 """The training stream: micro-batches [B, T]. It resumes exactly and does not depend on the number of hosts (processes).
 
-The documents of each source are packed into rows (`packing.Packed`). Grain shuffles the rows, in a new order for each epoch,
+The documents of each source are packed into rows (`rows.pack`). Grain shuffles the rows, in a new order for each epoch,
 and repeats them without end. The rows are divided into `data.shards` shards: shard v contains rows v, v + shards,
 v + 2 shards, ... of that order, so an epoch reads every row once. Rows are shuffled, not documents, because some documents
 (speeches) are hundreds of rows long.
@@ -15,7 +15,7 @@ of the latest entry whose step has been reached. With data.interpolate, they are
 host draws for the whole batch, so every host knows the state: how many rows of each source have been read from each shard. The
 state is the same on all hosts, and any number of hosts can resume from it.
 
-The stream reads image sizes when it is created and decodes an image when its row is needed. A batch with images is divided
+The sizes of images are read when their source is tokenized; an image is decoded when its row is needed. A batch with images is divided
 into blocks of rows, one for each group of devices with the same rows, and a block's tiles are stored together. Every host knows
 the rows of the whole batch, so all hosts pad their blocks to the same number of tiles: enough for the fullest block, rounded up
 by `images.padded_tiles`.
