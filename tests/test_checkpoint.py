@@ -321,19 +321,21 @@ def test_config_is_written_and_compared(tmp_path):
     first = config.Experiment(model=MODEL)
     check_config(tmp_path, first)
     assert config.from_json((tmp_path / "config.json").read_text()) == first
-    assert "vision" not in json.loads((tmp_path / "config.json").read_text())["model"]       # as in versions without images
+    written = json.loads((tmp_path / "config.json").read_text())        # as in versions without these keys
+    assert "vision" not in written["model"] and "columns" not in written["data"]
 
     def changed(section, **changes):
         return dataclasses.replace(first, **{section: dataclasses.replace(getattr(first, section), **changes)})
 
     for other in (changed("train", steps=7, log_every=3), changed("mesh", ep=2), changed("checkpoint", every=9),
-                  changed("model", remat=True)):
+                  changed("model", remat=True), changed("data", cache="elsewhere")):
         check_config(tmp_path, other)
         assert config.from_json((tmp_path / "config.json").read_text()) == other
     check_config(tmp_path, first)
     for other, message in ((changed("model", vision=config.Vision(layers=2)), r"model.vision \(there None, now {'layers': 2"),
                            (changed("model", dim=16), r"model.dim \(there 12, now 16\)"),
                            (changed("train", lr=0.1, batch=2), r"train.batch \(there 8, now 2\), train.lr"),
+                           (changed("data", columns="text=a"), r"data.columns \(there '', now 'text=a'\)"),
                            (changed("data", sources=("a",)), r"data.sources \(there \['sotu'\], now \['a'\]\)")):
         with pytest.raises(ConfigError, match=message) as caught:
             check_config(tmp_path, other)

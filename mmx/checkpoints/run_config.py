@@ -5,14 +5,14 @@ from pathlib import Path
 import jax
 
 from mmx.checkpoints.tokenizer_files import find_tokenizer, fingerprint
-from mmx.config import IMPLEMENTATION_KEYS, ConfigError, Experiment, Model, to_json
+from mmx.config import IMPLEMENTATION_KEYS, LATER_KEYS, ConfigError, Experiment, Model, to_json
 from mmx.data import paths, special_tokens, tokens
 from mmx.files import atomic, untrusted
 from mmx.layers.kinds import kind_of
 
 # keys that a resumed run may change besides the sections checkpoint and mesh: duration, speed, logging
 CHANGEABLE_KEYS = {
-    "model": set(IMPLEMENTATION_KEYS),
+    "model": set(IMPLEMENTATION_KEYS), "data": {"cache"},
     "train": {"steps", "seconds", "log_every", "eval_every", "eval_bytes", "sample_every", "sample_prompt",
               "tensorboard"},
 }
@@ -87,9 +87,11 @@ def _special_tokens(tokenizer: Path, name: str) -> dict[Path, bytes]:
 
 def _comparable(sections: dict, changeable: dict) -> dict:
     """The sections that describe the function and its training, without the keys that may change."""
-    model = {"vision": None, "window": Model.window} | sections["model"]       # `to_json` leaves these out at their defaults
+    model = {"vision": None} | LATER_KEYS["model"] | sections["model"]     # `to_json` leaves these out at their defaults
     if "window" not in {key for letter in model.get("pattern", Model.pattern) for key in kind_of(letter).config_keys}:
         del model["window"]
     sections = sections | {"model": model}
+    if "data" in sections:
+        sections["data"] = LATER_KEYS["data"] | sections["data"]
     return {section: {key: value for key, value in sections[section].items() if key not in changeable.get(section, ())}
             for section in ("model", "train", "data") if section in sections}

@@ -9,6 +9,7 @@ from mmx.config.errors import ConfigError, NonFiniteError, nearest
 from mmx.config.parsing import is_text, parse_lengths, typed, value_at
 from mmx.config.schema import (
     IMPLEMENTATION_KEYS,
+    LATER_KEYS,
     MOST_PIXELS,
     NUMBERS,
     SECTIONS,
@@ -24,7 +25,7 @@ from mmx.config.schema import (
 )
 
 __all__ = [
-    "IMPLEMENTATION_KEYS", "MOST_PIXELS", "NUMBERS", "SECTIONS", "Checkpoint", "ConfigError", "Data", "Experiment", "Guard",
-    "Mesh", "Model", "NonFiniteError", "Train", "Vision", "as_config_dict", "build", "default", "from_json", "is_text",
-    "nearest", "parse_lengths", "sections", "to_json", "tokenizer_file", "typed", "value_at",
+    "IMPLEMENTATION_KEYS", "LATER_KEYS", "MOST_PIXELS", "NUMBERS", "SECTIONS", "Checkpoint", "ConfigError", "Data",
+    "Experiment", "Guard", "Mesh", "Model", "NonFiniteError", "Train", "Vision", "as_config_dict", "build", "default",
+    "from_json", "is_text", "nearest", "parse_lengths", "sections", "to_json", "tokenizer_file", "typed", "value_at",
 ]

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from mmx.config.errors import ConfigError, nearest, require
 from mmx.config.parsing import typed
-from mmx.config.schema import SECTIONS, Experiment, Model
+from mmx.config.schema import LATER_KEYS, SECTIONS, Experiment
 
 
 def default() -> ConfigDict:
@@ -39,13 +39,15 @@ def as_config_dict(experiment: Experiment) -> ConfigDict:
 def sections(experiment: Experiment) -> dict:
     """The experiment as plain dicts, as config.json keeps it.
 
-    Omits model.vision for a text model and model.window at its default, as config.json of older versions of mmx does.
+    Omits model.vision for a text model, and the LATER_KEYS at their defaults, as config.json of older versions of mmx does.
     """
     values = dataclasses.asdict(experiment)
     if not experiment.model.vision.layers:
         del values["model"]["vision"]
-    if experiment.model.window == Model.window:
-        del values["model"]["window"]
+    for section, defaults in LATER_KEYS.items():
+        for key, default in defaults.items():
+            if values[section][key] == default:
+                del values[section][key]
     return values
 
 

@@ -345,6 +345,9 @@ class Experiment:
 
 
 SECTIONS = {f.name: f.type for f in dataclasses.fields(Experiment)}
+# Keys that older versions did not have, and their defaults. A key at its default is not written, so that config.json files and
+# hashes of older sweeps stay valid.
+LATER_KEYS = {"model": {"window": Model.window}, "data": {"columns": Data.columns, "cache": Data.cache}}
 
 
 def tokenizer_file(name: str) -> str:

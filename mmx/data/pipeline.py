@@ -15,10 +15,10 @@ of the latest entry whose step has been reached. With data.interpolate, they are
 host draws for the whole batch, so every host knows the state: how many rows of each source have been read from each shard. The
 state is the same on all hosts, and any number of hosts can resume from it.
 
-The sizes of images are read when their source is tokenized; an image is decoded when its row is needed. A batch with images is divided
-into blocks of rows, one for each group of devices with the same rows, and a block's tiles are stored together. Every host knows
-the rows of the whole batch, so all hosts pad their blocks to the same number of tiles: enough for the fullest block, rounded up
-by `images.padded_tiles`.
+The sizes of images are read when their source is tokenized; an image is decoded when its row is needed. A batch with images is
+divided into blocks of rows, one for each group of devices with the same rows, and a block's tiles are stored together. Every
+host knows the rows of the whole batch, so all hosts pad their blocks to the same number of tiles: enough for the fullest block,
+rounded up by `images.padded_tiles`.
 """
 import math
 

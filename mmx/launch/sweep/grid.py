@@ -28,6 +28,7 @@ class Cell:
         """
         sections = config.sections(self.experiment)
         hashed = {name: sections[name] for name in ("model", "train", "data")}
+        hashed["data"] = {key: value for key, value in hashed["data"].items() if key != "cache"}
         if self.experiment.guard != config.Guard():     # the default is left out, so that hashes of older rows stay valid
             hashed["guard"] = sections["guard"]
         if self.experiment.guard.spike:
