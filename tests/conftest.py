@@ -1,6 +1,7 @@
 """Runs the suite on the CPU as eight simulated devices. A mesh uses the first ones; code without a mesh uses one."""
 import os
 import re
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from mmx.startup import cache
 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")      # the suite has many small programs
 cache.enable()      # all processes of the suite, and later runs of it, share compiled programs
+os.environ.setdefault("MPLCONFIGDIR", str(Path("~/.cache/matplotlib").expanduser()))     # matplotlib's list of fonts
+_data_cache = tempfile.TemporaryDirectory(prefix="mmx-tests-")   # for token stores
+os.environ["XDG_CACHE_HOME"] = _data_cache.name
 
 import jax
 import jax.numpy as jnp
