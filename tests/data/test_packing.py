@@ -23,6 +23,7 @@ def pairs(rows):
 def test_every_pair_of_every_document_once_without_padding(lengths, length):
     rows = list(packing.Packed(numbered(lengths), length))
     assert len(rows) == -(-sum(lengths) // length)
+    assert all(row["segments"].all() for row in rows)
     tokens = collections.Counter(int(t) for r in rows for t in r["tokens"])
     twice = collections.Counter(tokens)
     twice.subtract(int(t) for d in numbered(lengths) for t in d)

@@ -17,6 +17,7 @@ from mmx.config import ConfigError, Data
 from mmx.data import encoding, held_out, packing, rows, sources, tokens
 from mmx.data.document_types import TokenIds
 from mmx.data.store import cache, layout, preparing, reading, writing
+from mmx.files import texts
 
 ALPHABET = "abcdé \n中"
 
@@ -51,6 +52,7 @@ def small(monkeypatch):
     """Sizes for which a small source has many parts and batches."""
     monkeypatch.setattr(preparing, "PART_BYTES", 3000)
     monkeypatch.setattr(preparing, "BATCH_BYTES", 500)
+    monkeypatch.setattr(texts, "CHUNK", 700)
 
 
 def files_of(store) -> dict:
