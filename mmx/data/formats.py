@@ -5,8 +5,8 @@ A line of JSON lines, or a row of Parquet, has one of
   - a prompt and its completion: the loss covers the completion only (`PromptCompletion`);
   - "tokens" and "targets": token ids, and the target of each, -1 for none (`TokenIds`).
 The first two may have "images", a list of paths of image files, one for each "<image>" in the texts. The image files must be
-inside the folder of the file (`ImageText`). The content of a text is its bytes. Those of a .txt file are without a byte order
-mark, with line ends of one newline character (`texts.normalize`).
+inside the folder of the file (`ImageText`). The content of a text is its bytes. A .txt file is read without its byte
+order mark, and its line ends become one newline character (`texts.normalize`).
 
 A document's name is the path of its file inside the source, without the suffix of a compression. For JSON lines it continues
 with ":LINE". A row of Parquet has the name that it would have as a line of JSON lines, so the same documents have the same
@@ -53,7 +53,7 @@ ANY_COLUMNS, WHOLE_FILE = Columns(), Range()
 
 
 def kind(path: Path) -> str:
-    """The suffix of a file that is read, in lower case and without that of a compression; "" for other files."""
+    """The suffix of a file that is read, in lower case and without the suffix of a compression; "" for other files."""
     suffix = texts.suffix(path)
     compressed = path.suffix.lower() in texts.COMPRESSIONS
     return suffix if suffix in SUFFIXES and not (compressed and suffix == ".parquet") else ""

@@ -1,4 +1,4 @@
-"""The packed training rows of a source, from its token store; those of generated sources are made in memory."""
+"""The packed training rows of a source, from its token store. The rows of generated sources are made in memory."""
 import hashlib
 import math
 from pathlib import Path

@@ -112,7 +112,7 @@ def read_lines(path: str | Path, most: int = untrusted.TEXT_BYTES, begin: int = 
                first: int = 1) -> Iterator[tuple[int, bytes]]:
     """Yields (number, line) of the lines of a regular file of at most `most` bytes, without their ends.
 
-    The text is that of `read_bytes`, but a part of the file is read at a time.
+    The text is the same as from `read_bytes`, but a part of the file is read at a time.
 
     Args:
       begin, end: reads only the lines of this range of bytes; a file that is compressed or not UTF-8 has no ranges.
@@ -168,7 +168,7 @@ def _chunks(file: BinaryIO, path: Path, most: int, end: int | None = None) -> It
 
 
 def _decompressed(opener, file: BinaryIO, path: Path, most: int) -> Iterator[bytes]:
-    """The decompressed contents. Raises ConfigError if they are damaged, or far larger than those of a compressed text."""
+    """The decompressed contents. Raises ConfigError if they are damaged, or far larger than a compressed text can be."""
     size, _ = urls.version(path)
     limit = min(most, max(untrusted.TEXT_BYTES, MAX_RATIO * size)) if size else most
     size = 0

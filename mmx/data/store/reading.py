@@ -128,7 +128,7 @@ class Store:
 
 
 class Documents:
-    """Some of the documents of a store, for `packing.Packed`. Their numbers are those of the store."""
+    """Some of the documents of a store, for `packing.Packed`. They keep their numbers in the store."""
 
     def __init__(self, store: Store, least: int = 0, below: int = 0):
         self.store, self._bounds = store, (least, below)
