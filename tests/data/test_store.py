@@ -173,6 +173,17 @@ def test_a_cached_store_is_used_again_until_its_files_change(tmp_path, monkeypat
     assert count(again) == count(first) + 1
 
 
+def test_files_that_are_not_read_are_listed_in_each_run(tmp_path, capfd):
+    source = write_source(tmp_path / "source", "texts", 1)
+    (tmp_path / "source" / "a.arrow").write_bytes(b"ARROW1")
+    for run in "12":        # the second run finds the store in the cache, and its source at another path
+        link = tmp_path / f"run{run}"
+        link.symlink_to(source)
+        cache.open_store(str(link), Data(cache=str(tmp_path / "cache")))
+        [line] = capfd.readouterr().err.splitlines()
+        assert "skipped a.arrow (not of a kind that is read" in line
+
+
 def test_columns_are_found_by_their_names_or_given(tmp_path):
     lines = {"content": "a" * 50, "title": "t", "question": "q", "answer": "b" * 50, "body": "c" * 50}
     (tmp_path / "a.jsonl").write_text((json.dumps(lines) + "\n") * 40)

@@ -98,6 +98,14 @@ class Store:
             found = json.loads(file.readline())
         return found["name"], packing.DocumentImages(tuple(found["images"]), found["tiles"], found["caption_length"])
 
+    def image_files(self) -> Iterator[str]:
+        """Yields the image files that the documents name."""
+        for part, summary in enumerate(self.manifest.parts):
+            if summary.sizes.get("images"):
+                with self._path(part, "images").open("rb") as file:
+                    for line in file:
+                        yield from json.loads(line)["images"]
+
     def held_out(self, split: str) -> Iterator[tuple]:
         """Yields (name, content) of the documents of the validation or test split, without those with images, in order."""
         for part, summary in enumerate(self.manifest.parts):
