@@ -182,6 +182,8 @@ def test_files_that_are_not_read_are_listed_in_each_run(tmp_path, capfd):
         cache.open_store(str(link), Data(cache=str(tmp_path / "cache")))
         [line] = capfd.readouterr().err.splitlines()
         assert "skipped a.arrow (not of a kind that is read" in line
+    assert cli.main(["data", "prepare", "--source", source, "--out", str(tmp_path / "store")]) == 0
+    assert "skipped a.arrow (not of a kind that is read" in capfd.readouterr().err
 
 
 def test_columns_are_found_by_their_names_or_given(tmp_path):

@@ -35,12 +35,12 @@ def open_store(source: str, data: config.Data, options: ImageOptions = TEXT_ONLY
         with filelock.FileLock(f"{folder}.lock"):       # one process prepares, the others wait
             if not reading.is_store(folder):
                 settings = writing.Settings(folder, data.tokenizer, options, data.columns)
-                preparing.prepare(source, settings)
+                return preparing.prepare(source, settings)
     except OSError as error:
         raise ConfigError(f"data.cache: {folder.parent} cannot be written ({error.strerror or error}): give a folder with "
                           "space, as --config.data.cache=FOLDER") from None
     store = reading.Store(folder)
-    if files.skipped:
+    if files.skipped:       # said again in each run
         sources.note_skipped(source, files, store.image_files())
     return store
 

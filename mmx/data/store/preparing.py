@@ -64,7 +64,9 @@ def prepare(source: str, settings: Settings, jobs: int = 0) -> reading.Store:
     manifest = Manifest(source, versions, wanted, images, np.dtype(dtype(settings)).name,
                         tuple(_read_summary(settings.out, n) for n in range(len(units))), {})
     _write_manifest(settings.out, _finish(source, settings, units, manifest))
-    return reading.Store(settings.out)
+    store = reading.Store(settings.out)
+    sources.note_skipped(source, files, store.image_files())
+    return store
 
 
 def file_version(path: Path, name: str) -> tuple:
